@@ -1,0 +1,207 @@
+"""References between stages, and the report of a run: small, frozen, JSON.
+
+A reference names a folder by address and digest; frames, tensors and models never cross a task's border.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Ref(BaseModel):
+    """A folder of files: where it is kept, what it holds, and the MLflow run that made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uri: str
+    """MLflow address of the folder (runs:/…, models:/…), or a file path for what the user brought."""
+    digest: str
+    """sha256 over the folder's file names and contents; see tasks.storage.digest_folder."""
+    mlflow_run_id: str | None = None
+    """Run that made it; none for what the user brought."""
+
+
+class SourceRef(Ref):
+    """The user's dataset files, before anything is read."""
+
+    eval_uri: str | None = None
+    """Held-out files, when they are separate."""
+
+
+class ModelRef(Ref):
+    """A complete causal language model in a folder: config, safetensors, tokenizer."""
+
+    name: str
+    """What the user calls it: hub name or folder name."""
+    revision: str | None = None
+    """Commit on the hub."""
+    kind: Literal["base", "merged"] = "base"
+
+
+class DatasetRef(Ref):
+    """Validated conversations: train.parquet, eval.parquet, rejects.parquet, quality.json."""
+
+    source_digest: str
+    """Digest of the files as the user gave them."""
+    rows_in: int
+    rows_train: int
+    rows_eval: int
+    rows_rejected: dict[str, int]
+    """Rejected rows by reason."""
+    rows_duplicate: int
+    rows_leaked: int
+
+
+class TokensRef(Ref):
+    """Examples with labels: train.parquet, eval.parquet, tokenizer/ (as it will ship), masks.json."""
+
+    rows_train: int
+    """Training conversations that became examples."""
+    rows_eval: int
+    """Held-out conversations that became examples."""
+    num_examples: int
+    """Training examples; more than rows_train where a conversation had to become several."""
+    num_eval_examples: int
+    trained_tokens: int
+    """Tokens with a label, in the training part."""
+    total_tokens: int
+    """All tokens of the training part."""
+    rows_rejected: dict[str, int]
+    """Conversations that could not become examples, by reason."""
+    template_digest: str
+    """sha256 of the chat template that ships."""
+
+
+class AdapterRef(Ref):
+    """A PEFT adapter: adapter_config.json, adapter_model.safetensors."""
+
+    num_steps: int
+    num_packs: int
+    """Rows of one epoch: packs, or the number of examples when not packing."""
+    packing_efficiency: float
+    """Tokens of one epoch / (num_packs * tokens_per_pack); without packing, / (rows * padded length)."""
+    final_loss: float
+    """Mean training loss a token over the last tenth of the steps (nats)."""
+    best_eval_loss: float | None
+    """Smallest evaluation loss seen (nats a token)."""
+    tokens_per_second: float
+    """Non-padding tokens trained on a second, without evaluation and checkpoints."""
+    peak_memory_bytes: int
+    """GPU allocation on a GPU, resident memory of the process on a CPU."""
+    warnings: tuple[str, ...] = ()
+    """What a person should know, such as over-fitting."""
+
+
+class MergeCheck(BaseModel):
+    """Merged model, reloaded from disk, against base + adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_abs_logit_diff: float
+    greedy_agreement: float
+    """Part of the greedy tokens that are the same, 0 to 1."""
+    differs_from_base: bool
+    """False means that training or merging did nothing."""
+
+
+class MergedRef(ModelRef):
+    """The merged model and its proof."""
+
+    kind: Literal["base", "merged"] = "merged"
+    check: MergeCheck
+
+
+class EvalReport(Ref):
+    """One model on the held-out rows: rows.parquet (schemas.records.EvaluationRows) and its means."""
+
+    model_digest: str
+    num_examples: int
+    metrics: dict[str, float]
+    """Metric name to its mean over the rows (perplexity: exp of the mean nll a token)."""
+
+
+class Delta(BaseModel):
+    """after minus before, with a paired bootstrap interval."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+class ComparisonReport(Ref):
+    """Both models side by side: table.parquet, plots, report.html."""
+
+    num_examples: int
+    before: dict[str, float]
+    after: dict[str, float]
+    delta: dict[str, Delta]
+
+
+class RegistryEntry(BaseModel):
+    """The registered version and what the gate said."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    verdict: Literal["promoted", "refused"]
+    reasons: tuple[str, ...]
+
+
+class DatasetReport(BaseModel):
+    """Accounting: rows_in = rows_train + rows_eval + sum(rows_rejected) + rows_duplicate + rows_leaked."""
+
+    digest: str
+    rows_in: int
+    rows_train: int
+    rows_eval: int
+    rows_rejected: dict[str, int]
+    rows_duplicate: int
+    rows_leaked: int
+
+
+class TokensReport(BaseModel):
+    """What the training part weighs."""
+
+    examples: int
+    trained_tokens: int
+    total_tokens: int
+    packs: int
+    packing_efficiency: float
+
+
+class TrainingReport(BaseModel):
+    """How the training went."""
+
+    steps: int
+    final_loss: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+class EvaluationReport(BaseModel):
+    """Before and after, on the same rows."""
+
+    num_examples: int
+    before: dict[str, float]
+    after: dict[str, float]
+    delta: dict[str, Delta]
+
+
+class RunReport(BaseModel):
+    """The whole run as JSON, for `sft run --report`."""
+
+    status: Literal["completed", "failed"]
+    mlflow_run_id: str
+    prefect_flow_run_id: str
+    dataset: DatasetReport
+    tokens: TokensReport
+    training: TrainingReport
+    merge: MergeCheck
+    evaluation: EvaluationReport
+    registry: RegistryEntry
+    durations_seconds: dict[str, float]

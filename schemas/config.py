@@ -1,0 +1,395 @@
+"""The one configuration model: the YAML file, the Prefect run form and the record in MLflow.
+
+Closed (unknown keys are errors) and frozen. Validators reject and never repair. No secret, host or tracking
+address belongs here: those are environment.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MetricName = Literal["nll", "perplexity", "exact_match", "rouge_l", "chrf", "repetition_rate"]
+LOWER_IS_BETTER: frozenset[str] = frozenset({"nll", "perplexity", "repetition_rate"})
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the field, the value, the limit and the way out."""
+
+
+def _number_fields(schema: dict[str, Any]) -> None:
+    """Give every property its place, so that the Prefect form keeps the order of definition."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
+class Section(BaseModel):
+    """Base of all sections: closed, frozen, attribute docstrings become the form's help texts."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_number_fields,
+        allow_inf_nan=False,
+    )
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    base_model: str = Field(min_length=1, title="Base model")
+    """Folder with safetensors weights, or the name of a model on the hub."""
+    revision: str | None = Field(default=None, title="Revision")
+    """Commit, tag or branch on the hub; pin a commit to make runs repeatable. Not used for a folder."""
+    chat_template: str | None = Field(default=None, title="Chat template")
+    """A built-in template's name (chatml) or a .jinja file. Empty: the tokenizer's own, or chatml when it has none."""
+
+
+RowFormat = Literal["auto", "alpaca", "instruct", "prompt_completion", "messages", "sharegpt"]
+
+
+def _check_amount(weight: float, num_rows: int | None) -> None:
+    """Refuse two ways of saying how much of a dataset is trained."""
+    if num_rows is not None and weight != 1.0:
+        raise ValueError(
+            f"weight is {weight:g} and num_rows is {num_rows}: a dataset is taken by one of them: leave the other out"
+        )
+
+
+class DatasetConfig(Section):
+    """A further dataset of a mixture."""
+
+    source: str = Field(min_length=1, title="Dataset")
+    """As data.source: file, folder, name on the hub, or entries of a dataset_info.json."""
+    weight: float = Field(default=1.0, gt=0.0, le=1000.0, title="Weight")
+    """How often its training rows are taken: 0.5 takes a seeded half of them, 2 takes each twice."""
+    num_rows: int | None = Field(default=None, ge=1, title="Training rows")
+    """Take exactly this many training rows instead, chosen by the seed, none twice. Empty: by the weight."""
+    format: RowFormat = Field(default="auto", title="Format")
+    """How rows become conversations; auto goes by the columns."""
+    columns: dict[str, str] = Field(default_factory=dict, title="Column map")
+    """The format's field name to the data's column name, where the data names it otherwise."""
+    subset: str | None = Field(default=None, title="Hub subset")
+    """Configuration name of a hub dataset."""
+    split: str = Field(default="train", title="Hub split")
+    """Split of a hub dataset."""
+    revision: str | None = Field(default=None, title="Hub revision")
+    """Commit, tag or branch of a hub dataset."""
+
+    @model_validator(mode="after")
+    def _check_weight_or_number(self) -> Self:
+        _check_amount(self.weight, self.num_rows)
+        return self
+
+
+class DataConfig(Section):
+    """The dataset and its checks."""
+
+    source: str = Field(min_length=1, title="Dataset")
+    """File or folder of JSON, JSONL, CSV, Parquet or Arrow, the name of a dataset on the hub, or entries of a
+    LLaMA-Factory dataset_info.json as path/dataset_info.json#name1,name2."""
+    eval_source: str | None = Field(default=None, title="Held-out dataset")
+    """A separate held-out dataset. Empty: a seeded part of the dataset is held out."""
+    format: RowFormat = Field(default="auto", title="Format")
+    """How rows become conversations; auto goes by the columns."""
+    columns: dict[str, str] = Field(default_factory=dict, title="Column map")
+    """Where the data names a column otherwise: the format's field name to the data's column name."""
+    subset: str | None = Field(default=None, title="Hub subset")
+    """Configuration name of a hub dataset."""
+    split: str = Field(default="train", title="Hub split")
+    """Split of a hub dataset."""
+    eval_split: str | None = Field(default=None, title="Held-out hub split")
+    """Split of a held-out hub dataset, such as test. Empty: the same as the hub split."""
+    revision: str | None = Field(default=None, title="Hub revision")
+    """Commit, tag or branch of a hub dataset."""
+    max_rows: int | None = Field(default=None, ge=1, title="Most rows")
+    """Read at most this many rows from the front of the dataset; in a mixture, of each."""
+    weight: float = Field(default=1.0, gt=0.0, le=1000.0, title="Weight")
+    """How often the dataset's training rows are taken: 0.5 takes a seeded half of them, 2 takes each twice."""
+    num_rows: int | None = Field(default=None, ge=1, title="Training rows")
+    """Take exactly this many training rows instead, chosen by the seed, none twice. Empty: by the weight."""
+    mixture: tuple[DatasetConfig, ...] = Field(default=(), title="Further datasets")
+    """Trained together with the dataset. Each is split by itself first; weights and numbers concern training rows."""
+    eval_fraction: float = Field(default=0.1, ge=0.0, lt=1.0, title="Held-out part")
+    """Part of the rows held out for evaluation when there is no held-out dataset."""
+    max_eval_rows: int = Field(default=1000, ge=1, title="Most held-out rows")
+    """The held-out part never takes more rows than this."""
+    max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0, title="Budget for rejected rows")
+    """The run fails when a larger part of the rows is rejected."""
+    screen: Literal["off", "report", "redact"] = Field(default="report", title="Personal data and secrets")
+    """Look for e-mail addresses, phone numbers, keys and passwords: report them, or replace them by [EMAIL] and so on."""
+
+    @model_validator(mode="after")
+    def _check_settings_that_need_each_other(self) -> Self:
+        _check_amount(self.weight, self.num_rows)
+        if self.eval_split is not None and self.eval_source is None:
+            raise ValueError(
+                f"eval_split is {self.eval_split!r}, but there is no eval_source that it could be a split of: "
+                "set eval_source too (it may be the same hub dataset), or leave eval_split out"
+            )
+        return self
+
+    @property
+    def datasets(self) -> tuple[DatasetConfig, ...]:
+        """All datasets that are trained, the one of `source` first."""
+        first = DatasetConfig(
+            source=self.source,
+            weight=self.weight,
+            num_rows=self.num_rows,
+            format=self.format,
+            columns=self.columns,
+            subset=self.subset,
+            split=self.split,
+            revision=self.revision,
+        )
+        return (first, *self.mixture)
+
+    @property
+    def held_out_dataset(self) -> DatasetConfig | None:
+        """The separate held-out dataset, read in the way of `source`."""
+        if self.eval_source is None:
+            return None
+        return DatasetConfig(
+            source=self.eval_source,
+            format=self.format,
+            columns=self.columns,
+            subset=self.subset,
+            split=self.eval_split or self.split,
+            revision=self.revision,
+        )
+
+
+class TokenizationConfig(Section):
+    """Chat template, label mask and truncation."""
+
+    max_length: int = Field(default=2048, ge=8, title="Longest example (tokens)")
+    """Longer conversations are cut inside the prompt's content; header and end of turn stay."""
+    truncation: Literal["reject", "cut_answer"] = Field(default="reject", title="Answers that are too long")
+    """Reject an example whose answer alone is too long, or cut the answer."""
+    max_truncated_fraction: float = Field(default=0.1, ge=0.0, le=1.0, title="Budget for cut examples")
+    """The run fails when a larger part of the examples had to be cut or rejected for length."""
+    train_on: Literal["all_turns", "last_turn"] = Field(default="all_turns", title="Trained turns")
+    """Train every assistant turn, or the last one of each conversation."""
+    train_on_prompt: bool = Field(default=False, title="Train on the prompt")
+    """Also learn the prompt (continued pretraining on conversations). Usually off."""
+    allow_special_tokens: bool = Field(default=False, title="Special tokens in content")
+    """Let text that spells a special token become that token. Off: it stays text, and is counted."""
+
+
+class TrainingConfig(Section):
+    """LoRA training."""
+
+    rank: int = Field(default=64, ge=1, le=1024, title="LoRA rank")
+    """Rank r of the adapter matrices."""
+    alpha: float = Field(default=128.0, gt=0, title="LoRA alpha")
+    """Scale numerator: the merged weight is W + (alpha / r) B A."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, title="LoRA dropout")
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1, title="Target modules")
+    """Names of the linear layers to adapt; all-linear means every one but the output head."""
+    modules_to_save: tuple[str, ...] = Field(default=(), title="Fully trained modules")
+    """Modules trained in full beside the adapter, such as embed_tokens."""
+    use_rslora: bool = Field(default=False, title="Rank-stabilized LoRA")
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    use_dora: bool = Field(default=False, title="DoRA")
+    """Weight-decomposed LoRA: slower, sometimes better at low rank."""
+    learning_rate: float = Field(default=1e-4, gt=0, le=1.0, title="Learning rate")
+    """Peak learning rate of AdamW."""
+    scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine", title="Schedule")
+    """How the learning rate falls after the warm-up."""
+    warmup_fraction: float = Field(default=0.1, ge=0.0, le=1.0, title="Warm-up")
+    """Part of all steps over which the learning rate rises linearly."""
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, title="Weight decay")
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0, title="Gradient clipping")
+    """Gradients are scaled down to this global norm."""
+    num_epochs: float = Field(default=3.0, gt=0, le=1000, title="Epochs")
+    """Passes over the training examples."""
+    max_steps: int | None = Field(default=None, ge=1, title="Most steps")
+    """Stop after this many optimizer steps, whatever the epochs."""
+    micro_batch: int = Field(default=8, ge=1, title="Micro batch")
+    """Rows of one forward pass: examples, or packs when packing."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1, title="Gradient accumulation")
+    """Micro batches of one optimizer step; the loss is normalized over the trained tokens of the whole step."""
+    packing: bool = Field(default=False, title="Packing")
+    """Put several examples in one row of tokens_per_pack tokens, kept apart by attention and positions."""
+    tokens_per_pack: int = Field(default=2048, ge=8, title="Tokens a pack")
+    """Token budget of a pack; at least tokenization.max_length."""
+    precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", title="Precision")
+    """auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    gradient_checkpointing: bool = Field(default=False, title="Gradient checkpointing")
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    eval_every_steps: int | None = Field(default=None, ge=1, title="Steps between evaluation losses")
+    """Empty: ten times a run."""
+    early_stopping_patience: int | None = Field(default=None, ge=1, title="Early stopping")
+    """Stop after this many evaluations without a better loss, and keep the best adapter. Empty: off."""
+    checkpoint_every_steps: int = Field(default=100, ge=1, title="Steps between checkpoints")
+    """A killed run goes on from the last checkpoint."""
+    keep_checkpoints: int = Field(default=2, ge=1, title="Checkpoints kept")
+    """Older checkpoints are deleted; the best one is always kept."""
+    report_to: tuple[Literal["tensorboard"], ...] = Field(default=(), title="Further reports")
+    """Where the curves go besides MLflow."""
+
+
+class MergeConfig(Section):
+    """The merge and its proof."""
+
+    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB)$", title="Shard size")
+    """Largest safetensors file, such as 500MB or 5GB."""
+    num_probes: int = Field(default=16, ge=1, le=512, title="Probes")
+    """Held-out prompts on which merged and base + adapter are compared."""
+    probe_tokens: int = Field(default=16, ge=1, le=512, title="Tokens a probe")
+    """Greedy tokens generated for each probe."""
+    max_logit_diff: float | None = Field(default=None, gt=0, title="Largest logit difference")
+    """The run fails above it. Empty: 1e-3 for fp32 weights, 1.0 for 16-bit weights."""
+    min_greedy_agreement: float = Field(default=0.95, ge=0.0, le=1.0, title="Smallest greedy agreement")
+    """Least part of the greedy tokens that must be the same."""
+
+
+class EvaluationConfig(Section):
+    """Base and merged model on the same held-out rows."""
+
+    max_examples: int = Field(default=200, ge=1, title="Most held-out rows")
+    """Rows evaluated, from the front of the held-out part."""
+    batch_size: int = Field(default=16, ge=1, title="Batch")
+    """Prompts generated at once."""
+    max_new_tokens: int = Field(default=128, ge=1, le=32768, title="Longest answer (tokens)")
+    """Greedy decoding stops here at the latest."""
+    questions: tuple[str, ...] = Field(default=(), title="Free questions")
+    """Asked of both models and shown side by side, without a score."""
+    num_resamples: int = Field(default=2000, ge=100, le=100_000, title="Bootstrap resamples")
+    """For the paired confidence intervals."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, title="Confidence")
+    """Level of the intervals."""
+
+
+class GateConfig(Section):
+    """What a version must show to become champion."""
+
+    metric: MetricName = Field(default="nll", title="Metric")
+    """Judged on the held-out rows; a gain is an improvement, also where lower is better."""
+    min_gain: float = Field(default=0.0, ge=0.0, title="Smallest gain")
+    """The gain must be larger than this, in the metric's unit."""
+    require_significance: bool = Field(default=True, title="Interval must exclude zero")
+    """Refuse when the confidence interval of the gain includes zero."""
+
+
+class RegistryConfig(Section):
+    """The registered model and its gate."""
+
+    name: str = Field(default="sft-model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", title="Registered model")
+    """Name in the MLflow registry."""
+    gate: GateConfig = Field(default=GateConfig(), title="Gate")
+    """What a version must show to become champion."""
+
+
+class RunConfig(Section):
+    """One pipeline run, a section a stage in the order of the pipeline."""
+
+    name: str = Field(default="sft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", title="Name")
+    """Names the MLflow experiment."""
+    seed: int = Field(default=0, ge=0, lt=2**32, title="Seed")
+    """Of the split, the order, the adapter's start and the bootstrap."""
+    model: ModelConfig = Field(title="Base model")
+    data: DataConfig = Field(title="Dataset")
+    tokenization: TokenizationConfig = Field(default=TokenizationConfig(), title="Tokenization")
+    training: TrainingConfig = Field(default=TrainingConfig(), title="Training")
+    merge: MergeConfig = Field(default=MergeConfig(), title="Merge")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), title="Evaluation")
+    registry: RegistryConfig = Field(default=RegistryConfig(), title="Registry")
+
+    @model_validator(mode="after")
+    def _check_pack_holds_an_example(self) -> Self:
+        if self.training.packing and self.training.tokens_per_pack < self.tokenization.max_length:
+            raise ValueError(
+                f"training.tokens_per_pack is {self.training.tokens_per_pack}, but examples may have "
+                f"tokenization.max_length = {self.tokenization.max_length} tokens: raise the one or lower the other"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.field=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a field is unknown or out of bounds.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the config cannot be read ({error.strerror}): give the path of a YAML file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}): save the config as UTF-8") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of sections is wanted, got {type(values).__name__}")
+    return override_config(values, overrides, str(path))
+
+
+def override_config(values: dict[str, Any], overrides: tuple[str, ...], where: str = "config") -> RunConfig:
+    """Apply `section.field=value` overrides to a mapping, in place, and validate it; errors as `load_config`."""
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, where)
+
+
+def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
+    """Validate a mapping; raise ConfigError naming each wrong field with its value and limit."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(
+            f"{where}: {len(lines)} wrong setting(s)\n" + "\n".join(f"  {line}" for line in lines)
+        ) from None
+
+
+def _describe(detail: Any) -> str:
+    """Word one pydantic error: field, value, limit, remedy."""
+    field = ".".join(str(part) for part in detail["loc"]) or "config"
+    if detail["type"] == "extra_forbidden":
+        return f"{field}: unknown setting; {_suggest(detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{field}: missing, and it has no default: set it"
+    return f"{field} = {detail['input']!r}: {detail['msg']}" if detail["loc"] else str(detail["msg"])
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    """Name the nearest known setting of the same section, or all of them."""
+    from difflib import get_close_matches
+
+    section: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, int):  # the place in a list of sections
+            continue
+        annotation = section.model_fields[part].annotation
+        listed = get_args(annotation)
+        section = listed[0] if listed else annotation
+        assert issubclass(section, BaseModel)
+    known = list(section.model_fields)
+    close = get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `section.field=value` in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: write section.field=value, such as training.rank=16")
+    *sections, field = key.strip().split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
+    try:
+        target[field] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from None

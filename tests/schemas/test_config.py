@@ -1,0 +1,130 @@
+"""The config refuses with words that help, and is the form that Prefect shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from schemas.config import ConfigError, RunConfig, load_config, parse_config
+
+_CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
+_SMALLEST = {"model": {"base_model": "base"}, "data": {"source": "rows.jsonl"}}
+
+
+@pytest.mark.parametrize("path", sorted(_CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_file_of_the_repository_loads(path: Path) -> None:
+    assert load_config(path).model.base_model
+
+
+def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
+    config = parse_config(_SMALLEST)
+    assert config.training.rank == 64
+    assert config.registry.gate.metric == "nll"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training": {"rnk": 8}}, "training.rnk: unknown setting; did you mean rank?"),
+        ({"zebra": 1}, "zebra: unknown setting; known here: name, seed, model"),
+        ({"training": {"rank": 0}}, "training.rank = 0: Input should be greater than or equal to 1"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
+        ({"registry": {"gate": {"metric": "vibes"}}}, "registry.gate.metric = 'vibes'"),
+        ({"model": {}}, "model.base_model: missing"),
+        ({"data": {"source": "a", "mixture": [{"weight": 2}]}}, "data.mixture.0.source: missing"),
+        ({"data": {"source": "a", "weight": 0}}, "data.weight = 0: Input should be greater than 0"),
+        ({"data": {"source": "a", "num_rows": 5, "weight": 2}}, "weight is 2 and num_rows is 5: a dataset is taken by"),
+        (
+            {"data": {"source": "a", "mixture": [{"source": "b", "num_rows": 5, "weight": 0.5}]}},
+            "data.mixture.0 = {'source': 'b', 'num_rows': 5, 'weight': 0.5}: Value error, weight is 0.5",
+        ),
+        (
+            {"data": {"source": "a", "mixture": [{"source": "b", "wieght": 2}]}},
+            "data.mixture.0.wieght: unknown setting; did you mean weight?",
+        ),
+        ({"data": {"source": "a", "eval_split": "test"}}, "eval_split is 'test', but there is no eval_source"),
+        ({"training": {"packing": True, "tokens_per_pack": 64}}, "training.tokens_per_pack is 64"),
+    ],
+)
+def test_errors_name_field_value_limit_and_way_out(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**_SMALLEST, **change}, "my.yaml")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("my.yaml: 1 wrong setting(s)")
+
+
+def test_overrides_are_yaml_values(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {base_model: base}\ndata: {source: rows.jsonl}\n")
+    config = load_config(path, ("training.rank=8", "evaluation.questions=[a, b]", "data.eval_source=null"))
+    assert config.training.rank == 8
+    assert config.evaluation.questions == ("a", "b")
+    assert config.data.eval_source is None
+
+
+def test_a_mixture_begins_with_the_dataset_of_the_source() -> None:
+    data = {"source": "a", "weight": 2, "format": "alpaca", "mixture": [{"source": "b", "num_rows": 7}]}
+    first, second = parse_config({**_SMALLEST, "data": data}).data.datasets
+    assert (first.source, first.weight, first.num_rows, first.format) == ("a", 2.0, None, "alpaca")
+    assert (second.source, second.weight, second.num_rows, second.format) == ("b", 1.0, 7, "auto")
+
+
+def test_a_held_out_dataset_is_read_as_the_dataset_but_for_its_split() -> None:
+    data = {"source": "org/rows", "eval_source": "org/rows", "subset": "en", "revision": "v1"}
+    same = parse_config({**_SMALLEST, "data": data}).data.held_out_dataset
+    other = parse_config({**_SMALLEST, "data": {**data, "eval_split": "test"}}).data.held_out_dataset
+    assert same is not None
+    assert other is not None
+    assert (same.split, other.split) == ("train", "test")
+    assert (other.source, other.subset, other.revision) == ("org/rows", "en", "v1")
+
+
+@pytest.mark.parametrize("override", ["training.rank", "=3", "seed.x=1", "training.rank=["])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\nmodel: {base_model: base}\ndata: {source: rows.jsonl}\n")
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(path, (override,))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"a: [", "not valid YAML"), (b"- 1", "a mapping of sections"), (b"a: \xff", "not UTF-8")],
+)
+def test_a_file_that_is_no_config_says_what_it_is(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: the config cannot be read"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_config_is_frozen() -> None:
+    config = parse_config(_SMALLEST)
+    with pytest.raises(ValidationError):
+        config.seed = 3  # type: ignore[misc]
+
+
+def _sections(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return [schema, *schema["$defs"].values()]
+
+
+def test_every_field_of_the_form_has_a_title_a_help_text_and_a_place() -> None:
+    for section in _sections(RunConfig.model_json_schema()):
+        properties = section["properties"]
+        assert [field["position"] for field in properties.values()] == list(range(len(properties)))
+        for name, field in properties.items():
+            assert field.get("title") or "$ref" in field, name
+            assert field.get("description") or "$ref" in field, name
+
+
+def test_config_and_command_line_import_without_torch() -> None:
+    code = "import sys, schemas.config, schemas.artifacts, schemas.records, flows.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
