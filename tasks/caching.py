@@ -1,0 +1,79 @@
+"""When a stage may be skipped: same inputs, same code, same libraries, same tracking server."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from pydantic import BaseModel
+
+from schemas.artifacts import Ref
+from tasks import tracking
+
+_ROOT = Path(__file__).resolve().parent.parent
+# Where a thing lies and which run made it does not change what it is.
+_PLACE_FIELDS = {"uri", "eval_uri", "mlflow_run_id", "name"}
+_LIBRARIES = (
+    "datasets",
+    "datasketch",
+    "ftfy",
+    "numpy",
+    "pandera",
+    "polars",
+    "pyarrow",
+    "rouge-score",
+    "sacrebleu",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+def stage_cache(stage: str, *uses: str) -> CacheKeyFnPolicy:
+    """Return the cache policy of a stage's task.
+
+    Prefect's own policies do not see the functions that a thin task calls, so the key holds a digest of the code of
+    the stage, of the stages it `uses`, and of what all stages share.
+
+    Args:
+        stage: folder under tasks/.
+        uses: further folders under tasks/ whose code the stage calls.
+    """
+    return CacheKeyFnPolicy(cache_key_fn=_key_function((stage, *uses)))
+
+
+def _key_function(stages: tuple[str, ...]) -> Callable[[TaskRunContext, dict[str, Any]], str]:
+    def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
+        parts = {
+            "task": context.task.task_key,
+            "inputs": {name: _canonical(value) for name, value in sorted(inputs.items()) if name != "parent_run_id"},
+            "code": digest_code(stages),
+            "libraries": {library: version(library) for library in _LIBRARIES},
+            "tracking": tracking.tracking_uri(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    return key
+
+
+def digest_code(stages: tuple[str, ...]) -> str:
+    """Return the sha256 over the source files of these stages, the modules beside them, and schemas/."""
+    folders = [_ROOT / "schemas", *(_ROOT / "tasks" / stage for stage in stages)]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".jinja")]
+    files += (_ROOT / "tasks").glob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return value.model_dump(mode="json", exclude=_PLACE_FIELDS)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value

@@ -1,0 +1,63 @@
+"""Models and tokenizers from folders: safetensors only, and none of their code is ever run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelError(ValueError):
+    """A model or tokenizer folder that cannot be used."""
+
+
+def choose_device() -> torch.device:
+    """Return the GPU when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Map auto, bf16 or fp32 to a dtype; auto is bf16 on a GPU that has it, else fp32."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies in a folder, without running code of the folder.
+
+    Raises:
+        ModelError: nothing there loads.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder}: no tokenizer loads from here ({error}): tokenizer.json is wanted") from error
+    return tokenizer
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Load a causal language model from a folder, in eval mode.
+
+    Args:
+        folder: config.json and safetensors weights.
+        dtype: of the weights in memory; the checkpoint's own when None.
+        device: the CPU when None.
+
+    Raises:
+        ModelError: nothing there loads.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="sdpa",
+        )
+    except Exception as error:
+        raise ModelError(f"{folder}: no causal language model loads from here ({error})") from error
+    return model.to(device or torch.device("cpu")).eval()

@@ -1,0 +1,111 @@
+"""A content-addressed folder cache on this machine, and digests of files and folders.
+
+`SFT_HOME` (default `.sft` in the working directory) holds everything that a run leaves on this machine:
+`cache/` (folders by digest), `runs/` (checkpoints by MLflow run), `results/` (Prefect's task results) and,
+without servers, `mlflow.db` and `artifacts/`.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_READ_BYTES = 1 << 20
+
+
+def home() -> Path:
+    """Return SFT_HOME as an absolute path; it need not exist yet."""
+    return Path(os.environ.get("SFT_HOME", ".sft")).absolute()
+
+
+def digest_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal, read in slices."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_folder(folder: Path) -> str:
+    """Return the sha256 over the sorted relative names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{digest_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder() -> Iterator[Path]:
+    """Give an empty folder on the cache's own file system; what is still there at the end is deleted."""
+    root = home() / "cache" / "new"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=root))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cached_folder(digest: str) -> Path | None:
+    """Return the cached folder of this digest, or None."""
+    folder = _place(digest)
+    return folder if folder.is_dir() else None
+
+
+def keep_folder(folder: Path, digest: str) -> Path:
+    """Move a finished folder into the cache; an equal one that is there already stays."""
+    place = _place(digest)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.is_dir():
+        try:
+            folder.rename(place)
+        except OSError:
+            if not place.is_dir():  # another process did not win the race: a real error
+                raise
+    return place
+
+
+def run_folder(mlflow_run_id: str) -> Path:
+    """Return the folder of one pipeline run's checkpoints, made when missing."""
+    folder = home() / "runs" / mlflow_run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def hold_run(mlflow_run_id: str) -> Iterator[None]:
+    """Hold the lock of a pipeline run; the kernel frees it however the process dies.
+
+    Raises:
+        ValueError: a living process has the run.
+    """
+    with (run_folder(mlflow_run_id) / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"run {mlflow_run_id} is being worked on by another process on this machine: wait for it or stop it"
+            ) from None
+        yield
+
+
+def is_held(mlflow_run_id: str) -> bool:
+    """Tell whether a living process of this machine has the run."""
+    path = home() / "runs" / mlflow_run_id / "lock"
+    if not path.is_file():
+        return False
+    with path.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _place(digest: str) -> Path:
+    return home() / "cache" / digest[:2] / digest

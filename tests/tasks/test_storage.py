@@ -1,0 +1,51 @@
+"""The cache gives back what was put in, under its digest, and locks belong to the living."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks import storage
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / "home"))
+
+
+def _folder(root: Path, text: str) -> Path:
+    (root / "sub").mkdir(parents=True)
+    (root / "a.txt").write_text(text)
+    (root / "sub" / "b.txt").write_text("b")
+    return root
+
+
+def test_digest_depends_on_names_and_contents_only(tmp_path: Path) -> None:
+    first = storage.digest_folder(_folder(tmp_path / "one", "x"))
+    assert first == storage.digest_folder(_folder(tmp_path / "two", "x"))
+    assert first != storage.digest_folder(_folder(tmp_path / "three", "y"))
+    (tmp_path / "two" / "a.txt").rename(tmp_path / "two" / "c.txt")
+    assert first != storage.digest_folder(tmp_path / "two")
+
+
+def test_kept_folder_is_found_and_an_equal_one_changes_nothing() -> None:
+    for _ in range(2):
+        with storage.new_folder() as folder:
+            _folder(folder / "data", "x")
+            digest = storage.digest_folder(folder / "data")
+            kept = storage.keep_folder(folder / "data", digest)
+        assert (kept / "a.txt").read_text() == "x"
+        assert storage.cached_folder(digest) == kept
+
+
+def test_a_lock_ends_with_its_process() -> None:
+    code = (
+        "import os, signal\nfrom tasks import storage\nwith storage.hold_run('r'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert not storage.is_held("r")
+    with storage.hold_run("r"):
+        assert storage.is_held("r")
+        with pytest.raises(ValueError, match="another process"), storage.hold_run("r"):
+            pass

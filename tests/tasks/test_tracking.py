@@ -1,0 +1,106 @@
+"""One parent run, one child run a stage, and artifacts that are what their digest says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from schemas.artifacts import EvalReport, Ref
+from schemas.config import RunConfig, parse_config
+from tasks import storage, tracking
+
+pytestmark = pytest.mark.usefixtures("tracked")
+_CONFIG = parse_config({"name": "law", "model": {"base_model": "base"}, "data": {"source": "rows.jsonl"}})
+
+
+def _parent(config: RunConfig = _CONFIG) -> str:
+    return tracking.create_parent_run(config, run_name="base on rows", config_digest="c" * 64, tags={})
+
+
+@pytest.fixture
+def parent() -> Iterator[str]:
+    run_id = _parent()
+    yield run_id
+    tracking.end_run(run_id, "FINISHED")
+
+
+def test_the_resolved_config_is_recorded_whole(parent: str) -> None:
+    assert tracking.recorded_config(parent) == _CONFIG.model_dump(mode="json")
+    assert tracking.get_run(parent).data.params["training.rank"] == "64"
+
+
+def test_a_second_attempt_of_a_stage_goes_on_in_the_same_child_run(parent: str) -> None:
+    with pytest.raises(RuntimeError), tracking.stage_run(parent, "train") as first:
+        raise RuntimeError
+    assert tracking.get_run(first).info.status == "FAILED"
+    with tracking.stage_run(parent, "train") as second:
+        assert tracking.get_run(second).info.status == "RUNNING"
+    assert second == first
+    assert tracking.get_run(first).info.status == "FINISHED"
+    assert tracking.get_run(first).data.tags[tracking.PARENT_TAG] == parent
+
+
+def test_only_unfinished_parent_runs_count_as_interrupted(parent: str) -> None:
+    killed = _parent()
+    tracking.end_run(killed, "KILLED")
+    failed = _parent()
+    tracking.end_run(failed, "FAILED")
+    with tracking.stage_run(parent, "ingest"):
+        found = [run.info.run_id for run in tracking.find_interrupted_runs("law")]
+    assert set(found) >= {parent, killed}
+    assert failed not in found
+    assert len(found) == len({*found})
+    assert tracking.find_interrupted_runs("no such experiment") == []
+
+
+def test_a_finished_stage_is_recalled_and_an_unfinished_one_is_not(parent: str) -> None:
+    ref = EvalReport(uri="runs:/x", digest="d" * 64, model_digest="m", num_examples=3, metrics={"nll": 1.5})
+    with tracking.stage_run(parent, "evaluate") as run_id:
+        tracking.remember(run_id, ref)
+        assert tracking.recall(parent, "evaluate", EvalReport) is None
+    assert tracking.recall(parent, "evaluate", EvalReport) == ref
+    assert tracking.recall(parent, "merge", EvalReport) is None
+
+
+def _publish(parent: str, text: str) -> Ref:
+    with tracking.stage_run(parent, "ingest") as run_id, storage.new_folder() as folder:
+        (folder / "data").mkdir()
+        (folder / "data" / "rows.txt").write_text(text)
+        uri, digest = tracking.publish(folder / "data", run_id, "data")
+    return Ref(uri=uri, digest=digest)
+
+
+def test_an_artifact_is_free_on_this_machine_and_fetched_on_another(parent: str, tracked: Path) -> None:
+    ref = _publish(parent, "hello")
+    here = tracking.resolve(ref)
+    assert here.is_relative_to(tracked / "cache")
+    here.rename(tracked / "elsewhere")  # as on a machine with an empty cache
+    assert (tracking.resolve(ref) / "rows.txt").read_text() == "hello"
+
+
+def test_a_changed_artifact_is_refused(parent: str, tracked: Path) -> None:
+    ref = _publish(parent, "to be changed")
+    tracking.resolve(ref).rename(tracked / "moved")
+    (stored,) = [path for path in (tracked / "artifacts").rglob("rows.txt") if path.read_text() == "to be changed"]
+    stored.write_text("changed")
+    with pytest.raises(tracking.ArtifactError, match="it was changed or cut short"):
+        tracking.resolve(ref)
+
+
+def test_a_deleted_artifact_names_address_and_remedy(parent: str) -> None:
+    ref = Ref(uri=f"runs:/{parent}/gone", digest="e" * 64)
+    with pytest.raises(tracking.ArtifactError, match="--no-cache"):
+        tracking.resolve(ref)
+
+
+def test_an_unknown_run_is_named() -> None:
+    with pytest.raises(ValueError, match="MLflow run 'nosuchrun' is not known"):
+        tracking.get_run("nosuchrun")
+
+
+def test_curves_come_back_with_evaluations_where_they_were(parent: str) -> None:
+    with tracking.stage_run(parent, "train") as run_id, tracking.metric_log(run_id) as log:
+        for step in range(1, 5):
+            log(step, {"train/loss": 1.0 / step})
+        log(4, {"eval/loss": 0.5})
+    assert tracking.training_curves(run_id) == [(1, 1.0, None), (2, 0.5, None), (3, 1.0 / 3, None), (4, 0.25, 0.5)]
