@@ -1,0 +1,90 @@
+"""The base model's folder: brought from disk or hub, safetensors only, digested."""
+
+import json
+from pathlib import Path
+
+from schemas.artifacts import ModelRef
+from schemas.config import ModelConfig
+from tasks.storage import digest_folder
+
+_TOKENIZER_FILES = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+]
+_MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "generation_config.json"]
+
+
+class BaseModelError(ValueError):
+    """The base model cannot be used."""
+
+
+def locate_base_model(config: ModelConfig) -> ModelRef:
+    """Return a reference to the base model's folder, downloading it when it is a hub name.
+
+    Raises:
+        BaseModelError: no such folder or hub model, no config.json, or weights that are not safetensors.
+    """
+    folder = Path(config.base_model).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return ModelRef(uri=str(folder.absolute()), digest=digest_folder(folder), name=folder.absolute().name)
+    folder = _download(config, _MODEL_FILES)
+    _check_folder(folder)
+    # A snapshot folder is named after the commit that it holds.
+    return ModelRef(uri=str(folder), digest=digest_folder(folder), name=config.base_model, revision=folder.name)
+
+
+def locate_tokenizer(config: ModelConfig) -> Path:
+    """Return a folder with the base model's tokenizer; its weights are neither needed nor fetched.
+
+    Raises:
+        BaseModelError: no such folder or hub model.
+    """
+    folder = Path(config.base_model).expanduser()
+    return folder if folder.is_dir() else _download(config, _TOKENIZER_FILES)
+
+
+def _is_path(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; everything else is meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists()
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BaseModelError(f"{folder}: config.json is missing: a transformers model folder is wanted")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{config}: not valid JSON ({error})") from None
+    if "auto_map" in values and not values.get("model_type"):
+        raise BaseModelError(f"{config}: the model needs code of its own, which is never run here")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f" (found {', '.join(others[:3])}, which can hide code: convert it)" if others else ""
+        raise BaseModelError(f"{folder}: no *.safetensors weights{found}")
+
+
+def _download(config: ModelConfig, patterns: list[str]) -> Path:
+    """Fetch a hub model's files into the hub's own cache."""
+    if _is_path(config.base_model):
+        raise BaseModelError(
+            f"model.base_model = {config.base_model!r}: no such folder (looked in {Path.cwd()}): "
+            "give a folder with config.json and safetensors weights, or the name of a model on the hub"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BaseModelError(
+            f"model.base_model = {config.base_model!r}: no such folder here, and the hub did not give it: {reason}"
+        ) from error

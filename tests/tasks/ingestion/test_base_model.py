@@ -1,0 +1,67 @@
+"""The base model comes from a folder or the hub, with safetensors weights and without its code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from schemas.config import ModelConfig
+from tasks.ingestion.base_model import BaseModelError, locate_base_model, locate_tokenizer
+
+
+def _folder(path: Path, config: object = None) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    (path / "model.safetensors").write_bytes(b"weights")
+    return path
+
+
+def test_a_folder_is_named_and_digested_by_its_content(tmp_path: Path) -> None:
+    first = locate_base_model(ModelConfig(base_model=str(_folder(tmp_path / "one"))))
+    second = locate_base_model(ModelConfig(base_model=str(_folder(tmp_path / "two"))))
+    assert (first.name, first.kind, first.digest) == ("one", "base", second.digest)
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"other weights")
+    assert locate_base_model(ModelConfig(base_model=str(tmp_path / "two"))).digest != first.digest
+
+
+@pytest.mark.parametrize("name", ["./missing", "/no/such/model", "a/b/c", "~/no-such-model"])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(name: str) -> None:
+    with pytest.raises(BaseModelError, match="no such folder"):
+        locate_base_model(ModelConfig(base_model=name))
+
+
+def test_a_hub_name_that_cannot_be_fetched_says_so() -> None:
+    with pytest.raises(BaseModelError, match="'nobody/nothing': no such folder here, and the hub did not give it"):
+        locate_base_model(ModelConfig(base_model="nobody/nothing"))
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BaseModelError, match=r"config\.json is missing"):
+        locate_base_model(ModelConfig(base_model=str(tmp_path / "empty")))
+
+
+def test_a_broken_config_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(BaseModelError, match=r"config\.json: not valid JSON"):
+        locate_base_model(ModelConfig(base_model=str(folder)))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BaseModelError, match=r"no \*\.safetensors weights \(found pytorch_model\.bin"):
+        locate_base_model(ModelConfig(base_model=str(folder)))
+
+
+def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model", {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+    with pytest.raises(BaseModelError, match="code of its own"):
+        locate_base_model(ModelConfig(base_model=str(folder)))
+
+
+def test_a_tokenizer_needs_no_weights(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert locate_tokenizer(ModelConfig(base_model=str(folder))) == folder

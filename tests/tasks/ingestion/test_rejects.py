@@ -1,0 +1,46 @@
+import pytest
+
+from tasks.ingestion.rejects import DataError, Reject, RowError, check_budget, count_reasons, make_reject
+
+
+def make_many(*reasons: str) -> list[Reject]:
+    return [make_reject("a.jsonl", line, RowError(reason, f"row {line}"), {}) for line, reason in enumerate(reasons, 1)]
+
+
+def test_reject_keeps_place_reason_and_the_first_characters_of_the_row() -> None:
+    reject = make_reject("a.jsonl", 7, RowError("not_text", "why"), {"é": "x" * 3000})
+    assert reject[1:5] == ("a.jsonl", 7, "not_text", "why")
+    assert reject.raw == '{"é": "' + "x" * 1993
+    assert len(reject.example_id) == 32
+
+
+def test_what_cannot_be_encoded_is_still_recorded() -> None:
+    assert make_reject("a", 1, RowError("broken_text", "\ud800"), {"a": "\ud800"}).raw == '{"a": "?"}'
+    assert make_reject("a", 1, RowError("not_text", "x"), {"a": b"\x00"}).raw == '{"a": "b\'\\\\x00\'"}'
+
+
+def test_counts_are_by_reason() -> None:
+    assert count_reasons(make_many("not_text", "empty_answer", "empty_answer")) == {"empty_answer": 2, "not_text": 1}
+
+
+def test_budget_is_a_part_of_all_rows_and_just_that_part_is_allowed() -> None:
+    rejects = make_many("empty_answer")
+    check_budget(rejects, 100, 0.01, "a.jsonl")
+    check_budget([], 0, 0.0, "a.jsonl")
+    check_budget(rejects, 1, 1.0, "a.jsonl")
+    with pytest.raises(DataError):
+        check_budget(rejects, 99, 0.01, "a.jsonl")
+
+
+def test_broken_budget_lists_reasons_places_limit_and_remedy() -> None:
+    rejects = make_many(*["empty_answer"] * 7, "ends_with_user")
+    with pytest.raises(DataError) as caught:
+        check_budget(rejects, 20, 0.01, "rows")
+    text = str(caught.value)
+    assert text.startswith("rows: 8 of 20 rows (40.0%) are rejected, and data.max_rejected_fraction allows 1.0%:\n")
+    assert "7 x empty_answer" in text
+    assert "a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5, …" in text
+    assert (
+        "1 x ends_with_user (the last message is the user's: nothing answers it): a.jsonl:8\n    first: row 8" in text
+    )
+    assert text.endswith("raise data.max_rejected_fraction to train without them.")
