@@ -1,0 +1,230 @@
+"""Labels: made here once, carried by everything after.
+
+An example is a prompt's ids as served, the ids of the answer behind it, and so on for the turns that continue it.
+Labels are the ids of the answers and their ends of turn, and -100 (`IGNORE_INDEX`) elsewhere. A turn whose served
+prompt does not continue the example before it begins an example of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from schemas.config import TokenizationConfig
+from tasks.tokenization.errors import MaskError
+from tasks.tokenization.pieces import Encoded, encode_turns
+from tasks.tokenization.rendering import Chat, Message, Tool, open_chat, plain_messages
+from tasks.tokenization.truncation import cut_turn
+from tasks.tokenization.turns import Rendered, Turn, render_turns
+
+__all__ = ["IGNORE_INDEX", "Conversation", "Example", "MaskError", "Masked", "build_examples", "build_many"]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and labels of the same length, `[T]`."""
+
+    input_ids: list[int]
+    labels: list[int]
+    turns: tuple[int, ...] = ()
+    """Indices of the messages trained here."""
+    target: str = ""
+    """Text of the last of them, with its end of turn."""
+    truncated: bool = False
+    """Whether the prompt's contents or the answer were cut."""
+    closed: bool = True
+    """Whether the template writes the end of turn; if not, eos was appended."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages and the tools they may call."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Masked:
+    """What became of one conversation."""
+
+    examples: list[Example]
+    num_literals: int = 0
+    """Control tokens spelled in contents and kept as text."""
+    dropped: tuple[str, ...] = ()
+    """What the template leaves out of the last prompt: roles, or `reasoning`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversation rendered, before it is encoded."""
+
+    chat: Chat
+    messages: list[Message]
+    tools: Sequence[Tool] | None
+    rendered: Rendered
+
+
+def build_examples(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    config: TokenizationConfig = TokenizationConfig(),  # noqa: B008 - frozen
+) -> list[Example]:
+    """Return the examples of one conversation; several where the template renders history differently.
+
+    Args:
+        messages: Mappings with a role, a content, and what else the template reads; `train: False` keeps an
+            assistant message as context only.
+        tokenizer: With a chat template; it is not changed.
+        tools: Tool definitions, as `apply_chat_template` takes them.
+        config: What to train on and how long an example may be.
+
+    Raises:
+        MaskError: the conversation cannot be mapped; the reason is in the error.
+    """
+    outcome = build_many([Conversation(messages, tools)], tokenizer, config)[0]
+    if isinstance(outcome, MaskError):
+        raise outcome
+    return outcome.examples
+
+
+def build_many(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig
+) -> list[Masked | MaskError]:
+    """Build the examples of many conversations at once, each as `build_examples` does.
+
+    Returns:
+        In order, the examples of each conversation or the error that refuses it.
+    """
+    return finish(plan_many(conversations, tokenizer, config), tokenizer, config)
+
+
+def plan_many(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig
+) -> list[Plan | MaskError]:
+    """Render conversations, without encoding them."""
+    plans: list[Plan | MaskError] = []
+    for conversation in conversations:
+        try:
+            plans.append(plan(conversation, tokenizer, config))
+        except MaskError as error:
+            plans.append(error)
+    return plans
+
+
+def plan(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig) -> Plan:
+    """Render the trained turns of one conversation.
+
+    Raises:
+        MaskError: as `build_examples`.
+    """
+    indices = choose_turns(conversation.messages, config)
+    chat = open_chat(tokenizer, conversation.tools)
+    messages = plain_messages(conversation.messages)
+    allow = config.allow_special_tokens
+    rendered = render_turns(chat, messages, indices, conversation.tools, allow_special_tokens=allow)
+    return Plan(chat, messages, conversation.tools, rendered)
+
+
+def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig) -> list[int]:
+    """Return the indices of the assistant messages to train on.
+
+    Raises:
+        MaskError: there is none, or a `train` key is not a boolean.
+    """
+    assistants = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise MaskError("bad_message", f"message {number}: a mapping with a role is wanted, got {message!r:.200}")
+        if message.get("train", True) not in (True, False, None):
+            raise MaskError("bad_message", f"message {number}: train is {message['train']!r}, true or false is wanted")
+        if message["role"] == "assistant":
+            assistants.append(number)
+    chosen = assistants[-1:] if config.train_on == "last_turn" else assistants
+    chosen = [number for number in chosen if messages[number].get("train") is not False]
+    if not chosen:
+        raise MaskError("no_trained_tokens", "no assistant message is left to train on")
+    return chosen
+
+
+def finish(
+    plans: Sequence[Plan | MaskError], tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig
+) -> list[Masked | MaskError]:
+    """Encode rendered conversations in one batch and put their examples together."""
+    ready = [item for item in plans if isinstance(item, Plan)]
+    encoded = iter(encode_turns([(item.chat, item.rendered) for item in ready], tokenizer))
+    outcomes: list[Masked | MaskError] = []
+    for item in plans:
+        if isinstance(item, MaskError):
+            outcomes.append(item)
+            continue
+        rows = next(encoded)
+        try:
+            if isinstance(rows, MaskError):
+                raise rows
+            examples = _assemble(item, rows, config)
+            outcomes.append(Masked(examples, item.rendered.num_literals, item.rendered.dropped))
+        except MaskError as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def _assemble(item: Plan, rows: Sequence[Encoded], config: TokenizationConfig) -> list[Example]:
+    """Chain the turns that continue one another, and cut what is too long."""
+    eos = item.chat.tokenizer.eos_token_id
+    examples: list[Example] = []
+    chain = _Chain()
+    length = 0
+    for turn, row in zip(item.rendered.turns, rows, strict=True):
+        if not turn.closed and eos is None:
+            raise MaskError(
+                "no_end_of_turn",
+                f"{item.chat.name} writes no end of turn, and the tokenizer has no eos token to put there: set "
+                "eos_token in the tokenizer's folder",
+            )
+        target_ids = row.target_ids if turn.closed else [*row.target_ids, int(eos)]
+        if not row.chained:
+            examples += chain.close(config)
+            chain, length = _Chain(), 0
+        length += len(row.front_ids) + len(target_ids)
+        if length <= config.max_length:
+            chain.add(turn, row.front_ids, target_ids)
+            continue
+        # Every later turn of this chain is longer still, and is cut as well.
+        examples += chain.close(config)
+        chain = _Chain(truncated=True)
+        cut = cut_turn(item.chat, item.messages, turn.index, item.tools, config)
+        chain.add(cut.turn, cut.prompt_ids, cut.target_ids)
+        examples += chain.close(config)
+        chain = _Chain()
+    return examples + chain.close(config)
+
+
+@dataclass
+class _Chain:
+    """An example that grows turn by turn."""
+
+    truncated: bool = False
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    def add(self, turn: Turn, front_ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        """Append what is served and what is said."""
+        self.input_ids += [*front_ids, *target_ids]
+        self.labels += [*[IGNORE_INDEX] * len(front_ids), *target_ids]
+        self.turns.append(turn)
+
+    def close(self, config: TokenizationConfig) -> list[Example]:
+        """Return the example, if a turn was added."""
+        if not self.turns:
+            return []
+        last = self.turns[-1]
+        labels = list(self.input_ids) if config.train_on_prompt else self.labels
+        indices = tuple(turn.index for turn in self.turns)
+        return [Example(self.input_ids, labels, indices, last.target, self.truncated, last.closed)]

@@ -1,0 +1,148 @@
+"""Chat templates rendered as transformers renders them, as text.
+
+The served prompt of an assistant message is defined by `apply_chat_template(messages before it,
+add_generation_prompt=True)`. Everything in this stage compares against that text and its ids, so that no marker of a
+template is ever searched for: contents may hold any marker.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from tasks.tokenization.encoding import encode
+from tasks.tokenization.endings import Ending, any_of, find_anchor, find_ending
+from tasks.tokenization.errors import MaskError
+
+Message = dict[str, Any]
+Tool = dict[str, Any]
+
+# Keys of a message that steer training and that no server would see.
+_TRAINING_KEYS = frozenset({"train"})
+
+
+@dataclass(frozen=True, eq=False)
+class Chat:
+    """A tokenizer and one of its chat templates, with what probing the two has shown."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    """The template's Jinja text."""
+    compiled: Any
+    variables: dict[str, Any]
+    """bos_token, eos_token and so on, as apply_chat_template passes them."""
+    added: dict[str, int]
+    """Added tokens that are more than whitespace, to their ids."""
+    pattern: re.Pattern[str]
+    """Any one of them, longer ones first, as a group."""
+    special: frozenset[str]
+    """Those of them that are control tokens."""
+    swallowing: frozenset[int]
+    """Ids of added tokens that take the whitespace behind them into themselves."""
+    ending: Ending = field(default_factory=Ending)
+    anchor: str = ""
+    """The end of a usual prompt from its last added token on; empty when it holds none."""
+    anchor_ids: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return a name for messages to people."""
+        return f"the chat template of {self.tokenizer.name_or_path or type(self.tokenizer).__name__}"
+
+
+_RECENT: list[tuple[Any, Chat]] = []
+_MOST_RECENT = 4
+
+
+def open_chat(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] | None = None) -> Chat:
+    """Return the template that the tokenizer uses with these tools, compiled and probed; the last few are kept.
+
+    Raises:
+        MaskError: the tokenizer has no chat template, or it is not valid Jinja.
+    """
+    try:
+        source = tokenizer.get_chat_template(None, list(tools) if tools is not None else None)
+    except ValueError as error:
+        raise MaskError("no_template", f"the tokenizer has no chat template to use here: {error}") from None
+    variables = dict(tokenizer.special_tokens_map)
+    key = (source, variables, len(tokenizer))
+    for known, chat in _RECENT:
+        if chat.tokenizer is tokenizer and known == key:
+            return chat
+    chat = _probe(tokenizer, source, variables)
+    _RECENT.append((key, chat))
+    del _RECENT[:-_MOST_RECENT]
+    return chat
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase, source: str, variables: dict[str, Any]) -> Chat:
+    """Compile a template and learn how its prompts and turns end."""
+    try:
+        compiled = chat_template_utils._compile_jinja_template(source)
+    except Exception as error:
+        raise MaskError("template_error", f"the chat template is not valid Jinja: {error}") from None
+    tokens = tokenizer.added_tokens_decoder
+    added = {token.content: index for index, token in tokens.items() if token.content.strip()}
+    named = {str(token) for token in tokenizer.all_special_tokens}
+    special = frozenset(text for text, index in added.items() if tokens[index].special or text in named)
+    swallowing = frozenset(index for index, token in tokens.items() if token.rstrip)
+    pattern = any_of(added)
+    chat = Chat(tokenizer, source, compiled, variables, added, pattern, special, swallowing)
+    ending = find_ending(lambda messages, prompt: render(chat, messages, None, add_generation_prompt=prompt), pattern)
+    anchor = find_anchor(ending.prompt_tail, pattern)
+    anchor_ids = tuple(encode(tokenizer, anchor))
+    usable = bool(anchor_ids) and tokens.get(anchor_ids[0]) is not None
+    return replace(chat, ending=ending, anchor=anchor if usable else "", anchor_ids=anchor_ids if usable else ())
+
+
+def render(
+    chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None, *, add_generation_prompt: bool
+) -> str:
+    """Render messages as `tokenizer.apply_chat_template(..., tokenize=False)` does.
+
+    Args:
+        chat: Tokenizer and template.
+        messages: Plain data, as `plain_messages` returns it.
+        tools: Tool definitions, or None.
+        add_generation_prompt: Whether the text ends where the model has to go on.
+
+    Raises:
+        MaskError: the template refuses the messages.
+    """
+    try:
+        return str(
+            chat.compiled.render(
+                messages=list(messages),
+                tools=list(tools) if tools is not None else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **chat.variables,
+            )
+        )
+    except Exception as error:
+        number = len(messages) - 1
+        role = messages[-1].get("role") if messages else None
+        raise MaskError(
+            "template_error",
+            f"{chat.name} refuses the conversation up to message {number} ({role}): {type(error).__name__}: {error}",
+        ) from None
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """Copy messages as the template will see them: plain data, reasoning under its usual names, no training keys.
+
+    Raises:
+        MaskError: a message is not a mapping with a role.
+    """
+    plain = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise MaskError("bad_message", f"message {number}: a mapping with a role is wanted, got {message!r:.200}")
+        plain.append({key: value for key, value in message.items() if key not in _TRAINING_KEYS})
+    to_plain = getattr(chat_template_utils, "_plain_template_data", lambda value: value)
+    add_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", lambda chat: chat)
+    aliased: list[Message] = add_aliases(to_plain(plain))
+    return aliased

@@ -1,0 +1,142 @@
+"""The tokenizer as it will ship: its chat template, its pad token, and what ends a generation."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tasks.models import load_tokenizer
+from tasks.tokenization.endings import find_anchor
+from tasks.tokenization.errors import MaskError
+from tasks.tokenization.rendering import open_chat
+
+BUILT_IN = ("chatml", "plain")
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+# Tokens that vocabularies keep for padding or for nothing, best first; a pattern matches the whole token.
+_PAD_LIKE = (
+    r"<\|?pad\|?>|\[PAD\]|<\|padding\|>|<\|pad_token\|>",
+    r"<\|finetune_right_pad_id\|>",
+    r"<\|endoftext\|>|<\|end_of_text\|>",
+    r".*(fim|vision|image|video)_pad.*",
+    r".*(reserved|placeholder|unused|control_|extra_|dummy|buffer).*\d+.*",
+    r"<unk>|<\|unk\|>|\[UNK\]",
+)
+
+
+class TemplateError(ValueError):
+    """A chat template or tokenizer that cannot be used; the message says which and the way out."""
+
+
+@dataclass(frozen=True)
+class PreparedTokenizer:
+    """A tokenizer ready to ship."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template_digest: str
+    """sha256 of the chat template's text, hexadecimal."""
+    notes: tuple[str, ...]
+    """What was chosen or added, a sentence each."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a generation: the template's end of turn, then eos; for generation_config.eos_token_id."""
+
+
+def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> PreparedTokenizer:
+    """Load a tokenizer, and give it a chat template and a pad token where it has none.
+
+    No token is ever added to the vocabulary, so that no embedding has to be resized.
+
+    Args:
+        model_folder: Where the tokenizer lies.
+        chat_template: A built-in template's name or a .jinja file; None for the tokenizer's own, else chatml.
+
+    Raises:
+        ModelError: no tokenizer loads.
+        TemplateError: the template does not exist or is not valid, or there is no eos token to end answers.
+    """
+    tokenizer = load_tokenizer(model_folder)
+    notes = [_set_template(tokenizer, chat_template)]
+    try:
+        chat = open_chat(tokenizer)
+    except MaskError as error:
+        raise TemplateError(f"{model_folder}: {error}") from None
+    end_of_turn = find_anchor(chat.ending.kept, chat.pattern)
+    stops = [chat.added[end_of_turn]] if end_of_turn in chat.added else []
+    if chat.ending.known and not chat.ending.closed:
+        if tokenizer.eos_token_id is None:
+            raise TemplateError(
+                f"{model_folder}: the chat template writes no end of turn and the tokenizer has no eos token: set "
+                "eos_token in tokenizer_config.json, or model.chat_template to a template that ends its turns"
+            )
+        notes.append(f"The template writes no end of turn: {tokenizer.eos_token!r} is put after each answer.")
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops.append(int(tokenizer.eos_token_id))
+    if "strftime_now" in chat.source:
+        notes.append("The template writes today's date: other days give other prompts.")
+    notes += _set_pad(tokenizer, set(stops))
+    digest = hashlib.sha256(_text_of(tokenizer).encode()).hexdigest()
+    return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops))
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the template's text, or all of them where it has several."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str:
+    """Set the chosen template; return what was done."""
+    if choice is None and tokenizer.chat_template:
+        return "The tokenizer's own chat template is used."
+    if choice is not None and choice not in BUILT_IN:
+        return _set_template_file(tokenizer, Path(choice))
+    name, why = choice or "chatml", "as asked" if choice else "the tokenizer has no chat template"
+    vocabulary = tokenizer.get_vocab()
+    if name == "chatml" and not all(token in vocabulary for token in _CHATML_TOKENS):
+        name, why = "plain", f"{why}, and the vocabulary has no {' and '.join(_CHATML_TOKENS)}"
+    if name == "plain" and tokenizer.eos_token is None:
+        raise TemplateError("the tokenizer has no eos token to end answers with: set eos_token in its folder")
+    source = (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
+    bos = tokenizer.bos_token_id
+    # Served prompts are encoded without the tokens that a tokenizer adds by itself: the template has to write them.
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        source = "{{- bos_token -}}" + source
+    tokenizer.chat_template = source
+    return f"The built-in chat template {name} is used and saved with the tokenizer ({why})."
+
+
+def _set_template_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
+    """Set a template from a file; return what was done."""
+    if path.suffix != ".jinja":
+        raise TemplateError(
+            f"model.chat_template = {str(path)!r}: give {' or '.join(BUILT_IN)}, or the path of a .jinja file"
+        )
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TemplateError(f"{path}: the chat template cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{path}: not UTF-8 (byte {error.start}): save the template as UTF-8") from None
+    return f"The chat template {path.name} is used and saved with the tokenizer."
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> list[str]:
+    """Set a missing pad token; labels are made by position, so that even pad = eos leaves eos learnt."""
+    if tokenizer.pad_token_id is not None:
+        if tokenizer.pad_token_id in stops:
+            return [f"The pad token is {tokenizer.pad_token!r}, which also ends answers: labels are made by position."]
+        return []
+    taken = stops | {tokenizer.bos_token_id}
+    vocabulary = tokenizer.added_tokens_decoder
+    for pattern in _PAD_LIKE:
+        for index, token in sorted(vocabulary.items()):
+            if index not in taken and re.fullmatch(pattern, token.content):
+                tokenizer.pad_token = token.content
+                return [f"The tokenizer has no pad token: the unused {token.content!r} is used."]
+    if tokenizer.eos_token_id is None:
+        raise TemplateError("the tokenizer has neither a pad nor an eos token: set them in its folder")
+    tokenizer.pad_token = tokenizer.eos_token
+    return [f"The tokenizer has no pad token: {tokenizer.eos_token!r} is used; labels are made by position."]
