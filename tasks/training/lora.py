@@ -1,0 +1,103 @@
+"""The adapter: LoRA matrices beside the frozen linear layers (Hu et al., 2021), through PEFT.
+
+The adapted layer computes y = W x + s B A x, with A [r, in], B [out, r] and s = alpha / r (alpha / sqrt(r) for rsLoRA).
+B starts at zero, so that the first forward pass is the base model's.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from schemas.config import TrainingConfig
+from tasks.training.checkpoints import publish_folder
+from tasks.training.records import TrainingError
+
+
+def build_lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraConfig:
+    """Translate the config to PEFT's, after checking that every named module exists.
+
+    Raises:
+        TrainingError: a target module or module to save is not in the model; the message lists those that are.
+    """
+    all_linear = config.target_modules == ("all-linear",)
+    if not all_linear:
+        _check_names(model, config.target_modules, "target_modules", kinds=(nn.Linear, nn.Embedding))
+    _check_names(model, config.modules_to_save, "modules_to_save", kinds=(nn.Module,))
+    # A tied head and embedding are one tensor: trained apart, they would drift, and the merged model could hold one.
+    touched = {name.rsplit(".", 1)[-1] for name in (*config.target_modules, *config.modules_to_save)}
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
+        lora_dropout=config.dropout,
+        target_modules="all-linear" if all_linear else list(config.target_modules),
+        modules_to_save=list(config.modules_to_save) or None,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        ensure_weight_tying=is_tied and bool(touched & _name_embeddings(model)),
+    )
+
+
+def attach_adapter(model: PreTrainedModel, config: TrainingConfig, *, seed: int) -> PeftModel:
+    """Freeze the model, put a fresh adapter beside its layers, and return both.
+
+    The start is drawn from the seed; what is trained is fp32 whatever the base's dtype, because AdamW's small updates
+    would be lost in 16 bits. The caller's random state is not touched.
+    """
+    lora_config = build_lora_config(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted: PeftModel = get_peft_model(model, lora_config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def collect_trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def write_trained(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Put values back into the trained parameters, in place."""
+    parameters = collect_trained(model)
+    assert parameters.keys() == values.keys(), sorted(parameters.keys() ^ values.keys())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def save_adapter(model: PeftModel, folder: Path) -> Path:
+    """Write the adapter in PEFT's format (fp32 safetensors), whole or not at all; return the folder."""
+    partial = folder.parent / f".partial-{folder.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    # The base's own embedding belongs to the base; an embedding that was trained is saved in any case.
+    model.save_pretrained(str(partial), save_embedding_layers=False)
+    publish_folder(partial, folder)
+    return folder
+
+
+def _name_embeddings(model: PreTrainedModel) -> set[str]:
+    """Return the short names of the embedding and the output head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is end for end in ends)}
+
+
+def _check_names(
+    model: PreTrainedModel, names: tuple[str, ...], setting: str, *, kinds: tuple[type[nn.Module], ...]
+) -> None:
+    """Raise TrainingError unless each name ends the dotted path of a module of the kinds (PEFT's own rule)."""
+    paths = [path for path, module in model.named_modules() if path and isinstance(module, kinds)]
+    unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    if unknown:
+        known = sorted({path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()})
+        raise TrainingError(
+            f"training.{setting} names {', '.join(map(repr, unknown))}, which are not in this {type(model).__name__}: "
+            f"choose from {', '.join(known)}" + (", or all-linear alone" if setting == "target_modules" else "")
+        )

@@ -1,0 +1,99 @@
+"""The loss of a batch, with the output head computed only where something is learned.
+
+Dimensions: `B` rows, `S` tokens a row, `N` trained positions, `V` vocabulary.
+
+Of a padded batch of short answers perhaps a third of the positions count, and the head is the largest layer of a small
+model. The model's own `logits_to_keep` takes a mask of positions, so that whatever it does to its logits (scale, soft
+cap) stays its own affair. Models differ in what they support, so both short cuts are tried out before training.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
+
+from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.training.batches import Batch, TokenTable, form_batch
+
+# Positions of an example used to try out the short cuts: enough for attention to matter, cheap on any model.
+TRIAL_TOKENS = 24
+
+
+def sum_token_losses(model: nn.Module, batch: Batch, *, trained_only: bool) -> Tensor:
+    """Return the sum of -log p(target) over the trained positions (nats, fp32 scalar); 0 where there are none.
+
+    Args:
+        model: causal LM, with or without an adapter.
+        batch: on the model's device.
+        trained_only: compute logits for the trained positions alone; see `supports_trained_only`.
+    """
+    logits, targets = _compute_logits(model, batch, trained_only=trained_only)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device."""
+    return Batch(
+        input_ids=batch.input_ids.to(device, non_blocking=True),
+        targets=batch.targets.to(device, non_blocking=True),
+        position_ids=None if batch.position_ids is None else batch.position_ids.to(device, non_blocking=True),
+        example_ids=batch.example_ids,
+        num_tokens=batch.num_tokens,
+        num_trained_tokens=batch.num_trained_tokens,
+    )
+
+
+@torch.no_grad()
+def supports_trained_only(model: nn.Module, table: TokenTable, device: torch.device) -> bool:
+    """Try out on one example whether logits at chosen positions are the model's full logits there."""
+    batch = move_batch(form_batch(_cut(table, count=1), [[0]]), device)
+    try:
+        chosen, _ = _compute_logits(model, batch, trained_only=True)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    everything, all_targets = _compute_logits(model, batch, trained_only=False)
+    wanted = everything[all_targets != IGNORE_INDEX]
+    return chosen.shape == wanted.shape and _is_close(chosen, wanted)
+
+
+@torch.no_grad()
+def isolates_packed(model: nn.Module, table: TokenTable, device: torch.device) -> bool:
+    """Try out whether a second example's logits stay the same when another one stands before it in its row.
+
+    transformers finds packed examples by position_ids that start again, for attention that goes through its mask
+    functions, without a cache and without an attention mask. Recurrent layers do not look at them.
+    """
+    pair = _cut(table, count=2)
+    packed, _ = _compute_logits(model, move_batch(form_batch(pair, [[0, 1]]), device), trained_only=False)
+    alone, _ = _compute_logits(model, move_batch(form_batch(pair, [[1]]), device), trained_only=False)
+    return _is_close(packed[int(pair.offsets[1]) :], alone)
+
+
+def _compute_logits(model: nn.Module, batch: Batch, *, trained_only: bool) -> tuple[Tensor, Tensor]:
+    """Return logits [N, V] and targets [N], or those of all B * S positions."""
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is not None:
+        arguments["position_ids"] = batch.position_ids
+    if not trained_only:
+        return model(**arguments).logits.flatten(0, 1), batch.targets.flatten()
+    is_trained = batch.targets != IGNORE_INDEX
+    return model(**arguments, logits_to_keep=is_trained).logits, batch.targets[is_trained]
+
+
+def _is_close(left: Tensor, right: Tensor) -> bool:
+    """Compare as another order of summation would differ: 1e-4 of the norm, a few roundings in 16 bits."""
+    limit = max(1e-4, 4 * torch.finfo(left.dtype).eps)
+    return bool(((left.float() - right.float()).norm() <= limit * right.float().norm()).item())
+
+
+def _cut(table: TokenTable, *, count: int) -> TokenTable:
+    """Make a table of `count` short pieces of the first examples; every second position is trained."""
+    last = len(table.example_ids) - 1
+    spans = [(int(table.offsets[min(i, last)]), int(table.offsets[min(i, last) + 1])) for i in range(count)]
+    pieces = [table.input_ids[begin : min(end, begin + TRIAL_TOKENS)] for begin, end in spans]
+    offsets = np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int64)
+    input_ids = np.concatenate(pieces)
+    targets = np.where(np.arange(len(input_ids)) % 2 == 0, input_ids, IGNORE_INDEX).astype(np.int32)
+    return TokenTable([f"trial {i}" for i in range(count)], offsets, input_ids, targets)

@@ -1,0 +1,152 @@
+"""Everything that stays the same over a training: data, model with adapter, optimizer, number of steps."""
+
+import math
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from schemas.config import TrainingConfig
+from tasks.models import choose_device, choose_dtype, load_model
+from tasks.training.batches import TokenTable, form_rows, read_tokens
+from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.loss import isolates_packed, supports_trained_only
+from tasks.training.records import TrainingError
+from tasks.training.schedule import count_steps
+
+# Evaluations of a run when the config does not say.
+NUM_EVALS = 10
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training before its first step."""
+
+    config: TrainingConfig
+    seed: int
+    model: PeftModel
+    parameters: dict[str, nn.Parameter]
+    """What is trained, by name."""
+    optimizer: torch.optim.Optimizer
+    table: TokenTable
+    eval_table: TokenTable | None
+    """None without held-out examples."""
+    rows: list[list[int]]
+    """Indices of examples: packs when packing, else one a row."""
+    steps_per_epoch: int
+    num_steps: int
+    eval_every_steps: int
+    trained_only: bool
+    """Whether the head can be computed at the trained positions alone."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass: 16-bit products with fp32 adapters, or plain fp32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: int) -> Setup:
+    """Read the examples, load the model with a fresh adapter, and seed torch, numpy and Python.
+
+    Raises:
+        TrainingError: no examples, an example with nothing to learn, an unknown module, ids outside the vocabulary,
+            early stopping without held-out examples, or packing on a model that does not keep examples apart.
+    """
+    table, eval_table = _read_splits(tokens, config)
+    device = choose_device()
+    dtype = choose_dtype(config.precision, device)
+    model = load_model(base_model, dtype=dtype)
+    _check_vocabulary(model, table, eval_table)
+    # The adapter is drawn on the CPU: the same start whatever the device.
+    adapted = attach_adapter(model, config, seed=seed).to(device)
+    if config.gradient_checkpointing:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = collect_trained(adapted)
+    rows = form_rows(table, config)
+    steps_per_epoch, num_steps = count_steps(len(rows), config)
+    setup = Setup(
+        config=config,
+        seed=seed,
+        model=adapted,
+        parameters=parameters,
+        optimizer=torch.optim.AdamW(
+            list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        ),
+        table=table,
+        eval_table=eval_table,
+        rows=rows,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        eval_every_steps=config.eval_every_steps or math.ceil(num_steps / NUM_EVALS),
+        trained_only=_try_short_cuts(adapted, table, config, device, dtype),
+        device=device,
+        dtype=dtype,
+    )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return setup
+
+
+def _read_splits(tokens: Path, config: TrainingConfig) -> tuple[TokenTable, TokenTable | None]:
+    """Read both splits; the held-out one is None when it is empty or absent."""
+    table = read_tokens(tokens / "train.parquet")
+    if not table.example_ids:
+        raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
+    longest = int(table.lengths.max())
+    if config.packing and longest > config.tokens_per_pack:
+        raise TrainingError(
+            f"training.tokens_per_pack is {config.tokens_per_pack}, but example "
+            f"{table.example_ids[int(table.lengths.argmax())]} has {longest} tokens: raise tokens_per_pack, or lower "
+            "tokenization.max_length"
+        )
+    path = tokens / "eval.parquet"
+    num_eval = pl.scan_parquet(path).select(pl.len()).collect().item() if path.exists() else 0
+    if not num_eval and config.early_stopping_patience is not None:
+        raise TrainingError(
+            f"training.early_stopping_patience is {config.early_stopping_patience}, but {path} has no held-out "
+            "examples to stop by: set data.eval_fraction or data.eval_source, or leave early stopping out"
+        )
+    return table, read_tokens(path) if num_eval else None
+
+
+def _check_vocabulary(model: PreTrainedModel, *tables: TokenTable | None) -> None:
+    """Raise TrainingError when a token id has no row in the embedding."""
+    embedding: Any = model.get_input_embeddings()
+    size = int(embedding.weight.shape[0])
+    for table in tables:
+        highest = int(table.input_ids.max()) if table is not None else -1
+        if table is not None and highest >= size:
+            where = int(np.searchsorted(table.offsets, int(table.input_ids.argmax()), side="right")) - 1
+            raise TrainingError(
+                f"example {table.example_ids[where]} has token id {highest}, but the base model's embedding has {size} "
+                "rows: the tokenizer does not belong to this model, or has added tokens"
+            )
+
+
+def _try_short_cuts(
+    model: PeftModel, table: TokenTable, config: TrainingConfig, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Return whether logits at chosen positions are right; raise TrainingError when packing would mix examples."""
+    model.eval()
+    context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    with context:
+        if config.packing and not isolates_packed(model, table, device):
+            raise TrainingError(
+                f"training.packing is on, but {type(model.get_base_model()).__name__} does not keep packed examples "
+                "apart (one changes the next one's logits): set training.packing to false"
+            )
+        trained_only = supports_trained_only(model, table, device)
+    model.train()
+    return trained_only

@@ -1,0 +1,78 @@
+"""What a training tells the outside: one record a step, one an evaluation, and the outcome."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TrainingError(ValueError):
+    """The training cannot start or go on; the message says where, what, and the way out."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step."""
+
+    step: int
+    """Steps finished, from 1."""
+    num_steps: int
+    """Steps of the whole training."""
+    epoch: float
+    """Passes over the training examples finished, with fractions."""
+    loss: float
+    """Nats a trained token, over all trained tokens of the step."""
+    learning_rate: float
+    grad_norm: float
+    """Global norm of the gradient, before clipping."""
+    num_tokens: int
+    """Tokens of the step without padding."""
+    num_trained_tokens: int
+    """Tokens of the step that the loss counts."""
+    tokens_per_second: float
+    """num_tokens over the step's duration."""
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation loss on the held-out examples."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    """Nats a trained token, over all held-out examples."""
+    train_loss: float
+    """Mean training loss of the steps since the evaluation before."""
+    is_best: bool
+    """No evaluation before had a smaller loss."""
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """Where the adapter is, and how the training went."""
+
+    adapter: Path
+    """Folder in PEFT's format."""
+    num_steps: int
+    """Optimizer steps done, over all resumes."""
+    final_loss: float
+    """Mean loss (nats a token) over the last tenth of the steps."""
+    best_eval_loss: float | None
+    """Smallest evaluation loss; none without held-out examples."""
+    adapter_step: int
+    """Step that the adapter comes from: the best one with early stopping, else the last."""
+    resumed_from_step: int | None
+    """Checkpoint that this process went on from; none when it started afresh."""
+    num_examples: int
+    num_packs: int
+    """Rows after packing; the number of examples when not packing."""
+    packing_efficiency: float
+    """Tokens over num_packs * tokens_per_pack; 1.0 when not packing."""
+    num_trained_tokens: int
+    """Trained tokens seen, over all epochs."""
+    num_trainable_parameters: int
+    tokens_per_second: float
+    """Non-padding tokens a second, without evaluations and checkpoints."""
+    peak_memory_bytes: int
+    """GPU allocation on a GPU, resident memory of the process on a CPU."""
+    warnings: tuple[str, ...]
+    """What a person should know, such as over-fitting or a damaged checkpoint."""

@@ -1,0 +1,134 @@
+"""The door of training: examples and a base model become an adapter."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from schemas.artifacts import AdapterRef, ModelRef, TokensRef
+from schemas.config import TrainingConfig
+from tasks import storage, tracking
+from tasks.training.loop import train_adapter
+from tasks.training.records import EvalRecord, StepRecord
+
+_SHOW_SECONDS = 2.0
+
+
+@task(
+    name="train",
+    task_run_name="train {base_model.name}",
+    cache_policy=NO_CACHE,
+    persist_result=True,
+    result_serializer="json",
+)
+def train(
+    base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, *, seed: int, parent_run_id: str
+) -> AdapterRef:
+    """Train a LoRA adapter, going on from the last checkpoint of an interrupted attempt."""
+    if (done := tracking.recall(parent_run_id, "train", AdapterRef)) is not None:
+        return done
+    logger = get_run_logger()
+    folder = storage.run_folder(parent_run_id) / "train"
+    with (
+        tracking.stage_run(parent_run_id, "train", system_metrics=True) as run_id,
+        tracking.metric_log(run_id) as log,
+        _progress_bar() as progress,
+    ):
+        show = _progress_shower(progress)
+
+        def on_step(record: StepRecord) -> None:
+            log(
+                record.step,
+                {
+                    "train/loss": record.loss,
+                    "train/learning_rate": record.learning_rate,
+                    "train/grad_norm": record.grad_norm,
+                    "train/tokens_per_second": record.tokens_per_second,
+                    "train/epoch": record.epoch,
+                },
+            )
+            show(record)
+
+        def on_eval(record: EvalRecord) -> None:
+            log(record.step, {"eval/loss": record.loss})
+            logger.info("Step %d: evaluation loss %.4f", record.step, record.loss)
+
+        outcome = train_adapter(
+            tracking.resolve(base_model),
+            tracking.resolve(tokens),
+            folder,
+            config,
+            seed=seed,
+            identity=_identity(base_model, tokens, config, seed),
+            on_step=on_step,
+            on_eval=on_eval,
+        )
+        for warning in outcome.warnings:
+            logger.warning(warning)
+        uri, digest = tracking.publish(outcome.adapter, run_id, "adapter")
+        if (folder / "tensorboard").is_dir():
+            tracking.log_folder(run_id, folder / "tensorboard", "tensorboard")
+        ref = AdapterRef(
+            uri=uri,
+            digest=digest,
+            mlflow_run_id=run_id,
+            num_steps=outcome.num_steps,
+            num_packs=outcome.num_packs,
+            packing_efficiency=outcome.packing_efficiency,
+            final_loss=outcome.final_loss,
+            best_eval_loss=outcome.best_eval_loss,
+            tokens_per_second=outcome.tokens_per_second,
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            warnings=tuple(outcome.warnings),
+        )
+        tracking.remember(run_id, ref)
+    logger.info(
+        "Trained %d steps at %s tokens/s, final loss %.4f",
+        ref.num_steps,
+        f"{ref.tokens_per_second:,.0f}",
+        ref.final_loss,
+    )
+    return ref
+
+
+def _identity(base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, seed: int) -> str:
+    """Return a digest of all that decides the adapter; a checkpoint of another identity is refused."""
+    parts = [base_model.digest, tokens.digest, config.model_dump(mode="json"), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("  training"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        transient=True,
+    )
+
+
+def _progress_shower(progress: Progress) -> Callable[[StepRecord], None]:
+    """Return a function that shows a step in the terminal, and every two seconds in the Prefect UI."""
+    artifact_id = create_progress_artifact(progress=0.0, key="training-progress", description="Training progress")
+    assert isinstance(artifact_id, UUID)  # a coroutine only where the caller is one
+    bar = progress.add_task("training", total=None, loss=0.0, speed=0.0)
+    shown = time.monotonic()
+
+    def show(record: StepRecord) -> None:
+        nonlocal shown
+        progress.update(
+            bar, completed=record.step, total=record.num_steps, loss=record.loss, speed=record.tokens_per_second
+        )
+        if time.monotonic() - shown > _SHOW_SECONDS or record.step == record.num_steps:
+            update_progress_artifact(artifact_id=artifact_id, progress=100.0 * record.step / record.num_steps)
+            shown = time.monotonic()
+
+    return show

@@ -1,0 +1,64 @@
+"""The loss on the held-out examples on the way, and what its curve says: best step, when to stop, over-fitting."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import nn
+
+from tasks.training.batches import TokenTable, form_batch
+from tasks.training.loss import move_batch, sum_token_losses
+from tasks.training.records import EvalRecord
+
+# Two rises of the evaluation loss within noise are no over-fitting: together they must be at least this part of it.
+MIN_RISE = 0.01
+
+
+def compute_eval_loss(
+    model: nn.Module,
+    table: TokenTable,
+    *,
+    micro_batch: int,
+    trained_only: bool,
+    device: torch.device,
+    autocast: AbstractContextManager[None],
+) -> float:
+    """Return the mean loss of all held-out trained tokens (nats a token); each token weighs the same.
+
+    The model is in eval mode meanwhile: no dropout, so no random number is drawn and training goes on undisturbed.
+    """
+    order = np.argsort(-table.lengths, kind="stable")
+    was_training = model.training
+    model.eval()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    num_trained_tokens = 0
+    with torch.no_grad(), autocast:
+        for start in range(0, len(order), micro_batch):
+            batch = form_batch(table, [[int(index)] for index in order[start : start + micro_batch]])
+            loss_sum += sum_token_losses(model, move_batch(batch, device), trained_only=trained_only)
+            num_trained_tokens += batch.num_trained_tokens
+    model.train(was_training)
+    return float(loss_sum.item()) / num_trained_tokens
+
+
+def count_evals_since_best(evaluations: Sequence[EvalRecord]) -> int:
+    """Return how many evaluations came after the best one; 0 when the last is the best, or there is none."""
+    best = max((i for i, record in enumerate(evaluations) if record.is_best), default=len(evaluations) - 1)
+    return len(evaluations) - 1 - best if evaluations else 0
+
+
+def find_overfitting(evaluations: Sequence[EvalRecord]) -> str | None:
+    """Return a warning when the evaluation loss rises twice in a row while the training loss falls, else None.
+
+    The two rises together must reach MIN_RISE of the loss they start from.
+    """
+    for first, second, third in zip(evaluations, evaluations[1:], evaluations[2:], strict=False):
+        rises = first.loss < second.loss < third.loss and third.loss - first.loss >= MIN_RISE * first.loss
+        if rises and first.train_loss > second.train_loss > third.train_loss:
+            return (
+                f"over-fitting: from step {first.step} to {third.step} the held-out loss rose from {first.loss:.4f} to "
+                f"{third.loss:.4f} while the training loss fell from {first.train_loss:.4f} to {third.train_loss:.4f}: "
+                "train for fewer epochs, give more data, lower the rank, or set training.early_stopping_patience"
+            )
+    return None

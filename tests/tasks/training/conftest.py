@@ -1,0 +1,92 @@
+"""Tiny models with random weights, and tokens folders written by hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 97
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # the usual 0.02 leaves a model this small without an opinion
+    "eos_token_id": 1,
+}
+KINDS = ("qwen3", "llama", "gemma3")
+
+
+def build_model(folder: Path, kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Save a model with random weights and return its folder."""
+    torch.manual_seed(0)
+    values = {**SHAPE, "tie_word_embeddings": True, **changes}
+    model: Any
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**values))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**values))
+    else:
+        # Its logits are capped and its layers alternate between full and sliding attention.
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**values, sliding_window=8, final_logit_softcapping=5.0))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def draw_examples(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 24) -> list[tuple[list[int], int]]:
+    """Draw examples of uneven lengths: ids, and how many of them are the prompt."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        length = int(generator.integers(shortest, longest + 1))
+        ids = generator.integers(2, VOCABULARY, length).tolist()
+        examples.append((ids, int(generator.integers(1, length - 1))))
+    return examples
+
+
+def write_split(path: Path, examples: Sequence[tuple[list[int], int]], *, prefix: str = "train") -> None:
+    """Write train.parquet or eval.parquet as the tokenization does."""
+    pl.DataFrame(
+        {
+            "example_id": [f"{prefix}-{number:04d}" for number in range(len(examples))],
+            "question": ["?"] * len(examples),
+            "reference": ["!"] * len(examples),
+            "input_ids": [ids for ids, _ in examples],
+            "labels": [[-100] * start + ids[start:] for ids, start in examples],
+        },
+        schema_overrides={"input_ids": pl.List(pl.Int32), "labels": pl.List(pl.Int32)},
+    ).write_parquet(path)
+
+
+def write_tokens(folder: Path, *, num_train: int = 40, num_eval: int = 8, **lengths: int) -> Path:
+    """Write a tokens folder and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_split(folder / "train.parquet", draw_examples(num_train, seed=1, **lengths))
+    write_split(folder / "eval.parquet", draw_examples(num_eval, seed=2, **lengths), prefix="eval")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))

@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from schemas.config import TrainingConfig
+from tasks.models import load_model
+from tasks.training.lora import attach_adapter, collect_trained, save_adapter
+from tasks.training.records import TrainingError
+from tests.tasks.training.conftest import build_model
+
+
+def test_all_linear_leaves_the_head_and_the_embedding_out(base_model: Path) -> None:
+    model = attach_adapter(load_model(base_model), TrainingConfig(rank=4), seed=0)
+    modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in collect_trained(model)}
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_fresh_adapter_changes_nothing_and_is_drawn_from_the_seed(base_model: Path) -> None:
+    ids = torch.tensor([[3, 4, 5, 6]])
+    models = [attach_adapter(load_model(base_model), TrainingConfig(rank=4), seed=seed).eval() for seed in (1, 1, 2)]
+    with torch.no_grad():
+        plain = load_model(base_model)(input_ids=ids).logits
+        assert all(torch.equal(model(input_ids=ids).logits, plain) for model in models)
+    first, again, other = ({name: p.detach() for name, p in collect_trained(model).items()} for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_drawing_an_adapter_leaves_the_random_state_alone(base_model: Path) -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    attach_adapter(load_model(base_model), TrainingConfig(rank=4), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_adapter_over_a_bf16_base_is_fp32(tmp_path: Path) -> None:
+    model = load_model(build_model(tmp_path, dtype=torch.bfloat16))
+    adapted = attach_adapter(model, TrainingConfig(rank=4, modules_to_save=("embed_tokens",)), seed=0)
+    assert {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {parameter.dtype for parameter in adapted.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"), [({}, 16 / 4), ({"use_rslora": True}, 16 / 2), ({"use_dora": True}, 16 / 4)]
+)
+def test_scale(base_model: Path, changes: dict[str, bool], scale: float) -> None:
+    config = TrainingConfig.model_validate({"rank": 4, "alpha": 16, "target_modules": ("q_proj",), **changes})
+    model: Any = attach_adapter(load_model(base_model), config, seed=0)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == scale
+    assert bool(layer.lora_magnitude_vector) == ("use_dora" in changes)
+
+
+def test_unknown_modules_are_named_with_those_that_exist(base_model: Path) -> None:
+    with pytest.raises(TrainingError, match=r"target_modules names 'query'.*choose from .*k_proj.*q_proj.*all-linear"):
+        attach_adapter(load_model(base_model), TrainingConfig(target_modules=("q_proj", "query")), seed=0)
+    with pytest.raises(TrainingError, match=r"modules_to_save names 'emb'.*choose from .*embed_tokens"):
+        attach_adapter(load_model(base_model), TrainingConfig(modules_to_save=("emb",)), seed=0)
+
+
+def test_tied_embedding_is_trained_as_one_tensor_with_the_head(base_model: Path, tmp_path: Path) -> None:
+    config = TrainingConfig(rank=4, modules_to_save=("embed_tokens",))
+    model = attach_adapter(load_model(base_model), config, seed=0)
+    assert sum("modules_to_save" in name for name in collect_trained(model)) == 1
+    saved = load_file(save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors")
+    ends = [tensor for name, tensor in saved.items() if "lora_" not in name]
+    assert len(ends) == 2
+    assert torch.equal(*ends)

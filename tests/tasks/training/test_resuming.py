@@ -1,0 +1,84 @@
+"""A real SIGKILL in the middle of a training, in a process of its own."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from schemas.config import TrainingConfig
+from tasks.training.loop import train_adapter
+from tests.tasks.training.conftest import build_model, write_tokens
+
+# Dropout draws random numbers at every step, so that a random state that does not come back shows.
+CONFIG = TrainingConfig(
+    rank=4, alpha=8, dropout=0.1, learning_rate=1e-2, micro_batch=3, gradient_accumulation_steps=2, num_epochs=3,
+    checkpoint_every_steps=4, eval_every_steps=5,
+)  # fmt: skip
+NUM_STEPS = 24
+
+CHILD = """
+import sys, time
+from pathlib import Path
+import torch
+from schemas.config import TrainingConfig
+from tasks.training.loop import train_adapter
+
+torch.set_num_threads(1)
+base_model, tokens, run_folder, config = sys.argv[1:]
+
+def on_step(record):
+    print(record.step, flush=True)
+    time.sleep(0.02)
+
+train_adapter(
+    Path(base_model), Path(tokens), Path(run_folder), TrainingConfig.model_validate_json(config),
+    seed=5, identity="the same", on_step=on_step,
+)
+"""
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Another number of threads adds in another order, which is not what is tested here."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_training_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
+    base_model = build_model(tmp_path / "model")
+    tokens = write_tokens(tmp_path / "tokens", num_train=44)
+    undisturbed = train_adapter(base_model, tokens, tmp_path / "whole", CONFIG, seed=5, identity="the same")
+    assert undisturbed.num_steps == NUM_STEPS
+
+    kill_at = random.SystemRandom().randint(4, NUM_STEPS - 2)
+    arguments = [str(base_model), str(tokens), str(tmp_path / "killed"), CONFIG.model_dump_json()]
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if int(line) == kill_at:
+            child.kill()
+            break
+    assert child.wait(timeout=60) == -signal.SIGKILL
+    child.stdout.close()
+    assert not (tmp_path / "killed" / "adapter").exists()
+
+    steps: list[int] = []
+    resumed = train_adapter(
+        base_model, tokens, tmp_path / "killed", CONFIG, seed=5, identity="the same",
+        on_step=lambda record: steps.append(record.step),
+    )  # fmt: skip
+    assert resumed.resumed_from_step is not None, kill_at
+    # The kill may come a few steps after the line was written, never before.
+    assert kill_at - 4 <= resumed.resumed_from_step <= NUM_STEPS
+    assert steps == list(range(resumed.resumed_from_step + 1, NUM_STEPS + 1))
+    whole = load_file(undisturbed.adapter / "adapter_model.safetensors")
+    again = load_file(resumed.adapter / "adapter_model.safetensors")
+    assert whole.keys() == again.keys()
+    assert max(float((whole[name] - again[name]).abs().max()) for name in whole) <= 1e-6, kill_at
+    assert resumed.final_loss == pytest.approx(undisturbed.final_loss, abs=1e-6)
+    assert resumed.num_trained_tokens == undisturbed.num_trained_tokens
