@@ -1,0 +1,86 @@
+"""The door of merging: base and adapter become one model, and the proof that they did."""
+
+import polars as pl
+from prefect import get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from schemas.artifacts import AdapterRef, DatasetRef, MergedRef, ModelRef, TokensRef
+from schemas.config import MergeConfig
+from tasks import storage, tracking
+from tasks.evaluation.scoring import find_last_run
+from tasks.merging.parity import check_merge
+from tasks.merging.weights import merge_adapter
+from tasks.registration.versions import log_merged_model
+
+
+@task(
+    name="merge",
+    task_run_name="merge into {base_model.name}",
+    cache_policy=NO_CACHE,
+    persist_result=True,
+    result_serializer="json",
+)
+def merge(
+    base_model: ModelRef,
+    adapter: AdapterRef,
+    tokens: TokensRef,
+    dataset: DatasetRef,
+    config: MergeConfig,
+    *,
+    parent_run_id: str,
+) -> MergedRef:
+    """Merge, reload from disk, compare with base + adapter, and only then log the model."""
+    if (done := tracking.recall(parent_run_id, "merge", MergedRef)) is not None:
+        return done
+    with tracking.stage_run(parent_run_id, "merge") as run_id, storage.new_folder() as folder:
+        base_folder, adapter_folder, tokens_folder = map(tracking.resolve, (base_model, adapter, tokens))
+        merged = folder / "model"
+        merge_adapter(
+            base_folder,
+            adapter_folder,
+            tokens_folder / "tokenizer",
+            merged,
+            max_shard_size=config.max_shard_size,
+            card={
+                "base_model": base_model.name,
+                "base_model_revision": base_model.revision or "",
+                "base_model_digest": base_model.digest,
+                "dataset_digest": dataset.digest,
+                "adapter_digest": adapter.digest,
+                "mlflow_run_id": parent_run_id,
+            },
+        )
+        probes = pl.read_parquet(tokens_folder / "eval.parquet")
+        check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
+        shown = {name: float(value) for name, value in check.model_dump().items()}
+        tracking.log_metrics(run_id, {f"merge/{name}": value for name, value in shown.items()})
+        digest = storage.digest_folder(merged)
+        uri = log_merged_model(merged, run_id, question=str(probes["question"][0]))
+        storage.keep_folder(merged, digest)
+        ref = MergedRef(
+            uri=uri,
+            digest=digest,
+            mlflow_run_id=run_id,
+            name=f"{base_model.name}-merged",
+            revision=base_model.revision,
+            check=check,
+        )
+        tracking.remember(run_id, ref)
+    create_table_artifact([shown], key="merge-check", description="Merged model against base + adapter")
+    get_run_logger().info(
+        "Merged: largest logit difference %.2e, greedy agreement %.1f %%",
+        check.max_abs_logit_diff,
+        100 * check.greedy_agreement,
+    )
+    return ref
+
+
+def _prompts(examples: pl.DataFrame, num_probes: int) -> list[list[int]]:
+    """Return the prompts of the first held-out examples: the ids before the last answer."""
+    prompts = []
+    for ids, labels in examples.select("input_ids", "labels").head(num_probes).iter_rows():
+        answer = find_last_run(labels)
+        assert answer is not None, "an example without trained tokens"
+        prompts.append(ids[: answer[0]])
+    return prompts
