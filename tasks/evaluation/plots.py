@@ -1,0 +1,150 @@
+"""Figures of the report: as PNG files, and as SVG that takes the colours of the page it stands in.
+
+Figures are made without pyplot, which keeps global state and is not safe in threads.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from tasks.evaluation.comparison import Comparison
+
+BEFORE, AFTER = "#8c95a4", "#2f7de1"
+"""Base and fine-tuned model; readable on white and on near black."""
+_INK, _PAGE_INK = "#1c2430", "#010203"
+"""Colour of text and axes: in files, and the mark that the page's own colour takes the place of."""
+MAX_VECTOR_POINTS = 2000
+"""More points than this are drawn as an image within the SVG, which would be too large otherwise."""
+STYLE: dict[Any, Any] = {
+    "font.size": 10.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+}
+
+Curve = tuple[int, float, float | None]
+"""Step, training loss, evaluation loss where there was one."""
+Draw = Callable[[str], Figure]
+"""Draws a figure with the given ink."""
+
+
+def draw_figures(comparison: Comparison, curves: Sequence[Curve] | None) -> dict[str, Draw]:
+    """Return what draws each figure, by name: metrics, nll, and training when there are curves."""
+    figures: dict[str, Draw] = {
+        "metrics": lambda ink: draw_metrics(comparison, ink),
+        "nll": lambda ink: draw_row_nll(comparison, ink),
+    }
+    if curves:
+        figures["training"] = lambda ink: draw_training(curves, ink)
+    return figures
+
+
+def save_png(draw: Draw, path: Path) -> None:
+    """Write a figure on white as PNG."""
+    with mpl.rc_context(STYLE):
+        draw(_INK).savefig(path, format="png", dpi=144, facecolor="white")
+
+
+def render_svg(draw: Draw) -> str:
+    """Return a figure as an SVG element without background, its ink the CSS variable --ink."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        draw(_PAGE_INK).savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_PAGE_INK, "var(--ink)")
+
+
+def draw_metrics(comparison: Comparison, ink: str) -> Figure:
+    """Draw bars of each measure before and after, with intervals."""
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    shares, surprise = figure.subplots(1, 2, width_ratios=[4, 1.35])
+    _draw_bars(
+        shares,
+        comparison,
+        {"exact_match": 100, "rouge_l": 100, "chrf": 1, "repetition_rate": 100},
+        ["Word-for-word\nright", "Word overlap\n(ROUGE-L)", "Spelling overlap\n(chrF)", "Repetition"],
+        ink,
+    )
+    shares.set_ylim(0, 104)
+    shares.set_ylabel("%")
+    _draw_bars(surprise, comparison, {"nll": 1}, ["Surprise (nll),\nless is better"], ink)
+    surprise.set_ylabel("nats a token")
+    surprise.set_xlim(-0.75, 0.75)
+    for axes in (shares, surprise):
+        _dress(axes, ink)
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, labelcolor=ink)
+    return figure
+
+
+def _draw_bars(axes: Any, comparison: Comparison, scales: dict[str, int], labels: list[str], ink: str) -> None:
+    """Draw two bars for each metric, times its scale."""
+    width = 0.36
+    sides = (
+        ("Base model", BEFORE, comparison.before, comparison.before_interval, -width / 2),
+        ("Fine-tuned model", AFTER, comparison.after, comparison.after_interval, width / 2),
+    )
+    for label, colour, values, intervals, shift in sides:
+        heights = [values[name] * scale for name, scale in scales.items()]
+        below = [(values[name] - intervals[name][0]) * scale for name, scale in scales.items()]
+        above = [(intervals[name][1] - values[name]) * scale for name, scale in scales.items()]
+        places = [at + shift for at in range(len(scales))]
+        axes.bar(places, heights, width * 0.94, color=colour, label=label)
+        axes.errorbar(places, heights, yerr=[below, above], fmt="none", ecolor=ink, elinewidth=1.2, capsize=3)
+    axes.set_xticks(range(len(scales)), labels)
+    axes.tick_params(axis="x", length=0)
+
+
+def draw_row_nll(comparison: Comparison, ink: str) -> Figure:
+    """Draw each row's nll a token before against after; below the line the model has learned."""
+    figure = Figure(figsize=(4.5, 4.1), layout="constrained")
+    axes = figure.subplots()
+    before, after = (comparison.table[f"nll_{side}"].to_numpy() for side in ("before", "after"))
+    end = 1.05 * max(float(before.max()), float(after.max()), 0.1)
+    axes.plot([0, end], [0, end], color=BEFORE, linewidth=1.2, linestyle=(0, (4, 3)))
+    many = len(before) > MAX_VECTOR_POINTS
+    axes.scatter(before, after, s=6 if many else 16, color=AFTER, alpha=0.55, linewidths=0, rasterized=many)
+    axes.set_xlim(0, end)
+    axes.set_ylim(0, end)
+    axes.set_xlabel("base model (nats a token)")
+    axes.set_ylabel("fine-tuned model (nats a token)")
+    _dress(axes, ink)
+    return figure
+
+
+def draw_training(curves: Sequence[Curve], ink: str) -> Figure:
+    """Draw training and evaluation loss over the steps."""
+    figure = Figure(figsize=(4.5, 4.1), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [step for step, _, _ in curves],
+        [loss for _, loss, _ in curves],
+        color=BEFORE,
+        linewidth=1.3,
+        label="training rows",
+    )
+    held_out = [(step, loss) for step, _, loss in curves if loss is not None]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=AFTER, linewidth=1.8, marker="o", markersize=4, label="held out")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    _dress(axes, ink)
+    axes.legend(frameon=False, labelcolor=ink)
+    return figure
+
+
+def _dress(axes: Any, ink: str) -> None:
+    """Give the axes their ink and take away what is not read."""
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(ink)
+        spine.set_linewidth(0.6)
+    axes.tick_params(colors=ink, width=0.6)
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_color(ink)
+    axes.grid(axis="y", color=BEFORE, alpha=0.25, linewidth=0.7)
+    axes.set_axisbelow(True)

@@ -1,0 +1,173 @@
+"""The page that a person reads: one HTML file without anything from outside, and its figures as files beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tasks.evaluation.comparison import Comparison
+from tasks.evaluation.plots import Curve, draw_figures, render_svg, save_png
+from tasks.evaluation.verdict import MEASURES, format_change, format_value, judge, list_caveats, state_verdict
+
+ROWS_SHOWN = 6
+"""Rows shown of each outcome."""
+MAX_TEXT = 1200
+"""Characters of a text shown; table.parquet has all of it."""
+TILES = ("exact_match", "rouge_l", "nll")
+"""Measures shown large."""
+READINGS = {
+    "better": "better",
+    "worse": "worse",
+    "unclear": "no clear change",
+    "changed": "changed",
+}
+FIGURE_TEXTS = {
+    "metrics": (
+        "Before and after",
+        "Thin lines are the intervals in which each value would lie with other rows of the same kind.",
+    ),
+    "nll": ("Surprise, row by row", "A dot is a held-out row. Below the dashed line the fine-tuned model does better."),
+    "training": (
+        "Training",
+        "The held-out line should fall with the other one; when it turns up, rows are learned by heart.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A line of the table of measures, as text."""
+
+    label: str
+    meaning: str
+    before: str
+    after: str
+    change: str
+    interval: str
+    direction: str
+    reading: str
+
+
+@dataclass(frozen=True)
+class OutcomeGroup:
+    """Rows of one outcome: how many, their part of all, and those that are shown."""
+
+    name: str
+    count: int
+    percent: float
+    rows: list[dict[str, object]]
+    explanation: str
+
+
+def write_report(
+    folder: Path,
+    comparison: Comparison,
+    *,
+    title: str,
+    questions: Sequence[tuple[str, str, str]] = (),
+    facts: dict[str, dict[str, str]] | None = None,
+    warnings: Sequence[str] = (),
+    curves: Sequence[Curve] | None = None,
+) -> Path:
+    """Write report.html and plots/*.png into a folder, which is made where it is missing.
+
+    Every text is escaped: what a model or a dataset says cannot become markup.
+
+    Args:
+        folder: where to write.
+        comparison: base against fine-tuned model.
+        title: heading of the page.
+        questions: free questions as (question, base model's answer, fine-tuned model's answer).
+        facts: sections of key and value, such as the accounting of the rows.
+        warnings: what the other stages want a person to know, a sentence each.
+        curves: (step, training loss, evaluation loss or None), in order.
+
+    Returns:
+        The path of report.html.
+    """
+    figures = draw_figures(comparison, curves)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        save_png(draw, folder / "plots" / f"{name}.png")
+    tone, sentence = state_verdict(comparison)
+    page = _environment().get_template("report.html.jinja")
+    html = page.render(
+        title=title,
+        tone=tone,
+        verdict=sentence,
+        num_examples=comparison.num_examples,
+        confidence=f"{100 * comparison.confidence:g} %",
+        metrics={name: describe_metric(comparison, name) for name in MEASURES},
+        tiles=TILES,
+        warnings=[*warnings, *list_caveats(comparison)],
+        # The SVG is drawn from numbers and fixed words only, so it may enter unescaped.
+        figures={name: (*FIGURE_TEXTS[name], Markup(render_svg(draw))) for name, draw in figures.items()},
+        groups=group_rows(comparison.table),
+        questions=questions,
+        facts=facts or {},
+    )
+    path = folder / "report.html"
+    path.write_text(html, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def _environment() -> Environment:
+    """Return the template environment: everything escaped, an unknown name an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clip"] = clip_text
+    return environment
+
+
+def clip_text(text: str) -> str:
+    """Cut a long text and say how long it was."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text):,} characters)"
+
+
+def describe_metric(comparison: Comparison, name: str) -> MetricRow:
+    """Write one measure's values and change as text."""
+    delta, measure = comparison.delta[name], MEASURES[name]
+    direction = judge(name, delta)
+    return MetricRow(
+        label=measure.label,
+        meaning=measure.meaning,
+        before=format_value(name, comparison.before[name]),
+        after=format_value(name, comparison.after[name]),
+        change=format_change(name, delta.value),
+        interval=f"{format_change(name, delta.ci_low)} to {format_change(name, delta.ci_high)}".replace(
+            " points to", " to"
+        ),
+        direction=direction,
+        reading=READINGS[direction],
+    )
+
+
+def group_rows(table: pl.DataFrame) -> list[OutcomeGroup]:
+    """Count the rows of each outcome and choose those to show.
+
+    Of the worsened ones the worst are shown first. Of the others it is those with the smallest example_id: a digest,
+    so this is a draw that nobody chose, and the same one each time.
+    """
+    right = pl.col("exact_match_before") * pl.col("exact_match_after")
+    num_right = int(table.filter(pl.col("outcome") == "unchanged").select(right.sum()).item())
+    explanations = {
+        "improved": "Now an exact match, or clearly closer to the expected answer (chrF higher by more than 1).",
+        "worsened": "No longer an exact match, or clearly further away (chrF lower by more than 1). The worst first.",
+        "unchanged": f"As close as before. Both models are word-for-word right in {num_right:,} of them.",
+    }
+    groups = []
+    for name, explanation in explanations.items():
+        rows = table.filter(pl.col("outcome") == name)
+        order = pl.col("chrf_after") - pl.col("chrf_before") if name == "worsened" else pl.col("example_id")
+        shown = rows.sort(order, maintain_order=True).head(ROWS_SHOWN)
+        percent = 100 * rows.height / table.height
+        groups.append(OutcomeGroup(name, rows.height, percent, shown.to_dicts(), explanation))
+    return groups

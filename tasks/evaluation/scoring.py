@@ -1,0 +1,212 @@
+"""One model on the held-out examples: an answer, a likelihood and measures for every row."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from schemas.config import EvaluationConfig
+from schemas.records import EvaluationRows
+from tasks.evaluation.averages import average_rows
+from tasks.evaluation.generation import context_length, decode, find_stop_ids, generate_greedy, render_questions
+from tasks.evaluation.likelihood import score_targets
+from tasks.evaluation.metrics import chrf, exact_match, repetition_rate, rouge_l
+from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
+
+IGNORE_INDEX = -100
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationError(ValueError):
+    """The held-out examples cannot be evaluated with this model."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out example, cut into what the model is given and what it should say."""
+
+    example_id: str
+    question: str
+    reference: str
+    prompt: list[int]
+    target: list[int]
+
+
+def evaluate_model(
+    model_folder: Path,
+    tokens: Path,
+    config: EvaluationConfig,
+    on_progress: Callable[[int, int], None] = lambda num_done, num_all: None,
+    *,
+    precision: str = "auto",
+) -> tuple[pl.DataFrame, dict[str, float], list[tuple[str, str]]]:
+    """Evaluate the model of a folder on the held-out examples of a tokens folder.
+
+    Args:
+        model_folder: config.json and safetensors weights.
+        tokens: eval.parquet and tokenizer/; the same for the models that are to be compared.
+        config: how many rows, how long the answers, the free questions.
+        on_progress: called with the units of work done and all of them (a row counts once for its answer and once
+            for its likelihood).
+        precision: auto, bf16 or fp32; auto is fp32 on a CPU.
+
+    Returns:
+        The rows (EvaluationRows) in the order of the file, the metrics over them, and (question, answer) for each
+        free question.
+
+    Raises:
+        EvaluationError: no held-out example, one without a prompt, one longer than the model's context, or a
+            likelihood that is not a finite number.
+    """
+    tokenizer = load_tokenizer(tokens / "tokenizer")
+    examples = read_examples(tokens / "eval.parquet", config.max_examples)
+    questions = render_questions(config.questions, tokenizer)
+    device = choose_device()
+    model = load_model(model_folder, dtype=choose_dtype(precision, device), device=device)
+    _check_context(model, examples)
+    prompts, targets = [example.prompt for example in examples], [example.target for example in examples]
+    _make_room_for_ids(model, 1 + max(max(row) for row in (*prompts, *targets, *questions)))
+
+    num_done, num_all = 0, 2 * len(examples) + len(questions)
+
+    def advance(num_rows: int) -> None:
+        nonlocal num_done
+        num_done += num_rows
+        on_progress(num_done, num_all)
+
+    # Free questions go with the rows: a batch of their own would cost as much as a full one.
+    answers = generate_greedy(
+        model,
+        prompts + questions,
+        stop_ids=find_stop_ids((model.generation_config, _shipped_config(tokens)), tokenizer, targets),
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        on_progress=advance,
+    )
+    nll_sums = score_targets(model, prompts, targets, batch_size=config.batch_size, on_progress=advance)
+    rows = score_rows(examples, answers[: len(examples)], nll_sums, tokenizer)
+    free = [decode(tokenizer, answer) for answer in answers[len(examples) :]]
+    return rows, average_rows(rows), list(zip(config.questions, free, strict=True))
+
+
+def read_examples(file: Path, max_examples: int) -> list[HeldOut]:
+    """Read the first held-out examples and cut each where its last run of labels begins.
+
+    Raises:
+        EvaluationError: no example, or one without a label or without a prompt.
+    """
+    frame = pl.read_parquet(file, n_rows=max_examples)
+    if frame.is_empty():
+        raise EvaluationError(
+            f"{file}: no held-out example to evaluate: raise data.eval_fraction or set data.eval_source"
+        )
+    examples = []
+    for row in frame.iter_rows(named=True):
+        span = find_last_run(row["labels"])
+        if span is None or span[0] == 0:
+            lack = "no token with a label" if span is None else "nothing before its answer"
+            raise EvaluationError(
+                f"{file}: example_id {row['example_id']} has {lack}: a held-out example needs a prompt that is not "
+                "trained on (tokenization.train_on_prompt off) and an answer"
+            )
+        start, end = span
+        examples.append(
+            HeldOut(
+                example_id=row["example_id"],
+                question=row["question"],
+                reference=row["reference"],
+                prompt=row["input_ids"][:start],
+                target=row["input_ids"][start:end],
+            )
+        )
+    return examples
+
+
+def _shipped_config(tokens: Path) -> GenerationConfig | None:
+    """Return the generation config that ships with the tokenizer, when there is one."""
+    folder = tokens / "tokenizer"
+    exists = (folder / "generation_config.json").exists()
+    return GenerationConfig.from_pretrained(str(folder), local_files_only=True) if exists else None
+
+
+def find_last_run(labels: Sequence[int]) -> tuple[int, int] | None:
+    """Return start and end of the last unbroken run of labels other than -100; None without any."""
+    end = len(labels)
+    while end > 0 and labels[end - 1] == IGNORE_INDEX:
+        end -= 1
+    start = end
+    while start > 0 and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return (start, end) if end > 0 else None
+
+
+def score_rows(
+    examples: Sequence[HeldOut],
+    answers: Sequence[Sequence[int]],
+    nll_sums: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> pl.DataFrame:
+    """Measure each answer and return the validated table.
+
+    Raises:
+        EvaluationError: a likelihood is not a finite number.
+    """
+    rows = []
+    for example, answer, nll_sum in zip(examples, answers, nll_sums, strict=True):
+        if not math.isfinite(nll_sum):
+            raise EvaluationError(
+                f"example_id {example.example_id}: the model gives a likelihood of {nll_sum}, a finite number is "
+                "wanted: its weights hold NaN or overflow; train again with a lower learning rate or in fp32"
+            )
+        text = decode(tokenizer, answer)
+        rows.append(
+            {
+                "example_id": example.example_id,
+                "question": example.question,
+                "reference": example.reference,
+                "answer": text,
+                "nll_sum": nll_sum,
+                "num_tokens": len(example.target),
+                "exact_match": exact_match(text, example.reference),
+                "rouge_l": rouge_l(text, example.reference),
+                "chrf": chrf(text, example.reference),
+                "repetition_rate": repetition_rate(answer),
+                "answer_tokens": len(answer),
+            }
+        )
+    return EvaluationRows.validate(pl.DataFrame(rows))
+
+
+def _check_context(model: PreTrainedModel, examples: Sequence[HeldOut]) -> None:
+    """Refuse an example that does not fit into the model's context."""
+    longest = max(examples, key=lambda example: len(example.prompt) + len(example.target))
+    num_tokens, limit = len(longest.prompt) + len(longest.target), context_length(model)
+    if num_tokens > limit:
+        raise EvaluationError(
+            f"example_id {longest.example_id} has {num_tokens} tokens, but the model's context is {limit} "
+            f"(max_position_embeddings): set tokenization.max_length to at most {limit}"
+        )
+
+
+def _make_room_for_ids(model: PreTrainedModel, num_ids: int) -> None:
+    """Give ids that the model does not have yet the mean embedding, in memory only.
+
+    A base model lacks the tokens that were added for its chat template; it must still be evaluated with them.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    num_known = embeddings.weight.shape[0]
+    if num_ids <= num_known:
+        return
+    logger.warning("the model has %d embeddings, the tokens need %d: the new ones get the mean", num_known, num_ids)
+    model.resize_token_embeddings(num_ids, mean_resizing=False)
+    layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight[num_known:] = layer.weight[:num_known].mean(dim=0)
