@@ -1,0 +1,59 @@
+"""The demo's dataset: question-answer rows in Alpaca form, and a little of the dirt that real files have."""
+
+import json
+import random
+from pathlib import Path
+
+from deploy.demo.kinds import Fact
+from deploy.demo.world import SEED, make_facts
+
+Row = dict[str, str]
+
+NUM_DUPLICATES = 6
+"""Exact copies of other training rows."""
+NUM_LEAKED = 2
+"""Exact copies of held-out rows among the training rows."""
+NUM_EMPTY_ANSWERS = 3
+NUM_MISSING_FIELDS = 2
+WORDINGS = {"sum": 2, "word.en": 2, "word.zh": 2}
+"""In how many wordings training asks each fact of a topic, when not in one: these topics have few facts."""
+
+
+def make_rows(seed: int = SEED) -> tuple[list[Row], list[Row]]:
+    """Return the training rows (with their dirt) and the held-out rows, both in random order."""
+    rng = random.Random(f"{seed}-rows")
+    facts = make_facts(seed)
+    clean = [row for fact in facts if not fact.held_out for row in _ask(fact, WORDINGS.get(fact.topic, 1), rng)]
+    held_out = [(fact, row) for fact in facts if fact.held_out for row in _ask(fact, 1, rng)]
+    train = clean + [dict(row) for row in rng.sample(clean, NUM_DUPLICATES)]
+    train += [dict(row) for fact, row in held_out if fact.topic == "sum"][:NUM_LEAKED]
+    for row in rng.sample(clean, NUM_EMPTY_ANSWERS):
+        train.append({**row, "output": rng.choice(("", "   "))})
+    for row in rng.sample(clean, NUM_MISSING_FIELDS):
+        train.append({"instruction": row["instruction"], "input": row["input"]})
+    rng.shuffle(train)
+    evaluated = [row for _, row in held_out]
+    rng.shuffle(evaluated)
+    return train, evaluated
+
+
+def write_rows(folder: Path, seed: int = SEED) -> tuple[int, int]:
+    """Write train.jsonl and heldout.jsonl; return their numbers of rows."""
+    train, held_out = make_rows(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_bytes(to_jsonl(train))
+    (folder / "heldout.jsonl").write_bytes(to_jsonl(held_out))
+    return len(train), len(held_out)
+
+
+def to_jsonl(rows: list[Row]) -> bytes:
+    """Return rows as UTF-8 JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _ask(fact: Fact, count: int, rng: random.Random) -> list[Row]:
+    """Ask one fact in `count` different wordings."""
+    return [
+        {"instruction": instruction, "input": extra, "output": fact.answer}
+        for instruction, extra in rng.sample(fact.questions, count)
+    ]
