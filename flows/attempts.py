@@ -1,0 +1,133 @@
+"""One pipeline run is one MLflow parent run, however often it is interrupted: open it, or go on with it."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from platform import node
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.runtime import flow_run
+
+from schemas.artifacts import ModelRef, SourceRef
+from schemas.config import RunConfig
+from tasks import storage, tracking
+
+_SOURCE_TAG, _MODEL_TAG, _HOST_TAG = "sft.source_digest", "sft.base_model_digest", "sft.host"
+
+
+class ResumeError(ValueError):
+    """A run cannot be resumed with what it is given now."""
+
+
+@contextmanager
+def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[str]:
+    """Give the MLflow parent run of this attempt, hold it while it lives, and end it as it ended.
+
+    Args:
+        config: of this attempt.
+        resume: `auto` goes on with an interrupted run of the same config on this machine, if there is one; `never`
+            starts anew; anything else is the id of the run to go on with.
+        run_name: of a new run.
+
+    Raises:
+        ResumeError: the run named by `resume` had another config.
+    """
+    digest = _digest_config(config)
+    run_id = _choose_run(config, digest, resume)
+    if run_id is None:
+        tags = {"sft.git_commit": git_commit()}
+        run_id = tracking.create_parent_run(config, run_name=run_name, config_digest=digest, tags=tags)
+    else:
+        get_run_logger().info("Going on with interrupted run %s", run_id)
+        tracking.reopen_run(run_id)
+    tracking.set_tags(run_id, {"sft.prefect_flow_run": flow_run.id, "sft.prefect_url": flow_run.ui_url})
+    status = "KILLED"
+    with storage.hold_run(run_id):
+        try:
+            yield run_id
+            status = "FINISHED"
+        except ResumeError:
+            raise  # refused, nothing was done: the run can still be resumed
+        except Exception:
+            status = "FAILED"
+            raise
+        finally:
+            tracking.end_run(run_id, status)
+
+
+def check_inputs(run_id: str, source: SourceRef, base_model: ModelRef) -> None:
+    """Record what the run works on; refuse when a resumed run finds something else than it began with.
+
+    Raises:
+        ResumeError: dataset or base model changed since the run began.
+    """
+    known = tracking.get_run(run_id).data.tags
+    for what, tag, found in (
+        ("dataset", _SOURCE_TAG, source.digest),
+        ("base model", _MODEL_TAG, base_model.digest),
+    ):
+        before = known.get(tag, found)
+        if before != found:
+            raise ResumeError(
+                f"the {what} changed since run {run_id} began (digest {before[:12]} then, {found[:12]} now): "
+                "bring the old one back, or start a new run with --resume never"
+            )
+    tracking.set_tags(run_id, {_SOURCE_TAG: source.digest, _MODEL_TAG: base_model.digest})
+
+
+def git_commit() -> str:
+    """Return the commit of this code, with `-dirty` when files differ from it, or `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _digest_config(config: RunConfig) -> str:
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _choose_run(config: RunConfig, digest: str, resume: str) -> str | None:
+    """Return the run to go on with, or None for a new one."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return _named_run(config, digest, resume)
+    for run in tracking.find_interrupted_runs(config.name):
+        run_id = str(run.info.run_id)
+        here = run.data.tags.get(_HOST_TAG) == node() and not storage.is_held(run_id)
+        if here and run.data.tags[tracking.CONFIG_TAG] == digest:
+            return run_id
+    return None
+
+
+def _named_run(config: RunConfig, digest: str, run_id: str) -> str:
+    run = tracking.get_run(run_id)
+    if run.info.status == "FINISHED":
+        raise ResumeError(f"run {run_id} has finished: there is nothing to resume")
+    if run.data.tags.get(tracking.CONFIG_TAG) != digest:
+        changed = _differences(tracking.recorded_config(run_id), config.model_dump(mode="json"))
+        raise ResumeError(
+            f"run {run_id} began with another config: "
+            + "; ".join(changed)
+            + ". Resume it with its own settings, or start a new run with --resume never"
+        )
+    return run_id
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return `section.field: before -> now` for every setting that differs."""
+    found = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}: {old!r} -> {new!r}")
+    return found

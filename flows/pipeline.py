@@ -1,0 +1,97 @@
+"""The whole run on one page: a dataset and a base model become a registered, evaluated model."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.accounting import build_report, describe_run, summarize_facts
+from flows.attempts import check_inputs, git_commit, open_attempt
+from schemas.artifacts import RunReport
+from schemas.config import RunConfig
+from tasks import tracking
+from tasks.evaluation.task import compare_models, evaluate
+from tasks.ingestion.task import ingest, locate_dataset, locate_model
+from tasks.merging.task import merge
+from tasks.registration.task import register
+from tasks.storage import digest_file
+from tasks.tokenization.task import tokenize
+from tasks.training.task import train
+
+
+def _flow_run_name() -> str:
+    return describe_run(flow_run.parameters["config"])
+
+
+@flow(name="sft-pipeline", flow_run_name=_flow_run_name)
+def sft_pipeline(config: RunConfig, resume: str = "auto") -> RunReport:
+    """Fine-tune a language model on a dataset, prove what it gained, and register it.
+
+    Args:
+        config: every setting, grouped by stage.
+        resume: auto goes on with an interrupted run of this config, never starts anew, or an MLflow run id.
+    """
+    seconds: dict[str, float] = {}
+    title = describe_run(config)
+    with open_attempt(config, resume=resume, run_name=title) as run:
+        with _clock(seconds, "locate"):
+            base_model = locate_model(config.model)
+            source = locate_dataset(config.data)
+            check_inputs(run, source, base_model)
+        with _clock(seconds, "ingest"):
+            dataset = ingest(source, config.data, seed=config.seed, parent_run_id=run)
+        with _clock(seconds, "tokenize"):
+            template = config.model.chat_template
+            tokens = tokenize(
+                dataset,
+                base_model,
+                config.tokenization,
+                chat_template=template,
+                template_file_digest=digest_file(Path(template)) if template and Path(template).is_file() else None,
+                parent_run_id=run,
+            )
+        with _clock(seconds, "evaluate_base"):
+            before = evaluate(base_model, tokens, config.evaluation, parent_run_id=run)
+        with _clock(seconds, "train"):
+            adapter = train(base_model, tokens, config.training, seed=config.seed, parent_run_id=run)
+        with _clock(seconds, "merge"):
+            merged = merge(base_model, adapter, tokens, dataset, config.merge, parent_run_id=run)
+        with _clock(seconds, "evaluate_merged"):
+            after = evaluate(merged, tokens, config.evaluation, parent_run_id=run)
+        with _clock(seconds, "compare"):
+            comparison = compare_models(
+                before,
+                after,
+                config.evaluation,
+                seed=config.seed,
+                title=title,
+                facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged),
+                warnings=adapter.warnings,
+                train_run_id=str(adapter.mlflow_run_id),
+                parent_run_id=run,
+            )
+        with _clock(seconds, "register"):
+            entry = register(
+                merged,
+                comparison,
+                config.registry,
+                base_model=base_model,
+                dataset=dataset,
+                tokens=tokens,
+                git_commit=git_commit(),
+                parent_run_id=run,
+            )
+        report = build_report(run, dataset, tokens, adapter, merged, comparison, entry, seconds)
+        tracking.finish_parent(run, report, dataset, {"ingest": dataset, "tokenize": tokens, "evaluate-base": before})
+    return report
+
+
+@contextmanager
+def _clock(seconds: dict[str, Any], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 3)

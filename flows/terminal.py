@@ -1,0 +1,192 @@
+"""What a person sees in the terminal: log lines of the stages, and the outcome as tables."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import prefect
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from flows.checking import Check
+from schemas.artifacts import ComparisonReport, RunReport
+from schemas.config import LOWER_IS_BETTER
+from tasks import tracking
+
+_PREFECT_FOLDER = str(Path(prefect.__file__).parent)
+_NUM_SHOWN = 3
+_MAX_CELL_CHARS = 160
+_MAX_RUN_CHARS = 600
+_BAR_WIDTH = 24
+
+
+def quiet_prefect() -> None:
+    """Keep the stages' own lines on the console and drop the engine's; Prefect's server gets all of them."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_ours)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    engine = record.pathname.startswith(_PREFECT_FOLDER)
+    # The engine logs a failed stage with its whole trace; the command prints the error itself, once.
+    return not engine or (record.levelno >= logging.WARNING and not record.exc_info and "Finished in" not in record.msg)
+
+
+def write_failure(path: Path, error: Exception) -> None:
+    """Write the report of a run that failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"status": "failed", "error": type(error).__name__, "message": str(error)}
+    path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def show_outcome(report: RunReport) -> None:
+    """Print the comparison, a few answers side by side, the gate's verdict and where to look further."""
+    console = Console(highlight=False)
+    console.print()
+    console.print(_metrics_table(report))
+    comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
+    if comparison is not None:
+        console.print(_answers_table(tracking.resolve(comparison)))
+    entry = report.registry
+    colour = "green" if entry.verdict == "promoted" else "yellow"
+    console.print(
+        f"[bold]{entry.name} version {entry.version}[/] in the registry: [{colour}]{entry.verdict}[/], "
+        f"aliases {', '.join(entry.aliases) or 'none'}"
+    )
+    for reason in entry.reasons:
+        console.print(f"  {escape(reason)}")
+    for warning in report.training.warnings:
+        console.print(f"  [yellow]warning:[/] {escape(warning)}")
+    console.print(f"Took {sum(report.durations_seconds.values()):.0f} s. To look further:")
+    console.print(f"  MLflow   {_mlflow_command(report.mlflow_run_id)}", soft_wrap=True)
+    console.print(f"  Prefect  {_prefect_command(report.prefect_flow_run_id)}", soft_wrap=True)
+
+
+def show_check(check: Check, source: str) -> None:
+    """Print the verdict, where every row went, lengths, and three examples with the trained text in colour."""
+    console = Console(highlight=False)
+    good = not check.problems
+    verdict = "[bold green]ready to train[/]" if good else "[bold red]not fit to train[/]"
+    console.print(Panel(f"{verdict}  {escape(source)}", expand=False))
+    for problem in check.problems:
+        console.print(f"[red]✗[/] {escape(problem)}")
+    console.print(_rows_table(check))
+    for reason, places in check.places.items():
+        console.print(f"[yellow]{reason}[/] ({check.rejected[reason]:,})")
+        for place in places:
+            console.print(f"  {escape(_shorten(place))}", style="dim")
+    for warning in check.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}")
+    for note in check.notes:
+        console.print(f"[dim]·[/] {escape(note)}")
+    console.print(_lengths_table(check.masks))
+    for number, runs in enumerate(check.masks["samples"][:_NUM_SHOWN], start=1):
+        console.print(Panel(_color_mask(runs), title=f"example {number}: [green]trained[/], [dim]not trained[/]"))
+
+
+def _rows_table(check: Check) -> Table:
+    table = Table(title="Where every row went", show_header=False)
+    total = check.rows["rows in"]
+    for name, number in check.rows.items():
+        share = f"{number / total:.1%}" if total else ""
+        table.add_row(name, f"[bold]{number:,}[/]", share, end_section=name == "rows in")
+    return table
+
+
+def _lengths_table(masks: dict[str, Any]) -> Table:
+    """Show how long the examples are, and how much of them is trained."""
+    total, trained = masks["tokens_per_example"], masks["trained_tokens_per_example"]
+    share = f"{masks['share_trained']:.0%} of {masks['total_tokens']:,} tokens are trained"
+    ending = f"{masks['share_ending_in_end_of_turn']:.0%} of the examples end in an end-of-turn token"
+    table = Table(title="Tokens an example", caption=f"{share}; {ending}")
+    for column in ("tokens", "examples", "", "of them trained", ""):
+        table.add_column(column, justify="right" if column else "left")
+    most = max([1, *total["counts"].values(), *trained["counts"].values()])
+    spans = sorted({*total["counts"], *trained["counts"]}, key=lambda span: int(span.split("-")[0]))
+    for span in spans:
+        cells = [span]
+        for counts, colour in ((total["counts"], "blue"), (trained["counts"], "green")):
+            number = counts.get(span, 0)
+            cells += [f"{number:,}", f"[{colour}]{'█' * round(_BAR_WIDTH * number / most)}[/]"]
+        table.add_row(*cells)
+    return table
+
+
+def _color_mask(runs: list[dict[str, Any]]) -> Text:
+    """Return an example's text, trained parts green, long untrained parts shortened in the middle."""
+    text = Text()
+    for run in runs:
+        shown = run["text"]
+        if len(shown) > _MAX_RUN_CHARS:
+            shown = f"{shown[: _MAX_RUN_CHARS // 2]} […] {shown[-_MAX_RUN_CHARS // 2 :]}"
+        text.append(shown, style="green" if run["trained"] else "dim")
+    return text
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_CELL_CHARS else line[: _MAX_CELL_CHARS - 1] + "…"
+
+
+def _metrics_table(report: RunReport) -> Table:
+    evaluation = report.evaluation
+    table = Table(title=f"Base and fine-tuned model on {evaluation.num_examples} held-out rows")
+    for column in ("metric", "base", "fine-tuned", "change", "interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, delta in evaluation.delta.items():
+        better = (delta.ci_high < 0) if name in LOWER_IS_BETTER else (delta.ci_low > 0)
+        worse = (delta.ci_low > 0) if name in LOWER_IS_BETTER else (delta.ci_high < 0)
+        colour = "green" if better else "red" if worse else "dim"
+        table.add_row(
+            name,
+            f"{evaluation.before[name]:.4g}",
+            f"{evaluation.after[name]:.4g}",
+            f"[{colour}]{delta.value:+.4g}[/]",
+            f"{delta.ci_low:+.4g} to {delta.ci_high:+.4g}",
+        )
+    return table
+
+
+def _answers_table(folder: Path) -> Table:
+    """Show the free questions and the first held-out rows."""
+    table = Table(title="The same questions to both", show_lines=True)
+    for column in ("question", "base", "fine-tuned", "reference"):
+        table.add_column(column, overflow="fold", ratio=1)
+    questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    for question in questions:
+        table.add_row(*map(_cell, (question["question"], question["base"], question["tuned"])), "")
+    rows = pl.read_parquet(folder / "table.parquet").head(_NUM_SHOWN)
+    for row in rows.iter_rows(named=True):
+        table.add_row(*(_cell(row[name]) for name in ("question", "answer_before", "answer_after", "reference")))
+    return table
+
+
+def _cell(text: str) -> str:
+    return escape(_shorten(text))
+
+
+def _script(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _mlflow_command(run_id: str) -> str:
+    link = tracking.ui_link(run_id)
+    if link is not None:
+        return link
+    return f"{_script('mlflow')} ui --backend-store-uri {tracking.tracking_uri()}   then http://127.0.0.1:5000"
+
+
+def _prefect_command(flow_run_id: str) -> str:
+    address = os.environ.get("PREFECT_UI_URL") or os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    if address:
+        return f"{address}/runs/flow-run/{flow_run_id}"
+    return f"{_script('prefect')} server start   then http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"

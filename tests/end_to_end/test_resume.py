@@ -1,0 +1,119 @@
+"""Killed in the middle of training and started again: the same run goes on and ends with the same adapter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.end_to_end.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+_TIMEOUT_SECONDS = 240
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"Say {n}.", "completion": f"The number {n} comes after {n - 1}."} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "name": tmp_path.name,
+        "model": {"base_model": str(ROOT / "deploy" / "demo" / "base_model")},
+        "data": {"source": str(tmp_path / "rows.jsonl")},
+        "training": {
+            "rank": 4,
+            "alpha": 8,
+            "dropout": 0.1,
+            "num_epochs": 40,
+            "micro_batch": 4,
+            "gradient_accumulation_steps": 2,
+            "checkpoint_every_steps": 10,
+        },
+        "evaluation": {"max_new_tokens": 8, "num_resamples": 100},
+        "registry": {"name": "resumed"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+def _command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "flows.cli", "run", str(config), *arguments]
+
+
+def _run(environment: dict[str, str], config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = _command(config, *arguments)
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS
+    )
+
+
+def _report(environment: dict[str, str], config: Path, *arguments: str) -> dict[str, Any]:
+    path = config.with_name("report.json")
+    done = _run(environment, config, "--report", str(path), *arguments)
+    assert done.returncode == 0, done.stderr
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def _kill_after_first_checkpoint(environment: dict[str, str], config: Path) -> str:
+    """Start a run, kill it with SIGKILL once a checkpoint exists, and return its MLflow run id."""
+    runs = Path(environment["SFT_HOME"]) / "runs"
+    before = set(runs.glob("*"))
+    with subprocess.Popen(
+        _command(config), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            new = [run for run in runs.glob("*") if run not in before]
+            if new and any((new[0] / "train" / "checkpoints").glob("step-*")):
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    return new[0].name
+
+
+def _adapter(environment: dict[str, str], run_id: str) -> dict[str, Any]:
+    return load_file(
+        Path(environment["SFT_HOME"]) / "runs" / run_id / "train" / "adapter" / "adapter_model.safetensors"
+    )
+
+
+def test_a_killed_run_goes_on_in_the_same_run_and_ends_with_the_same_adapter(
+    command_environment: dict[str, str], config: Path
+) -> None:
+    killed = _kill_after_first_checkpoint(command_environment, config)
+    # Other data under the interrupted run is refused, and so is another config.
+    rows = config.with_name("rows.jsonl")
+    original = rows.read_text()
+    rows.write_text(original.replace("The number 7 ", "The number seven "))
+    refused = _run(command_environment, config)
+    assert refused.returncode == 1
+    assert f"the dataset changed since run {killed} began" in refused.stderr
+    rows.write_text(original)
+    refused = _run(command_environment, config, "--resume", killed, "--set", "training.rank=8")
+    assert refused.returncode == 1
+    assert "training.rank: 4 -> 8" in refused.stderr
+    # The refusals left the run as it was: it goes on.
+    resumed = _report(command_environment, config, "--resume", killed)
+    assert resumed["mlflow_run_id"] == killed
+    undisturbed = _report(command_environment, config, "--resume", "never")
+    assert undisturbed["mlflow_run_id"] != killed
+    one, other = _adapter(command_environment, killed), _adapter(command_environment, undisturbed["mlflow_run_id"])
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-6
+    assert resumed["training"]["steps"] == undisturbed["training"]["steps"]
+
+
+def test_a_killed_run_is_found_again_by_its_config(command_environment: dict[str, str], config: Path) -> None:
+    killed = _kill_after_first_checkpoint(command_environment, config)
+    assert _report(command_environment, config)["mlflow_run_id"] == killed
+    assert _report(command_environment, config)["mlflow_run_id"] != killed
