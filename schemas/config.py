@@ -119,7 +119,7 @@ class DataConfig(Section):
     max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0, title="Budget for rejected rows")
     """The run fails when a larger part of the rows is rejected."""
     screen: Literal["off", "report", "redact"] = Field(default="report", title="Personal data and secrets")
-    """Look for e-mail addresses, phone numbers, keys and passwords: report them, or replace them by [EMAIL] and so on."""
+    """Look for e-mail addresses, phone numbers, keys and passwords; report them, or replace them by [EMAIL] etc."""
 
     @model_validator(mode="after")
     def _check_settings_that_need_each_other(self) -> Self:
@@ -370,9 +370,10 @@ def _suggest(location: tuple[Any, ...]) -> str:
         if isinstance(part, int):  # the place in a list of sections
             continue
         annotation = section.model_fields[part].annotation
-        listed = get_args(annotation)
-        section = listed[0] if listed else annotation
-        assert issubclass(section, BaseModel)
+        inner = next(iter(get_args(annotation)), annotation)
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
+        section = inner
     known = list(section.model_fields)
     close = get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,10 @@ import polars as pl
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
-from tasks.ingestion.formats import Reading
 from tasks.ingestion.identity import Conversation
-from tasks.ingestion.intake import Intake, take_in
-from tasks.ingestion.near_duplicates import THRESHOLD, find_near_duplicates
-from tasks.ingestion.quality import PLACES_SHOWN, TEXT_PROBLEMS, check_quality, describe_rows
+from tasks.ingestion.mixture import Portion, divide, mix, read_datasets
+from tasks.ingestion.quality_report import describe_dataset
 from tasks.ingestion.rejects import DataError, Reject, check_budget, count_reasons, describe_rejects
-from tasks.ingestion.sources import find_sources
-from tasks.ingestion.splits import Split, count_shared_prompts, split_rows, split_sources
 
 CONVERSATION_SCHEMA = {
     "example_id": pl.String,
@@ -42,11 +38,14 @@ REJECT_SCHEMA = {
 class DatasetCounts:
     """Where every row went; rows_in = rows_train + rows_eval + rejected + rows_duplicate + rows_leaked.
 
-    Rows that data.max_rows or data.max_eval_rows leave out are not counted as read.
+    rows_in are the rows that the run takes in: those read, without those that are left out, and with the copies that
+    a weight above 1 makes (train.parquet then holds an example_id several times). What data.max_rows leaves unread
+    is not counted at all.
     """
 
     rows_in: int
     rows_train: int
+    """Rows of train.parquet."""
     rows_eval: int
     rows_rejected: dict[str, int]
     """By reason."""
@@ -54,25 +53,36 @@ class DatasetCounts:
     """Copies beyond the first of a conversation."""
     rows_leaked: int
     """Training rows that hold a held-out conversation."""
+    rows_left_out: int = 0
+    """Usable rows that a weight, num_rows or max_eval_rows leaves out."""
+    rows_repeated: int = 0
+    """Copies that weights above 1 made."""
 
     def __post_init__(self) -> None:
         taken = self.rows_train + self.rows_eval + self.rows_duplicate + self.rows_leaked
         assert self.rows_in == taken + sum(self.rows_rejected.values()), f"rows do not add up: {self}"
 
+    @property
+    def rows_read(self) -> int:
+        """Rows of the files; what budgets are measured by."""
+        return self.rows_in + self.rows_left_out - self.rows_repeated
+
 
 def build_dataset(config: DataConfig, *, seed: int, folder: Path) -> DatasetCounts:
-    """Read, check, split and write a dataset.
+    """Read, check, split, mix and write a dataset.
 
-    The order is: rows become conversations or rejects; the budget is checked; copies go; the split is made; leaks
-    go. rejects.parquet is written even where the dataset is refused.
+    The order is: rows become conversations or rejects; the budget is checked; each dataset is split by itself, its
+    copies gone; leaks go, and what several datasets have; training rows are taken by weight or number, and mixed.
+    Held-out rows have no weight. rejects.parquet is written even where the dataset is refused.
 
     Args:
-        config: the dataset and its limits.
-        seed: of the split.
+        config: the datasets and their limits.
+        seed: of the split and the mixture.
         folder: where the tables are written; made when missing.
 
     Raises:
-        DataError: nothing can be read, too much is rejected, or nothing is left to train or to evaluate.
+        DataError: nothing can be read, too much is rejected, too few rows are there for a mixture, or nothing is left
+            to train or to evaluate.
     """
     if config.eval_source is None and config.eval_fraction == 0:
         raise DataError(
@@ -80,48 +90,51 @@ def build_dataset(config: DataConfig, *, seed: int, folder: Path) -> DatasetCoun
             "hold out a part (such as 0.1) or give a held-out dataset"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    reading = Reading(config.format, config.columns)
-    intake = take_in(find_sources(config.source, config), reading, config.max_rows, seed=seed)
-    held_out = None
-    if config.eval_source is not None:
-        held_out = take_in(find_sources(config.eval_source, config), reading, seed=seed)
-    intakes = [intake] if held_out is None else [intake, held_out]
-    rejects = [reject for part in intakes for reject in part.rejects]
+    intakes = read_datasets(config, seed=seed)
+    rejects = [reject for intake in intakes for reject in intake.rejects]
     write_table(rejects, REJECT_SCHEMA, Rejects, folder / "rejects.parquet")
-    num_rows = sum(part.num_rows for part in intakes)
-    check_budget(rejects, num_rows, config.max_rejected_fraction, config.source)
-    if held_out is None:
-        split = split_rows(intake.conversations, config.eval_fraction, config.max_eval_rows, seed)
-    else:
-        split = split_sources(intake.conversations, held_out.conversations, config.max_eval_rows, seed)
-    _check_sides(split, rejects, num_rows, config)
-    counts = DatasetCounts(
-        rows_in=num_rows - len(split.unused),
-        rows_train=len(split.train),
-        rows_eval=len(split.eval),
-        rows_rejected=count_reasons(rejects),
-        rows_duplicate=len(split.duplicate),
-        rows_leaked=len(split.leaked),
-    )
-    write_table([_to_row(row) for row in split.train], CONVERSATION_SCHEMA, Conversations, folder / "train.parquet")
-    write_table([_to_row(row) for row in split.eval], CONVERSATION_SCHEMA, Conversations, folder / "eval.parquet")
-    quality = _describe(counts, intakes, split, rejects)
+    where = ", ".join(dataset.source for dataset in config.datasets)
+    check_budget(rejects, sum(intake.num_rows for intake in intakes), config.max_rejected_fraction, where)
+    portions = divide(intakes, config, seed=seed)
+    counts = _count(portions)
+    _check_sides(counts, rejects, where, config)
+    train = mix([portion.train for portion in portions], seed)
+    held_out = mix([portion.split.eval for portion in portions], seed)
+    write_table([_to_row(row) for row in train], CONVERSATION_SCHEMA, Conversations, folder / "train.parquet")
+    write_table([_to_row(row) for row in held_out], CONVERSATION_SCHEMA, Conversations, folder / "eval.parquet")
+    quality = describe_dataset(counts, portions, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")
     return counts
 
 
-def _check_sides(split: Split, rejects: Sequence[Reject], num_rows: int, config: DataConfig) -> None:
+def _count(portions: Sequence[Portion]) -> DatasetCounts:
+    """Add up where the rows of all datasets went."""
+    num_left_out = sum(portion.num_left_out for portion in portions)
+    num_repeated = sum(portion.num_repeated for portion in portions)
+    return DatasetCounts(
+        rows_in=sum(portion.intake.num_rows for portion in portions) - num_left_out + num_repeated,
+        rows_train=sum(len(portion.train) for portion in portions),
+        rows_eval=sum(len(portion.split.eval) for portion in portions),
+        rows_rejected=count_reasons([reject for portion in portions for reject in portion.intake.rejects]),
+        rows_duplicate=sum(len(portion.split.duplicate) for portion in portions),
+        rows_leaked=sum(len(portion.split.leaked) for portion in portions),
+        rows_left_out=num_left_out,
+        rows_repeated=num_repeated,
+    )
+
+
+def _check_sides(counts: DatasetCounts, rejects: Sequence[Reject], where: str, config: DataConfig) -> None:
     """Fail when a side of the split is empty."""
-    if split.train and split.eval:
+    if counts.rows_train and counts.rows_eval:
         return
-    side = "train" if not split.train else "evaluate"
+    side = "train" if not counts.rows_train else "evaluate"
     went = (
-        f"{num_rows} rows read, {len(rejects)} rejected, {len(split.duplicate)} copies, "
-        f"{len(split.leaked)} leaked (also held out), {len(split.eval)} held out"
+        f"{counts.rows_read} rows read, {len(rejects)} rejected, {counts.rows_duplicate} copies, "
+        f"{counts.rows_leaked} leaked (also held out), {counts.rows_eval} held out"
     )
     listed = f"\n{describe_rejects(rejects)}" if rejects else ""
     raise DataError(
-        f"{config.source}: no row is left to {side} ({went}): give at least two different usable conversations"
+        f"{where}: no row is left to {side} ({went}): give at least two different usable conversations"
         f"{', and a held-out dataset with other ones' if config.eval_source else ''}{listed}"
     )
 
@@ -140,53 +153,3 @@ def write_table(rows: Sequence[Any], schema: Any, model: type[pa.DataFrameModel]
     except pandera.errors.SchemaErrors as error:
         raise AssertionError(f"{path.name} breaks its schema: {error.failure_cases}") from error
     frame.write_parquet(path)
-
-
-def _describe(
-    counts: DatasetCounts, intakes: Sequence[Intake], split: Split, rejects: Sequence[Reject]
-) -> dict[str, Any]:
-    """Return the quality report: counts, what was read how, checks, statistics, warnings."""
-    kept = [*split.train, *split.eval]
-    checks = check_quality(kept)
-    pairs = find_near_duplicates(split.train, split.eval)
-    shared = count_shared_prompts(split.train, split.eval)
-    unused: dict[str, int] = {}
-    for part in intakes:
-        for name, number in part.unused.items():
-            unused[name] = unused.get(name, 0) + number
-    warnings = [warning for part in intakes for warning in part.warnings]
-    warnings += [
-        f"{found['num_rows']} row(s): {TEXT_PROBLEMS.get(code, 'much shorter or longer than the others')} "
-        f"({', '.join(found['places'])})"
-        for code, found in checks.items()
-        if found["num_rows"]
-    ]
-    if pairs:
-        first = pairs[0]
-        warnings.append(
-            f"{len(pairs)} held-out row(s) are nearly repeated by a training row (Jaccard index at least {THRESHOLD}), "
-            f"such as {first.eval_place} by {first.train_place} ({first.jaccard}): their score flatters the model"
-        )
-    if shared:
-        warnings.append(f"{shared} held-out row(s) have a prompt that is also trained, with another answer")
-    if split.unused:
-        warnings.append(f"{len(split.unused)} held-out row(s) beyond data.max_eval_rows are not used")
-    warnings += [f"not read: {name} ({number} time(s))" for name, number in unused.items() if number]
-    return {
-        "counts": asdict(counts),
-        "num_unused_eval_rows": len(split.unused),
-        "files": [entry for part in intakes for entry in part.files],
-        "not_read": unused,
-        "checks": checks,
-        "near_duplicates": {
-            "threshold": THRESHOLD,
-            "num_eval_rows": len(pairs),
-            "pairs": [pair._asdict() for pair in pairs[:PLACES_SHOWN]],
-        },
-        "num_shared_prompts": shared,
-        "duplicates": [f"{row.source}:{row.line}" for row in split.duplicate[:PLACES_SHOWN]],
-        "leaks": [f"{row.source}:{row.line}" for row in split.leaked[:PLACES_SHOWN]],
-        "rejects": [reject._asdict() for reject in rejects[:PLACES_SHOWN]],
-        "statistics": {"train": describe_rows(split.train), "eval": describe_rows(split.eval)},
-        "warnings": warnings,
-    }

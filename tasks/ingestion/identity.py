@@ -12,12 +12,14 @@ conversation is found too: it would teach that very answer to that very prompt.
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from tasks.ingestion.messages import Message
 from tasks.ingestion.quality import find_text_problems
 from tasks.ingestion.rejects import RowError
+from tasks.ingestion.screening import Screen, may_hold_any, screen_values
 
 ID_DIGITS = 32
 KEY_BYTES = 16
@@ -48,12 +50,16 @@ class Conversation:
     """In the assistant's messages, tool calls not counted."""
     problems: tuple[str, ...]
     """Codes of what looks wrong in the text but is kept; see quality.TEXT_PROBLEMS."""
+    found: tuple[str, ...] = ()
+    """Kinds of personal data and secrets, one for each place; see screening.KINDS."""
 
 
 def make_conversation(
-    messages: list[Message], tools: list[dict[str, Any]] | None, source: str, line: int
+    messages: list[Message], tools: list[dict[str, Any]] | None, source: str, line: int, screen: Screen = "off"
 ) -> Conversation:
-    """Give a conversation its identities.
+    """Look for personal data and secrets, and give the conversation its identities.
+
+    Identities are those of the text that is written, so with placeholders where `screen` is redact.
 
     Raises:
         RowError: broken_text, where a text cannot be written as UTF-8 or a number as JSON.
@@ -61,6 +67,12 @@ def make_conversation(
     try:
         text = WRITTEN.encode(messages)
         tools_text = None if tools is None else WRITTEN.encode(tools)
+        found: Counter[str] = Counter()
+        if screen != "off" and (may_hold_any(text) or (tools_text and may_hold_any(tools_text))):
+            messages, tools = screen_values([messages, tools], found, redact=screen == "redact")
+        if found and screen == "redact":
+            text = WRITTEN.encode(messages)
+            tools_text = None if tools is None else WRITTEN.encode(tools)
         canonical = CANONICAL.encode({"messages": messages, "tools": tools}).encode()
     except UnicodeEncodeError as error:
         raise RowError("broken_text", f"character {error.start} is half of a surrogate pair ({error.reason})") from None
@@ -82,6 +94,7 @@ def make_conversation(
         prompt_characters=sum(map(len, contents)) - answer_characters,
         answer_characters=answer_characters,
         problems=find_text_problems("\n".join(contents)),
+        found=tuple(found.elements()),
     )
 
 

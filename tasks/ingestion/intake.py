@@ -14,6 +14,7 @@ from tasks.ingestion.identity import Conversation, make_conversation
 from tasks.ingestion.messages import alternate_strictly
 from tasks.ingestion.readers import RawRow, read_rows
 from tasks.ingestion.rejects import DataError, Reject, RowError, make_reject
+from tasks.ingestion.screening import Screen
 
 
 @dataclass
@@ -34,7 +35,14 @@ class Intake:
     """Conversations whose turns do not alternate strictly, where the reading asks for the number."""
 
 
-def take_in(sources: Sequence[Source], reading: Reading, max_rows: int | None = None, *, seed: int = 0) -> Intake:
+def take_in(
+    sources: Sequence[Source],
+    reading: Reading,
+    max_rows: int | None = None,
+    *,
+    seed: int = 0,
+    screen: Screen = "off",
+) -> Intake:
     """Read the files of all sources in order, at most `max_rows` rows from the front.
 
     Args:
@@ -42,6 +50,7 @@ def take_in(sources: Sequence[Source], reading: Reading, max_rows: int | None = 
         reading: how rows are read otherwise.
         max_rows: no limit when None.
         seed: of the choice of `num_samples` rows.
+        screen: what is done about personal data and secrets.
 
     Raises:
         DataError: a file cannot be read, its columns fit no format, or there is no row at all.
@@ -51,7 +60,7 @@ def take_in(sources: Sequence[Source], reading: Reading, max_rows: int | None = 
         left = None if max_rows is None else max_rows - whole.num_rows
         if left == 0:
             break
-        intake = _take_in_source(source, source.reading or reading, left)
+        intake = _take_in_source(source, source.reading or reading, left, screen)
         if source.num_samples is not None:
             _choose_samples(intake, source.num_samples, source.label, seed)
         whole.num_rows += intake.num_rows
@@ -62,7 +71,7 @@ def take_in(sources: Sequence[Source], reading: Reading, max_rows: int | None = 
     return whole
 
 
-def _take_in_source(source: Source, reading: Reading, max_rows: int | None) -> Intake:
+def _take_in_source(source: Source, reading: Reading, max_rows: int | None, screen: Screen) -> Intake:
     """Read the files of one source."""
     intake = Intake(warnings=list(source.warnings))
     for file in source.files:
@@ -71,7 +80,7 @@ def _take_in_source(source: Source, reading: Reading, max_rows: int | None) -> I
             break
         rows = islice(read_rows(file), left)
         before = intake.num_rows
-        layout = _take_in_file(intake, file, rows, reading)
+        layout = _take_in_file(intake, file, rows, reading, screen)
         intake.files.append(
             {
                 "name": file.name,
@@ -93,7 +102,9 @@ def _take_in_source(source: Source, reading: Reading, max_rows: int | None) -> I
     return intake
 
 
-def _take_in_file(intake: Intake, file: SourceFile, rows: Iterator[RawRow], reading: Reading) -> Layout | None:
+def _take_in_file(
+    intake: Intake, file: SourceFile, rows: Iterator[RawRow], reading: Reading, screen: Screen
+) -> Layout | None:
     """Convert the rows of one file, after finding its layout in the first ones."""
     first = list(islice(rows, ROWS_LOOKED_AT))
     layout = find_layout([row.value for row in first if row.problem is None], reading, str(file.path))
@@ -108,10 +119,10 @@ def _take_in_file(intake: Intake, file: SourceFile, rows: Iterator[RawRow], read
             if layout is None:
                 raise RowError("not_an_object", f"the row is of type {type(row.value).__name__}: an object is wanted")
             messages, tools = convert_row(row.value, layout, invented_nulls=invented_nulls, unused=intake.unused)
-            intake.conversations.append(make_conversation(messages, tools, file.name, row.line))
+            intake.conversations.append(make_conversation(messages, tools, file.name, row.line, screen))
             intake.num_odd_turns += reading.strict_turns and not alternate_strictly(messages)
         except RowError as error:
-            intake.rejects.append(make_reject(file.name, row.line, error, row.value))
+            intake.rejects.append(make_reject(file.name, row.line, error, row.value, screen))
     return layout
 
 

@@ -69,7 +69,7 @@ def read_datasets(config: DataConfig, *, seed: int) -> list[Intake]:
         folder = "held-out" if dataset is held_out else f"dataset-{number}"
         sources = _name_apart(find_sources(dataset), folder, names)
         max_rows = None if dataset is held_out else config.max_rows
-        intake = take_in(sources, Reading(dataset.format, dataset.columns), max_rows, seed=seed)
+        intake = take_in(sources, Reading(dataset.format, dataset.columns), max_rows, seed=seed, screen=config.screen)
         intake.name = PurePath(dataset.source).name
         intakes.append(intake)
     return intakes
@@ -114,7 +114,7 @@ def divide(intakes: Sequence[Intake], config: DataConfig, *, seed: int) -> list[
 def _share_out(rows: Sequence[Sequence[Conversation]], config: DataConfig) -> list[int]:
     """Return the most rows that each dataset holds out: its share of data.max_eval_rows where all want more."""
     sizes = [len(drop_duplicates(part)[0]) for part in rows]
-    wanted = [count_held_out(size, config.eval_fraction, config.max_eval_rows) for size in sizes]
+    wanted = [count_held_out(size, config.eval_fraction, size) for size in sizes]
     total = sum(wanted)
     if total <= config.max_eval_rows:
         return wanted
@@ -126,8 +126,8 @@ def _share_out(rows: Sequence[Sequence[Conversation]], config: DataConfig) -> li
 def take(rows: Sequence[Conversation], dataset: DatasetConfig, seed: int) -> list[Conversation]:
     """Take training rows by the dataset's weight or number, in their order.
 
-    A weight w takes round(w * n) of n rows, at least one: each floor(w) times, and a seeded choice once more. The choice
-    goes by the rank of the split, so that a larger weight takes what a smaller one takes, and more.
+    A weight w takes round(w * n) of n rows, at least one: each floor(w) times, and a seeded choice once more. The
+    choice goes by the rank of the split, so that a larger weight takes what a smaller one takes, and more.
 
     Raises:
         DataError: there are fewer rows than `num_rows`.

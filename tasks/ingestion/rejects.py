@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tasks.ingestion.screening import Screen, redact_text
+
 REASONS: dict[str, str] = {
     "broken_json": "the line is not JSON",
     "not_an_object": "the row is JSON, but not an object with named fields",
@@ -66,18 +68,22 @@ class Reject(NamedTuple):
     raw: str
 
 
-def make_reject(source: str, line: int, error: RowError, raw: Any) -> Reject:
-    """Record a rejected row; `raw` is its text, or the parsed value when it was parsed."""
+def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Screen = "off") -> Reject:
+    """Record a rejected row; `raw` is its text, or the parsed value when it was parsed.
+
+    Rejects are shown in reports: personal data and secrets become placeholders in them, unless `screen` is off.
+    """
     text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
     # "replace" turns half surrogates into question marks: the tables are UTF-8.
     data = text.encode("utf-8", "replace")
+    hide = redact_text if screen != "off" else str
     return Reject(
         example_id=hashlib.sha256(data).hexdigest()[:32],
         source=source,
         line=line,
         reason=error.reason,
-        detail=error.detail.encode("utf-8", "replace").decode(),
-        raw=data.decode()[:MAX_RAW_CHARACTERS],
+        detail=hide(error.detail.encode("utf-8", "replace").decode()),
+        raw=hide(data.decode())[:MAX_RAW_CHARACTERS],
     )
 
 

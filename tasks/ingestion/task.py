@@ -54,6 +54,8 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
             "leaked": counts.rows_leaked,
             **{f"rejected: {reason}": number for reason, number in counts.rows_rejected.items()},
         }
+        apart = {"left out by sampling": counts.rows_left_out, "repeated by weight": counts.rows_repeated}
+        accounting |= {name: number for name, number in apart.items() if number}
         uri, digest = tracking.publish(folder / "dataset", run_id, "dataset")
         tracking.log_metrics(run_id, {f"rows/{name}".replace(":", ""): value for name, value in accounting.items()})
         tracking.set_tags(run_id, {"sft.source_digest": source.digest, "sft.dataset_digest": digest})

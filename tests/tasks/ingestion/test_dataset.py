@@ -86,9 +86,9 @@ def test_limits_of_rows(tmp_path: Path, write_lines: WriteLines) -> None:
     assert build(source, tmp_path / "b", eval_fraction=0.5, max_eval_rows=7) == DatasetCounts(100, 93, 7, {}, 0, 0)
     other = write_lines("other.jsonl", [ask(number) for number in range(200, 230)])
     assert build(source, tmp_path / "c", eval_source=str(other), max_eval_rows=7) == DatasetCounts(
-        107, 100, 7, {}, 0, 0
+        107, 100, 7, {}, 0, 0, rows_left_out=23
     )
-    assert read_quality(tmp_path / "c")["num_unused_eval_rows"] == 23
+    assert read_quality(tmp_path / "c")["counts"]["rows_read"] == 130
 
 
 def test_max_rows_goes_over_the_files_of_a_folder(tmp_path: Path, write_lines: WriteLines) -> None:
@@ -245,7 +245,7 @@ def test_rows_in_are_all_accounted_for_whatever_the_rows(lines: list[str], held_
             settings["eval_source"] = str(folder / "eval.jsonl")
         counts = build(folder / "rows.jsonl", folder / "out", format="alpaca", **settings)
         tables = {name: pl.read_parquet(folder / "out" / f"{name}.parquet") for name in ("train", "eval", "rejects")}
-    assert counts.rows_in == 3 + len(lines) + (0 if held_out is None else 2 + len(held_out))
+    assert counts.rows_read == 3 + len(lines) + (0 if held_out is None else 2 + len(held_out))
     assert (tables["train"].height, tables["eval"].height) == (counts.rows_train, counts.rows_eval)
     assert tables["rejects"].height == sum(counts.rows_rejected.values())
     assert counts.rows_rejected.keys() <= REASONS.keys()

@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.config import DataConfig
+from schemas.config import DataConfig, DatasetConfig
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
 from tasks.ingestion.messages import alternate_strictly
 from tasks.ingestion.rejects import DataError
@@ -133,7 +133,7 @@ def test_digest_follows_the_entry(tmp_path: Path) -> None:
 def test_entry_that_cannot_be_trained_is_refused(tmp_path: Path, entry: dict[str, Any], words: str) -> None:
     source = write_index(tmp_path, {"one": entry}, rows=[])
     with pytest.raises(DataError, match=words) as caught:
-        find_sources(source, DataConfig(source=source))
+        find_sources(DatasetConfig(source=source))
     assert "dataset_info.json#one: " in str(caught.value)
 
 
@@ -141,12 +141,12 @@ def test_index_without_such_a_name_lists_those_it_has(tmp_path: Path) -> None:
     source = write_index(tmp_path, {"one": {}, "two": {}})
     for name, words in ((f"{source}#three", "no dataset three in it"), (source, "several datasets in it")):
         with pytest.raises(DataError, match=f"{words}: write .*one, two"):
-            find_sources(name, DataConfig(source=name))
+            find_sources(DatasetConfig(source=name))
     write_index(tmp_path, {"features": {}, "splits": [1]})
     with pytest.raises(DataError, match="give its folder"):
-        find_sources(source, DataConfig(source=source))
+        find_sources(DatasetConfig(source=source))
     with pytest.raises(DataError, match="not a readable index"):
-        find_sources("missing/dataset_info.json#one", DataConfig(source="x"))
+        find_sources(DatasetConfig(source="missing/dataset_info.json#one"))
 
 
 def test_index_of_the_material(material: Path, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 from pathlib import Path
 
 import datasets
+import polars as pl
 import pytest
 
-from schemas.config import DataConfig
+from schemas.config import DataConfig, DatasetConfig
+from tasks.ingestion.dataset import DatasetCounts, build_dataset
 from tasks.ingestion.rejects import DataError
 from tasks.ingestion.sources import digest_source, find_sources, locate_eval_source, locate_source
 
 
 def find_kinds(source: Path) -> dict[str, str]:
-    return {file.name: file.kind for file in find_sources(str(source), DataConfig(source=str(source)))[0].files}
+    return {file.name: file.kind for file in find_sources(DatasetConfig(source=str(source)))[0].files}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_folder_gives_its_dataset_files_by_path_and_says_what_it_left_out(tmp_pa
     for name in ("b.jsonl", "a.csv", "sub/c.parquet", "README.md", "dataset_info.json", ".hidden/d.json", "e.json.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (source,) = find_sources(str(tmp_path), DataConfig(source="x"))
+    (source,) = find_sources(DatasetConfig(source=str(tmp_path)))
     assert [file.name for file in source.files] == ["a.csv", "b.jsonl", "sub/c.parquet"]
     assert source.warnings == (
         "3 file(s) of the folder are not rows and were not read: README.md, dataset_info.json, e.json.gz",
@@ -51,7 +53,7 @@ def test_folder_warns_of_held_out_files_read_among_the_others(tmp_path: Path, na
     for file in ("train.jsonl", name):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    (warning,) = find_sources(str(tmp_path), DataConfig(source="x"))[0].warnings
+    (warning,) = find_sources(DatasetConfig(source=str(tmp_path)))[0].warnings
     assert warning.startswith(f"{name}: named like held-out data")
     assert "data.eval_source" in warning
 
@@ -72,27 +74,45 @@ def test_name_that_neither_disk_nor_hub_knows_says_so(monkeypatch: pytest.Monkey
     assert "split train, revision abc123" in str(caught.value)
 
 
-def test_hub_dataset_in_the_local_cache_is_read_from_its_arrow_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What the library leaves in its cache after a download, made here with the library itself.
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    cache = tmp_path / "cache"
+def fill_hub_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, *splits: str) -> None:
+    """Leave org/rows in the cache as the library does after a download; it is made with the library itself."""
+    (folder / "files").mkdir()
+    for split in splits:
+        lines = [f'{{"prompt": "{split} {number}", "completion": "b"}}\n' for number in range(3)]
+        (folder / "files" / f"{split}.jsonl").write_text("".join(lines))
+    cache = folder / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    datasets.load_dataset(str(tmp_path / "files"), split="train", cache_dir=str(cache))
+    datasets.load_dataset(str(folder / "files"), cache_dir=str(cache))
     built = next(cache.rglob("*-train.arrow")).parent
     target = cache / "org___rows" / "default" / "0.0.0" / ("0" * 40)
     target.parent.mkdir(parents=True)
     built.rename(target)
     for file in target.glob("*.arrow"):
-        file.rename(target / "rows-train.arrow")
+        file.rename(target / f"rows-{file.stem.rpartition('-')[2]}.arrow")
+
+
+def test_hub_dataset_in_the_local_cache_is_read_from_its_arrow_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_hub_cache(tmp_path, monkeypatch, "train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (path,) = locate_source(DataConfig(source="org/rows"))
     assert path.name == "rows-train.arrow"
     assert locate_source(DataConfig(source="org/rows", revision="0" * 40)) == [path]
     with pytest.raises(DataError, match=f"has commit {'0' * 40} and data.revision is {'1' * 40}"):
         locate_source(DataConfig(source="org/rows", revision="1" * 40))
+
+
+def test_held_out_split_of_the_same_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_hub_cache(tmp_path, monkeypatch, "train", "test")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    config = DataConfig(source="org/rows", eval_source="org/rows", eval_split="test")
+    assert [path.name for path in locate_source(config)] == ["rows-train.arrow"]
+    assert [path.name for path in locate_eval_source(config)] == ["rows-test.arrow"]
+    assert build_dataset(config, seed=0, folder=tmp_path / "out") == DatasetCounts(6, 3, 3, {}, 0, 0)
+    held_out = pl.read_parquet(tmp_path / "out" / "eval.parquet")
+    assert all('"content": "test ' in messages for messages in held_out["messages"])
+    assert set(held_out["source"]) == {"org/rows/rows-test.arrow"}
 
 
 @pytest.mark.parametrize(("source", "word"), [("s3://bucket/rows.jsonl", "download"), ("https://x.org/a", "download")])
@@ -137,8 +157,15 @@ def test_digest_follows_names_and_contents_and_not_the_place(tmp_path: Path) -> 
         source = str(tmp_path / folder / name)
         return digest_source(DataConfig(source=source, eval_source=None if held_out is None else str(held_out)))
 
+    def digest_mixture(*names: str) -> str:
+        sources = [{"source": str(tmp_path / name)} for name in names]
+        return digest_source(DataConfig(source=str(tmp_path / "one" / "a.json"), mixture=sources))
+
     first = digest("one", "a.json", "[1]")
     assert len(first) == 64
     assert digest("two", "a.json", "[1]") == first
     others = [digest("three", "b.json", "[1]"), digest("four", "a.json", "[2]"), digest("five", "a.json", "[1]", "[3]")]
-    assert len({first, *others}) == 4
+    others += [digest_mixture("one/a.json"), digest_mixture("three/b.json"), digest_mixture("four/a.json")]
+    assert digest_mixture() == first
+    assert digest_mixture("two/a.json") == others[3]
+    assert len({first, *others}) == 7

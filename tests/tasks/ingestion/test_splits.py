@@ -2,7 +2,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.ingestion.identity import Conversation, make_conversation
-from tasks.ingestion.splits import count_held_out, count_shared_prompts, drop_duplicates, split_rows, split_sources
+from tasks.ingestion.splits import (
+    Split,
+    count_held_out,
+    count_shared_prompts,
+    drop_duplicates,
+    hold_out,
+    keep_all,
+    separate,
+    split_rows,
+)
 
 
 def make(*texts: str, line: int = 1) -> Conversation:
@@ -12,6 +21,12 @@ def make(*texts: str, line: int = 1) -> Conversation:
 
 def make_many(num_rows: int) -> list[Conversation]:
     return [make(f"question {number}", f"answer {number}", line=number) for number in range(1, num_rows + 1)]
+
+
+def split_sources(train: list[Conversation], held_out: list[Conversation], max_rows: int, seed: int) -> Split:
+    """Both datasets' parts in one, as a run with a held-out dataset has them."""
+    parts = separate([keep_all(train), hold_out(held_out, max_rows, seed)])
+    return Split(*([*first, *second] for first, second in zip(*parts, strict=True)))
 
 
 def name_ids(rows: list[Conversation]) -> set[str]:
