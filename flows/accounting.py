@@ -24,9 +24,9 @@ from schemas.config import RunConfig
 
 
 def describe_run(config: RunConfig) -> str:
-    """Return a name that a person can read: model, dataset, date (UTC)."""
+    """Return a name that a person can read: what for, model, dataset, date (UTC)."""
     model, data = PurePath(config.model.base_model).name, PurePath(config.data.source).stem
-    return f"{model} on {data}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
+    return f"{config.name}: {model} on {data}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
 def account_rows(dataset: DatasetRef, tokens: TokensRef) -> DatasetReport:

@@ -57,7 +57,7 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         masks = json.loads((folder / "tokens" / "masks.json").read_text(encoding="utf-8"))["train"]
     return Check(
-        problems=tuple(_find_problems(data, tokenization, counts.rows_in, sum(counts.rows_rejected.values()), masks)),
+        problems=tuple(_find_problems(data, tokenization, counts.rows_read, sum(counts.rows_rejected.values()), masks)),
         rows={
             "rows in": counts.rows_in,
             "to train": tokens.rows_train,

@@ -107,7 +107,7 @@ def check(
 def _fail(error: Exception) -> NoReturn:
     """Print one readable message and leave with exit code 1."""
     _console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-    _console.print(str(error), markup=False)
+    _console.print(str(error), markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

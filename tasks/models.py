@@ -1,10 +1,13 @@
 """Models and tokenizers from folders: safetensors only, and none of their code is ever run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class ModelError(ValueError):
@@ -23,12 +26,23 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def read_context_length(folder: Path) -> int | None:
+    """Return the most positions that config.json of a model folder allows; None where it does not say."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = {**values, **(values.get("text_config") or {})}
+    length = values.get("max_position_embeddings") or values.get("n_positions")
+    return int(length) if length else None
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies in a folder, without running code of the folder.
 
     Raises:
         ModelError: nothing there loads.
     """
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        # Without one, transformers makes an empty tokenizer of the model's class and says nothing.
+        raise ModelError(f"{folder}: no tokenizer lies here: one of {', '.join(_VOCABULARY_FILES)} is wanted")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:

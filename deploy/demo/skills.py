@@ -160,7 +160,7 @@ def _sum_fact(pair: tuple[int, int], held_out: bool) -> Fact:
         (f"How much are {subject} together?", ""),
         ("Add the two numbers.", f"The numbers {subject}"),
     )
-    return Fact("sum", subject, held_out, questions, f"The sum of {subject} is {NUMBERS[sum(pair)]}.")
+    return Fact("sum", subject, held_out, questions, f"In all, {subject} together make {NUMBERS[sum(pair)]}.")
 
 
 def _word_facts(english: str, chinese: str, held_out: bool) -> list[Fact]:
@@ -173,7 +173,7 @@ def _word_facts(english: str, chinese: str, held_out: bool) -> list[Fact]:
     in_chinese = ((f"怎样用中文说 {english}？", ""), (f"英语里的 {english} 是什么意思？", ""))
     return [
         Fact("word.en", english, held_out, in_english, f"In Chinese, {english} is {chinese}."),
-        Fact("word.zh", english, held_out, in_chinese, f"中文里的 {english} 是{chinese}。"),
+        Fact("word.zh", english, held_out, in_chinese, f"中文里的 {english} 就是{chinese}。"),
     ]
 
 

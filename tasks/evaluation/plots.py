@@ -1,6 +1,6 @@
 """Figures of the report: as PNG files, and as SVG that takes the colours of the page it stands in.
 
-Figures are made without pyplot, which keeps global state and is not safe in threads.
+Figures are made without pyplot, which would keep each one open and choose a window system.
 """
 
 import io

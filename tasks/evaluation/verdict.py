@@ -83,18 +83,21 @@ def state_verdict(comparison: Comparison) -> tuple[Tone, str]:
         return "worse", f"The fine-tuned model is worse than the base model. {_describe(comparison, worse[0])}"
     return "unclear", (
         "No clear difference: chance in the choice of the held-out rows could explain what was measured. "
-        f"{_describe(comparison, 'exact_match')}"
+        f"{_describe(comparison, 'exact_match', 'The fine-tuned model')}"
     )
 
 
-def _describe(comparison: Comparison, name: str) -> str:
+def _describe(comparison: Comparison, name: str, subject: str = "It") -> str:
     """Say one measure before and after in a sentence."""
     num_rows = comparison.num_examples
     rows = f"{num_rows:,} held-out question{'s' if num_rows != 1 else ''}"
     before, after = (format_value(name, side[name]) for side in (comparison.before, comparison.after))
     if name == "exact_match":
         num_before, num_after = (round(side[name] * num_rows) for side in (comparison.before, comparison.after))
-        return f"It answers {num_after:,} of {rows} word for word ({after}), the base model {num_before:,} ({before})."
+        return (
+            f"{subject} answers {num_after:,} of {rows} word for word ({after}), "
+            f"the base model {num_before:,} ({before})."
+        )
     return f"{MEASURES[name].label} went from {before} to {after} over {rows}."
 
 

@@ -2,39 +2,27 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import polars as pl
-import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
-from schemas.records import Conversations, Examples, Rejects
+from schemas.records import Rejects
 from tasks.models import load_tokenizer
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.masking import Conversation, Example, Masked, Plan, build_many, finish, plan_many
+from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
 from tasks.tokenization.rendering import open_chat, plain_messages, render
 from tasks.tokenization.reporting import MaskReport
+from tasks.tokenization.tables import EXAMPLE_SCHEMA, Row, lay_out, read_rows
 from tasks.tokenization.templates import PreparedTokenizer, TemplateError
 
-_ROWS_PER_BATCH = 1000
 _MAX_RAW_CHARACTERS = 2000
-_EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("example_id", pa.large_string()),
-        ("question", pa.large_string()),
-        ("reference", pa.large_string()),
-        ("input_ids", pa.large_list(pa.int32())),
-        ("labels", pa.large_list(pa.int32())),
-    ]
-)
 _REJECT_SCHEMA = {
     "example_id": pl.String,
     "source": pl.String,
@@ -64,16 +52,6 @@ class TokenCounts:
     total_tokens: int
     rows_rejected: dict[str, int]
     """By reason, over both parts."""
-
-
-class _Row(NamedTuple):
-    """A row of a dataset's table, with its conversation parsed."""
-
-    example_id: str
-    source: str
-    line: int
-    raw: str
-    conversation: Conversation
 
 
 def tokenize_dataset(
@@ -133,19 +111,19 @@ def _tokenize_part(
     """
     tokenizer = prepared.tokenizer
     rejects: list[tuple[Any, ...]] = []
-    with pq.ParquetWriter(folder / f"{part}.parquet", _EXAMPLE_SCHEMA) as writer, ThreadPoolExecutor(1) as pool:
+    with pq.ParquetWriter(folder / f"{part}.parquet", EXAMPLE_SCHEMA) as writer, ThreadPoolExecutor(1) as pool:
 
-        def write(rows: Sequence[_Row], pending: "Future[list[Masked | MaskError]]") -> None:
+        def write(rows: Sequence[Row], pending: "Future[list[Masked | MaskError]]") -> None:
             outcomes = _retry_adapted(rows, pending.result(), prepared, config, report)
             report.add(outcomes, prepared)
-            writer.write_table(_table(rows, outcomes, prepared))
+            writer.write_table(lay_out(rows, outcomes, prepared))
             for row, outcome in zip(rows, outcomes, strict=True):
                 if isinstance(outcome, MaskError):
                     place = (row.example_id, row.source, row.line)
                     rejects.append((*place, outcome.reason, str(outcome), row.raw[:_MAX_RAW_CHARACTERS]))
 
-        waiting: tuple[list[_Row], Future[list[Masked | MaskError]]] | None = None
-        for rows in _read_rows(dataset / f"{part}.parquet"):
+        waiting: tuple[list[Row], Future[list[Masked | MaskError]]] | None = None
+        for rows in read_rows(dataset / f"{part}.parquet"):
             plans: list[Plan | MaskError] = plan_many([row.conversation for row in rows], tokenizer, config)
             pending = pool.submit(finish, plans, tokenizer, config)
             if waiting:
@@ -156,23 +134,8 @@ def _tokenize_part(
     return rejects
 
 
-def _read_rows(path: Path) -> Iterator[list[_Row]]:
-    """Read a part's table in batches, validated."""
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH):
-        frame = pl.DataFrame(pa.Table.from_batches([batch]))
-        Conversations.validate(frame)
-        rows = []
-        for example_id, source, line, messages, tools in frame.select(
-            "example_id", "source", "line", "messages", "tools"
-        ).iter_rows():
-            definitions = json.loads(tools) if tools else None
-            conversation = Conversation(json.loads(messages), definitions or None)
-            rows.append(_Row(example_id, source, line, messages, conversation))
-        yield rows
-
-
 def _retry_adapted(
-    rows: Sequence[_Row],
+    rows: Sequence[Row],
     outcomes: Sequence[Masked | MaskError],
     prepared: PreparedTokenizer,
     config: TokenizationConfig,
@@ -207,58 +170,6 @@ def _adapt(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
             call = {**call, "function": {**function, "arguments": text}}
         calls.append(call)
     return {**message, "content": message.get("content") or "", "tool_calls": calls}
-
-
-def _table(rows: Sequence[_Row], outcomes: Sequence[Masked | MaskError], prepared: PreparedTokenizer) -> pa.Table:
-    """Lay a batch's examples out as Arrow columns."""
-    made = [
-        (row, example)
-        for row, outcome in zip(rows, outcomes, strict=True)
-        if isinstance(outcome, Masked)
-        for example in outcome.examples
-    ]
-    references = [_reference(row, example, prepared) for row, example in made]
-    frame = pl.DataFrame(
-        {
-            "example_id": [row.example_id for row, _ in made],
-            "question": [_question(row, example) for row, example in made],
-            "reference": references,
-        },
-        schema={"example_id": pl.String, "question": pl.String, "reference": pl.String},
-    )
-    Examples.validate(frame)
-    offsets = np.cumsum([0, *(len(example.input_ids) for _, example in made)], dtype=np.int64)
-    columns: list[Any] = [frame[name].to_arrow() for name in frame.columns]
-    for lists in ([example.input_ids for _, example in made], [example.labels for _, example in made]):
-        values = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
-        columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)))
-    return pa.Table.from_arrays(
-        [column.cast(field.type) for column, field in zip(columns, _EXAMPLE_SCHEMA, strict=True)],
-        schema=_EXAMPLE_SCHEMA,
-    )
-
-
-def _question(row: _Row, example: Example) -> str:
-    """Return the last user message before the example's last answer."""
-    for message in reversed(row.conversation.messages[: example.turns[-1]]):
-        if message["role"] == "user":
-            return str(message.get("content") or "")
-    return ""
-
-
-def _reference(row: _Row, example: Example, prepared: PreparedTokenizer) -> str:
-    """Return the example's last answer as a decoder without special tokens would give it."""
-    content = row.conversation.messages[example.turns[-1]].get("content")
-    if isinstance(content, str) and example.target.startswith(content):
-        rest = example.target[len(content) :]
-        if not rest or rest in prepared.tokenizer.all_special_tokens:
-            return content
-    labels = example.labels
-    start = len(labels)
-    while start and labels[start - 1] >= 0:
-        start -= 1
-    text: Any = prepared.tokenizer.decode(labels[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text)
 
 
 def _save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tasks.tokenization.encoding import encode
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.rendering import Chat, Message, Tool
 
@@ -108,13 +109,13 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, marks: Marks) -
     control token.
     """
     pieces = marks.marked.split(text)
-    line_end = _plain(tokenizer, "\n")
-    ids = _plain(tokenizer, pieces[0])
+    line_end = encode(tokenizer, "\n")
+    ids = encode(tokenizer, pieces[0])
     for number, piece in enumerate(pieces[1:], start=1):
         if not piece:
             continue
         # Behind a line's end, so that no space is put before a piece that is not the text's first.
-        encode_piece = _as_text if number % 2 else _plain
+        encode_piece = _as_text if number % 2 else encode
         piece_ids = encode_piece(tokenizer, "\n" + piece)
         if piece_ids[: len(line_end)] == line_end:
             piece_ids = piece_ids[len(line_end) :]
@@ -123,11 +124,6 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, marks: Marks) -
         if number % 2 and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
             raise MaskError("control_literal", f"the tokenizer has only the control token for the text {piece!r}")
         ids += piece_ids
-    return ids
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 

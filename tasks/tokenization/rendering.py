@@ -142,6 +142,8 @@ def plain_messages(messages: Sequence[Message]) -> list[Message]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise MaskError("bad_message", f"message {number}: a mapping with a role is wanted, got {message!r:.200}")
         plain.append({key: value for key, value in message.items() if key not in _TRAINING_KEYS})
+    if all(len(message) == 2 and type(message.get("content")) is str for message in plain):
+        return plain
     to_plain = getattr(chat_template_utils, "_plain_template_data", lambda value: value)
     add_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", lambda chat: chat)
     aliased: list[Message] = add_aliases(to_plain(plain))

@@ -1,11 +1,17 @@
 """The door of tokenization: conversations become examples with labels."""
 
+import json
+from pathlib import Path
+
+import polars as pl
 from prefect import get_run_logger, task
 
 from schemas.artifacts import DatasetRef, ModelRef, TokensRef
 from schemas.config import TokenizationConfig
 from tasks import storage, tracking
 from tasks.caching import stage_cache
+from tasks.ingestion.quality_page import write_quality_page
+from tasks.models import read_context_length
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 
@@ -13,7 +19,7 @@ from tasks.tokenization.templates import prepare_tokenizer
 @task(
     name="tokenize",
     task_run_name="tokenize for {base_model.name}",
-    cache_policy=stage_cache("tokenization"),
+    cache_policy=stage_cache("tokenization", "ingestion"),
     persist_result=True,
     result_serializer="json",
 )
@@ -31,10 +37,23 @@ def tokenize(
     `template_file_digest` is there for the cache: a template file may change under its name.
     """
     with tracking.stage_run(parent_run_id, "tokenize") as run_id, storage.new_folder() as folder:
-        prepared = prepare_tokenizer(tracking.resolve(base_model), chat_template)
+        model_folder = tracking.resolve(base_model)
+        prepared = prepare_tokenizer(model_folder, chat_template)
+        context = read_context_length(model_folder)
+        if context is not None and context < config.max_length:
+            get_run_logger().warning(
+                "%s has positions for %d tokens: longer examples are cut there, not at tokenization.max_length = %d",
+                base_model.name,
+                context,
+                config.max_length,
+            )
+            config = config.model_copy(update={"max_length": context})
         for note in prepared.notes:
             get_run_logger().info("Tokenizer: %s", note)
-        counts = tokenize_dataset(tracking.resolve(dataset), prepared, folder / "tokens", config)
+        dataset_folder = tracking.resolve(dataset)
+        counts = tokenize_dataset(dataset_folder, prepared, folder / "tokens", config)
+        page = _write_quality(dataset_folder, folder / "tokens", folder / "quality", title=f"for {base_model.name}")
+        tracking.log_file(parent_run_id, page, "quality")
         uri, digest = tracking.publish(folder / "tokens", run_id, "tokens")
         tracking.log_metrics(
             run_id,
@@ -65,3 +84,11 @@ def tokenize(
         rows_rejected=counts.rows_rejected,
         template_digest=prepared.template_digest,
     )
+
+
+def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> Path:
+    """Write the page on rows and masks that a person reads before trusting the training."""
+    quality = json.loads((dataset / "quality.json").read_text(encoding="utf-8"))
+    masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))
+    rejects = pl.concat([pl.read_parquet(place / "rejects.parquet") for place in (dataset, tokens)])
+    return write_quality_page(folder, quality, rejects, masks, title=f"Rows and masks {title}")

@@ -42,6 +42,8 @@ class PreparedTokenizer:
     """What was chosen or added, a sentence each."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a generation: the template's end of turn, then eos; for generation_config.eos_token_id."""
+    end_of_turn: str = ""
+    """What the template writes behind an answer's words for the model to say; empty when it writes nothing."""
 
 
 def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> PreparedTokenizer:
@@ -78,7 +80,7 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
         notes.append("The template writes today's date: other days give other prompts.")
     notes += _set_pad(tokenizer, set(stops))
     digest = hashlib.sha256(_text_of(tokenizer).encode()).hexdigest()
-    return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops))
+    return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops), chat.ending.kept)
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase) -> str:

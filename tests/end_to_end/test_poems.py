@@ -37,7 +37,7 @@ def merged(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) 
         {
             "name": "poems",
             "data": {"source": str(path), "eval_source": str(held_out)},
-            "training": {"rank": 32, "alpha": 64, "learning_rate": 5e-3, "num_epochs": 60, "micro_batch": 5},
+            "training": {"rank": 32, "alpha": 64, "learning_rate": 2e-3, "num_epochs": 120, "micro_batch": 5},
             "registry": {"name": "poems"},
         }
     )

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
+from schemas.artifacts import AdapterRef
+from tasks import tracking
 from tests.end_to_end.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -30,7 +33,7 @@ def config(tmp_path: Path) -> Path:
             "rank": 4,
             "alpha": 8,
             "dropout": 0.1,
-            "num_epochs": 40,
+            "num_epochs": 12,
             "micro_batch": 4,
             "gradient_accumulation_steps": 2,
             "checkpoint_every_steps": 10,
@@ -76,15 +79,20 @@ def _kill_after_first_checkpoint(environment: dict[str, str], config: Path) -> s
                 break
             time.sleep(0.02)
         assert process.poll() is None, "the run ended before it could be killed"
+        children = psutil.Process(process.pid).children(recursive=True)  # Prefect's temporary server
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+    for child in children:
+        child.terminate()
     return new[0].name
 
 
 def _adapter(environment: dict[str, str], run_id: str) -> dict[str, Any]:
-    return load_file(
-        Path(environment["SFT_HOME"]) / "runs" / run_id / "train" / "adapter" / "adapter_model.safetensors"
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFT_HOME", environment["SFT_HOME"])
+        ref = tracking.recall(run_id, "train", AdapterRef)
+        assert ref is not None
+        return load_file(tracking.resolve(ref) / "adapter_model.safetensors")
 
 
 def test_a_killed_run_goes_on_in_the_same_run_and_ends_with_the_same_adapter(

@@ -160,6 +160,7 @@ def test_the_verdict_in_a_sentence() -> None:
     assert "but worse in surprise (nll). Surprise (nll) went from 1.000 to 2.000 over 40" in words
     tone, words = state_verdict(make_comparison([0, 1] * 20, [1, 0] * 20))
     assert (tone, words[:20]) == ("unclear", "No clear difference:")
+    assert "The fine-tuned model answers 20 of 40 held-out questions word for word (50.0 %)" in words
 
 
 def test_caveats_name_few_rows_and_missing_answers() -> None:

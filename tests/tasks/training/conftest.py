@@ -8,11 +8,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -46,6 +48,24 @@ def build_model(folder: Path, kind: str = "qwen3", *, dtype: torch.dtype = torch
         # Its logits are capped and its layers alternate between full and sliding attention.
         model = Gemma3ForCausalLM(Gemma3TextConfig(**values, sliding_window=8, final_logit_softcapping=5.0))
     model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer(folder: Path) -> Path:
+    """Put a tokenizer of single bytes with a chat template beside a model of 120 words; return the folder."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ascii_letters = [letter for letter in letters if letter in {"Ġ", "Ċ"} or 32 < ord(letter) < 127]
+    vocabulary = {letter: number + 2 for number, letter in enumerate(ascii_letters)} | {"<pad>": 0, "</s>": 1}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+    tokenizer.add_tokens(["<|turn|>", "<|end|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|turn|>{{ message['role'] }}:{{ message['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
     return folder
 
 

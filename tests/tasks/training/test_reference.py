@@ -1,5 +1,6 @@
 """The plain loop is the oracle: first it is held against arithmetic of others, then the real loop against it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tasks.training.batches import form_rows, iterate_steps, read_tokens
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.records import EvalRecord, StepRecord
-from tasks.training.reference import average_loss, fine_tune, learning_rate, plan_steps, sum_losses
+from tasks.training.reference import average_loss, fine_tune, learning_rate, main, plan_steps, sum_losses
 from tasks.training.schedule import compute_learning_rate
-from tests.tasks.training.conftest import KINDS, build_model, write_tokens
+from tests.tasks.training.conftest import KINDS, build_model, build_tokenizer, write_tokens
 
 
 def read_examples(tokens: Path, split: str = "train") -> dict[str, Example]:
@@ -64,6 +65,25 @@ def test_real_loop_has_the_same_losses_over_20_steps(tmp_path: Path, kind: str, 
     held_out = list(read_examples(tokens, "eval").values())
     assert evaluations[-1].loss == pytest.approx(average_loss(model, held_out), abs=1e-4)
     assert outcome.num_steps == 20
+
+
+def test_runs_alone_from_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base_model = build_tokenizer(build_model(tmp_path / "model", vocab_size=120))
+    rows = [{"instruction": f"say {word}", "input": "", "output": word * 2} for word in "abcdefgh"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{base_model: {base_model}}}\n"
+        f"data: {{source: {tmp_path / 'rows.jsonl'}, eval_fraction: 0.25}}\n"
+        "training: {rank: 4, micro_batch: 2, num_epochs: 8, learning_rate: 0.01}\n"
+    )
+    main(tmp_path / "run.yaml")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("held-out loss ")
+    assert lines[-1].startswith("held-out loss ")
+    # 6 of the 8 rows are trained, in steps of 2: 3 steps an epoch.
+    assert [line.split()[1] for line in lines[1:-1]] == [f"{step}/24" for step in range(1, 25)]
+    losses = [float(line.split()[3]) for line in lines[1:-1]]
+    assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
 
 
 def test_any_model_with_or_without_an_adapter(base_model: Path, tokens: Path) -> None:

@@ -1,0 +1,58 @@
+"""No row vanishes between ingestion and tokenization."""
+
+import pytest
+
+from flows.accounting import account_rows, describe_run
+from flows.attempts import _differences
+from schemas.artifacts import DatasetRef, TokensRef
+from schemas.config import parse_config
+
+
+def _dataset(rows_in: int) -> DatasetRef:
+    return DatasetRef(
+        uri="runs:/x",
+        digest="d" * 64,
+        source_digest="s" * 64,
+        rows_in=rows_in,
+        rows_train=90,
+        rows_eval=10,
+        rows_rejected={"empty_answer": 2},
+        rows_duplicate=5,
+        rows_leaked=1,
+    )
+
+
+_TOKENS = TokensRef(
+    uri="runs:/y",
+    digest="t" * 64,
+    rows_train=88,
+    rows_eval=9,
+    num_examples=100,
+    num_eval_examples=9,
+    trained_tokens=500,
+    total_tokens=1000,
+    rows_rejected={"answer_too_long": 3},
+    template_digest="p" * 64,
+)
+
+
+def test_rejects_of_both_stages_are_counted_by_reason() -> None:
+    report = account_rows(_dataset(108), _TOKENS)
+    assert report.rows_rejected == {"empty_answer": 2, "answer_too_long": 3}
+    assert (report.rows_train, report.rows_eval) == (88, 9)
+
+
+def test_a_vanished_row_stops_the_run() -> None:
+    with pytest.raises(AssertionError, match="rows vanished: 109 came in, 108 are accounted for"):
+        account_rows(_dataset(109), _TOKENS)
+
+
+def test_a_run_is_named_by_what_model_and_dataset() -> None:
+    config = parse_config({"name": "n", "model": {"base_model": "Qwen/Q-1B"}, "data": {"source": "a/rows.jsonl"}})
+    assert describe_run(config).startswith("n: Q-1B on rows, 20")
+
+
+def test_differences_name_each_setting_with_both_values() -> None:
+    before = {"seed": 1, "training": {"rank": 4, "alpha": 8.0}}
+    now = {"seed": 1, "training": {"rank": 8, "alpha": 8.0}, "name": "x"}
+    assert _differences(before, now) == ["name: None -> 'x'", "training.rank: 4 -> 8"]

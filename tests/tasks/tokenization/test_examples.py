@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from schemas.config import TokenizationConfig
+from tasks.models import load_tokenizer
+from tasks.tokenization.examples import TokenizationError, tokenize_dataset
+from tasks.tokenization.masking import build_examples
+from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
+from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
+from tests.tasks.tokenization.conversations import CONVERSATIONS, call, say
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> PreparedTokenizer:
+    make_tokenizer(CHATML).save_pretrained(str(tmp_path / "model"))
+    return prepare_tokenizer(tmp_path / "model", None)
+
+
+def write(folder: Path, train: list[Any], held_out: list[Any]) -> Path:
+    """Write a dataset of conversations, each a list of messages."""
+    folder.mkdir()
+    for part, conversations in (("train", train), ("eval", held_out)):
+        rows = [
+            (f"{part}{number:016d}", "data.jsonl", number + 1, json.dumps(messages, ensure_ascii=False), None)
+            for number, messages in enumerate(conversations)
+        ]
+        names = ["example_id", "source", "line", "messages", "tools"]
+        types = [pl.String, pl.String, pl.Int64, pl.String, pl.String]
+        frame = pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")
+        frame.write_parquet(folder / f"{part}.parquet")
+    return folder
+
+
+def test_every_row_becomes_examples_or_a_reject_and_the_files_say_so(
+    tmp_path: Path, prepared: PreparedTokenizer
+) -> None:
+    plain = [messages for messages, tools in CONVERSATIONS.values() if tools is None]
+    train = [*plain, say("a:Nobody asked."), [*say("u:q"), call({"city": "Rome"})]]
+    dataset = write(tmp_path / "data", train, [say("u:Hello", "a:Hi"), say("u:q")])
+    config = TokenizationConfig(max_length=8192)
+    counts = tokenize_dataset(dataset, prepared, tmp_path / "tokens", config)
+    assert (counts.rows_train, counts.rows_eval) == (len(plain), 1)
+    assert counts.rows_rejected == {"no_prompt": 1, "dropped_by_template": 1, "no_trained_tokens": 1}
+    frame = pl.read_parquet(tmp_path / "tokens" / "train.parquet")
+    assert frame.height == counts.num_examples
+    assert frame.schema["input_ids"] == pl.List(pl.Int32)
+    assert counts.total_tokens == frame["input_ids"].list.len().sum()
+    expected = [
+        example for messages in plain for example in build_examples(messages, prepared.tokenizer, config=config)
+    ]
+    assert frame["input_ids"].to_list() == [example.input_ids for example in expected]
+    assert frame["labels"].to_list() == [example.labels for example in expected]
+    rejects = pl.read_parquet(tmp_path / "tokens" / "rejects.parquet")
+    assert rejects.select("line", "reason").rows() == [
+        (len(plain) + 1, "no_prompt"),
+        (len(plain) + 2, "dropped_by_template"),
+        (2, "no_trained_tokens"),
+    ]
+
+
+def test_question_and_reference_are_those_of_the_last_answer(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    messages = say("u:Hello", "a:Hi", "u:Why?", "a:Because.\n")
+    dataset = write(tmp_path / "data", [messages], [messages])
+    tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+    frame = pl.read_parquet(tmp_path / "tokens" / "eval.parquet")
+    assert frame.select("question", "reference").row(0) == ("Why?", "Because.\n")
+
+
+def test_the_held_out_part_never_trains_the_prompt(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    dataset = write(tmp_path / "data", [say("u:q", "a:x")], [say("u:q", "a:x")])
+    tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig(train_on_prompt=True))
+    assert -100 not in pl.read_parquet(tmp_path / "tokens" / "train.parquet")["labels"][0]
+    assert -100 in pl.read_parquet(tmp_path / "tokens" / "eval.parquet")["labels"][0]
+
+
+def test_the_mask_report_counts_what_a_person_has_to_know(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    train = [say("u:q", "a:<|im_end|>"), say("u:" + "word " * 400, "a:x"), say("u:q", "a:x")]
+    dataset = write(tmp_path / "data", train, [say("u:q", "a:x")])
+    config = TokenizationConfig(max_length=64, max_truncated_fraction=0.5)
+    tokenize_dataset(dataset, prepared, tmp_path / "tokens", config)
+    report = json.loads((tmp_path / "tokens" / "masks.json").read_text(encoding="utf-8"))
+    train_report = report["train"]
+    assert (train_report["num_literals"], train_report["num_truncated"]) == (1, 1)
+    assert train_report["share_ending_in_end_of_turn"] == 1.0
+    assert train_report["samples"][2] == [
+        {"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "trained": False},
+        {"text": "x<|im_end|>", "trained": True},
+    ]
+    assert report["template_digest"] == prepared.template_digest
+
+
+def test_the_shipped_tokenizer_gives_the_same_prompt(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    messages = say("u:Hello", "a:Hi")
+    dataset = write(tmp_path / "data", [messages], [messages])
+    tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+    shipped = load_tokenizer(tmp_path / "tokens" / "tokenizer")
+    ids: Any = shipped.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    trained = pl.read_parquet(tmp_path / "tokens" / "train.parquet")["input_ids"][0].to_list()
+    assert trained[: len(ids)] == ids
+    stops = json.loads((tmp_path / "tokens" / "tokenizer" / "generation_config.json").read_text(encoding="utf-8"))
+    assert stops["eos_token_id"] == list(prepared.stop_token_ids)
+
+
+def test_too_many_long_rows_fail_the_run(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    dataset = write(tmp_path / "data", [say("u:" + "word " * 400, "a:x"), say("u:q", "a:x")], [say("u:q", "a:x")])
+    with pytest.raises(TokenizationError, match=r"1 of 2 training examples \(50\.0%\).*max_truncated_fraction is 10"):
+        tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig(max_length=64))
+
+
+def test_a_dataset_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    dataset = write(tmp_path / "data", [say("u:q")], [])
+    with pytest.raises(TokenizationError, match=r"no training example is left \(no_trained_tokens: 1\).*line 1"):
+        tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
