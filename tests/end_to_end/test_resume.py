@@ -110,8 +110,8 @@ def test_a_killed_run_goes_on_in_the_same_run_and_ends_with_the_same_adapter(
     refused = _run(command_environment, config, "--resume", killed, "--set", "training.rank=8")
     assert refused.returncode == 1
     assert "training.rank: 4 -> 8" in refused.stderr
-    # The refusals left the run as it was: it goes on.
-    resumed = _report(command_environment, config, "--resume", killed)
+    # The refusals left the run as it was: the plain command finds it by its config, and goes on.
+    resumed = _report(command_environment, config)
     assert resumed["mlflow_run_id"] == killed
     undisturbed = _report(command_environment, config, "--resume", "never")
     assert undisturbed["mlflow_run_id"] != killed
@@ -119,9 +119,3 @@ def test_a_killed_run_goes_on_in_the_same_run_and_ends_with_the_same_adapter(
     assert one.keys() == other.keys()
     assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-6
     assert resumed["training"]["steps"] == undisturbed["training"]["steps"]
-
-
-def test_a_killed_run_is_found_again_by_its_config(command_environment: dict[str, str], config: Path) -> None:
-    killed = _kill_after_first_checkpoint(command_environment, config)
-    assert _report(command_environment, config)["mlflow_run_id"] == killed
-    assert _report(command_environment, config)["mlflow_run_id"] != killed
