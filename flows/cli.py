@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from schemas.config import ConfigError, load_config, override_config
+from schemas.loading import ConfigError, load_config, override_config
 
 app = typer.Typer(
     name="sft",
@@ -45,9 +45,11 @@ def run(
     except ConfigError as error:
         _fail(error)
     _prepare_environment(cache=cache)
-    from flows.pipeline import sft_pipeline
-    from flows.terminal import quiet_prefect, show_outcome, write_failure
+    from flows.temporary_server import starting_server
 
+    with starting_server():
+        from flows.pipeline import sft_pipeline
+        from flows.terminal import quiet_prefect, show_outcome, write_failure
     if not verbose:
         quiet_prefect()
 

@@ -22,7 +22,7 @@ from tasks import tracking
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
 _NUM_SHOWN = 3
-_MAX_CELL_CHARS = 160
+_MAX_CELL_CHARS = 120
 _MAX_RUN_CHARS = 600
 _BAR_WIDTH = 24
 

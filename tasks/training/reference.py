@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
-from schemas.config import RunConfig, TrainingConfig, load_config
+from schemas.config import RunConfig, TrainingConfig
+from schemas.loading import load_config
 from tasks.ingestion.base_model import locate_base_model
 from tasks.ingestion.dataset import build_dataset
 from tasks.models import choose_device, load_model

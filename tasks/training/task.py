@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from uuid import UUID
 
 from prefect import get_run_logger, task
@@ -15,9 +15,10 @@ from schemas.artifacts import AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
 from tasks.training.loop import train_adapter
-from tasks.training.records import EvalRecord, StepRecord
+from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
 _SHOW_SECONDS = 2.0
+MetricLog = Callable[[int, Mapping[str, float]], None]
 
 
 @task(
@@ -40,25 +41,6 @@ def train(
         tracking.metric_log(run_id) as log,
         _progress_bar() as progress,
     ):
-        show = _progress_shower(progress)
-
-        def on_step(record: StepRecord) -> None:
-            log(
-                record.step,
-                {
-                    "train/loss": record.loss,
-                    "train/learning_rate": record.learning_rate,
-                    "train/grad_norm": record.grad_norm,
-                    "train/tokens_per_second": record.tokens_per_second,
-                    "train/epoch": record.epoch,
-                },
-            )
-            show(record)
-
-        def on_eval(record: EvalRecord) -> None:
-            log(record.step, {"eval/loss": record.loss})
-            logger.info("Step %d: evaluation loss %.4f", record.step, record.loss)
-
         outcome = train_adapter(
             tracking.resolve(base_model),
             tracking.resolve(tokens),
@@ -66,35 +48,63 @@ def train(
             config,
             seed=seed,
             identity=_identity(base_model, tokens, config, seed),
-            on_step=on_step,
-            on_eval=on_eval,
+            on_step=_step_reporter(log, progress),
+            on_eval=_eval_reporter(log),
         )
         for warning in outcome.warnings:
             logger.warning(warning)
-        uri, digest = tracking.publish(outcome.adapter, run_id, "adapter")
         if (folder / "tensorboard").is_dir():
             tracking.log_folder(run_id, folder / "tensorboard", "tensorboard")
-        ref = AdapterRef(
-            uri=uri,
-            digest=digest,
-            mlflow_run_id=run_id,
-            num_steps=outcome.num_steps,
-            num_packs=outcome.num_packs,
-            packing_efficiency=outcome.packing_efficiency,
-            final_loss=outcome.final_loss,
-            best_eval_loss=outcome.best_eval_loss,
-            tokens_per_second=outcome.tokens_per_second,
-            peak_memory_bytes=outcome.peak_memory_bytes,
-            warnings=tuple(outcome.warnings),
-        )
+        ref = _publish(outcome, run_id)
         tracking.remember(run_id, ref)
-    logger.info(
-        "Trained %d steps at %s tokens/s, final loss %.4f",
-        ref.num_steps,
-        f"{ref.tokens_per_second:,.0f}",
-        ref.final_loss,
-    )
+    speed = f"{ref.tokens_per_second:,.0f}"
+    logger.info("Trained %d steps at %s tokens/s, final loss %.4f", ref.num_steps, speed, ref.final_loss)
     return ref
+
+
+def _publish(outcome: TrainingOutcome, run_id: str) -> AdapterRef:
+    uri, digest = tracking.publish(outcome.adapter, run_id, "adapter")
+    return AdapterRef(
+        uri=uri,
+        digest=digest,
+        mlflow_run_id=run_id,
+        num_steps=outcome.num_steps,
+        num_packs=outcome.num_packs,
+        packing_efficiency=outcome.packing_efficiency,
+        final_loss=outcome.final_loss,
+        best_eval_loss=outcome.best_eval_loss,
+        tokens_per_second=outcome.tokens_per_second,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        warnings=tuple(outcome.warnings),
+    )
+
+
+def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord], None]:
+    """Return a function that sends a step's curves to MLflow and its progress to terminal and Prefect."""
+    show = _progress_shower(progress)
+
+    def report(record: StepRecord) -> None:
+        curves = {
+            "train/loss": record.loss,
+            "train/learning_rate": record.learning_rate,
+            "train/grad_norm": record.grad_norm,
+            "train/tokens_per_second": record.tokens_per_second,
+            "train/epoch": record.epoch,
+        }
+        log(record.step, curves)
+        show(record)
+
+    return report
+
+
+def _eval_reporter(log: MetricLog) -> Callable[[EvalRecord], None]:
+    logger = get_run_logger()
+
+    def report(record: EvalRecord) -> None:
+        log(record.step, {"eval/loss": record.loss})
+        logger.info("Step %d: evaluation loss %.4f", record.step, record.loss)
+
+    return report
 
 
 def _identity(base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, seed: int) -> str:

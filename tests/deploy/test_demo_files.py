@@ -14,7 +14,7 @@ from deploy.demo.kinds import Thing, capitalize
 from deploy.demo.rows import make_rows, to_jsonl
 from deploy.demo.vocabulary import train_tokenizer
 from deploy.demo.world import make_things
-from schemas.config import load_config
+from schemas.loading import load_config
 
 Rows = list[dict[str, str]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from schemas.artifacts import RunReport
-from schemas.config import parse_config
+from schemas.loading import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_MODEL = ROOT / "deploy" / "demo" / "base_model"

@@ -82,8 +82,8 @@ def _kill_after_first_checkpoint(environment: dict[str, str], config: Path) -> s
         children = psutil.Process(process.pid).children(recursive=True)  # Prefect's temporary server
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    for child in children:
-        child.terminate()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == [], "a killed run left its temporary server behind"
     return new[0].name
 
 

@@ -5,7 +5,7 @@ import pytest
 from flows.accounting import account_rows, describe_run
 from flows.attempts import _differences
 from schemas.artifacts import DatasetRef, TokensRef
-from schemas.config import parse_config
+from schemas.loading import parse_config
 
 
 def _dataset(rows_in: int) -> DatasetRef:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from schemas.config import ConfigError, RunConfig, load_config, parse_config
+from schemas.config import RunConfig
+from schemas.loading import ConfigError, load_config, parse_config
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
 _SMALLEST = {"model": {"base_model": "base"}, "data": {"source": "rows.jsonl"}}
@@ -126,5 +127,5 @@ def test_every_field_of_the_form_has_a_title_a_help_text_and_a_place() -> None:
 
 
 def test_config_and_command_line_import_without_torch() -> None:
-    code = "import sys, schemas.config, schemas.artifacts, schemas.records, flows.cli; print('torch' in sys.modules)"
+    code = "import sys, schemas.loading, schemas.artifacts, schemas.records, flows.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

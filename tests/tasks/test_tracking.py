@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from schemas.artifacts import EvalReport, Ref
-from schemas.config import RunConfig, parse_config
+from schemas.config import RunConfig
+from schemas.loading import parse_config
 from tasks import storage, tracking
 
 pytestmark = pytest.mark.usefixtures("tracked")

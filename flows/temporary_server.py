@@ -1,0 +1,39 @@
+"""Prefect's temporary server: started early, and gone with this process however it ends."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL
+
+# Ends with either process, so that it leaves nothing behind itself.
+_WATCH = (
+    "while kill -0 {parent} 2>/dev/null && kill -0 {server} 2>/dev/null; do sleep 1; done; kill {server} 2>/dev/null"
+)
+
+
+@contextmanager
+def starting_server() -> Iterator[None]:
+    """Start the temporary server beside what the body does, where no server is configured; be ready at the end.
+
+    The server is a process of its own and takes as long to start as the model libraries take to import. Prefect stops
+    it at exit; a process that is killed cannot, so a shell watches this one.
+    """
+    if PREFECT_API_URL.value():
+        yield
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        started = pool.submit(_start)
+        yield
+        started.result()
+
+
+def _start() -> None:
+    server = SubprocessASGIServer()
+    server.start()
+    assert server.server_process is not None
+    command = _WATCH.format(parent=os.getpid(), server=server.server_process.pid)
+    subprocess.Popen(["/bin/sh", "-c", command], start_new_session=True, stdin=subprocess.DEVNULL)
