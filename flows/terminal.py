@@ -182,7 +182,11 @@ def _mlflow_command(run_id: str) -> str:
     link = tracking.ui_link(run_id)
     if link is not None:
         return link
-    return f"{_script('mlflow')} ui --backend-store-uri {tracking.tracking_uri()}   then http://127.0.0.1:5000"
+    uri = tracking.tracking_uri()
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and file.is_relative_to(Path.cwd()):
+        uri = f"sqlite:///{file.relative_to(Path.cwd())}"
+    return f"{_script('mlflow')} ui --backend-store-uri {uri}   then http://127.0.0.1:5000"
 
 
 def _prefect_command(flow_run_id: str) -> str:
