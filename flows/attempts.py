@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_UI_URL
 
 from schemas.artifacts import ModelRef, SourceRef
 from schemas.config import RunConfig
@@ -44,7 +45,9 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
     else:
         get_run_logger().info("Going on with interrupted run %s", run_id)
         tracking.reopen_run(run_id)
-    tracking.set_tags(run_id, {"sft.prefect_flow_run": flow_run.id, "sft.prefect_url": flow_run.ui_url})
+    tracking.set_tags(run_id, {"sft.prefect_flow_run": flow_run.id})
+    if PREFECT_UI_URL.value():  # a temporary server has no pages
+        tracking.set_tags(run_id, {"sft.prefect_url": flow_run.ui_url})
     status = "KILLED"
     with storage.hold_run(run_id):
         try:

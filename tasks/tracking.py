@@ -21,6 +21,7 @@ from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, RunStatus
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from schemas.artifacts import DatasetRef, Ref, RunReport
 from schemas.config import RunConfig
@@ -270,6 +271,7 @@ def training_curves(run_id: str) -> list[tuple[int, float, float | None]]:
 def finish_parent(run_id: str, report: RunReport, dataset: DatasetRef, stages: Mapping[str, Ref]) -> None:
     """Log the report and the dataset on the parent run, and name the runs whose cached results it used."""
     client().log_dict(run_id, report.model_dump(mode="json"), "run_report.json")
+    client().set_tag(run_id, MLFLOW_RUN_NOTE, _describe(report))
     log_dataset(
         run_id,
         name="dataset",
@@ -282,6 +284,20 @@ def finish_parent(run_id: str, report: RunReport, dataset: DatasetRef, stages: M
         owner = get_run(str(ref.mlflow_run_id)).data.tags.get(PARENT_TAG)
         if owner != run_id:
             client().set_tag(run_id, f"sft.reused.{stage}", ref.mlflow_run_id)
+
+
+def _describe(report: RunReport) -> str:
+    """Return the description that the run's page shows first."""
+    entry = report.registry
+    lines = [f"**{entry.name} version {entry.version}: {entry.verdict}**", ""]
+    lines += [f"- {reason}" for reason in (*entry.reasons, *report.training.warnings)]
+    lines += [
+        "",
+        "Artifacts: `report/report.html` compares base and fine-tuned model, `quality/quality.html` shows rows and "
+        "masks, `side_by_side.json` has every held-out row.",
+        f"Prefect flow run: `{report.prefect_flow_run_id}`",
+    ]
+    return "\n".join(lines)
 
 
 def publish(folder: Path, run_id: str, artifact_path: str) -> tuple[str, str]:

@@ -53,7 +53,13 @@ def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, pa
     )
 
 
-@task(name="compare", cache_policy=NO_CACHE, persist_result=True, result_serializer="json")
+@task(
+    name="compare",
+    task_run_name="compare base and merged",
+    cache_policy=NO_CACHE,
+    persist_result=True,
+    result_serializer="json",
+)
 def compare_models(
     before: EvalReport,
     after: EvalReport,

@@ -65,8 +65,11 @@ def register(
         aliases = aliases_of(config.name, version)
         tracking.set_tags(run_id, tags)
     get_run_logger().info("%s version %s: %s. %s", config.name, version, verdict, "; ".join(reasons))
+    link = tracking.ui_link(parent_run_id)
+    place = f"[MLflow run]({link})" if link else f"MLflow run `{parent_run_id}`"
+    listed = "\n".join(f"- {reason}" for reason in reasons)
     create_markdown_artifact(
-        f"## {config.name} version {version}: {verdict}\n\n" + "\n".join(f"- {reason}" for reason in reasons),
+        f"## {config.name} version {version}: {verdict}\n\n{listed}\n\n{place}",
         key="registry",
         description="What the gate said",
     )
