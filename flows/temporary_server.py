@@ -1,6 +1,7 @@
 """Prefect's temporary server: started early, and gone with this process however it ends."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ def starting_server() -> Iterator[None]:
 
 
 def _start() -> None:
+    # The server inherits this thread's mask: Ctrl-C is for the run, which still has to report how it ended.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     server = SubprocessASGIServer()
     server.start()
     assert server.server_process is not None

@@ -49,7 +49,7 @@ def train(
             seed=seed,
             identity=_identity(base_model, tokens, config, seed),
             on_step=_step_reporter(log, progress),
-            on_eval=_eval_reporter(log),
+            on_eval=_eval_reporter(log, progress),
         )
         for warning in outcome.warnings:
             logger.warning(warning)
@@ -97,12 +97,15 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
     return report
 
 
-def _eval_reporter(log: MetricLog) -> Callable[[EvalRecord], None]:
+def _eval_reporter(log: MetricLog, progress: Progress) -> Callable[[EvalRecord], None]:
+    """Return a function that sends an evaluation loss to MLflow and the log."""
     logger = get_run_logger()
 
     def report(record: EvalRecord) -> None:
         log(record.step, {"eval/loss": record.loss})
+        progress.stop()  # the log line would be written into the bar
         logger.info("Step %d: evaluation loss %.4f", record.step, record.loss)
+        progress.start()
 
     return report
 
