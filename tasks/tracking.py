@@ -33,6 +33,7 @@ RESULT_TAG = "sft.result"
 CONFIG_TAG = "sft.config_digest"
 CONFIG_FILE = "config.json"
 MODEL_SUBFOLDER = "artifacts/model"  # where a logged model keeps the folder it was logged from
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _METRICS_A_CALL = 1000  # MLflow takes no more in one
 _SEND_SECONDS = 2.0
 _MAX_PARAM_CHARS = 500  # MLflow takes 6,000; longer than this nobody reads in a table
@@ -47,7 +48,7 @@ class ArtifactError(ValueError):
 
 def tracking_uri() -> str:
     """Return MLFLOW_TRACKING_URI, or the SQLite file under SFT_HOME."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.home() / 'mlflow.db'}"
+    return os.environ.get(_URI_VARIABLE) or f"sqlite:///{storage.home() / 'mlflow.db'}"
 
 
 @cache
@@ -56,13 +57,19 @@ def _client_for(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
     return MlflowClient(tracking_uri=uri)
 
 
 def client() -> MlflowClient:
-    """Return the client of the tracking server in force."""
-    return _client_for(tracking_uri())
+    """Return the client of the tracking server in force, and point MLflow's own functions at the same."""
+    uri = tracking_uri()
+    made = _client_for(uri)
+    if mlflow.get_tracking_uri() != uri:
+        given = os.environ.get(_URI_VARIABLE)
+        mlflow.set_tracking_uri(uri)
+        if given is None:  # MLflow sets it by itself, and a later change of SFT_HOME would then be overruled
+            os.environ.pop(_URI_VARIABLE, None)
+    return made
 
 
 def _experiment_id(name: str) -> str:

@@ -1,5 +1,6 @@
 """One parent run, one child run a stage, and artifacts that are what their digest says."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +106,17 @@ def test_curves_come_back_with_evaluations_where_they_were(parent: str) -> None:
             log(step, {"train/loss": 1.0 / step})
         log(4, {"eval/loss": 0.5})
     assert tracking.training_curves(run_id) == [(1, 1.0, None), (2, 0.5, None), (3, 1.0 / 3, None), (4, 0.25, 0.5)]
+
+
+def test_another_home_is_another_database_and_the_environment_stays(
+    parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: Path
+) -> None:
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / "other"))
+    other = _parent()
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    with pytest.raises(ValueError, match="is not known"):
+        tracking.get_run(parent)
+    monkeypatch.setenv("SFT_HOME", str(tracked))
+    assert tracking.get_run(parent).info.run_id == parent
+    with pytest.raises(ValueError, match="is not known"):
+        tracking.get_run(other)
