@@ -128,7 +128,7 @@ def _prepare_environment(*, cache: bool) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",
-        # Waiting threads sleep: on a busy machine spinning ones cost an order of magnitude (12 times, measured).
+        # Waiting threads sleep: on a busy machine spinning ones can cost an order of magnitude.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TRANSFORMERS_VERBOSITY": "error",
     }
