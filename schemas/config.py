@@ -203,18 +203,25 @@ class TrainingConfig(Section):
     """Passes over the training examples."""
     max_steps: int | None = Field(default=None, ge=1, title="Most steps")
     """Stop after this many optimizer steps, whatever the epochs."""
-    micro_batch: int = Field(default=8, ge=1, title="Micro batch")
-    """Rows of one forward pass: examples, or packs when packing."""
+    micro_batch: int = Field(default=16, ge=1, title="Micro batch")
+    """Rows of a micro batch: examples, or packs when packing."""
     gradient_accumulation_steps: int = Field(default=1, ge=1, title="Gradient accumulation")
     """Micro batches of one optimizer step; the loss is normalized over the trained tokens of the whole step."""
     packing: bool = Field(default=False, title="Packing")
-    """Put several examples in one row of tokens_per_pack tokens, kept apart by attention and positions."""
-    tokens_per_pack: int = Field(default=2048, ge=8, title="Tokens a pack")
-    """Token budget of a pack; at least tokenization.max_length."""
+    """Make a row of several examples, up to tokens_per_pack tokens. The fused engine never pads, packing or not."""
+    tokens_per_pack: Literal["auto"] | int = Field(default="auto", title="Tokens a pack")
+    """Token budget of a pack and of a forward pass, at least tokenization.max_length. auto: packs by the dataset's
+    size, up to 16,384 tokens; forward passes by the free memory."""
+    engine: Literal["auto", "fused", "general"] = Field(default="auto", title="Engine")
+    """fused: kernels of our own for the Llama, Mistral, Qwen2, Qwen3 and Gemma 3 families; general: any model of
+    transformers; auto: fused where the model and the adapter allow it, and a line that says why where not."""
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", title="Precision")
     """auto: bf16 on a GPU that has it, fp32 on a CPU."""
-    gradient_checkpointing: bool = Field(default=False, title="Gradient checkpointing")
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    base_weights: Literal["full", "fp8", "nf4"] = Field(default="full", title="Frozen weights")
+    """How the frozen base lies in memory: in the precision above; in 8 bits (faster, H100 or later, fused engine); or
+    in 4 bits (QLoRA, for small cards, needs bitsandbytes). The merge takes the full weights in any case."""
+    gradient_checkpointing: bool | None = Field(default=None, title="Gradient checkpointing")
+    """Recompute activations in the backward pass: less memory, slower. Empty: where the memory asks for it."""
     eval_every_steps: int | None = Field(default=None, ge=1, title="Steps between evaluation losses")
     """Empty: ten times a run."""
     early_stopping_patience: int | None = Field(default=None, ge=1, title="Early stopping")
@@ -225,6 +232,18 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted; the best one is always kept."""
     report_to: tuple[Literal["tensorboard"], ...] = Field(default=(), title="Further reports")
     """Where the curves go besides MLflow."""
+
+    @model_validator(mode="after")
+    def _check_settings_that_need_each_other(self) -> Self:
+        if self.tokens_per_pack != "auto" and self.tokens_per_pack < 8:
+            raise ValueError(f"tokens_per_pack is {self.tokens_per_pack}: set auto, or at least 8")
+        if self.base_weights == "fp8" and self.engine == "general":
+            raise ValueError("base_weights is fp8 and engine is general: only the fused engine has 8-bit weights")
+        if self.base_weights == "fp8" and self.precision == "fp32":
+            raise ValueError(
+                "base_weights is fp8 and precision is fp32: 8-bit weights go with bf16: set precision auto"
+            )
+        return self
 
 
 class MergeConfig(Section):
@@ -296,9 +315,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_pack_holds_an_example(self) -> Self:
-        if self.training.packing and self.training.tokens_per_pack < self.tokenization.max_length:
+        tokens_per_pack = self.training.tokens_per_pack
+        if self.training.packing and tokens_per_pack != "auto" and tokens_per_pack < self.tokenization.max_length:
             raise ValueError(
-                f"training.tokens_per_pack is {self.training.tokens_per_pack}, but examples may have "
+                f"training.tokens_per_pack is {tokens_per_pack}, but examples may have "
                 f"tokenization.max_length = {self.tokenization.max_length} tokens: raise the one or lower the other"
             )
         return self

@@ -51,7 +51,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder, in eval mode.
 
@@ -59,10 +63,13 @@ def load_model(
         folder: config.json and safetensors weights.
         dtype: of the weights in memory; the checkpoint's own when None.
         device: the CPU when None.
+        quantization: transformers' description of how to quantize the weights while loading; they then lie where it
+            puts them.
 
     Raises:
         ModelError: nothing there loads.
     """
+    options = {"quantization_config": quantization, "device_map": {"": 0}} if quantization is not None else {}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -71,7 +78,8 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             attn_implementation="sdpa",
+            **options,
         )
     except Exception as error:
         raise ModelError(f"{folder}: no causal language model loads from here ({error})") from error
-    return model.to(device or torch.device("cpu")).eval()
+    return model.eval() if quantization is not None else model.to(device or torch.device("cpu")).eval()

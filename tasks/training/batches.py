@@ -3,16 +3,18 @@
 Dimensions: `B` rows of a micro batch, `S` tokens of its longest row, `T` tokens of an example, `N` examples.
 
 A row is one example, or a pack of several. Which rows a step holds depends only on the seed, the epoch and the step, so
-that a resumed training goes on exactly where it was.
+that a resumed training goes on exactly where it was. How they go through the model is another matter: padded side by
+side, or flat, all examples of a forward pass end to end.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,7 +22,14 @@ from torch import Tensor
 from schemas.config import TrainingConfig
 from tasks.tokenization.masking import IGNORE_INDEX
 from tasks.tokenization.packing import pack
+from tasks.training.fused.attention import Segments
 from tasks.training.records import TrainingError
+
+MAX_PACK_TOKENS = 16384
+MIN_PACK_TOKENS = 2048
+MIN_STEPS_PER_EPOCH = 50
+# Tokens of a flat batch: the matrix products like their sides round, and float8 ones want multiples of 16.
+FLAT_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,25 @@ class Batch:
     """Without padding."""
     num_trained_tokens: int
     """Targets that count."""
+    segments: Segments | None = None
+    """Of a flat batch, B = 1: where its examples lie."""
+    trained: Tensor | None = None
+    """[N] of a flat batch: the positions that are learned, and some that are not, up to a round number."""
+
+    def move(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        segments, trained = self.segments, self.trained
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            segments=None if segments is None else segments.move(device),
+            trained=None if trained is None else trained.to(device, non_blocking=True),
+        )
+
+
+FormStep = Callable[[TokenTable, Sequence[Sequence[int]]], list[Batch]]
 
 
 def read_tokens(path: Path) -> TokenTable:
@@ -64,14 +92,14 @@ def read_tokens(path: Path) -> TokenTable:
     Raises:
         TrainingError: an example has nothing to learn, or input_ids and labels differ in length.
     """
-    frame = pl.read_parquet(path, columns=["example_id", "input_ids", "labels"])
-    example_ids = frame["example_id"].to_list()
-    lengths = frame["input_ids"].list.len().to_numpy().astype(np.int64)
-    wrong = np.flatnonzero(lengths != frame["labels"].list.len().to_numpy())
+    columns = pq.read_table(path, columns=["example_id", "input_ids", "labels"])
+    example_ids = columns["example_id"].to_pylist()
+    input_ids, lengths = _flatten(columns["input_ids"])
+    labels, label_lengths = _flatten(columns["labels"])
+    wrong = np.flatnonzero(lengths != label_lengths)
     if wrong.size:
         raise TrainingError(f"{path}: {_name(example_ids, wrong)}: as many labels as input_ids are wanted")
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    labels = _flatten(frame["labels"])
     targets = np.full_like(labels, IGNORE_INDEX)
     targets[:-1] = labels[1:]
     targets[(offsets[1:] - 1)[lengths > 0]] = IGNORE_INDEX
@@ -82,38 +110,134 @@ def read_tokens(path: Path) -> TokenTable:
             f"{path}: {_name(example_ids, empty)}: no trained token (every label after the first token is "
             f"{IGNORE_INDEX}): remove these rows, or give them an answer"
         )
-    return TokenTable(example_ids, offsets, _flatten(frame["input_ids"]), targets)
+    return TokenTable(example_ids, offsets, input_ids, targets)
 
 
 def form_rows(table: TokenTable, config: TrainingConfig) -> list[list[int]]:
     """Return the rows, each a list of indices of examples: packs when packing, else one example a row."""
     if not config.packing:
         return [[index] for index in range(len(table.example_ids))]
-    return pack(table.lengths.tolist(), config.tokens_per_pack)
+    return pack(table.lengths.tolist(), choose_pack_tokens(table, config))
+
+
+def choose_pack_tokens(table: TokenTable, config: TrainingConfig) -> int:
+    """Return the budget of a pack in tokens.
+
+    Where the config leaves it open: 16,384, halved while an epoch would have fewer than 50 steps, but never below 2,048
+    or the longest example. It depends on the data alone, so that the same config trains the same on every machine.
+    """
+    if config.tokens_per_pack != "auto":
+        return config.tokens_per_pack
+    longest, total = int(table.lengths.max(initial=1)), int(table.lengths.sum())
+    rows_per_step = config.micro_batch * config.gradient_accumulation_steps
+    budget = MAX_PACK_TOKENS
+    while budget > MIN_PACK_TOKENS and total < MIN_STEPS_PER_EPOCH * rows_per_step * budget:
+        budget //= 2
+    return max(budget, longest)
 
 
 def iterate_steps(
-    table: TokenTable, rows: Sequence[Sequence[int]], config: TrainingConfig, *, seed: int, first: int, last: int
+    table: TokenTable,
+    rows: Sequence[Sequence[int]],
+    config: TrainingConfig,
+    *,
+    seed: int,
+    first: int,
+    last: int,
+    form_step: FormStep | None = None,
 ) -> Iterator[list[Batch]]:
     """Yield the micro batches of each optimizer step from `first` up to but not including `last`.
 
-    Each epoch is a new permutation of the rows, drawn from (seed, epoch). Within a step, rows are sorted by length
-    before they are cut into micro batches: less padding, and the step's gradient is the same sum.
+    Each epoch is a new permutation of the rows, drawn from (seed, epoch).
+
+    Args:
+        table: the examples.
+        rows: from `form_rows`.
+        config: rows a step.
+        seed: of the order.
+        first: step.
+        last: step.
+        form_step: makes a step's batches of its rows; None: `form_padded_step` with the config's micro batch.
     """
     rows_per_step = config.micro_batch * config.gradient_accumulation_steps
     steps_per_epoch = -(-len(rows) // rows_per_step)
-    row_lengths = np.array([table.lengths[list(row)].sum() for row in rows]) if config.packing else table.lengths
     order, order_epoch = np.empty(0, np.int64), -1
     for step in range(first, last):
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
             order, order_epoch = np.random.default_rng([seed, epoch]).permutation(len(rows)), epoch
-        window = order[position * rows_per_step : (position + 1) * rows_per_step]
-        window = window[np.argsort(-row_lengths[window], kind="stable")]
-        yield [
-            form_batch(table, [rows[row] for row in window[start : start + config.micro_batch]])
-            for start in range(0, len(window), config.micro_batch)
-        ]
+        window = [rows[row] for row in order[position * rows_per_step : (position + 1) * rows_per_step]]
+        yield form_step(table, window) if form_step else form_padded_step(table, window, config.micro_batch)
+
+
+def form_padded_step(table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int) -> list[Batch]:
+    """Cut a step's rows into micro batches, the longest rows first: less padding, and the same sum of gradients."""
+    lengths = np.array([table.lengths[list(row)].sum() for row in rows])
+    ordered = [rows[index] for index in np.argsort(-lengths, kind="stable")]
+    return [form_batch(table, ordered[start : start + micro_batch]) for start in range(0, len(ordered), micro_batch)]
+
+
+def form_flat_step(
+    table: TokenTable, rows: Sequence[Sequence[int]], tokens_per_forward: int, *, num_parts: int = 1
+) -> list[Batch]:
+    """Divide a step's rows among flat batches of at most `tokens_per_forward` tokens, evenly.
+
+    Each row, the longest first, joins the batch that is shortest so far (Graham, 1969).
+
+    Args:
+        table: the examples.
+        rows: of the step; where one is above the budget, their examples are divided instead.
+        tokens_per_forward: budget; an example above it gets a batch of its own.
+        num_parts: the number of batches is a multiple of this, where there are as many rows or examples.
+    """
+    lengths = [int(table.lengths[list(row)].sum()) for row in rows]
+    if max(lengths) > tokens_per_forward or len(rows) < num_parts:
+        rows = [[index] for row in rows for index in row]
+        lengths = [int(table.lengths[row[0]]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda number: -lengths[number])
+    budget = max(tokens_per_forward, lengths[order[0]])
+    count = -(-sum(lengths) // budget)
+    while True:
+        count = min(-(-count // num_parts) * num_parts, len(rows))
+        parts: list[list[int]] = [[] for _ in range(count)]
+        heap = [(0, part) for part in range(count)]
+        for number in order:
+            filled, part = heappop(heap)
+            parts[part].extend(rows[number])
+            heappush(heap, (filled + lengths[number], part))
+        if max(heap)[0] <= budget or count == len(rows):
+            return [form_flat_batch(table, part) for part in parts]
+        count += 1
+
+
+def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:
+    """Lay examples end to end; up to 63 tokens of padding, a segment of their own, make the number a round one."""
+    spans = [slice(int(table.offsets[index]), int(table.offsets[index + 1])) for index in indices]
+    lengths = [span.stop - span.start for span in spans]
+    num_tokens = sum(lengths)
+    num_padding = -num_tokens % FLAT_MULTIPLE
+    if num_padding:
+        lengths.append(num_padding)
+    input_ids = np.zeros(num_tokens + num_padding, np.int64)
+    targets = np.full(num_tokens + num_padding, IGNORE_INDEX, np.int64)
+    np.concatenate([table.input_ids[span] for span in spans], out=input_ids[:num_tokens], casting="same_kind")
+    np.concatenate([table.targets[span] for span in spans], out=targets[:num_tokens], casting="same_kind")
+    trained = np.flatnonzero(targets != IGNORE_INDEX)
+    num_trained_tokens = len(trained)
+    # A round number of rows for the head as well, and at least one: the rest are positions that do not count.
+    num_others = -num_trained_tokens % FLAT_MULTIPLE if num_trained_tokens else FLAT_MULTIPLE
+    others = np.flatnonzero(targets == IGNORE_INDEX)[:num_others]
+    borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return Batch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        targets=torch.from_numpy(targets)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        example_ids=tuple(table.example_ids[index] for index in indices),
+        num_tokens=num_tokens,
+        num_trained_tokens=num_trained_tokens,
+        segments=Segments(torch.from_numpy(borders.astype(np.int32)), tuple(lengths)),
+        trained=torch.from_numpy(np.concatenate([trained, others])),
+    )
 
 
 def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
@@ -148,10 +272,13 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
     )
 
 
-def _flatten(column: pl.Series) -> NDArray[np.int32]:
-    """Put the lists of a column end to end; empty lists leave nothing."""
-    values: NDArray[Any] = column.list.explode(empty_as_null=False).to_numpy() if len(column) else np.empty(0)
-    return values.astype(np.int32)
+def _flatten(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Put the lists of an Arrow column end to end; return them and their lengths."""
+    lists = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    lengths = [np.diff(np.asarray(chunk.offsets)) for chunk in column.chunks]
+    if not lists:
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    return np.concatenate(lists).astype(np.int32), np.concatenate(lengths).astype(np.int64)
 
 
 def _name(example_ids: list[str], indices: NDArray[np.int64]) -> str:

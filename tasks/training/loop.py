@@ -18,7 +18,7 @@ import torch
 
 from schemas.config import TrainingConfig
 from tasks.tokenization.packing import packing_efficiency
-from tasks.training.batches import Batch, iterate_steps
+from tasks.training.batches import Batch, choose_pack_tokens, iterate_steps
 from tasks.training.checkpoints import (
     CheckpointError,
     Progress,
@@ -76,6 +76,7 @@ def train_adapter(
     saved = run_folder / "checkpoints"
     checkpoint, warnings = find_checkpoint(saved, identity)
     setup = prepare_training(base_model, tokens, config, seed=seed)
+    logger.info("Training with the %s", setup.engine.describe())
     progress = Progress()
     if checkpoint is not None:
         progress = restore_checkpoint(checkpoint, parameters=setup.parameters, optimizer=setup.optimizer)
@@ -114,7 +115,7 @@ def train_adapter(
         num_examples=len(setup.table.example_ids),
         num_packs=len(setup.rows),
         packing_efficiency=(
-            packing_efficiency(setup.table.lengths.tolist(), setup.rows, config.tokens_per_pack)
+            packing_efficiency(setup.table.lengths.tolist(), setup.rows, choose_pack_tokens(setup.table, config))
             if config.packing
             else 1.0
         ),
@@ -133,7 +134,15 @@ def _run_steps(
     config = setup.config
     process = psutil.Process()
     peak_memory_bytes = process.memory_info().rss
-    steps = iterate_steps(setup.table, setup.rows, config, seed=setup.seed, first=progress.step, last=setup.num_steps)
+    steps = iterate_steps(
+        setup.table,
+        setup.rows,
+        config,
+        seed=setup.seed,
+        first=progress.step,
+        last=setup.num_steps,
+        form_step=setup.engine.form_step,
+    )
     while progress.step < setup.num_steps and not _should_stop(setup, progress):
         record = _do_step(setup, progress, steps)
         for on_step in on_steps:
@@ -189,11 +198,9 @@ def _evaluate(setup: Setup, progress: Progress) -> EvalRecord:
     assert setup.eval_table is not None
     loss = compute_eval_loss(
         setup.model,
+        setup.engine,
         setup.eval_table,
         micro_batch=setup.config.micro_batch,
-        trained_only=setup.trained_only,
-        device=setup.device,
-        autocast=setup.autocast(),
     )
     if not math.isfinite(loss):
         raise TrainingError(f"step {progress.step}: the held-out loss is {loss}: lower training.learning_rate")
@@ -224,8 +231,6 @@ def _average_last_tenth(losses: list[float]) -> float:
 
 def _collect_warnings(setup: Setup, progress: Progress) -> list[str]:
     """Return what a person should know about this training."""
-    warnings = []
-    if not setup.trained_only:
-        warnings.append("this model's output head cannot be computed at chosen positions alone: training is slower")
+    warnings = list(setup.notes)
     overfitting = find_overfitting(progress.evaluations)
     return [*warnings, overfitting] if overfitting else warnings

@@ -33,22 +33,10 @@ def sum_token_losses(model: nn.Module, batch: Batch, *, trained_only: bool) -> T
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device."""
-    return Batch(
-        input_ids=batch.input_ids.to(device, non_blocking=True),
-        targets=batch.targets.to(device, non_blocking=True),
-        position_ids=None if batch.position_ids is None else batch.position_ids.to(device, non_blocking=True),
-        example_ids=batch.example_ids,
-        num_tokens=batch.num_tokens,
-        num_trained_tokens=batch.num_trained_tokens,
-    )
-
-
 @torch.no_grad()
 def supports_trained_only(model: nn.Module, table: TokenTable, device: torch.device) -> bool:
     """Try out on one example whether logits at chosen positions are the model's full logits there."""
-    batch = move_batch(form_batch(_cut(table, count=1), [[0]]), device)
+    batch = form_batch(cut_trial(table, count=1), [[0]]).move(device)
     try:
         chosen, _ = _compute_logits(model, batch, trained_only=True)
     except (TypeError, ValueError, RuntimeError, IndexError):
@@ -65,9 +53,9 @@ def isolates_packed(model: nn.Module, table: TokenTable, device: torch.device) -
     transformers finds packed examples by position_ids that start again, for attention that goes through its mask
     functions, without a cache and without an attention mask. Recurrent layers do not look at them.
     """
-    pair = _cut(table, count=2)
-    packed, _ = _compute_logits(model, move_batch(form_batch(pair, [[0, 1]]), device), trained_only=False)
-    alone, _ = _compute_logits(model, move_batch(form_batch(pair, [[1]]), device), trained_only=False)
+    pair = cut_trial(table, count=2)
+    packed, _ = _compute_logits(model, form_batch(pair, [[0, 1]]).move(device), trained_only=False)
+    alone, _ = _compute_logits(model, form_batch(pair, [[1]]).move(device), trained_only=False)
     return _is_close(packed[int(pair.offsets[1]) :], alone)
 
 
@@ -88,7 +76,7 @@ def _is_close(left: Tensor, right: Tensor) -> bool:
     return bool(((left.float() - right.float()).norm() <= limit * right.float().norm()).item())
 
 
-def _cut(table: TokenTable, *, count: int) -> TokenTable:
+def cut_trial(table: TokenTable, *, count: int) -> TokenTable:
     """Make a table of `count` short pieces of the first examples; every second position is trained."""
     last = len(table.example_ids) - 1
     spans = [(int(table.offsets[min(i, last)]), int(table.offsets[min(i, last) + 1])) for i in range(count)]

@@ -5,7 +5,6 @@ import math
 import torch
 
 from tasks.training.batches import Batch
-from tasks.training.loss import move_batch, sum_token_losses
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
 
@@ -25,8 +24,7 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
         raise TrainingError(f"step {step}: no trained token in examples {_name_examples(batches)}: remove them")
     loss_sums = []
     for batch in batches:
-        with setup.autocast():
-            loss_sum = sum_token_losses(setup.model, move_batch(batch, setup.device), trained_only=setup.trained_only)
+        loss_sum = setup.engine.sum_losses(batch)
         (loss_sum / num_trained_tokens).backward()
         loss_sums.append(loss_sum.detach())
     grad_norm = torch.nn.utils.clip_grad_norm_(setup.parameters.values(), setup.config.max_grad_norm)

@@ -2,23 +2,23 @@
 
 import math
 import random
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
-from tasks.models import choose_device, choose_dtype, load_model
+from tasks.models import choose_device, choose_dtype
 from tasks.training.batches import TokenTable, form_rows, read_tokens
+from tasks.training.engine_choice import choose_engine, load_base
+from tasks.training.engines import Engine
 from tasks.training.lora import attach_adapter, collect_trained
-from tasks.training.loss import isolates_packed, supports_trained_only
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
 
@@ -44,16 +44,12 @@ class Setup:
     steps_per_epoch: int
     num_steps: int
     eval_every_steps: int
-    trained_only: bool
-    """Whether the head can be computed at the trained positions alone."""
+    engine: Engine
+    """How a step's rows go through the model."""
+    notes: tuple[str, ...]
+    """What a person should know about how it was set up."""
     device: torch.device
     dtype: torch.dtype
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward pass: 16-bit products with fp32 adapters, or plain fp32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: int) -> Setup:
@@ -61,35 +57,37 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
 
     Raises:
         TrainingError: no examples, an example with nothing to learn, an unknown module, ids outside the vocabulary,
-            early stopping without held-out examples, or packing on a model that does not keep examples apart.
+            early stopping without held-out examples, or an engine or kind of weights that cannot be had here.
     """
     table, eval_table = _read_splits(tokens, config)
     device = choose_device()
     dtype = choose_dtype(config.precision, device)
-    model = load_model(base_model, dtype=dtype)
+    model = load_base(base_model, config, dtype=dtype, device=device)
     _check_vocabulary(model, table, eval_table)
     # The adapter is drawn on the CPU: the same start whatever the device.
     adapted = attach_adapter(model, config, seed=seed).to(device)
-    if config.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = collect_trained(adapted)
     rows = form_rows(table, config)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
+    engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    engine.follow(optimizer)
     setup = Setup(
         config=config,
         seed=seed,
         model=adapted,
         parameters=parameters,
-        optimizer=torch.optim.AdamW(
-            list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        ),
+        optimizer=optimizer,
         table=table,
         eval_table=eval_table,
         rows=rows,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         eval_every_steps=config.eval_every_steps or math.ceil(num_steps / NUM_EVALS),
-        trained_only=_try_short_cuts(adapted, table, config, device, dtype),
+        engine=engine,
+        notes=notes,
         device=device,
         dtype=dtype,
     )
@@ -105,14 +103,14 @@ def _read_splits(tokens: Path, config: TrainingConfig) -> tuple[TokenTable, Toke
     if not table.example_ids:
         raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
     longest = int(table.lengths.max())
-    if config.packing and longest > config.tokens_per_pack:
+    if config.packing and config.tokens_per_pack != "auto" and longest > config.tokens_per_pack:
         raise TrainingError(
             f"training.tokens_per_pack is {config.tokens_per_pack}, but example "
             f"{table.example_ids[int(table.lengths.argmax())]} has {longest} tokens: raise tokens_per_pack, or lower "
             "tokenization.max_length"
         )
     path = tokens / "eval.parquet"
-    num_eval = pl.scan_parquet(path).select(pl.len()).collect().item() if path.exists() else 0
+    num_eval = pq.read_metadata(path).num_rows if path.exists() else 0
     if not num_eval and config.early_stopping_patience is not None:
         raise TrainingError(
             f"training.early_stopping_patience is {config.early_stopping_patience}, but {path} has no held-out "
@@ -133,20 +131,3 @@ def _check_vocabulary(model: PreTrainedModel, *tables: TokenTable | None) -> Non
                 f"example {table.example_ids[where]} has token id {highest}, but the base model's embedding has {size} "
                 "rows: the tokenizer does not belong to this model, or has added tokens"
             )
-
-
-def _try_short_cuts(
-    model: PeftModel, table: TokenTable, config: TrainingConfig, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Return whether logits at chosen positions are right; raise TrainingError when packing would mix examples."""
-    model.eval()
-    context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-    with context:
-        if config.packing and not isolates_packed(model, table, device):
-            raise TrainingError(
-                f"training.packing is on, but {type(model.get_base_model()).__name__} does not keep packed examples "
-                "apart (one changes the next one's logits): set training.packing to false"
-            )
-        trained_only = supports_trained_only(model, table, device)
-    model.train()
-    return trained_only

@@ -18,15 +18,13 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import polars as pl
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 from schemas.config import RunConfig, TrainingConfig
 from schemas.loading import load_config
-from tasks.ingestion.base_model import locate_base_model
-from tasks.ingestion.dataset import build_dataset
 from tasks.models import choose_device, load_model
 from tasks.tokenization.masking import IGNORE_INDEX, Example, build_examples
 from tasks.tokenization.templates import prepare_tokenizer
@@ -35,6 +33,8 @@ from tasks.training.lora import attach_adapter
 
 def main(path: Path) -> None:
     """Fine-tune as a run's config says, and tell the held-out loss before and after."""
+    from tasks.ingestion.base_model import locate_base_model
+
     config = load_config(path)
     base_model = Path(locate_base_model(config.model).uri)
     train, held_out = tokenize(config, base_model)
@@ -53,12 +53,14 @@ def main(path: Path) -> None:
 def tokenize(config: RunConfig, base_model: Path) -> tuple[list[Example], list[Example]]:
     """Turn the dataset into examples: input_ids [T], and labels [T] that are IGNORE_INDEX off the answers."""
     tokenizer = prepare_tokenizer(base_model, config.model.chat_template).tokenizer
+    from tasks.ingestion.dataset import build_dataset
+
     splits = []
     with TemporaryDirectory() as folder:
         build_dataset(config.data, seed=config.seed, folder=Path(folder))
         for split in ("train", "eval"):
-            rows = pl.read_parquet(Path(folder) / f"{split}.parquet", columns=["messages", "tools"]).rows()
-            conversations = [(json.loads(messages), json.loads(tools or "null")) for messages, tools in rows]
+            rows = pq.read_table(Path(folder) / f"{split}.parquet", columns=["messages", "tools"]).to_pylist()
+            conversations = [(json.loads(row["messages"]), json.loads(row["tools"] or "null")) for row in rows]
             splits.append(
                 [
                     example

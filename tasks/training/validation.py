@@ -1,29 +1,20 @@
 """The loss on the held-out examples on the way, and what its curve says: best step, when to stop, over-fitting."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from torch import nn
 
-from tasks.training.batches import TokenTable, form_batch
-from tasks.training.loss import move_batch, sum_token_losses
+from tasks.training.batches import TokenTable
+from tasks.training.engines import Engine
 from tasks.training.records import EvalRecord
 
 # Two rises of the evaluation loss within noise are no over-fitting: together they must be at least this part of it.
 MIN_RISE = 0.01
 
 
-def compute_eval_loss(
-    model: nn.Module,
-    table: TokenTable,
-    *,
-    micro_batch: int,
-    trained_only: bool,
-    device: torch.device,
-    autocast: AbstractContextManager[None],
-) -> float:
+def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable, *, micro_batch: int) -> float:
     """Return the mean loss of all held-out trained tokens (nats a token); each token weighs the same.
 
     The model is in eval mode meanwhile: no dropout, so no random number is drawn and training goes on undisturbed.
@@ -31,13 +22,13 @@ def compute_eval_loss(
     order = np.argsort(-table.lengths, kind="stable")
     was_training = model.training
     model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     num_trained_tokens = 0
-    with torch.no_grad(), autocast:
+    with torch.no_grad():
         for start in range(0, len(order), micro_batch):
-            batch = form_batch(table, [[int(index)] for index in order[start : start + micro_batch]])
-            loss_sum += sum_token_losses(model, move_batch(batch, device), trained_only=trained_only)
-            num_trained_tokens += batch.num_trained_tokens
+            for batch in engine.form_step(table, [[int(index)] for index in order[start : start + micro_batch]]):
+                loss_sum += engine.sum_losses(batch)
+                num_trained_tokens += batch.num_trained_tokens
     model.train(was_training)
     return float(loss_sum.item()) / num_trained_tokens
 

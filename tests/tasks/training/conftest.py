@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -82,16 +83,15 @@ def draw_examples(count: int, *, seed: int = 0, shortest: int = 4, longest: int 
 
 def write_split(path: Path, examples: Sequence[tuple[list[int], int]], *, prefix: str = "train") -> None:
     """Write train.parquet or eval.parquet as the tokenization does."""
-    pl.DataFrame(
-        {
-            "example_id": [f"{prefix}-{number:04d}" for number in range(len(examples))],
-            "question": ["?"] * len(examples),
-            "reference": ["!"] * len(examples),
-            "input_ids": [ids for ids, _ in examples],
-            "labels": [[-100] * start + ids[start:] for ids, start in examples],
-        },
-        schema_overrides={"input_ids": pl.List(pl.Int32), "labels": pl.List(pl.Int32)},
-    ).write_parquet(path)
+    lists = pa.list_(pa.int32())
+    table = {
+        "example_id": [f"{prefix}-{number:04d}" for number in range(len(examples))],
+        "question": ["?"] * len(examples),
+        "reference": ["!"] * len(examples),
+        "input_ids": pa.array([ids for ids, _ in examples], lists),
+        "labels": pa.array([[-100] * start + ids[start:] for ids, start in examples], lists),
+    }
+    pq.write_table(pa.table(table), path)
 
 
 def write_tokens(folder: Path, *, num_train: int = 40, num_eval: int = 8, **lengths: int) -> Path:

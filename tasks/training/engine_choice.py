@@ -1,0 +1,238 @@
+"""Which engine trains: the fused one where it knows the model and proves it on a trial, else the general one.
+
+What is decided here is said in a line each, so that nobody has to guess why a training is slow.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from schemas.config import TrainingConfig
+from tasks.models import ModelError, load_model
+from tasks.training.batches import TokenTable, form_batch, form_flat_batch
+from tasks.training.budget import fit_memory
+from tasks.training.engines import Engine, FusedEngine, GeneralEngine
+from tasks.training.fused.attention import has_flash_attention
+from tasks.training.fused.decoder import LOGITS_BYTES
+from tasks.training.fused.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
+from tasks.training.lora import collect_trained
+from tasks.training.loss import cut_trial, isolates_packed, sum_token_losses, supports_trained_only
+from tasks.training.records import TrainingError
+
+# Tokens of a forward pass on a CPU: larger ones leave its caches.
+CPU_TOKENS = 2048
+# The trial's gradient may differ by this part of its norm: roundings in 16 bits on two ways through the model.
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load the frozen base, in 4 bits where the config says so.
+
+    Raises:
+        TrainingError: the config's weights cannot be had on this machine.
+        ModelError: nothing loads from the folder.
+    """
+    if config.base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise TrainingError(
+            "training.base_weights is fp8, which needs a GPU of compute capability 8.9 (Ada) or later: set it to full"
+        )
+    if config.base_weights != "nf4":
+        return load_model(folder, dtype=dtype)
+    if device.type != "cuda":
+        raise TrainingError("training.base_weights is nf4, which needs a GPU: set it to full")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise TrainingError(
+            "training.base_weights is nf4, which needs bitsandbytes: pip install 'sft-pipeline[nf4]'"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    try:
+        return load_model(folder, dtype=dtype, quantization=quantization)
+    except ModelError as error:
+        raise TrainingError(
+            f"{folder} cannot be loaded in 4 bits ({error}): set training.base_weights to full"
+        ) from error
+
+
+def choose_engine(
+    model: PeftModel,
+    table: TokenTable,
+    rows: Sequence[Sequence[int]],
+    config: TrainingConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Engine, tuple[str, ...]]:
+    """Return the engine and the lines that say what was chosen and why.
+
+    Raises:
+        TrainingError: the config insists on the fused engine, which does not know this model or adapter.
+    """
+    reason = "training.engine is general"
+    if config.engine != "general":
+        try:
+            return _build_fused(model, table, rows, config, device=device, dtype=dtype)
+        except UnknownDecoderError as error:
+            reason = str(error)
+        if config.engine == "fused" or config.base_weights == "fp8":
+            raise TrainingError(
+                f"the fused engine does not do this {type(model.get_base_model()).__name__}: {reason}; set "
+                "training.engine to auto"
+                + (" and training.base_weights to full" if config.base_weights == "fp8" else "")
+            )
+    return _build_general(model, table, config, reason, device=device, dtype=dtype)
+
+
+def _build_fused(
+    model: PeftModel,
+    table: TokenTable,
+    rows: Sequence[Sequence[int]],
+    config: TrainingConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[FusedEngine, tuple[str, ...]]:
+    """Recognize the model, try it out against the model's own forward pass, and fit it into the memory.
+
+    Raises:
+        UnknownDecoderError: the model is not known, or does not do what was thought.
+    """
+    expected = _try_general(model, table, device, dtype)
+    decoder = recognize_decoder(model)
+    most_tokens = _count_step_tokens(table, rows, config)
+    engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES)
+    _compare(model, engine, table, expected, dtype)
+    notes = []
+    if config.base_weights == "fp8":
+        engine = FusedEngine(quantize_decoder(decoder), device, CPU_TOKENS, 0, LOGITS_BYTES)
+        del decoder
+    if config.tokens_per_pack != "auto":
+        most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
+    if device.type == "cuda":
+        num_parameters = sum(parameter.numel() for parameter in collect_trained(model).values())
+        engine = fit_memory(
+            engine, num_parameters=num_parameters, most_tokens=most_tokens, recompute=config.gradient_checkpointing
+        )
+        if not has_flash_attention(device, dtype):
+            notes.append(f"no FlashAttention for {dtype} here: examples are attended one by one, which is slower")
+        if engine.decoder.ops.__name__.endswith("elementwise"):
+            notes.append("Triton is missing: the work between the products is done in plain PyTorch, which is slower")
+    else:
+        layers = len(decoder.layers) if config.gradient_checkpointing else 0
+        engine = FusedEngine(decoder, device, min(most_tokens, CPU_TOKENS), layers, LOGITS_BYTES)
+    return engine, tuple(notes)
+
+
+def _build_general(
+    model: PeftModel,
+    table: TokenTable,
+    config: TrainingConfig,
+    reason: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[GeneralEngine, tuple[str, ...]]:
+    """Try out which short cuts the model's own forward pass allows."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    notes = [f"the general engine trains, which is slower than the fused one: {reason}"]
+    model.eval()
+    context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    with context:
+        keeps_packs = not config.packing or isolates_packed(model, table, device)
+        trained_only = supports_trained_only(model, table, device)
+    model.train()
+    if not keeps_packs:
+        notes.append(
+            "this model does not keep packed examples apart: a pack's examples are padded side by side instead"
+        )
+    if not trained_only:
+        notes.append("this model's output head cannot be computed at chosen positions alone: training is slower")
+    return GeneralEngine(model, device, dtype, config.micro_batch, trained_only, keeps_packs), tuple(notes)
+
+
+def _count_step_tokens(table: TokenTable, rows: Sequence[Sequence[int]], config: TrainingConfig) -> int:
+    """Return the most tokens that a step can hold."""
+    rows_per_step = config.micro_batch * config.gradient_accumulation_steps
+    lengths = sorted((int(table.lengths[list(row)].sum()) for row in rows), reverse=True)
+    return sum(lengths[:rows_per_step])
+
+
+def _try_general(
+    model: PeftModel, table: TokenTable, device: torch.device, dtype: torch.dtype
+) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of two short pieces by the model's own forward pass, with a made-up adapter."""
+    parameters = collect_trained(model)
+    trial = cut_trial(table, count=2)
+    model.eval()
+    with _made_up(parameters), torch.enable_grad():
+        loss = torch.zeros((), device=device)
+        context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+        with context:
+            for index in range(2):
+                loss = loss + sum_token_losses(model, form_batch(trial, [[index]]).move(device), trained_only=False)
+        loss.backward()
+        grads = _take_grads(parameters)
+    model.train()
+    return float(loss.item()), grads
+
+
+def _compare(
+    model: PeftModel,
+    engine: FusedEngine,
+    table: TokenTable,
+    expected: tuple[float, dict[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Raise UnknownDecoderError unless the fused engine gives the same loss and gradients."""
+    parameters = collect_trained(model)
+    with _made_up(parameters), torch.enable_grad():
+        loss = engine.sum_losses(form_flat_batch(cut_trial(table, count=2), [0, 1]))
+        loss.backward()
+        grads = _take_grads(parameters)
+    engine.decoder.refresh()
+    limit = _TOLERANCES.get(dtype, 0.1)
+    differences = [(grads[name] - grad).double().norm() ** 2 for name, grad in expected[1].items()]
+    norms = [grad.double().norm() ** 2 for grad in expected[1].values()]
+    off = float((sum(differences) / sum(norms)) ** 0.5)
+    loss_off = abs(float(loss.item()) - expected[0]) / max(abs(expected[0]), 1e-12)
+    if not (off <= limit and loss_off <= limit):
+        raise UnknownDecoderError(
+            f"on a trial its gradient differs by {off:.2g} of its norm and its loss by {loss_off:.2g}, above {limit:g}"
+        )
+
+
+@contextmanager
+def _made_up(parameters: dict[str, Any]) -> Iterator[None]:
+    """Fill the LoRA B matrices, which begin at zero and would hide half of a layer, for a while."""
+    matrices = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+    saved = [matrix.detach().clone() for matrix in matrices]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.copy_(0.02 * torch.randn(matrix.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, values in zip(matrices, saved, strict=True):
+                matrix.copy_(values)
+
+
+def _take_grads(parameters: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the gradients and leave none."""
+    grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    for parameter in parameters.values():
+        parameter.grad = None
+    return grads

@@ -1,0 +1,139 @@
+"""How a step's rows go through the model: through the fused decoder, or through the model's own forward pass.
+
+Both give the sum of the token losses and leave its gradient with the adapter; which one is a matter of speed alone.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from tasks.training.batches import Batch, TokenTable, form_flat_step, form_padded_step
+from tasks.training.fused.decoder import Decoder, sum_losses
+from tasks.training.loss import sum_token_losses
+
+
+class Engine(Protocol):
+    """What a training asks of an engine."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
+        """Make a step's batches of its rows, a multiple of `num_parts` of them where there are enough examples."""
+        ...
+
+    def sum_losses(self, batch: Batch) -> Tensor:
+        """Return the sum of -log p(target) over a batch's trained positions (nats, fp32 scalar)."""
+        ...
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take note of every step of the optimizer."""
+        ...
+
+    def shrink(self) -> "Engine | None":
+        """Return an engine that takes less memory for the same sum, or None."""
+        ...
+
+    def describe(self) -> str:
+        """Say in a few words how it computes."""
+        ...
+
+
+@dataclass(frozen=True)
+class GeneralEngine:
+    """Any causal language model of transformers: padded micro batches."""
+
+    model: PeftModel
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+    trained_only: bool
+    """Whether the head can be computed at the trained positions alone."""
+    keeps_packs: bool = True
+    """Whether examples in one row stay apart; where not, a pack's examples get rows of their own."""
+
+    def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
+        """Pad rows side by side."""
+        if not self.keeps_packs:
+            rows = [[index] for row in rows for index in row]
+        micro_batch = max(1, min(self.micro_batch, len(rows) // num_parts))
+        return form_padded_step(table, rows, micro_batch)
+
+    def sum_losses(self, batch: Batch) -> Tensor:
+        """Go through the model's own forward pass, in 16-bit products where the base is 16-bit."""
+        with self._autocast():
+            return sum_token_losses(self.model, batch.move(self.device), trained_only=self.trained_only)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing is copied."""
+
+    def shrink(self) -> "GeneralEngine | None":
+        """Halve the micro batch."""
+        return replace(self, micro_batch=self.micro_batch // 2) if self.micro_batch > 1 else None
+
+    def describe(self) -> str:
+        """Say how it computes."""
+        return f"general engine, {self.micro_batch} row(s) a forward pass"
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class FusedEngine:
+    """The fused decoder: flat batches, no padding, logits at the trained positions alone."""
+
+    decoder: Decoder
+    device: torch.device
+    tokens_per_forward: int
+    num_recomputed: int
+    """Layers that run again in the backward pass."""
+    logits_bytes: int
+
+    def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
+        """Lay the step's examples end to end."""
+        return form_flat_step(table, rows, self.tokens_per_forward, num_parts=num_parts)
+
+    def sum_losses(self, batch: Batch) -> Tensor:
+        """Go through the fused decoder."""
+        moved = batch.move(self.device)
+        assert moved.segments is not None
+        assert moved.trained is not None
+        assert moved.position_ids is not None
+        self.decoder.refresh()
+        return sum_losses(
+            self.decoder,
+            moved.input_ids[0],
+            moved.position_ids[0],
+            moved.segments,
+            moved.trained,
+            moved.targets[0].index_select(0, moved.trained),
+            num_recomputed=self.num_recomputed,
+            logits_bytes=self.logits_bytes,
+        )
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the adapter anew after each step."""
+        optimizer.register_step_post_hook(lambda *_: self.decoder.invalidate())
+
+    def shrink(self) -> "FusedEngine | None":
+        """Recompute all layers, then halve the forward pass down to 512 tokens."""
+        if self.num_recomputed < len(self.decoder.layers):
+            return replace(self, num_recomputed=len(self.decoder.layers))
+        if self.tokens_per_forward > 512:
+            return replace(self, tokens_per_forward=self.tokens_per_forward // 2)
+        return None
+
+    def describe(self) -> str:
+        """Say how it computes."""
+        recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
+        return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}"

@@ -1,0 +1,110 @@
+"""The LoRA matrices of linear layers that share an input, as two joint matrices in the working dtype.
+
+Dimensions: `T` tokens, `H` inputs, `O` outputs of all layers of the group, `R` their ranks together.
+
+    A [R, H]: the layers' A, one below the other        B [O, R]: the layers' s B as blocks on the diagonal
+
+The trained matrices stay where PEFT has them, in fp32; the joint ones are copies of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear layer of a group."""
+
+    module: nn.Linear
+    """Frozen."""
+    lora_a: nn.Parameter | None
+    """[r, H]; None where the layer has no adapter."""
+    lora_b: nn.Parameter | None
+    """[O of the layer, r]"""
+    scale: float
+    """s: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+
+
+@dataclass
+class AdapterGroup:
+    """Where each layer's matrices lie in the joint ones, and whether those are up to date."""
+
+    parts: tuple[Part, ...]
+    outs: tuple[slice, ...]
+    """Of each layer in O."""
+    ranks: tuple[slice, ...]
+    """Of each layer in R; empty without an adapter."""
+    joint_a: Tensor
+    """[R, H]"""
+    joint_b: Tensor
+    """[O, R], zero off the blocks."""
+    versions: list[int] = field(default_factory=list)
+    """Of the trained matrices when they were last copied."""
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained, A before B, layer by layer."""
+        return tuple(p for part in self.parts for p in (part.lora_a, part.lora_b) if p is not None)
+
+    def invalidate(self) -> None:
+        """Say that the trained matrices have changed: fused optimizers change them behind autograd's back."""
+        self.versions = []
+
+    def refresh(self) -> None:
+        """Copy the trained matrices when any has changed since the last time."""
+        versions = [parameter._version for parameter in self.parameters]
+        if self.versions == versions:
+            return
+        with torch.no_grad():
+            for part, out, rank in zip(self.parts, self.outs, self.ranks, strict=True):
+                if part.lora_a is not None and part.lora_b is not None:
+                    self.joint_a[rank].copy_(part.lora_a)
+                    torch.mul(part.lora_b, part.scale, out=self.joint_b[out, rank])
+        self.versions = versions
+
+    def compute_grads(self, grads: Tensor, small: Tensor, inputs: Tensor, projected: Tensor) -> list[Tensor]:
+        """Return the gradients of `parameters`, in fp32 where those are.
+
+        Args:
+            grads: g [T, O] (further columns are not read).
+            small: g B [T, R].
+            inputs: x [T, H].
+            projected: x A' [T, R].
+        """
+        if not self.joint_a.shape[0]:
+            return []
+        joint = _multiply_wide(small.t(), inputs)
+        results: list[Tensor] = []
+        for part, out, rank in zip(self.parts, self.outs, self.ranks, strict=True):
+            if part.lora_a is not None:
+                results.append(joint[rank])
+                results.append(_multiply_wide(grads[:, out].t(), projected[:, rank]).mul_(part.scale))
+        return results
+
+
+def lay_out(sizes: Sequence[int]) -> tuple[slice, ...]:
+    """Return slices of the given sizes, end to end."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def join_biases(parts: Sequence[Part]) -> Tensor | None:
+    """Return the biases [O] end to end, zeros where a layer has none; None where no layer has one."""
+    if all(part.module.bias is None for part in parts):
+        return None
+    sizes = [part.module.out_features for part in parts]
+    weight = parts[0].module.weight
+    biases = [part.module.bias for part in parts]
+    return torch.cat([weight.new_zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)])
+
+
+def _multiply_wide(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply, with an fp32 result of 16-bit factors."""
+    if left.dtype in (torch.float32, torch.float64):
+        return torch.mm(left, right)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())

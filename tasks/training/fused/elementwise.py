@@ -1,0 +1,199 @@
+"""The work between the matrix products, in plain PyTorch: what the Triton kernels do, on any device and in any dtype.
+
+Dimensions: `T` tokens, `H` hidden size, `I` intermediate size, `D` head size, `N` rows of logits, `V` vocabulary.
+
+Sums and roots are taken in fp32 (fp64 for fp64 input) and rounded once. `out` arguments are written; they may be views
+with a row stride above their width, so that a product finds its left factor ready beside other columns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
+
+
+class Quantized(NamedTuple):
+    """Room for a float8 copy of what a kernel writes, a scale a row; only the Triton kernels fill it."""
+
+    values: Tensor
+    """[T, width] e4m3"""
+    scales: Tensor
+    """[T, 1] fp32"""
+
+
+class Heads(NamedTuple):
+    """Layout of a row of queries, keys and values: num_query heads, then num_key_value heads twice, of size each."""
+
+    num_query: int
+    num_key_value: int
+    size: int
+
+
+def add_norm(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, quantized: None = None
+) -> tuple[Tensor, Tensor]:
+    """Add delta [T, H] to the residual stream [T, H] and write its RMS norm to `out` (Zhang and Sennrich, 2019).
+
+    Args:
+        residual: the stream.
+        delta: added; nothing when None.
+        weight: [H] fp32, the norm's factor.
+        eps: added to the mean square.
+        out: [T, H].
+        quantized: not made here.
+
+    Returns:
+        total: residual + delta.
+        rstd: [T], 1 / sqrt(mean square + eps).
+    """
+    total = residual if delta is None else residual + delta
+    wide = _widen(total)
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    out.copy_(wide * rstd[:, None] * weight)
+    return total, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_grad: Tensor | None,
+    out: Tensor,
+    quantized: None = None,
+) -> None:
+    """Write the gradient of `add_norm`'s input, from those of the norm and of the sum itself, to `out` [T, H]."""
+    normed = _widen(total) * rstd[:, None]
+    scaled = _widen(grad) * weight
+    result = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, None]
+    out.copy_(result if residual_grad is None else result + _widen(residual_grad))
+
+
+def rotate(
+    qkv: Tensor,
+    heads: Heads,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [T, heads * D] into queries, keys and values; norm queries and keys where asked, and rotate them.
+
+    Args:
+        qkv: the joint product.
+        heads: its layout.
+        cos: [T, D / 2] of the positions' angles (Su et al., 2021).
+        sin: likewise.
+        query_weight: [D] fp32, the factor of each query head's RMS norm; None: no norm.
+        key_weight: likewise for keys.
+        eps: of those norms.
+
+    Returns:
+        queries [T, num_query, D], keys and values [T, num_key_value, D], each contiguous.
+    """
+    queries, keys, values = _split(qkv, heads)
+    return (
+        _turn(_norm_heads(queries, query_weight, eps)[0], cos, sin).to(qkv.dtype),
+        _turn(_norm_heads(keys, key_weight, eps)[0], cos, sin).to(qkv.dtype),
+        values.contiguous(),
+    )
+
+
+def rotate_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    qkv: Tensor | None,
+    heads: Heads,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """Write the gradient of `rotate`'s first argument to `out`; qkv is read only where there are norms."""
+    to_queries, to_keys, to_values = _split(out, heads)
+    inputs = (None, None) if qkv is None else _split(qkv, heads)[:2]
+    sides = zip(grads, (to_queries, to_keys), inputs, (query_weight, key_weight), strict=False)
+    for grad, target, before, weight in sides:
+        turned_back = _turn(_widen(grad), cos, -sin)
+        if weight is None:
+            target.copy_(turned_back)
+            continue
+        assert before is not None
+        normed, rstd = _norm_heads(before, None, eps, with_rstd=True)
+        scaled = turned_back * weight
+        target.copy_((scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd)
+    to_values.copy_(grads[2])
+
+
+def gate(gate_up: Tensor, activation: str, out: Tensor, quantized: None = None) -> None:
+    """Write activation(left half) * right half of gate_up [T, 2 I] to `out` [T, I] (Shazeer, 2020)."""
+    left, right = _widen(gate_up).chunk(2, dim=-1)
+    out.copy_(_activate(left, activation)[0] * right)
+
+
+def gate_backward(grad: Tensor, gate_up: Tensor, activation: str, out: Tensor, quantized: None = None) -> None:
+    """Write the gradient of gate_up to `out` [T, 2 I], and over `grad` [T, I] what `gate` had given."""
+    left, right = _widen(gate_up).chunk(2, dim=-1)
+    value, slope = _activate(left, activation)
+    wide = _widen(grad)
+    out.copy_(torch.cat([wide * right * slope, wide * value], dim=-1))
+    grad.copy_(value * right)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p(target) of each row of logits [N, V], and put its gradient in the logits' place.
+
+    A negative target does not count: its loss and gradient are 0.
+    """
+    wide = _widen(logits)
+    counts = (targets >= 0).to(wide.dtype)
+    places = targets.clamp(min=0)[:, None]
+    log_sums = torch.logsumexp(wide, dim=-1)
+    losses = (log_sums - wide.gather(1, places)[:, 0]) * counts
+    grads = torch.exp(wide - log_sums[:, None])
+    grads.scatter_add_(1, places, -torch.ones_like(places, dtype=wide.dtype))
+    logits.copy_(grads * counts[:, None])
+    return losses
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """View [T, heads * D] as queries, keys and values [T, heads, D]."""
+    rows = qkv.unflatten(-1, (-1, heads.size))
+    first, second = heads.num_query, heads.num_query + heads.num_key_value
+    return rows[:, :first], rows[:, first:second], rows[:, second:]
+
+
+def _norm_heads(states: Tensor, weight: Tensor | None, eps: float, *, with_rstd: bool = False) -> tuple[Tensor, Tensor]:
+    """Norm each head [T, heads, D] where there is a weight (or the inverse root is wanted); return it and the root."""
+    wide = _widen(states)
+    if weight is None and not with_rstd:
+        return wide, wide
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * rstd
+    return normed if weight is None else normed * weight, rstd
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head [T, heads, D] by the angles of the token's position."""
+    left, right = states.chunk(2, dim=-1)
+    cos, sin = _widen(cos)[:, None], _widen(sin)[:, None]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def _activate(values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the activation and its slope: silu, or gelu in its tanh form."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(values)
+        return values * sigmoid, sigmoid * (1 + values * (1 - sigmoid))
+    assert activation == "gelu_tanh", activation
+    # tanh(u) with u = sqrt(2 / pi) (x + 0.044715 x^3), Hendrycks and Gimpel, 2016
+    tanh = torch.tanh(0.7978845608028654 * (values + 0.044715 * values**3))
+    inner_slope = 0.7978845608028654 * (1 + 3 * 0.044715 * values.square())
+    return F.gelu(values, approximate="tanh"), 0.5 * (1 + tanh) + 0.5 * values * (1 - tanh.square()) * inner_slope
