@@ -27,8 +27,9 @@ from tasks.training.records import TrainingError
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
-# The trial's gradient may differ by this part of its norm: roundings in 16 bits on two ways through the model.
-_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# The trial's gradient may differ by this part of its norm, and its loss by this part of it. Two ways through a deep model
+# in 16 bits differ by a tenth where its weights are random; a norm or a scale that is forgotten, by about one.
+_TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.02)}
 
 
 def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -202,14 +203,15 @@ def _compare(
         loss.backward()
         grads = _take_grads(parameters)
     engine.decoder.refresh()
-    limit = _TOLERANCES.get(dtype, 0.1)
+    limit, loss_limit = _TOLERANCES[dtype]
     differences = [(grads[name] - grad).double().norm() ** 2 for name, grad in expected[1].items()]
     norms = [grad.double().norm() ** 2 for grad in expected[1].values()]
     off = float((sum(differences) / sum(norms)) ** 0.5)
     loss_off = abs(float(loss.item()) - expected[0]) / max(abs(expected[0]), 1e-12)
-    if not (off <= limit and loss_off <= limit):
+    if not (off <= limit and loss_off <= loss_limit):
         raise UnknownDecoderError(
-            f"on a trial its gradient differs by {off:.2g} of its norm and its loss by {loss_off:.2g}, above {limit:g}"
+            f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by {loss_off:.2g} "
+            f"(limit {loss_limit:g})"
         )
 
 
