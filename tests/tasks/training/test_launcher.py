@@ -1,0 +1,252 @@
+"""Real processes, really killed: what a training in a process of its own tells, and that it leaves nothing behind."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from schemas.config import TrainingConfig
+from tasks.training.checkpoints import CheckpointError
+from tasks.training.launcher import run_training
+from tasks.training.messages import TrainingJob, write_job
+from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingOutcome
+from tasks.training.supervision import Listeners, Supervisor
+
+NUM_STEPS = 160
+CONFIG = TrainingConfig(
+    rank=4, alpha=8, dropout=0.1, learning_rate=1e-3, micro_batch=2, gradient_accumulation_steps=2, num_epochs=16,
+    checkpoint_every_steps=1000, eval_every_steps=80,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number of threads adds in another order, which is not what is tested here."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_model: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> "Told":
+    torch.set_num_threads(1)
+    return Told(make_job(base_model, tokens, tmp_path_factory.mktemp("undisturbed")), in_place=True)
+
+
+class Told:
+    """A training with all that its callbacks were told."""
+
+    def __init__(self, job: TrainingJob, **options: Any) -> None:
+        self.steps: list[StepRecord] = []
+        self.evaluations: list[EvalRecord] = []
+        self.lines: list[str] = []
+        self.outcome: TrainingOutcome = run_training(
+            job,
+            on_step=self.steps.append,
+            on_eval=self.evaluations.append,
+            on_log=lambda level, text: self.lines.append(text),
+            **options,
+        )
+
+
+def make_job(base_model: Path, tokens: Path, run_folder: Path) -> TrainingJob:
+    return TrainingJob(base_model, tokens, run_folder, CONFIG, seed=5, identity="this run")
+
+
+def find_processes(job: TrainingJob) -> list[psutil.Process]:
+    """Return every process that was started for the job."""
+    wanted = str(job.run_folder / "job.json")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if wanted in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def at_step(number: int, act: Callable[[], None]) -> Callable[[StepRecord], None]:
+    def on_step(record: StepRecord) -> None:
+        if record.step == number:
+            act()
+
+    return on_step
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def same_adapter(one: TrainingOutcome, other: TrainingOutcome) -> bool:
+    left = load_file(one.adapter / "adapter_model.safetensors")
+    right = load_file(other.adapter / "adapter_model.safetensors")
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def list_checkpoints(job: TrainingJob) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (job.run_folder / "checkpoints").glob("step-*"))
+
+
+def test_a_process_of_its_own_tells_and_trains_the_same(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told
+) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+    told = Told(job, in_place=False)
+    assert [record.step for record in told.steps] == list(range(1, NUM_STEPS + 1))
+    assert [record.loss for record in told.steps] == [record.loss for record in undisturbed.steps]
+    assert told.evaluations == undisturbed.evaluations
+    assert same_adapter(told.outcome, undisturbed.outcome)
+    same = {"adapter": Path(), "tokens_per_second": 0.0, "peak_memory_bytes": 0}
+    assert replace(told.outcome, **same) == replace(undisturbed.outcome, **same)
+    assert all(record.memory_bytes > 10_000_000 for record in told.steps)
+    assert find_processes(job) == []
+
+
+def test_interrupted_process_leaves_a_checkpoint_and_the_run_goes_on_exactly(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told
+) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+    interrupted: list[float] = []
+
+    def on_step(record: StepRecord) -> None:
+        if not interrupted:
+            interrupted.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(job, on_step=on_step, in_place=False)
+    assert time.monotonic() - interrupted[0] < 10
+    assert find_processes(job) == []
+    (step,) = list_checkpoints(job)
+    assert 1 <= step < NUM_STEPS
+    resumed = run_training(job, in_place=True)
+    assert resumed.resumed_from_step == step
+    assert same_adapter(resumed, undisturbed.outcome)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_place_waits_for_the_checkpoint(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told, number: signal.Signals
+) -> None:
+    class Cancelled(BaseException):
+        """As Prefect's handler raises one."""
+
+    def cancel(*_: Any) -> None:
+        raise Cancelled
+
+    earlier = signal.signal(number, cancel)
+    try:
+        job = make_job(base_model, tokens, tmp_path)
+        with pytest.raises(Cancelled):
+            run_training(job, on_step=at_step(7, lambda: signal.raise_signal(number)), in_place=True)
+        assert signal.getsignal(number) is cancel
+    finally:
+        signal.signal(number, earlier)
+    assert list_checkpoints(job) == [7]
+    assert same_adapter(run_training(job, in_place=True), undisturbed.outcome)
+
+
+def test_second_signal_in_place_does_not_wait(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    job = make_job(base_model, tokens, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(job, on_step=at_step(7, twice), in_place=True)
+    assert list_checkpoints(job) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "gave no sign of life for [3-6] s and was killed")],
+)
+def test_dead_and_silent_processes_are_errors(
+    base_model: Path, tokens: Path, tmp_path: Path, number: signal.Signals, message: str
+) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+
+    def hit() -> None:
+        (process,) = find_processes(job)
+        process.send_signal(number)
+
+    with pytest.raises(TrainingCrash, match=message) as caught:
+        run_training(job, on_step=at_step(3, hit), in_place=False, silence_seconds=3)
+    assert "goes on from the last checkpoint" in str(caught.value)
+    assert str(tmp_path / "process.log") in str(caught.value)
+    assert find_processes(job) == []
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from tasks.training.launcher import run_training
+from tasks.training.messages import read_job
+
+def on_step(record):
+    if record.step == 1:
+        print("training", flush=True)
+        time.sleep(600)
+
+run_training(read_job(Path(sys.argv[1])), on_step=on_step, in_place=False)
+"""
+
+
+def test_no_process_outlives_a_killed_launcher(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    # Long enough that it is not over by itself.
+    job = replace(make_job(base_model, tokens, tmp_path), config=CONFIG.model_copy(update={"num_epochs": 1000.0}))
+    path = tmp_path / "given.json"
+    write_job(job, path)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "training\n"
+        processes = find_processes(job)
+        assert len(processes) == 1
+        os.kill(parent.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert alive == []
+
+
+def test_errors_come_back_as_they_were_raised(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told
+) -> None:
+    job = replace(make_job(base_model, tokens, undisturbed.outcome.adapter.parent), identity="another run")
+    with pytest.raises(CheckpointError, match=r"identity this run, but .* now give another run") as caught:
+        run_training(job, in_place=False)
+    with pytest.raises(CheckpointError) as wanted:
+        run_training(job, in_place=True)
+    assert str(caught.value) == str(wanted.value)
+
+
+def test_stop_before_the_first_step_ends_at_once(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+    write_job(job, tmp_path / "job.json")
+    nothing = Listeners(lambda record: None, lambda record: None, lambda level, text: None)
+    started = time.monotonic()
+    with Supervisor(nothing, tmp_path / "log", silence_seconds=60) as supervisor, (tmp_path / "log").open("wb") as log:
+        supervisor.start([sys.executable, "-m", "tasks.training.worker", str(tmp_path / "job.json")], log)
+        supervisor.stop(30)
+        assert find_processes(job) == []
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_end_without_a_word_is_told_with_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    nothing = Listeners(lambda record: None, lambda record: None, logging.log)
+    with Supervisor(nothing, log, silence_seconds=60) as supervisor:
+        with log.open("wb") as output:
+            supervisor.start([sys.executable, "-c", "print('a last word'); raise SystemExit(7)"], output)
+        with pytest.raises(TrainingCrash, match=r"ended with exit code 7(.|\n)*a last word"):
+            supervisor.wait()
