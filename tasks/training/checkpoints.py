@@ -86,7 +86,8 @@ def take_snapshot(
     if any(parameter.is_cuda for parameter in parameters.values()):
         is_copied = torch.cuda.Event()
         is_copied.record()
-    states, generators = {}, []
+    states: dict[str, Tensor] = {}
+    generators: list[dict[str, Any]] = []
     for number, (tensors, values) in enumerate(random_states):
         states |= {f"{number}|{name}": tensor for name, tensor in tensors.items()}
         generators.append(values)

@@ -139,7 +139,7 @@ def _signals_that_wait() -> Iterator[_Pending]:
         pending.numbers.append(number)
         restore()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         if signal.getsignal(number) is not None:  # None: not installed from Python, and could not be put back
             earlier[number] = signal.signal(number, hold)
     try:

@@ -106,7 +106,7 @@ def _start_ranks(job: TrainingJob, path: Path) -> None:
         max_restarts=0,
         rdzv_configs={"rank": int(os.environ.get(NODE_RANK_VARIABLE, "0")), "timeout": _RENDEZVOUS_SECONDS},
         shutdown_timeout=_SHUTDOWN_SECONDS,
-        **place,  # type: ignore[arg-type]
+        **place,
     )
     elastic_launch(launch, sys.executable)("-m", "tasks.training.worker", str(path))
 

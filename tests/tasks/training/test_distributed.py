@@ -1,9 +1,13 @@
 """Several ranks optimize the same sum as one: real processes over gloo."""
 
+import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,15 @@ from torch import nn
 
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch, read_tokens
-from tasks.training.distributed import deal, share_table, sum_gradients
+from tasks.training.checkpoints import Progress
+from tasks.training.distributed import ask_leader, check_same, deal, gather, join_team, share_table, sum_gradients
 from tasks.training.launcher import run_training
+from tasks.training.loop import train_adapter
 from tasks.training.messages import TrainingJob, write_job
-from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError
+from tasks.training.preparation import prepare_training
+from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingStopped
+from tasks.training.sharding import shard_base
+from tasks.training.steps import Run, do_step, iterate
 from tests.tasks.training.conftest import write_tokens
 from tests.tasks.training.test_launcher import at_step, find_processes
 
@@ -69,11 +78,151 @@ def farthest(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_have_the_curve_of_one(
-    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves, strategy: str
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def live(work: Callable[..., Any], arguments: tuple[Any, ...], number: int, port: int, folder: Path) -> None:
+    """Be one of two ranks."""
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    try:
+        with join_team():
+            result = work(number, *arguments)
+    except Exception as error:
+        result = error
+    (folder / f"rank-{number}").write_bytes(pickle.dumps(result))
+
+
+def on_two_ranks(work: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
+    """Do something on two ranks. They are forked from a process that has the libraries imported and nothing started."""
+    folder.mkdir()
+    context, port = multiprocessing.get_context("forkserver"), find_port()
+    context.set_forkserver_preload([__name__])
+    ranks = [context.Process(target=live, args=(work, arguments, number, port, folder)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+        process.kill()
+    return [pickle.loads((folder / f"rank-{number}").read_bytes()) for number in range(2)]
+
+
+def train_divided(number: int, base_model: Path, tokens: Path, folder: Path) -> tuple[list[float], list[float], int]:
+    """Train with a divided base; return both curves, and how many of the base's weights this rank holds."""
+    config = CONFIG.model_copy(update={"num_processes": 2, "strategy": "fsdp"})
+    losses: list[float] = []
+    eval_losses: list[float] = []
+    held = prepare_training(base_model, tokens, config, seed=5)
+    shard_base(held)
+    frozen: list[Any] = [parameter for parameter in held.model.parameters() if not parameter.requires_grad]
+    train_adapter(
+        base_model, tokens, folder, config, seed=5, identity="x",
+        on_step=lambda record: losses.append(record.loss),
+        on_eval=lambda record: eval_losses.append(record.loss),
+    )  # fmt: skip
+    return losses, eval_losses, sum(parameter.to_local().numel() for parameter in frozen)
+
+
+def test_divided_base_has_the_curve_of_the_whole_one(
+    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves
 ) -> None:
-    config = CONFIG.model_copy(update={"num_processes": 2, "strategy": strategy})
+    both = on_two_ranks(train_divided, base_model, many_tokens, tmp_path, folder=tmp_path / "ranks")
+    for losses, eval_losses, _ in both:
+        assert losses == pytest.approx(alone.losses, abs=1e-5)
+        assert eval_losses == pytest.approx(alone.eval_losses, abs=1e-5)
+    assert farthest(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), alone.adapter) < 1e-5
+    whole = prepare_training(base_model, many_tokens, CONFIG, seed=5).model
+    num_frozen = sum(p.numel() for p in whole.parameters() if not p.requires_grad)
+    # 97 rows of the embedding are 49 on one rank and 48 on the other.
+    assert [num_held for _, _, num_held in both] == [num_frozen // 2 + 16, num_frozen // 2 - 16]
+
+
+def train_with_dropout(number: int, base_model: Path, tokens: Path, run_folder: Path, stop_at: int) -> list[float]:
+    """Train until the second rank wants to stop; return the losses."""
+    losses: list[float] = []
+    with suppress(TrainingStopped):
+        train_adapter(
+            base_model, tokens, run_folder, CONFIG.model_copy(update={"dropout": 0.1}), seed=5, identity="x",
+            on_step=lambda record: losses.append(record.loss),
+            should_stop=lambda: number == 1 and len(losses) == stop_at,
+        )  # fmt: skip
+    return losses
+
+
+def test_two_ranks_with_dropout_go_on_exactly(base_model: Path, many_tokens: Path, tmp_path: Path) -> None:
+    def train(name: str, folder: str, stop_at: int) -> list[list[float]]:
+        given = (base_model, many_tokens, tmp_path / name, stop_at)
+        return on_two_ranks(train_with_dropout, *given, folder=tmp_path / folder)
+
+    whole, _ = train("whole", "a", 1000)
+    first, other = train("stopped", "b", 10)
+    assert len(whole) == NUM_STEPS
+    assert first == other == whole[:10]
+    rest, _ = train("stopped", "c", 1000)
+    assert rest == whole[10:]
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped")]
+    assert farthest(*adapters) == 0.0
+
+
+def step_with_little_memory(number: int, base_model: Path, tokens: Path) -> tuple[float, list[str], int]:
+    """Do one step, for which the second rank's memory holds one row."""
+    run = Run(prepare_training(base_model, tokens, CONFIG, seed=5), Progress(), "x")
+
+    def refuse(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if number == 1 and options["input_ids"].shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run.setup.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    record, _ = do_step(run, iterate(run))
+    return record.loss, run.warnings, run.setup.config.micro_batch
+
+
+def test_shortage_of_one_rank_makes_all_smaller(
+    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves
+) -> None:
+    first, second = on_two_ranks(step_with_little_memory, base_model, many_tokens, folder=tmp_path / "ranks")
+    assert first[0] == second[0] == pytest.approx(alone.losses[0], abs=1e-5)
+    assert first[2] == second[2] == 1
+    assert "(on another rank)" in first[1][0]
+    assert "(CUDA out of memory.)" in second[1][0]
+
+
+def drift_apart(number: int) -> None:
+    parameter = nn.Parameter(torch.ones(8))
+    check_same({"a": parameter}, step=1)
+    with torch.no_grad():
+        parameter[3] += number * 1e-6
+    check_same({"a": parameter}, step=2)
+
+
+def test_ranks_that_drift_apart_are_found(tmp_path: Path) -> None:
+    for error in on_two_ranks(drift_apart, folder=tmp_path / "ranks"):
+        assert isinstance(error, TrainingError)
+        assert "step 2: the adapter of rank 1 is no longer the one of rank 0" in str(error)
+
+
+def fail_as_leader(number: int) -> list[int]:
+    def fail() -> None:
+        raise TrainingError(f"from rank {number}")
+
+    assert gather(number) == [0, 1]
+    ask_leader(fail)
+    return []
+
+
+def test_error_of_the_leader_is_raised_by_all(tmp_path: Path) -> None:
+    errors = on_two_ranks(fail_as_leader, folder=tmp_path / "ranks")
+    assert [str(error) for error in errors] == ["from rank 0"] * 2
+
+
+def test_two_processes_have_the_curve_of_one(
+    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves
+) -> None:
+    config = CONFIG.model_copy(update={"num_processes": 2})
     job = TrainingJob(base_model, many_tokens, tmp_path, config, 5, "x")
     both = Curves(job)
     assert both.steps == list(range(1, NUM_STEPS + 1))
@@ -90,9 +239,7 @@ def test_two_machines_meet_at_an_address(base_model: Path, many_tokens: Path, tm
     job = TrainingJob(base_model, many_tokens, tmp_path, config, 5, "x")
     path = tmp_path / "given.json"
     write_job(job, path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{find_port()}"
     command = [sys.executable, "-m", "tasks.training.launcher", str(path)]
     launchers = [
         subprocess.Popen(

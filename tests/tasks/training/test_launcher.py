@@ -107,7 +107,7 @@ def test_a_process_of_its_own_tells_and_trains_the_same(
     assert [record.loss for record in told.steps] == [record.loss for record in undisturbed.steps]
     assert told.evaluations == undisturbed.evaluations
     assert same_adapter(told.outcome, undisturbed.outcome)
-    same = {"adapter": Path(), "tokens_per_second": 0.0, "peak_memory_bytes": 0}
+    same: dict[str, Any] = {"adapter": Path(), "tokens_per_second": 0.0, "peak_memory_bytes": 0}
     assert replace(told.outcome, **same) == replace(undisturbed.outcome, **same)
     assert all(record.memory_bytes > 10_000_000 for record in told.steps)
     assert find_processes(job) == []
