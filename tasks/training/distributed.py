@@ -33,7 +33,13 @@ def join_team() -> Iterator[None]:
         return
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        number, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= num_gpus:
+            raise TrainingError(
+                f"training.num_processes is over the {num_gpus} GPU(s) that this machine shows: set it to {num_gpus}, "
+                "or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_TIMEOUT)
     yield
     # Not after an error: the others may never come.

@@ -22,7 +22,7 @@ from tasks.training.checkpoints import (
     restore_checkpoint,
 )
 from tasks.training.curves import open_tensorboard
-from tasks.training.distributed import agree, ask_leader, gather, is_leader
+from tasks.training.distributed import agree, ask_leader, gather, is_leader, world_size
 from tasks.training.lora import save_adapter, write_trained
 from tasks.training.memory import is_out_of_memory, read_memory
 from tasks.training.preparation import Setup, prepare_training
@@ -30,6 +30,7 @@ from tasks.training.random_states import draw_apart
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
 from tasks.training.sharding import is_sharded, shard_base
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
+from tasks.training.throughput import count_useful_flop, measure_peak
 from tasks.training.validation import count_evals_since_best, find_overfitting
 from tasks.training.writing import CheckpointWriter
 
@@ -78,6 +79,7 @@ def train_adapter(
     checkpoint, warnings = ask_leader(lambda: find_checkpoint(saved, identity))
     setup = _prepare(base_model, tokens, config, seed=seed)
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
+    run.tokens_per_second_at_peak = _estimate_peak(setup)
     draw_apart(seed, 0)
     if checkpoint is not None:
         run.progress = restore_checkpoint(checkpoint, parameters=setup.parameters, optimizer=setup.optimizer)
@@ -139,6 +141,12 @@ def _prepare(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: in
             "training.rank, or set training.strategy to fsdp on several GPUs"
         ) from error
     return setup
+
+
+def _estimate_peak(setup: Setup) -> float | None:
+    """Return the tokens a second of all ranks if a GPU did nothing but useful matrix products; None on a CPU."""
+    peak = measure_peak(setup.device) if setup.device.type == "cuda" else None
+    return None if peak is None else world_size() * peak / count_useful_flop(setup.model)
 
 
 def _run_steps(

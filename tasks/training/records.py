@@ -41,6 +41,8 @@ class StepRecord:
     """GPU allocation at its highest in this step on a GPU, resident memory of the process on a CPU."""
     utilisation: float | None = None
     """Part of the last second or less in which the GPU was at work, 0 to 1, as its driver counts; none on a CPU."""
+    share_of_peak: float | None = None
+    """Useful work a second over what large bf16 matrix products reach on this GPU (see throughput); none on a CPU."""
 
 
 @dataclass(frozen=True)

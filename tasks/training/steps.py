@@ -40,6 +40,8 @@ class Run:
     peak_memory_bytes: int = 0
     saved_step: int = 0
     """Step of the newest checkpoint."""
+    tokens_per_second_at_peak: float | None = None
+    """Speed of all ranks if they did nothing but useful matrix products; none when not measured."""
 
 
 def iterate(run: Run) -> Iterator[list[Batch]]:
@@ -79,6 +81,8 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
     progress.train_seconds += seconds
     memory_bytes = read_memory(setup.device)
     run.peak_memory_bytes = max(run.peak_memory_bytes, memory_bytes)
+    tokens_per_second = num_tokens / max(seconds, 1e-9)
+    peak = run.tokens_per_second_at_peak
     record = StepRecord(
         step=progress.step,
         num_steps=setup.num_steps,
@@ -88,9 +92,10 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
         grad_norm=grad_norm,
         num_tokens=num_tokens,
         num_trained_tokens=num_trained_tokens,
-        tokens_per_second=num_tokens / max(seconds, 1e-9),
+        tokens_per_second=tokens_per_second,
         memory_bytes=memory_bytes,
         utilisation=read_utilisation(setup.device),
+        share_of_peak=None if peak is None else tokens_per_second / peak,
     )
     return record, steps
 

@@ -100,6 +100,8 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
         }
         if record.utilisation is not None:
             curves["train/gpu_utilisation"] = record.utilisation
+        if record.share_of_peak is not None:
+            curves["train/share_of_peak"] = record.share_of_peak
         log(record.step, curves)
         show(record)
 
