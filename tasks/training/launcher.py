@@ -8,6 +8,7 @@ there is nothing to give back, and a second import of the model libraries would 
 
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,13 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tasks.training.messages import TrainingJob, write_job
+from tasks.training.messages import NODE_RANK_VARIABLE, TrainingJob, write_job
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome, TrainingStopped
 from tasks.training.supervision import Listeners, Supervisor
 
 logger = logging.getLogger(__name__)
 
-JOB, LOG = "job.json", "process.log"
 STOP_SECONDS = 25.0
 """What a stopped training has to reach its step border and write a checkpoint; Prefect kills after 30."""
 SILENCE_SECONDS = 60.0
@@ -66,10 +66,13 @@ def run_training(
     if in_place:
         return _run_in_place(job, on_step, on_eval)
     job.run_folder.mkdir(parents=True, exist_ok=True)
-    write_job(job, job.run_folder / JOB)
+    node = int(os.environ.get(NODE_RANK_VARIABLE, "0"))  # several machines may share the folder
+    path, log = (
+        job.run_folder / (name if node == 0 else f"node-{node}-{name}") for name in ("job.json", "process.log")
+    )
+    write_job(job, path)
     _release_gpu()
-    log = job.run_folder / LOG
-    command = [sys.executable, "-m", "tasks.training.worker", str(job.run_folder / JOB)]
+    command = [sys.executable, "-m", "tasks.training.worker", str(path)]
     with Supervisor(Listeners(on_step, on_eval, on_log), log, silence_seconds=silence_seconds) as supervisor:
         with log.open("wb") as output:
             supervisor.start(command, output)

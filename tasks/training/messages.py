@@ -11,6 +11,10 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
 ADDRESS_VARIABLE = "SFT_LAUNCHER_ADDRESS"
 """Path of the launcher's socket, for its processes."""
+RENDEZVOUS_VARIABLE = "SFT_RENDEZVOUS"
+"""host:port of the first of several machines that train together, the same on all of them."""
+NODE_RANK_VARIABLE = "SFT_NODE_RANK"
+"""0 on the first machine, 1 on the second, and so on."""
 STOP = b"stop\n"
 """Said by the launcher: write a checkpoint at the next step border and leave."""
 

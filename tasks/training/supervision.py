@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Supervisor:
         self._folder = Path(tempfile.mkdtemp(prefix="sft-"))  # mode 700; run folders are too long for a socket's name
         self._selector = selectors.DefaultSelector()
         self._lines: list[_Line] = []
+        self._untold: deque[tuple[_Line, dict[str, Any]]] = deque()
         self._known: dict[int, psutil.Process] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._outcome: TrainingOutcome | None = None
@@ -155,13 +157,15 @@ class Supervisor:
             logger.warning("The training did not stop within %.0f s and was killed", seconds)
 
     def _hear(self, *, wait: bool = True) -> bool:
-        """Take in what has come; return whether anything has."""
+        """Take in what has come, and pass it on; return whether anything has come."""
         ready = self._selector.select(_TICK_SECONDS if wait else 0.0)
         for key, _ in ready:
             if key.data is None:
                 self._accept()
             else:
                 self._read(key.data)
+        while self._untold:  # an interruption in between leaves the rest for the next time
+            self._take(*self._untold.popleft())
         return bool(ready)
 
     def _accept(self) -> None:
@@ -186,8 +190,7 @@ class Supervisor:
         line.buffer += content
         *whole, rest = bytes(line.buffer).split(b"\n")
         line.buffer = bytearray(rest)
-        for text in whole:
-            self._take(line, loads(text))
+        self._untold.extend((line, loads(text)) for text in whole)
 
     def _take(self, line: _Line, values: dict[str, Any]) -> None:
         kind = values["kind"]

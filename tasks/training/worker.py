@@ -13,13 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tasks.training.lifeline import Lifeline, LogSender, open_lifeline
-from tasks.training.messages import TrainingJob, describe_outcome, read_job
+from tasks.training.messages import (
+    NODE_RANK_VARIABLE,
+    RENDEZVOUS_VARIABLE,
+    TrainingJob,
+    describe_outcome,
+    read_job,
+)
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
 
-RENDEZVOUS_VARIABLE = "SFT_RENDEZVOUS"
-"""host:port of the first machine, the same on all machines."""
-NODE_RANK_VARIABLE = "SFT_NODE_RANK"
-"""0 on the first machine, 1 on the second, and so on."""
 _SHUTDOWN_SECONDS = 5
 _RENDEZVOUS_SECONDS = 900
 

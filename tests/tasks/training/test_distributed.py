@@ -253,6 +253,7 @@ def test_two_machines_meet_at_an_address(base_model: Path, many_tokens: Path, tm
     told = [launcher.communicate(timeout=120)[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], told
     assert f"Trained {NUM_STEPS} steps" in told[0]
+    assert sorted(path.name for path in tmp_path.glob("*process.log")) == ["node-1-process.log", "process.log"]
     assert farthest(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), alone.adapter) < 1e-5
 
 
@@ -266,6 +267,11 @@ def test_death_of_one_rank_ends_all(base_model: Path, many_tokens: Path, tmp_pat
     with pytest.raises(TrainingCrash):
         run_training(job, on_step=at_step(3, kill))
     assert find_processes(job) == []
+
+
+def test_processes_without_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"4 processes \(num_processes 2 x num_nodes 2\).*_steps is 2: set it to 4"):
+        TrainingConfig(num_processes=2, num_nodes=2, gradient_accumulation_steps=2)
 
 
 def test_several_machines_need_an_address(base_model: Path, many_tokens: Path, tmp_path: Path) -> None:

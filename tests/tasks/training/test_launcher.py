@@ -1,6 +1,5 @@
 """Real processes, really killed: what a training in a process of its own tells, and that it leaves nothing behind."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -169,26 +168,6 @@ def test_second_signal_in_place_does_not_wait(base_model: Path, tokens: Path, tm
     assert list_checkpoints(job) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "gave no sign of life for [3-6] s and was killed")],
-)
-def test_dead_and_silent_processes_are_errors(
-    base_model: Path, tokens: Path, tmp_path: Path, number: signal.Signals, message: str
-) -> None:
-    job = make_job(base_model, tokens, tmp_path)
-
-    def hit() -> None:
-        (process,) = find_processes(job)
-        process.send_signal(number)
-
-    with pytest.raises(TrainingCrash, match=message) as caught:
-        run_training(job, on_step=at_step(3, hit), in_place=False, silence_seconds=3)
-    assert "goes on from the last checkpoint" in str(caught.value)
-    assert str(tmp_path / "process.log") in str(caught.value)
-    assert find_processes(job) == []
-
-
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -243,14 +222,77 @@ def test_stop_before_the_first_step_ends_at_once(base_model: Path, tokens: Path,
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_end_without_a_word_is_told_with_the_log(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    nothing = Listeners(lambda record: None, lambda record: None, logging.log)
-    with Supervisor(nothing, log, silence_seconds=60) as supervisor:
+# As a training process, without a training: the imports of one take ten seconds.
+TELL = """
+from tasks.training.lifeline import open_lifeline
+line = open_lifeline(role="rank")
+for number in range(50):
+    line.tell("log", level=20, message=str(number))
+{then}
+line.close()
+"""
+SAY = Callable[[int, str], None]
+
+
+def supervise(program: str, log: Path, *, on_log: SAY = lambda level, text: None) -> TrainingOutcome:
+    listeners = Listeners(lambda record: None, lambda record: None, on_log)
+    with Supervisor(listeners, log, silence_seconds=2) as supervisor:
         with log.open("wb") as output:
-            supervisor.start([sys.executable, "-c", "print('a last word'); raise SystemExit(7)"], output)
-        with pytest.raises(TrainingCrash, match=r"ended with exit code 7(.|\n)*a last word"):
-            supervisor.wait()
+            supervisor.start([sys.executable, "-c", program], output)
+        try:
+            return supervisor.wait()
+        except BaseException:
+            supervisor.stop(10)
+            raise
+
+
+def test_interruption_loses_no_word(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def on_log(level: int, text: str) -> None:
+        told.append(text)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise(TELL.format(then=""), tmp_path / "log", on_log=on_log)
+    assert told == [str(number) for number in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL, perhaps by the kernel"),
+        ("import os, time; print('a last word', flush=True); os._exit(7)", r"ended with exit code 7(.|\n)*a last word"),
+        ("print(1 / 0)", r"ended with exit code 1(.|\n)*ZeroDivisionError"),
+    ],
+)
+def test_end_without_an_outcome_is_told_with_the_log(tmp_path: Path, then: str, message: str) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(TrainingCrash, match=message) as caught:
+        supervise(TELL.format(then=then), log)
+    assert str(log) in str(caught.value)
+
+
+def test_silent_process_is_killed(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def on_log(level: int, text: str) -> None:
+        if text == "49":
+            (child,) = psutil.Process().children()
+            pids.append(child.pid)
+            child.send_signal(signal.SIGSTOP)
+
+    started = time.monotonic()
+    with pytest.raises(TrainingCrash, match=r"\(rank\) gave no sign of life for [2-4] s and was killed"):
+        supervise(TELL.format(then="import time; time.sleep(600)"), tmp_path / "log", on_log=on_log)
+    assert time.monotonic() - started < 30
+    assert not psutil.pid_exists(pids[0])
+
+
+def test_beats_keep_a_busy_process_alive(tmp_path: Path) -> None:
+    with pytest.raises(TrainingCrash, match="ended with exit code 3"):
+        supervise(TELL.format(then="import os, time; time.sleep(4); os._exit(3)"), tmp_path / "log")
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
