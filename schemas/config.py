@@ -232,6 +232,24 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted; the best one is always kept."""
     report_to: tuple[Literal["tensorboard"], ...] = Field(default=(), title="Further reports")
     """Where the curves go besides MLflow."""
+    num_processes: int = Field(default=1, ge=1, le=1024, title="Processes")
+    """Training processes on each machine, one a GPU; the rows of a step are dealt to them."""
+    num_nodes: int = Field(default=1, ge=1, le=1024, title="Machines")
+    """Machines that train together; each runs the same command with SFT_RENDEZVOUS and SFT_NODE_RANK set."""
+    strategy: Literal["ddp", "fsdp"] = Field(default="ddp", title="Several processes")
+    """ddp: each holds the whole base model; fsdp: its frozen weights are divided among them."""
+
+    @model_validator(mode="after")
+    def _check_every_process_gets_work(self) -> Self:
+        num_ranks = self.num_processes * self.num_nodes
+        rows_per_step = self.micro_batch * self.gradient_accumulation_steps
+        if num_ranks > rows_per_step:
+            raise ValueError(
+                f"{num_ranks} processes (num_processes {self.num_processes} x num_nodes {self.num_nodes}) share the "
+                f"rows of a step, but there are {rows_per_step} (micro_batch {self.micro_batch} x "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}): raise one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_settings_that_need_each_other(self) -> Self:

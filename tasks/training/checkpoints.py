@@ -1,25 +1,27 @@
 """Checkpoints that a killed training goes on from: whole or absent, verified, and of the same run only.
 
 A checkpoint is a folder step-NNNNNN with what is trained and the optimizer's moments (safetensors), the progress and
-the random states (JSON), and the sha256 of each file. Nothing in it is pickled, so reading one runs no code.
+the random states of every rank (JSON), and the sha256 of each file. Nothing in it is pickled, so reading one runs no
+code. `writing.py` writes them beside the training.
 """
 
 import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tasks.training.distributed import gather, rank
+from tasks.training.random_states import draw_apart, read_random_states, write_random_states
 from tasks.training.records import EvalRecord, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ STATE, DIGESTS = "state.json", "digests.json"
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint belongs to another run."""
+    """A checkpoint belongs to another run, or cannot be written."""
 
 
 @dataclass
@@ -51,15 +53,51 @@ class Progress:
         return max((record.step for record in self.evaluations if record.is_best), default=None)
 
 
-def save_checkpoint(
-    folder: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """A training between two steps, copied to the host."""
+
+    step: int
+    best_step: int | None
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    states: dict[str, Tensor]
+    """Random states of torch, as `rank|device`."""
+    content: str
+    """The JSON of identity, progress, and the random states of numpy and Python."""
+    is_copied: torch.cuda.Event | None
+    """On a GPU, reached when the copies are done: they are made beside the work that follows."""
+
+
+def take_snapshot(
     *,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: str,
-    keep: int,
-) -> Path:
+) -> Snapshot | None:
+    """Copy everything that a checkpoint holds: all ranks' random states, the rest from the leader; None elsewhere."""
+    random_states = gather(read_random_states())
+    if rank() > 0:
+        return None
+    trained = {name: _copy(parameter) for name, parameter in parameters.items()}
+    moments = {name: _copy(tensor) for name, tensor in _list_moments(parameters, optimizer)}
+    is_copied = None
+    if any(parameter.is_cuda for parameter in parameters.values()):
+        is_copied = torch.cuda.Event()
+        is_copied.record()
+    states: dict[str, Tensor] = {}
+    generators: list[dict[str, Any]] = []
+    for number, (tensors, values) in enumerate(random_states):
+        states |= {f"{number}|{name}": tensor for name, tensor in tensors.items()}
+        generators.append(values)
+    content = {"identity": identity, "progress": asdict(progress), "generators": generators}
+    return Snapshot(
+        progress.step, progress.best_step, trained, moments, states, json.dumps(content), is_copied=is_copied
+    )
+
+
+def write_snapshot(snapshot: Snapshot, folder: Path, *, keep: int) -> Path:
     """Write a checkpoint atomically, then delete all but the last `keep` and the best.
 
     The files are written beside, flushed to the disk and renamed, so that a kill or a power cut at any moment leaves
@@ -67,21 +105,33 @@ def save_checkpoint(
 
     Returns:
         folder/step-NNNNNN.
+
+    Raises:
+        CheckpointError: it cannot be written; the ones before are as they were.
     """
-    final = name_checkpoint(folder, progress.step)
+    if snapshot.is_copied is not None:
+        snapshot.is_copied.synchronize()
+    final = name_checkpoint(folder, snapshot.step)
     partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, partial / TRAINED)
-    save_file(_read_optimizer(parameters, optimizer), partial / OPTIMIZER)
-    states, generators = _read_random_states()
-    save_file(states, partial / RANDOM)
-    state = {"identity": identity, "progress": asdict(progress), "generators": generators}
-    (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-    digests = {name: _digest(partial / name) for name in (TRAINED, OPTIMIZER, RANDOM, STATE)}
-    (partial / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
-    publish_folder(partial, final)
-    _delete_old(folder, keep=keep, best_step=progress.best_step)
+    try:
+        partial.mkdir(parents=True)
+        save_file(snapshot.trained, partial / TRAINED)
+        save_file(snapshot.optimizer, partial / OPTIMIZER)
+        save_file(snapshot.states, partial / RANDOM)
+        (partial / STATE).write_text(snapshot.content, encoding="utf-8")
+        digests = {name: _digest(partial / name) for name in (TRAINED, OPTIMIZER, RANDOM, STATE)}
+        (partial / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+        publish_folder(partial, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        size = sum(t.nbytes for tensors in (snapshot.trained, snapshot.optimizer) for t in tensors.values())
+        raise CheckpointError(
+            f"{final}: this checkpoint cannot be written ({error}): it takes {size / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free there. The checkpoints before it are whole: make room and start again"
+        ) from error
+    _delete_old(folder, keep=keep, best_step=snapshot.best_step)
     return final
 
 
@@ -121,8 +171,12 @@ def restore_checkpoint(
             parameter.copy_(trained[name])
     _write_optimizer(parameters, optimizer, load_file(path / OPTIMIZER))
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    _write_random_states(load_file(path / RANDOM), state["generators"])
     values: dict[str, Any] = state["progress"]
+    if rank() < len(state["generators"]):
+        states = {name.removeprefix(f"{rank()}|"): tensor for name, tensor in load_file(path / RANDOM).items()}
+        write_random_states(states, state["generators"][rank()])
+    else:  # written by fewer ranks
+        draw_apart(0, values["step"])
     return Progress(**{**values, "evaluations": [EvalRecord(**record) for record in values["evaluations"]]})
 
 
@@ -185,13 +239,22 @@ def _find_damage(path: Path) -> str | None:
     return f"{', '.join(changed)} changed since it was written" if changed else None
 
 
-def _read_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host: at once from the CPU; from a GPU in the order of its work, without waiting for it."""
+    source = tensor.detach()
+    if not source.is_cuda:
+        return source.clone(memory_format=torch.contiguous_format)
+    # Pinned memory is kept by PyTorch for the next snapshot: only the first one waits for its allocation.
+    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+
+
+def _list_moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """Return the optimizer's tensors by parameter name and key, such as `lora_A.weight|exp_avg`."""
-    return {
-        f"{name}|{key}": value.detach().cpu().contiguous()
+    return [
+        (f"{name}|{key}", value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
-    }
+    ]
 
 
 def _write_optimizer(
@@ -204,26 +267,3 @@ def _write_optimizer(
         name, key = full_name.rsplit("|", 1)
         state.setdefault(numbers[name], {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _read_random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return torch's states as tensors, and those of Python and numpy as JSON values."""
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    legacy: Any = np.random.get_state(legacy=False)
-    legacy["state"]["key"] = legacy["state"]["key"].tolist()
-    return states, {"python": random.getstate(), "numpy": legacy}
-
-
-def _write_random_states(states: Mapping[str, Tensor], generators: Mapping[str, Any]) -> None:
-    """Put the random states back; those of GPUs that are not here are left out."""
-    torch.set_rng_state(states["torch"])
-    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda:{number}" in states:
-            torch.cuda.set_rng_state(states[f"cuda:{number}"], number)
-    version, words, gauss = generators["python"]
-    random.setstate((version, tuple(words), gauss))
-    legacy = dict(generators["numpy"])
-    legacy["state"] = {**legacy["state"], "key": np.array(legacy["state"]["key"], np.uint32)}
-    np.random.set_state(legacy)

@@ -24,11 +24,12 @@ from tasks.training.fused.recognition import UnknownDecoderError, quantize_decod
 from tasks.training.lora import collect_trained
 from tasks.training.loss import cut_trial, isolates_packed, sum_token_losses, supports_trained_only
 from tasks.training.records import TrainingError
+from tasks.training.sharding import is_sharded
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
-# The trial's gradient may differ by this part of its norm, and its loss by this part of it. Two ways through a deep model
-# in 16 bits differ by a tenth where its weights are random; a norm or a scale that is forgotten, by about one.
+# The trial's gradient may differ by this part of its norm, and its loss by this part of it. In 16 bits, two ways
+# through a deep model of random weights differ by a tenth; one that forgets a norm or a scale, by about one.
 _TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.02)}
 
 
@@ -81,7 +82,9 @@ def choose_engine(
         TrainingError: the config insists on the fused engine, which does not know this model or adapter.
     """
     reason = "training.engine is general"
-    if config.engine != "general":
+    if is_sharded(config):
+        reason = "training.strategy is fsdp"
+    elif config.engine != "general":
         try:
             return _build_fused(model, table, rows, config, device=device, dtype=dtype)
         except UnknownDecoderError as error:
@@ -149,10 +152,11 @@ def _build_general(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     notes = [f"the general engine trains, which is slower than the fused one: {reason}"]
     model.eval()
-    context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    place = next(model.parameters()).device  # the CPU still, where the base is going to be divided
+    context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype=dtype)
     with context:
-        keeps_packs = not config.packing or isolates_packed(model, table, device)
-        trained_only = supports_trained_only(model, table, device)
+        keeps_packs = not config.packing or isolates_packed(model, table, place)
+        trained_only = supports_trained_only(model, table, place)
     model.train()
     if not keeps_packs:
         notes.append(
@@ -210,8 +214,8 @@ def _compare(
     loss_off = abs(float(loss.item()) - expected[0]) / max(abs(expected[0]), 1e-12)
     if not (off <= limit and loss_off <= loss_limit):
         raise UnknownDecoderError(
-            f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by {loss_off:.2g} "
-            f"(limit {loss_limit:g})"
+            f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by "
+            f"{loss_off:.2g} (limit {loss_limit:g})"
         )
 
 

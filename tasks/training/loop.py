@@ -7,18 +7,13 @@ about what is optimized. `reference.py` is the same training in the plainest for
 """
 
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import psutil
-import torch
-
 from schemas.config import TrainingConfig
 from tasks.tokenization.packing import packing_efficiency
-from tasks.training.batches import Batch, choose_pack_tokens, iterate_steps
+from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
     CheckpointError,
     Progress,
@@ -26,15 +21,19 @@ from tasks.training.checkpoints import (
     name_checkpoint,
     read_trained,
     restore_checkpoint,
-    save_checkpoint,
 )
 from tasks.training.curves import open_tensorboard
+from tasks.training.distributed import agree, ask_leader, gather, is_leader, world_size
 from tasks.training.lora import save_adapter, write_trained
-from tasks.training.optimization import descend
+from tasks.training.memory import is_out_of_memory, read_memory
 from tasks.training.preparation import Setup, prepare_training
-from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome
-from tasks.training.schedule import compute_learning_rate
-from tasks.training.validation import compute_eval_loss, count_evals_since_best, find_overfitting
+from tasks.training.random_states import draw_apart
+from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
+from tasks.training.sharding import is_sharded, shard_base
+from tasks.training.steps import Run, do_step, evaluate, iterate, save
+from tasks.training.throughput import count_useful_flop, measure_peak
+from tasks.training.validation import count_evals_since_best, find_overfitting
+from tasks.training.writing import CheckpointWriter
 
 __all__ = ["CheckpointError", "EvalRecord", "StepRecord", "TrainingError", "TrainingOutcome", "train_adapter"]
 
@@ -54,10 +53,12 @@ def train_adapter(
     identity: str,
     on_step: OnStep = lambda record: None,
     on_eval: OnEval = lambda record: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingOutcome:
     """Train an adapter, going on from the newest whole checkpoint in the run folder when there is one.
 
-    Seeds the global random states of torch, numpy and Python.
+    Seeds the global random states of torch, numpy and Python. Where several ranks have joined (see `distributed`), each
+    of them calls this with the same arguments; the first one writes.
 
     Args:
         base_model: folder of the base model.
@@ -68,43 +69,44 @@ def train_adapter(
         identity: digest of data, config and base model; checkpoints with another one are refused.
         on_step: called after each optimizer step; after a resume, steps since the checkpoint come again.
         on_eval: called after each evaluation.
+        should_stop: asked before each step, and on several ranks heeded when one says so.
 
     Raises:
         TrainingError: the data or the config cannot be trained on, or a loss or gradient is not finite.
-        CheckpointError: the run folder holds checkpoints of another run.
+        CheckpointError: the run folder holds checkpoints of another run, or one cannot be written.
+        TrainingStopped: `should_stop` said so; a checkpoint was written.
     """
     saved = run_folder / "checkpoints"
-    checkpoint, warnings = find_checkpoint(saved, identity)
-    setup = prepare_training(base_model, tokens, config, seed=seed)
+    checkpoint, warnings = ask_leader(lambda: find_checkpoint(saved, identity))
+    setup = _prepare(base_model, tokens, config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())
-    progress = Progress()
+    run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
+    run.tokens_per_second_at_peak = _estimate_peak(setup)
+    draw_apart(seed, 0)
     if checkpoint is not None:
-        progress = restore_checkpoint(checkpoint, parameters=setup.parameters, optimizer=setup.optimizer)
-        logger.info("Resuming from step %d of %d", progress.step, setup.num_steps)
-    resumed_from_step = progress.step if checkpoint is not None else None
+        run.progress = restore_checkpoint(checkpoint, parameters=setup.parameters, optimizer=setup.optimizer)
+        run.saved_step = run.progress.step
+        logger.info("Resuming from step %d of %d", run.progress.step, setup.num_steps)
+    resumed_from_step = run.progress.step if checkpoint is not None else None
 
-    def save() -> None:
-        save_checkpoint(
-            saved,
-            parameters=setup.parameters,
-            optimizer=setup.optimizer,
-            progress=progress,
-            identity=identity,
-            keep=config.keep_checkpoints,
-        )
-
-    with_tensorboard = "tensorboard" in config.report_to
+    with_tensorboard = "tensorboard" in config.report_to and is_leader()
     with (
-        open_tensorboard(run_folder / "tensorboard", first_step=progress.step) if with_tensorboard else nullcontext()
-    ) as record:
+        CheckpointWriter(saved, keep=config.keep_checkpoints) as writer,
+        open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step)
+        if with_tensorboard
+        else nullcontext() as record,
+    ):
         on_steps: list[OnStep] = [record, on_step] if record else [on_step]
         on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
-        peak_memory_bytes = _run_steps(setup, progress, on_steps, on_evals, save)
-    adapter_step = progress.step
+        _run_steps(run, on_steps, on_evals, writer, should_stop)
+    progress = run.progress
+    adapter_step, adapter = progress.step, run_folder / "adapter"
     if config.early_stopping_patience is not None and progress.best_step is not None:
         adapter_step = progress.best_step
-        write_trained(setup.model, read_trained(name_checkpoint(saved, adapter_step)))
-    adapter = save_adapter(setup.model, run_folder / "adapter")
+    if is_leader():
+        if adapter_step != progress.step:
+            write_trained(setup.model, read_trained(name_checkpoint(saved, adapter_step)))
+        save_adapter(setup.model, adapter)
     return TrainingOutcome(
         adapter=adapter,
         num_steps=progress.step,
@@ -122,102 +124,69 @@ def train_adapter(
         num_trained_tokens=progress.num_trained_tokens,
         num_trainable_parameters=sum(p.numel() for p in setup.parameters.values()),
         tokens_per_second=progress.num_tokens / max(progress.train_seconds, 1e-9),
-        peak_memory_bytes=peak_memory_bytes,
-        warnings=(*warnings, *_collect_warnings(setup, progress)),
+        peak_memory_bytes=max(gather(run.peak_memory_bytes)),
+        warnings=(*run.warnings, *_collect_warnings(setup, progress)),
     )
+
+
+def _prepare(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: int) -> Setup:
+    """Prepare the training, with the base divided among the ranks where the config says so."""
+    try:
+        setup = prepare_training(base_model, tokens, config, seed=seed)
+        if is_sharded(config):
+            shard_base(setup.model, setup.device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{base_model}: the base model and its adapter do not fit into the memory ({error}): lower "
+            "training.rank, or set training.strategy to fsdp on several GPUs"
+        ) from error
+    return setup
+
+
+def _estimate_peak(setup: Setup) -> float | None:
+    """Return the tokens a second of all ranks if a GPU did nothing but useful matrix products; None on a CPU."""
+    peak = measure_peak(setup.device) if setup.device.type == "cuda" else None
+    return None if peak is None else world_size() * peak / count_useful_flop(setup.model)
 
 
 def _run_steps(
-    setup: Setup, progress: Progress, on_steps: list[OnStep], on_evals: list[OnEval], save: Callable[[], None]
-) -> int:
-    """Do the remaining steps, with evaluations and checkpoints between them; return the peak memory in bytes."""
-    config = setup.config
-    process = psutil.Process()
-    peak_memory_bytes = process.memory_info().rss
-    steps = iterate_steps(
-        setup.table,
-        setup.rows,
-        config,
-        seed=setup.seed,
-        first=progress.step,
-        last=setup.num_steps,
-        form_step=setup.engine.form_step,
-    )
-    while progress.step < setup.num_steps and not _should_stop(setup, progress):
-        record = _do_step(setup, progress, steps)
+    run: Run,
+    on_steps: list[OnStep],
+    on_evals: list[OnEval],
+    writer: CheckpointWriter,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Do the remaining steps, with evaluations and checkpoints between them.
+
+    Raises:
+        TrainingStopped: `should_stop` said so; a checkpoint was written.
+    """
+    setup, progress = run.setup, run.progress
+    steps = iterate(run)
+    while progress.step < setup.num_steps and not _is_patience_over(setup, progress):
+        if agree(should_stop()):
+            if run.saved_step != progress.step:
+                save(run, writer)
+            writer.finish()
+            raise TrainingStopped(f"stopped after step {progress.step} of {setup.num_steps}")
+        writer.check()
+        record, steps = do_step(run, steps)
         for on_step in on_steps:
             on_step(record)
         is_last = progress.step == setup.num_steps
         is_best = False
         if setup.eval_table is not None and (progress.step % setup.eval_every_steps == 0 or is_last):
-            evaluation = _evaluate(setup, progress)
+            evaluation = evaluate(run)
             is_best = evaluation.is_best
             for on_eval in on_evals:
                 on_eval(evaluation)
-        if progress.step % config.checkpoint_every_steps == 0 or is_last or is_best:
-            save()
-        peak_memory_bytes = max(peak_memory_bytes, process.memory_info().rss)
-    if setup.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(setup.device))
-    return peak_memory_bytes
+        if progress.step % setup.config.checkpoint_every_steps == 0 or is_last or is_best:
+            save(run, writer)
 
 
-def _do_step(setup: Setup, progress: Progress, steps: Iterator[list[Batch]]) -> StepRecord:
-    """Do one optimizer step and count it."""
-    started = time.perf_counter()
-    batches = next(steps)
-    learning_rate = compute_learning_rate(progress.step, setup.num_steps, setup.config)
-    loss, grad_norm = descend(setup, batches, learning_rate, step=progress.step + 1)
-    seconds = time.perf_counter() - started
-    num_tokens = sum(batch.num_tokens for batch in batches)
-    num_trained_tokens = sum(batch.num_trained_tokens for batch in batches)
-    progress.step += 1
-    progress.losses.append(loss)
-    progress.num_tokens += num_tokens
-    progress.num_trained_tokens += num_trained_tokens
-    progress.train_seconds += seconds
-    return StepRecord(
-        step=progress.step,
-        num_steps=setup.num_steps,
-        epoch=progress.step / setup.steps_per_epoch,
-        loss=loss,
-        learning_rate=learning_rate,
-        grad_norm=grad_norm,
-        num_tokens=num_tokens,
-        num_trained_tokens=num_trained_tokens,
-        tokens_per_second=num_tokens / max(seconds, 1e-9),
-    )
-
-
-def _evaluate(setup: Setup, progress: Progress) -> EvalRecord:
-    """Compute the held-out loss and add it to the progress.
-
-    Raises:
-        TrainingError: it is not finite.
-    """
-    assert setup.eval_table is not None
-    loss = compute_eval_loss(
-        setup.model,
-        setup.engine,
-        setup.eval_table,
-        micro_batch=setup.config.micro_batch,
-    )
-    if not math.isfinite(loss):
-        raise TrainingError(f"step {progress.step}: the held-out loss is {loss}: lower training.learning_rate")
-    since = progress.losses[progress.evaluations[-1].step if progress.evaluations else 0 :]
-    record = EvalRecord(
-        step=progress.step,
-        num_steps=setup.num_steps,
-        epoch=progress.step / setup.steps_per_epoch,
-        loss=loss,
-        train_loss=sum(since) / len(since),
-        is_best=all(loss < earlier.loss for earlier in progress.evaluations),
-    )
-    progress.evaluations.append(record)
-    return record
-
-
-def _should_stop(setup: Setup, progress: Progress) -> bool:
+def _is_patience_over(setup: Setup, progress: Progress) -> bool:
     """Say whether early stopping's patience is over."""
     patience = setup.config.early_stopping_patience
     return patience is not None and count_evals_since_best(progress.evaluations) >= patience

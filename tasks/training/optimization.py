@@ -3,14 +3,20 @@
 import math
 
 import torch
+from torch import Tensor
 
 from tasks.training.batches import Batch
+from tasks.training.distributed import deal, gather, sum_gradients, world_size
+from tasks.training.memory import OutOfMemory, is_out_of_memory
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
+from tasks.training.sharding import is_sharded
 
 
 def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: int) -> tuple[float, float]:
     """Accumulate the step's gradient over its micro batches, clip it, and move the adapter once.
+
+    With several ranks each takes its share of the micro batches, and all end with the same adapter.
 
     Returns:
         loss: nats a trained token of the step.
@@ -18,39 +24,81 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
 
     Raises:
         TrainingError: no trained token, or a loss or gradient that is not finite; the adapter is then unchanged.
+        OutOfMemory: a micro batch does not fit; the adapter is then unchanged.
     """
     num_trained_tokens = sum(batch.num_trained_tokens for batch in batches)
     if num_trained_tokens == 0:
-        raise TrainingError(f"step {step}: no trained token in examples {_name_examples(batches)}: remove them")
-    loss_sums = []
-    for batch in batches:
-        loss_sum = setup.engine.sum_losses(batch)
-        (loss_sum / num_trained_tokens).backward()
-        loss_sums.append(loss_sum.detach())
+        names = [name for batch in batches for name in batch.example_ids]
+        raise TrainingError(f"step {step}: no trained token in examples {_list_names(names)}: remove them")
+    mine = deal(batches, is_even=is_sharded(setup.config))
+    loss_sums, shortage = _accumulate(setup, mine, num_trained_tokens)
+    if shortage and world_size() == 1:
+        raise OutOfMemory(shortage)
+    zero = torch.zeros((), device=setup.device)
+    loss_sum, num_short = sum_gradients(setup.parameters.values(), sum(loss_sums, zero), zero + bool(shortage))
     grad_norm = torch.nn.utils.clip_grad_norm_(setup.parameters.values(), setup.config.max_grad_norm)
     # The step's only wait for the device: all its numbers at once.
-    *sums, norm = torch.stack([*loss_sums, grad_norm]).tolist()
-    _check_finite(batches, sums, norm, learning_rate, step=step)
+    *sums, total, norm, short = torch.stack([*loss_sums, loss_sum, grad_norm, num_short]).tolist()
+    if short:
+        raise OutOfMemory(shortage or "on another rank")
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        own = [batch for batch, _ in mine[: len(sums)]]
+        raise _explain(setup, own, sums, norm, learning_rate, step=step)
     for group in setup.optimizer.param_groups:
         group["lr"] = learning_rate
     setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)
-    return sum(sums) / num_trained_tokens, norm
+    return total / num_trained_tokens, norm
 
 
-def _check_finite(batches: list[Batch], sums: list[float], norm: float, learning_rate: float, *, step: int) -> None:
-    """Raise TrainingError naming the step and the examples when a micro batch's loss or the gradient is not finite."""
+def _accumulate(
+    setup: Setup, shares: list[tuple[Batch, float]], num_trained_tokens: int
+) -> tuple[list[Tensor], str | None]:
+    """Add up the gradient over micro batches; return their loss sums, and what was said where one did not fit."""
+    loss_sums = []
+    try:
+        for batch, weight in shares:
+            loss_sum = weight * setup.engine.sum_losses(batch)
+            (loss_sum / num_trained_tokens).backward()
+            loss_sums.append(loss_sum.detach())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a forward pass
+            raise
+        # The words alone: the error itself holds on to what filled the memory.
+        return loss_sums, str(error).partition("\n")[0]
+    return loss_sums, None
+
+
+def _explain(
+    setup: Setup, batches: list[Batch], sums: list[float], norm: float, learning_rate: float, *, step: int
+) -> TrainingError:
+    """Return the error that names the step, and the examples of the ranks on which a loss is not finite."""
     wrong = [batch for batch, value in zip(batches, sums, strict=True) if not math.isfinite(value)]
-    if wrong or not math.isfinite(norm):
-        what = "the loss" if wrong else "the gradient's norm"
-        raise TrainingError(
-            f"step {step}: {what} is not finite (losses {sums}, gradient norm {norm}, learning rate "
-            f"{learning_rate:.3g}) on examples {_name_examples(wrong or batches)}: look at these examples, lower "
-            "training.learning_rate, or set training.precision to fp32"
-        )
+    names = [name for batch in wrong or batches for name in batch.example_ids]
+    if wrong and not is_sharded(setup.config):
+        names = _find_culprits(setup, names) or names
+    what = "the loss" if wrong else "the gradient's norm"
+    message = (
+        f"step {step}: {what} is not finite (losses {sums}, gradient norm {norm}, learning rate {learning_rate:.3g}) "
+        f"on examples {_list_names(names)}: look at these examples, lower training.learning_rate, or set "
+        "training.precision to fp32"
+    )
+    answers = gather((bool(wrong), message))
+    return TrainingError(next((text for is_cause, text in answers if is_cause), answers[0][1]))
 
 
-def _name_examples(batches: list[Batch]) -> str:
-    """List the ids of the batches' examples, at most sixteen."""
-    names = [name for batch in batches for name in batch.example_ids]
+@torch.no_grad()
+def _find_culprits(setup: Setup, names: list[str]) -> list[str]:
+    """Return those of the examples whose own loss is not finite."""
+    indices = {name: index for index, name in enumerate(setup.table.example_ids)}
+    culprits = []
+    for name in names:
+        losses = [setup.engine.sum_losses(batch) for batch in setup.engine.form_step(setup.table, [[indices[name]]])]
+        if not all(torch.isfinite(loss).item() for loss in losses):
+            culprits.append(name)
+    return culprits
+
+
+def _list_names(names: list[str]) -> str:
+    """List ids of examples, at most sixteen."""
     return ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")

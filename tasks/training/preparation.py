@@ -21,6 +21,7 @@ from tasks.training.engines import Engine
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
+from tasks.training.sharding import is_sharded
 
 # Evaluations of a run when the config does not say.
 NUM_EVALS = 10
@@ -64,8 +65,10 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
     dtype = choose_dtype(config.precision, device)
     model = load_base(base_model, config, dtype=dtype, device=device)
     _check_vocabulary(model, table, eval_table)
-    # The adapter is drawn on the CPU: the same start whatever the device.
-    adapted = attach_adapter(model, config, seed=seed).to(device)
+    # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there.
+    adapted = attach_adapter(model, config, seed=seed)
+    if not is_sharded(config):
+        adapted = adapted.to(device)
     parameters = collect_trained(adapted)
     rows = form_rows(table, config)
     steps_per_epoch, num_steps = count_steps(len(rows), config)

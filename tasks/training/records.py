@@ -8,6 +8,14 @@ class TrainingError(ValueError):
     """The training cannot start or go on; the message says where, what, and the way out."""
 
 
+class TrainingStopped(Exception):  # noqa: N818 (nothing went wrong)
+    """The training was asked to stop and did, between two steps and after a checkpoint."""
+
+
+class TrainingCrash(RuntimeError):  # noqa: N818
+    """The training's process ended or fell silent without saying why; the message has the end of its log."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step."""
@@ -29,6 +37,12 @@ class StepRecord:
     """Tokens of the step that the loss counts."""
     tokens_per_second: float
     """num_tokens over the step's duration."""
+    memory_bytes: int = 0
+    """GPU allocation at its highest in this step on a GPU, resident memory of the process on a CPU."""
+    utilisation: float | None = None
+    """Part of the last second or less in which the GPU was at work, 0 to 1, as its driver counts; none on a CPU."""
+    share_of_peak: float | None = None
+    """Useful work a second over what large bf16 matrix products reach on this GPU (see throughput); none on a CPU."""
 
 
 @dataclass(frozen=True)

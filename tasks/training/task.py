@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from uuid import UUID
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from schemas.artifacts import AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
-from tasks.training.loop import train_adapter
+from tasks.training.launcher import run_training
+from tasks.training.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
 _SHOW_SECONDS = 2.0
@@ -41,15 +43,19 @@ def train(
         tracking.metric_log(run_id) as log,
         _progress_bar() as progress,
     ):
-        outcome = train_adapter(
-            tracking.resolve(base_model),
-            tracking.resolve(tokens),
-            folder,
-            config,
+        job = TrainingJob(
+            base_model=tracking.resolve(base_model),
+            tokens=tracking.resolve(tokens),
+            run_folder=folder,
+            config=config,
             seed=seed,
             identity=_identity(base_model, tokens, config, seed),
+        )
+        outcome = run_training(
+            job,
             on_step=_step_reporter(log, progress),
             on_eval=_eval_reporter(log, progress),
+            on_log=_line_reporter(progress),
         )
         for warning in outcome.warnings:
             logger.warning(warning)
@@ -90,7 +96,12 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
             "train/grad_norm": record.grad_norm,
             "train/tokens_per_second": record.tokens_per_second,
             "train/epoch": record.epoch,
+            "train/memory_bytes": record.memory_bytes,
         }
+        if record.utilisation is not None:
+            curves["train/gpu_utilisation"] = record.utilisation
+        if record.share_of_peak is not None:
+            curves["train/share_of_peak"] = record.share_of_peak
         log(record.step, curves)
         show(record)
 
@@ -99,20 +110,34 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
 
 def _eval_reporter(log: MetricLog, progress: Progress) -> Callable[[EvalRecord], None]:
     """Return a function that sends an evaluation loss to MLflow and the log."""
-    logger = get_run_logger()
+    write = _line_reporter(progress)
 
     def report(record: EvalRecord) -> None:
         log(record.step, {"eval/loss": record.loss})
+        write(logging.INFO, f"Step {record.step}: evaluation loss {record.loss:.4f}")
+
+    return report
+
+
+def _line_reporter(progress: Progress) -> Callable[[int, str], None]:
+    """Return a function that writes a line of a level to the run's log."""
+    logger = get_run_logger()
+
+    def report(level: int, message: str) -> None:
         progress.stop()  # the log line would be written into the bar
-        logger.info("Step %d: evaluation loss %.4f", record.step, record.loss)
+        logger.log(level, message)
         progress.start()
 
     return report
 
 
 def _identity(base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, seed: int) -> str:
-    """Return a digest of all that decides the adapter; a checkpoint of another identity is refused."""
-    parts = [base_model.digest, tokens.digest, config.model_dump(mode="json"), seed]
+    """Return a digest of all that decides the adapter; a checkpoint of another identity is refused.
+
+    Where it is computed is no part of it: a run may go on with another number of processes.
+    """
+    settings = config.model_dump(mode="json", exclude={"num_processes", "num_nodes", "strategy"})
+    parts = [base_model.digest, tokens.digest, settings, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

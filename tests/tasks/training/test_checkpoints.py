@@ -14,7 +14,8 @@ from tasks.training.checkpoints import (
     publish_folder,
     read_trained,
     restore_checkpoint,
-    save_checkpoint,
+    take_snapshot,
+    write_snapshot,
 )
 from tasks.training.records import EvalRecord
 
@@ -41,9 +42,9 @@ def evaluate(step: int, loss: float, *, is_best: bool) -> EvalRecord:
 def save(folder: Path, step: int, *, keep: int = 2, evaluations: list[EvalRecord] | None = None) -> Path:
     parameters, optimizer = make_state(step)
     progress = Progress(step=step, losses=[0.5] * step, evaluations=evaluations or [])
-    return save_checkpoint(
-        folder, parameters=parameters, optimizer=optimizer, progress=progress, identity="this run", keep=keep
-    )
+    snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=progress, identity="this run")
+    assert snapshot is not None
+    return write_snapshot(snapshot, folder, keep=keep)
 
 
 def names(folder: Path) -> list[str]:
@@ -59,11 +60,11 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     np.random.standard_normal()
     evaluations = [evaluate(1, 2.5, is_best=True)]
     progress = Progress(1, [3.25], evaluations, num_tokens=7, num_trained_tokens=4, train_seconds=0.5)
-    path = save_checkpoint(
-        tmp_path, parameters=parameters, optimizer=optimizer, progress=progress, identity="x", keep=1
-    )
+    snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=progress, identity="x")
+    assert snapshot is not None
     draws = (random.gauss(0.0, 1.0), random.random(), np.random.standard_normal(2).tolist(), torch.randn(3).tolist())
-    step_once(parameters, optimizer)
+    step_once(parameters, optimizer)  # what was taken before does not change any more
+    path = write_snapshot(snapshot, tmp_path, keep=1)
 
     others, other_optimizer = make_state(seed=99)
     assert restore_checkpoint(path, parameters=others, optimizer=other_optimizer) == progress

@@ -166,7 +166,7 @@ def test_loss_that_is_not_finite_names_step_and_example(tmp_path: Path) -> None:
     write_split(tmp_path / "eval.parquet", [])
     model = build_poisoned(tmp_path / "model", 50)
     with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite") as caught:
-        train(model, tmp_path, tmp_path / "run", engine="general", micro_batch=1, gradient_accumulation_steps=2)
+        train(model, tmp_path, tmp_path / "run", micro_batch=1, gradient_accumulation_steps=2)
     message = str(caught.value)
     assert "train-0005:" in message
     assert message.count("train-") == 1

@@ -1,0 +1,172 @@
+"""Several processes that train one adapter: each holds all of it, and takes its share of every step's micro batches.
+
+    gradient of a step = sum over ranks of the gradients of their micro batches' loss sums / trained tokens of the step
+
+so that any number of ranks optimizes the same sum as one. Only the adapter is trained: its gradients are put into one
+vector and summed once a step. With one process every function here does nothing, or the obvious.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tasks.training.batches import Batch, TokenTable
+from tasks.training.records import TrainingError
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs is an error, and no run that never ends
+
+
+@contextmanager
+def join_team() -> Iterator[None]:
+    """Join the ranks that the elastic launcher started, and leave them at the end; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        number, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= num_gpus:
+            raise TrainingError(
+                f"training.num_processes is over the {num_gpus} GPU(s) that this machine shows: set it to {num_gpus}, "
+                "or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(number)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_TIMEOUT)
+    yield
+    # Not after an error: the others may never come.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return how many ranks train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_leader() -> bool:
+    """Say whether this rank is the one that writes and tells."""
+    return rank() == 0
+
+
+def deal(batches: Sequence[Batch], *, is_even: bool) -> list[tuple[Batch, float]]:
+    """Return this rank's micro batches with weight 1.
+
+    Args:
+        batches: of the whole step, longest first: dealt in turns, so that each rank gets its share of long ones.
+        is_even: give each rank as many, filled up with micro batches of weight 0, for models whose forward pass is a
+            collective.
+    """
+    mine = [(batch, 1.0) for batch in batches[rank() :: world_size()]]
+    num_turns = -(-len(batches) // world_size()) if is_even else len(mine)
+    return mine + [(batches[-1], 0.0)] * (num_turns - len(mine))
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], *figures: Tensor) -> list[Tensor]:
+    """Sum gradients (in place) and scalar figures over the ranks, in one collective; return the figures, in fp32.
+
+    A rank without a gradient, because it had no micro batch, adds zero.
+    """
+    numbers = [figure.detach().float().reshape(1) for figure in figures]
+    if world_size() == 1:
+        return [number[0] for number in numbers]
+    trained = list(parameters)
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), *numbers])
+    dist.all_reduce(flat)
+    *pieces, sums = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
+    for parameter, gradient, piece in zip(trained, gradients, pieces, strict=True):
+        parameter.grad = gradient.copy_(piece.view_as(gradient))
+    return list(sums)
+
+
+def agree(flag: bool) -> bool:
+    """Return whether the flag is set on any rank."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's value, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def ask_leader(work: Callable[[], T]) -> T:
+    """Have the leader alone do something; return the result, or raise the error, on every rank."""
+    if world_size() == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    if is_leader():
+        try:
+            answer[0] = work()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    result: T = answer[0]
+    return result
+
+
+def check_same(parameters: Mapping[str, nn.Parameter], *, step: int) -> None:
+    """Raise TrainingError unless every rank holds the same bits.
+
+    Compares the sum of each tensor's bit patterns as integers: exact, and nothing is copied to the host but the sums.
+    """
+    if world_size() == 1:
+        return
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in parameters.values()])
+    everyone = gather(sums.tolist())
+    different = [number for number, values in enumerate(everyone) if values != everyone[0]]
+    if different:
+        raise TrainingError(
+            f"step {step}: the adapter of rank {different[0]} is no longer the one of rank 0: a device computes "
+            "wrongly or the ranks run different software; the checkpoints before this step are whole"
+        )
+
+
+def share_table(table: TokenTable) -> list[tuple[TokenTable, bool]]:
+    """Divide examples for evaluation: this rank's part, equally many on each, and the few left over, which all compute.
+
+    Returns:
+        Tables, and whether this rank counts them.
+    """
+    num_examples, num_ranks = len(table.example_ids), world_size()
+    order = np.argsort(-table.lengths, kind="stable")
+    num_dealt = num_examples - num_examples % num_ranks
+    parts = ((order[rank() : num_dealt : num_ranks], True), (order[num_dealt:], is_leader()))
+    return [(_choose(table, indices), counts) for indices, counts in parts if len(indices)]
+
+
+def _choose(table: TokenTable, indices: np.ndarray[Any, Any]) -> TokenTable:
+    """Return a table of the chosen examples."""
+    if len(indices) == len(table.example_ids):
+        return table
+    spans = [slice(int(table.offsets[i]), int(table.offsets[i + 1])) for i in indices]
+    return replace(
+        table,
+        example_ids=[table.example_ids[i] for i in indices],
+        offsets=np.cumsum([0, *table.lengths[indices]]).astype(np.int64),
+        input_ids=np.concatenate([table.input_ids[span] for span in spans]),
+        targets=np.concatenate([table.targets[span] for span in spans]),
+    )

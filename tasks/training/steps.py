@@ -1,0 +1,190 @@
+"""One step, one evaluation, one checkpoint of a training; again in smaller pieces where the memory is short."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.training.batches import Batch, iterate_steps
+from tasks.training.checkpoints import Progress, take_snapshot
+from tasks.training.distributed import check_same, gather, share_table, world_size
+from tasks.training.memory import (
+    OutOfMemory,
+    is_out_of_memory,
+    read_memory,
+    read_utilisation,
+    release_memory,
+    reset_memory,
+    step_down,
+)
+from tasks.training.optimization import descend
+from tasks.training.preparation import Setup
+from tasks.training.records import EvalRecord, StepRecord, TrainingError
+from tasks.training.schedule import compute_learning_rate
+from tasks.training.validation import compute_eval_loss
+from tasks.training.writing import CheckpointWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A training under way. An out-of-memory error replaces `setup` by one with smaller micro batches."""
+
+    setup: Setup
+    progress: Progress
+    identity: str
+    warnings: list[str] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
+    tokens_per_second_at_peak: float | None = None
+    """Speed of all ranks if they did nothing but useful matrix products; none when not measured."""
+
+
+def iterate(run: Run) -> Iterator[list[Batch]]:
+    """Give the micro batches of the steps that are still to be done."""
+    setup = run.setup
+    return iterate_steps(
+        setup.table,
+        setup.rows,
+        setup.config,
+        seed=setup.seed,
+        first=run.progress.step,
+        last=setup.num_steps,
+        form_step=partial(setup.engine.form_step, num_parts=world_size()),
+    )
+
+
+def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterator[list[Batch]]]:
+    """Do one optimizer step and count it; where it does not fit into the memory, do it again in smaller micro batches.
+
+    Returns:
+        The record, and the steps that follow.
+    """
+    setup, progress = run.setup, run.progress
+    reset_memory(setup.device)
+    started = time.perf_counter()
+    batches = next(steps)
+    learning_rate = compute_learning_rate(progress.step, setup.num_steps, setup.config)
+    shortage = None
+    try:
+        loss, grad_norm = descend(setup, batches, learning_rate, step=progress.step + 1)
+    except OutOfMemory as error:
+        shortage = str(error)
+    if shortage is not None:
+        shrink(run, shortage)
+        return do_step(run, iterate(run))
+    seconds = time.perf_counter() - started
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    num_trained_tokens = sum(batch.num_trained_tokens for batch in batches)
+    progress.step += 1
+    progress.losses.append(loss)
+    progress.num_tokens += num_tokens
+    progress.num_trained_tokens += num_trained_tokens
+    progress.train_seconds += seconds
+    memory_bytes = read_memory(setup.device)
+    run.peak_memory_bytes = max(run.peak_memory_bytes, memory_bytes)
+    tokens_per_second = num_tokens / max(seconds, 1e-9)
+    peak = run.tokens_per_second_at_peak
+    record = StepRecord(
+        step=progress.step,
+        num_steps=setup.num_steps,
+        epoch=progress.step / setup.steps_per_epoch,
+        loss=loss,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        num_tokens=num_tokens,
+        num_trained_tokens=num_trained_tokens,
+        tokens_per_second=tokens_per_second,
+        memory_bytes=memory_bytes,
+        utilisation=read_utilisation(setup.device),
+        share_of_peak=None if peak is None else tokens_per_second / peak,
+    )
+    return record, steps
+
+
+def shrink(run: Run, shortage: str) -> None:
+    """Go on with smaller micro batches, and say so.
+
+    Raises:
+        TrainingError: they are as small as they get.
+    """
+    release_memory(run.setup)
+    before, smaller = run.setup.engine, step_down(run.setup)
+    if smaller is None:
+        raise TrainingError(
+            f"step {run.progress.step + 1}: out of memory with the smallest forward pass ({shortage}): set "
+            "training.gradient_checkpointing, or lower training.tokens_per_pack or tokenization.max_length"
+        )
+    run.setup = smaller
+    message = (
+        f"step {run.progress.step + 1}: out of memory with the {before.describe()} ({shortage}): went on with the "
+        f"{smaller.engine.describe()}, the same rows a step"
+    )
+    logger.warning(message)
+    run.warnings.append(message)
+
+
+def save(run: Run, writer: CheckpointWriter) -> None:
+    """Copy the training's state and begin to write it."""
+    check_same(run.setup.parameters, step=run.progress.step)
+    snapshot = take_snapshot(
+        parameters=run.setup.parameters,
+        optimizer=run.setup.optimizer,
+        progress=run.progress,
+        identity=run.identity,
+    )
+    if snapshot is not None:
+        writer.write(snapshot)
+    run.saved_step = run.progress.step
+
+
+def evaluate(run: Run) -> EvalRecord:
+    """Compute the held-out loss and add it to the progress.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
+    setup, progress = run.setup, run.progress
+    loss = _sum_evaluation(run)
+    run.peak_memory_bytes = max(run.peak_memory_bytes, read_memory(setup.device))
+    if not math.isfinite(loss):
+        raise TrainingError(f"step {progress.step}: the held-out loss is {loss}: lower training.learning_rate")
+    since = progress.losses[progress.evaluations[-1].step if progress.evaluations else 0 :]
+    record = EvalRecord(
+        step=progress.step,
+        num_steps=setup.num_steps,
+        epoch=progress.step / setup.steps_per_epoch,
+        loss=loss,
+        train_loss=sum(since) / len(since),
+        is_best=all(loss < earlier.loss for earlier in progress.evaluations),
+    )
+    progress.evaluations.append(record)
+    return record
+
+
+def _sum_evaluation(run: Run) -> float:
+    """Return the held-out loss a token over all ranks' shares; where it does not fit, in smaller micro batches."""
+    setup = run.setup
+    assert setup.eval_table is not None
+    loss_sum, num_tokens, shortage = 0.0, 0, None
+    try:
+        for table, counts in share_table(setup.eval_table):
+            loss = compute_eval_loss(setup.model, setup.engine, table, micro_batch=setup.config.micro_batch)
+            count = int((table.targets != IGNORE_INDEX).sum()) if counts else 0
+            loss_sum, num_tokens = loss_sum + loss * count, num_tokens + count
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = str(error).partition("\n")[0]
+    shares = gather((loss_sum, num_tokens, shortage))
+    shortages = [share[2] for share in shares if share[2] is not None]
+    if shortages:
+        shrink(run, shortages[0])
+        setup.model.train()
+        return _sum_evaluation(run)
+    return sum(share[0] for share in shares) / sum(share[1] for share in shares)

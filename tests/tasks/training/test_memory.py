@@ -1,0 +1,104 @@
+"""A step that does not fit is done again in smaller micro batches, and the same sum is optimized."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.config import TrainingConfig
+from tasks.training.checkpoints import Progress
+from tasks.training.memory import is_out_of_memory, step_down
+from tasks.training.preparation import Setup, prepare_training
+from tasks.training.records import EvalRecord, StepRecord, TrainingError
+from tasks.training.steps import Run, do_step, evaluate, iterate
+
+CONFIG = TrainingConfig(
+    rank=4, alpha=8, learning_rate=1e-2, micro_batch=6, gradient_accumulation_steps=2, engine="general"
+)
+
+
+def prepare(base_model: Path, tokens: Path, *, most_rows: int | None = None) -> Run:
+    """Prepare a training on a machine whose memory holds so many rows."""
+    setup = prepare_training(base_model, tokens, CONFIG, seed=5)
+
+    def refuse(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        rows = options["input_ids"].shape[0]
+        if most_rows is not None and rows > most_rows:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {rows} GiB.\nMore lines.")
+
+    setup.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    return Run(setup, Progress(), "this run")
+
+
+def do_steps(run: Run, count: int) -> list[StepRecord]:
+    steps, records = iterate(run), []
+    for _ in range(count):
+        record, steps = do_step(run, steps)
+        records.append(record)
+    return records
+
+
+def values_of(setup: Setup) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in setup.parameters.values()])
+
+
+def test_step_that_does_not_fit_is_done_in_smaller_pieces(base_model: Path, tokens: Path) -> None:
+    roomy, tight = prepare(base_model, tokens), prepare(base_model, tokens, most_rows=2)
+    wanted, found = do_steps(roomy, 4), do_steps(tight, 4)
+    assert [record.step for record in found] == [1, 2, 3, 4]
+    assert [record.num_tokens for record in found] == [record.num_tokens for record in wanted]
+    assert [record.loss for record in found] == pytest.approx([record.loss for record in wanted], abs=1e-5)
+    assert [record.grad_norm for record in found] == pytest.approx([r.grad_norm for r in wanted], rel=1e-5)
+    assert (values_of(tight.setup) - values_of(roomy.setup)).abs().max() < 1e-5
+    # 6 rows, then 3, then 1: the third holds.
+    assert tight.setup.engine.describe() == "general engine, 1 row(s) a forward pass"
+    assert tight.warnings == [
+        "step 1: out of memory with the general engine, 6 row(s) a forward pass (CUDA out of memory. Tried to allocate "
+        "6 GiB.): went on with the general engine, 3 row(s) a forward pass, the same rows a step",
+        "step 1: out of memory with the general engine, 3 row(s) a forward pass (CUDA out of memory. Tried to allocate "
+        "3 GiB.): went on with the general engine, 1 row(s) a forward pass, the same rows a step",
+    ]
+    assert roomy.warnings == []
+
+
+def test_evaluation_that_does_not_fit_is_done_in_smaller_pieces(base_model: Path, tokens: Path) -> None:
+    records: list[EvalRecord] = []
+    for most_rows in (None, 3):
+        run = prepare(base_model, tokens, most_rows=most_rows)
+        run.progress = Progress(step=1, losses=[4.0])
+        records.append(evaluate(run))
+        assert run.setup.model.training
+    assert records[1].loss == pytest.approx(records[0].loss, abs=1e-6)
+
+
+def test_one_row_that_does_not_fit_is_an_error_with_remedies(base_model: Path, tokens: Path) -> None:
+    run = prepare(base_model, tokens, most_rows=0)
+    with pytest.raises(
+        TrainingError, match=r"step 1: out of memory with the smallest forward pass \(CUDA .*set training"
+    ):
+        do_steps(run, 1)
+    assert all(parameter.grad is None for parameter in run.setup.parameters.values())
+
+
+def test_fused_engine_recomputes_before_it_halves(base_model: Path, tokens: Path) -> None:
+    setup: Setup | None = prepare_training(base_model, tokens, CONFIG.model_copy(update={"engine": "fused"}), seed=5)
+    words = []
+    while setup is not None:
+        engine = setup.engine
+        batches = engine.form_step(setup.table, setup.rows)
+        words.append((engine.describe(), sum(batch.num_trained_tokens for batch in batches)))
+        setup = step_down(setup)
+    assert [text for text, _ in words] == [
+        "fused engine, up to 280 tokens a forward pass",
+        "fused engine, up to 280 tokens a forward pass, 2 layers recomputed",
+    ]
+    assert words[0][1] == words[1][1] > 0
+
+
+def test_what_is_out_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
