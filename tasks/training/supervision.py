@@ -138,12 +138,16 @@ class Supervisor:
         raise TrainingCrash(f"the training's process {self._name_end()}{self._read_tail()}")
 
     def stop(self, seconds: float) -> None:
-        """Ask all processes to write a checkpoint and leave, and wait for it at most so long."""
-        if self._process is None or self._process.poll() is not None or self._errors or self._is_given_up:
+        """Ask the ranks to write a checkpoint and leave, and wait for it at most so long.
+
+        As long as there is no rank, nothing has been trained, and there is nothing to wait for.
+        """
+        ranks = [line for line in self._lines if line.role == "rank"]
+        if self._process is None or self._process.poll() is not None or self._errors or self._is_given_up or not ranks:
             return
         logger.info("Stopping the training after a checkpoint")
         self._is_stopping = True
-        for line in self._lines:
+        for line in ranks:
             self._say_stop(line)
         deadline = time.monotonic() + seconds
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -173,8 +177,6 @@ class Supervisor:
         line = _Line(connection, time.monotonic())
         self._lines.append(line)
         self._selector.register(connection, selectors.EVENT_READ, line)
-        if self._is_stopping:
-            self._say_stop(line)
 
     def _read(self, line: _Line) -> None:
         try:
@@ -197,6 +199,8 @@ class Supervisor:
         if kind == "hello":
             line.pid, line.role = int(values["pid"]), str(values["role"])
             self._remember(line.pid)
+            if self._is_stopping and line.role == "rank":
+                self._say_stop(line)
         elif kind == "step":
             self._listeners.on_step(read_step(values))
         elif kind == "eval":

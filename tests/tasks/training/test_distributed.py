@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from tasks.training.loop import train_adapter
 from tasks.training.messages import TrainingJob, write_job
 from tasks.training.preparation import prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingStopped
-from tasks.training.sharding import shard_base
+from tasks.training.sharding import is_sharded, shard_base
 from tasks.training.steps import Run, do_step, iterate
 from tests.tasks.training.conftest import write_tokens
-from tests.tasks.training.test_launcher import at_step, find_processes
+from tests.tasks.training.test_launcher import at_step, find_processes, list_checkpoints
 
 # 44 examples in steps of 6: the last step of an epoch has 2, which is one micro batch, and none for the second rank.
 CONFIG = TrainingConfig(
@@ -111,34 +112,42 @@ def on_two_ranks(work: Callable[..., Any], *arguments: Any, folder: Path) -> lis
     return [pickle.loads((folder / f"rank-{number}").read_bytes()) for number in range(2)]
 
 
-def train_divided(number: int, base_model: Path, tokens: Path, folder: Path) -> tuple[list[float], list[float], int]:
-    """Train with a divided base; return both curves, and how many of the base's weights this rank holds."""
-    config = CONFIG.model_copy(update={"num_processes": 2, "strategy": "fsdp"})
-    losses: list[float] = []
-    eval_losses: list[float] = []
-    held = prepare_training(base_model, tokens, config, seed=5)
-    shard_base(held)
-    frozen: list[Any] = [parameter for parameter in held.model.parameters() if not parameter.requires_grad]
+def train_together(
+    number: int, base_model: Path, tokens: Path, folder: Path, strategy: str
+) -> tuple[list[StepRecord], list[EvalRecord], int]:
+    """Train; return both curves, and how many of the base's weights this rank holds."""
+    config = CONFIG.model_copy(update={"strategy": strategy})
+    steps: list[StepRecord] = []
+    evaluations: list[EvalRecord] = []
+    setup = prepare_training(base_model, tokens, config, seed=5)
+    if is_sharded(setup):
+        shard_base(setup)
+    frozen: list[Any] = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
+    held = [parameter.to_local() if is_sharded(setup) else parameter for parameter in frozen]
     train_adapter(
         base_model, tokens, folder, config, seed=5, identity="x",
-        on_step=lambda record: losses.append(record.loss),
-        on_eval=lambda record: eval_losses.append(record.loss),
+        on_step=steps.append, on_eval=evaluations.append,
     )  # fmt: skip
-    return losses, eval_losses, sum(parameter.to_local().numel() for parameter in frozen)
+    return steps, evaluations, sum(parameter.numel() for parameter in held)
 
 
-def test_divided_base_has_the_curve_of_the_whole_one(
-    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves
+@pytest.mark.parametrize(
+    ("strategy", "num_held"),
+    # 2 layers of 7680 weights and 80 scales, an embedding of 97 * 32, 32 scales at the end; 97 rows are 49 and 48.
+    [("ddp", [18656, 18656]), ("fsdp", [9344, 9312])],
+)
+def test_two_ranks_have_the_curve_of_one(
+    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves, strategy: str, num_held: list[int]
 ) -> None:
-    both = on_two_ranks(train_divided, base_model, many_tokens, tmp_path, folder=tmp_path / "ranks")
-    for losses, eval_losses, _ in both:
-        assert losses == pytest.approx(alone.losses, abs=1e-5)
-        assert eval_losses == pytest.approx(alone.eval_losses, abs=1e-5)
+    told = on_two_ranks(train_together, base_model, many_tokens, tmp_path, strategy, folder=tmp_path / "ranks")
+    for steps, evaluations, _ in told:
+        assert [record.step for record in steps] == list(range(1, NUM_STEPS + 1))
+        assert [record.num_trained_tokens for record in steps] == alone.tokens
+        assert [record.loss for record in steps] == pytest.approx(alone.losses, abs=1e-5)
+        assert [record.grad_norm for record in steps] == pytest.approx(alone.norms, rel=1e-4)
+        assert [record.loss for record in evaluations] == pytest.approx(alone.eval_losses, abs=1e-5)
     assert farthest(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), alone.adapter) < 1e-5
-    whole = prepare_training(base_model, many_tokens, CONFIG, seed=5).model
-    num_frozen = sum(p.numel() for p in whole.parameters() if not p.requires_grad)
-    # 97 rows of the embedding are 49 on one rank and 48 on the other.
-    assert [num_held for _, _, num_held in both] == [num_frozen // 2 + 16, num_frozen // 2 - 16]
+    assert [held for _, _, held in told] == num_held
 
 
 def train_with_dropout(number: int, base_model: Path, tokens: Path, run_folder: Path, stop_at: int) -> list[float]:
@@ -219,19 +228,27 @@ def test_error_of_the_leader_is_raised_by_all(tmp_path: Path) -> None:
     assert [str(error) for error in errors] == ["from rank 0"] * 2
 
 
-def test_two_processes_have_the_curve_of_one(
+def test_interrupted_processes_leave_a_checkpoint_that_one_goes_on_from(
     base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves
 ) -> None:
     config = CONFIG.model_copy(update={"num_processes": 2})
     job = TrainingJob(base_model, many_tokens, tmp_path, config, 5, "x")
-    both = Curves(job)
-    assert both.steps == list(range(1, NUM_STEPS + 1))
-    assert both.tokens == alone.tokens
-    assert both.losses == pytest.approx(alone.losses, abs=1e-5)
-    assert both.norms == pytest.approx(alone.norms, rel=1e-4)
-    assert both.eval_losses == pytest.approx(alone.eval_losses, abs=1e-5)
-    assert farthest(both.adapter, alone.adapter) < 1e-5
+    losses: list[float] = []
+
+    def on_step(record: StepRecord) -> None:
+        losses.append(record.loss)
+        if record.step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(job, on_step=on_step)
     assert find_processes(job) == []
+    (step,) = list_checkpoints(job)
+    assert len(losses) == step
+    assert losses == pytest.approx(alone.losses[:step], abs=1e-5)
+    rest = Curves(replace(job, config=CONFIG))
+    assert rest.outcome.resumed_from_step == step
+    assert farthest(rest.adapter, alone.adapter) < 1e-5
 
 
 def test_two_machines_meet_at_an_address(base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves) -> None:
