@@ -150,14 +150,16 @@ class Supervisor:
         for line in ranks:
             self._say_stop(line)
         deadline = time.monotonic() + seconds
-        while self._process.poll() is None and time.monotonic() < deadline:
+        is_alive = True
+        while is_alive and time.monotonic() < deadline:
+            is_alive = self._process.poll() is None
             try:
-                self._hear()
+                self._hear(wait=is_alive)
             except Exception as error:  # a listener that fails now must not keep the training from ending
                 logger.warning("While stopping the training: %s", error)
                 silent = lambda *values: None  # noqa: E731
                 self._listeners = Listeners(silent, silent, silent)
-        if self._process.poll() is None:
+        if is_alive:
             logger.warning("The training did not stop within %.0f s and was killed", seconds)
 
     def _hear(self, *, wait: bool = True) -> bool:
