@@ -131,8 +131,8 @@ def _prepare(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: in
     """Prepare the training, with the base divided among the ranks where the config says so."""
     try:
         setup = prepare_training(base_model, tokens, config, seed=seed)
-        if is_sharded(setup):
-            shard_base(setup)
+        if is_sharded(config):
+            shard_base(setup.model, setup.device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

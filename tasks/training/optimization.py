@@ -30,7 +30,7 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     num_trained_tokens = sum(batch.num_trained_tokens for batch in batches)
     if num_trained_tokens == 0:
         raise TrainingError(f"step {step}: no trained token in examples {_name_examples(batches)}: remove them")
-    mine = deal(batches, is_even=is_sharded(setup))
+    mine = deal(batches, is_even=is_sharded(setup.config))
     loss_sums, shortage = _accumulate(setup, mine, num_trained_tokens)
     if shortage and world_size() == 1:
         raise OutOfMemory(shortage)
@@ -64,7 +64,7 @@ def _accumulate(
             (loss_sum / num_trained_tokens).backward()
             loss_sums.append(loss_sum.detach())
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or is_sharded(setup):  # the others wait in the middle of a forward pass
+        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a forward pass
             raise
         # The words alone: the error itself holds on to what filled the memory.
         return loss_sums, str(error).partition("\n")[0]

@@ -84,8 +84,6 @@ def _start_ranks(job: TrainingJob, path: Path) -> None:
         ChildFailedError: one of them failed (and told the launcher why, if it could); the others were stopped.
         TrainingError: it is not said where several machines meet.
     """
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     config = job.config
     rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
     if config.num_nodes > 1 and rendezvous is None:
@@ -93,6 +91,8 @@ def _start_ranks(job: TrainingJob, path: Path) -> None:
             f"training.num_nodes is {config.num_nodes}, but {RENDEZVOUS_VARIABLE} is not set: set it to host:port of "
             f"the first machine on all of them, and {NODE_RANK_VARIABLE} to 0, 1, ..."
         )
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.num_processes)))
     # One machine finds a free port by itself; several meet at an address that is known before.
     place = (

@@ -120,10 +120,10 @@ def train_together(
     steps: list[StepRecord] = []
     evaluations: list[EvalRecord] = []
     setup = prepare_training(base_model, tokens, config, seed=5)
-    if is_sharded(setup):
-        shard_base(setup)
+    if is_sharded(config):
+        shard_base(setup.model, setup.device)
     frozen: list[Any] = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
-    held = [parameter.to_local() if is_sharded(setup) else parameter for parameter in frozen]
+    held = [parameter.to_local() if is_sharded(config) else parameter for parameter in frozen]
     train_adapter(
         base_model, tokens, folder, config, seed=5, identity="x",
         on_step=steps.append, on_eval=evaluations.append,

@@ -184,41 +184,38 @@ run_training(read_job(Path(sys.argv[1])), on_step=on_step, in_place=False)
 
 
 def test_no_process_outlives_a_killed_launcher(base_model: Path, tokens: Path, tmp_path: Path) -> None:
-    # Long enough that it is not over by itself.
-    job = replace(make_job(base_model, tokens, tmp_path), config=CONFIG.model_copy(update={"num_epochs": 1000.0}))
+    # Long enough that it is not over by itself; an agent and two ranks.
+    config = CONFIG.model_copy(update={"num_epochs": 1000.0, "num_processes": 2})
+    job = replace(make_job(base_model, tokens, tmp_path), config=config)
     path = tmp_path / "given.json"
     write_job(job, path)
     with subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "training\n"
         processes = find_processes(job)
-        assert len(processes) == 1
+        assert len(processes) == 3
         os.kill(parent.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
 
 
-def test_errors_come_back_as_they_were_raised(
-    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told
-) -> None:
-    job = replace(make_job(base_model, tokens, undisturbed.outcome.adapter.parent), identity="another run")
-    with pytest.raises(CheckpointError, match=r"identity this run, but .* now give another run") as caught:
-        run_training(job, in_place=False)
-    with pytest.raises(CheckpointError) as wanted:
-        run_training(job, in_place=True)
-    assert str(caught.value) == str(wanted.value)
-
-
-def test_stop_before_the_first_step_ends_at_once(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+def test_interruption_before_the_first_step_ends_at_once(base_model: Path, tokens: Path, tmp_path: Path) -> None:
     job = make_job(base_model, tokens, tmp_path)
-    write_job(job, tmp_path / "job.json")
-    nothing = Listeners(lambda record: None, lambda record: None, lambda level, text: None)
-    started = time.monotonic()
-    with Supervisor(nothing, tmp_path / "log", silence_seconds=60) as supervisor, (tmp_path / "log").open("wb") as log:
-        supervisor.start([sys.executable, "-m", "tasks.training.worker", str(tmp_path / "job.json")], log)
-        supervisor.stop(30)
-        assert find_processes(job) == []
-    assert time.monotonic() - started < 20
+
+    def ring(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2.0)  # the process lives, and is still importing
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run_training(job, in_place=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert time.monotonic() - started < 12
+    assert find_processes(job) == []
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -272,6 +269,27 @@ def test_end_without_an_outcome_is_told_with_the_log(tmp_path: Path, then: str, 
     with pytest.raises(TrainingCrash, match=message) as caught:
         supervise(TELL.format(then=then), log)
     assert str(log) in str(caught.value)
+
+
+def say_error(kind: str, message: str) -> str:
+    return f"line.tell('error', type='{kind}', message='{message}', traceback='Traceback of it')"
+
+
+@pytest.mark.parametrize(
+    ("then", "kind", "message"),
+    [
+        (say_error("TrainingError", "no examples"), TrainingError, "^no examples$"),
+        (say_error("CheckpointError", "of another run"), CheckpointError, "^of another run$"),
+        (say_error("OutOfMemoryError", "CUDA out of memory"), TrainingError, "^CUDA out of memory$"),
+        (say_error("KeyError", "x"), TrainingCrash, "failed with KeyError: x\nTraceback of it"),
+        # The rank that lost its peer is heard first; the peer knows why.
+        (say_error("RuntimeError", "peer") + "; " + say_error("TrainingError", "NaN"), TrainingError, "^NaN$"),
+    ],
+)
+def test_errors_come_back_as_they_were_raised(tmp_path: Path, then: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        supervise(TELL.format(then=then), tmp_path / "log")
+    assert type(caught.value) is kind
 
 
 def test_silent_process_is_killed(tmp_path: Path) -> None:
