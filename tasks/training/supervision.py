@@ -20,12 +20,12 @@ from typing import IO, Any, Self
 
 import psutil
 
+from tasks.training.failures import choose_error, name_end, read_tail
 from tasks.training.messages import ADDRESS_VARIABLE, STOP, read_evaluation, read_outcome, read_step
 from tasks.training.records import (
     EvalRecord,
     StepRecord,
     TrainingCrash,
-    TrainingError,
     TrainingOutcome,
     TrainingStopped,
 )
@@ -36,7 +36,6 @@ _TICK_SECONDS = 0.2
 _START_SECONDS = 120.0  # until a process has said its first word
 _EXIT_SECONDS = 20.0  # from the outcome to the end of the processes
 _PEERS_SECONDS = 1.5  # after an error, for the process that knows the cause to say it too
-_TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -130,12 +129,12 @@ class Supervisor:
         while self._hear(wait=False):
             pass
         if self._errors:
-            raise self._choose_error()
+            raise choose_error(self._errors, self._log)
         if self._outcome is not None:
             return self._outcome
         if self._is_stopped:
             raise TrainingStopped("the training's processes were stopped from outside, after a checkpoint")
-        raise TrainingCrash(f"the training's process {self._name_end()}{self._read_tail()}")
+        raise TrainingCrash(f"the training's process {name_end(self._process.poll())}{read_tail(self._log)}")
 
     def stop(self, seconds: float) -> None:
         """Ask the ranks to write a checkpoint and leave, and wait for it at most so long.
@@ -229,42 +228,13 @@ class Supervisor:
                 raise TrainingCrash(
                     f"the training's process {line.pid} ({line.role}) gave no sign of life for "
                     f"{now - line.heard:.0f} s and was killed: it was stopped, or the machine is out of memory. "
-                    f"The same run goes on from the last checkpoint{self._read_tail()}"
+                    f"The same run goes on from the last checkpoint{read_tail(self._log)}"
                 )
         if len(self._known) == 1 and not self._lines and now - self._started > _START_SECONDS:
             self._is_given_up = True
             raise TrainingCrash(
-                f"the training's process did not start within {_START_SECONDS:.0f} s{self._read_tail()}"
+                f"the training's process did not start within {_START_SECONDS:.0f} s{read_tail(self._log)}"
             )
-
-    def _choose_error(self) -> Exception:
-        """Return the error that names a cause: of our own kinds, before those of processes that lost a peer."""
-        kinds = _known_errors()
-        values = next((error for error in self._errors if error["type"] in kinds), self._errors[0])
-        if values["type"] in kinds:
-            return kinds[values["type"]](values["message"])
-        return TrainingCrash(
-            f"the training failed with {values['type']}: {values['message']}\n{values['traceback']}(log: {self._log})"
-        )
-
-    def _name_end(self) -> str:
-        assert self._process is not None
-        code = self._process.poll()
-        if code is None:
-            return "did not end"
-        if code >= 0:
-            return f"ended with exit code {code} without an outcome. "
-        name = signal.Signals(-code).name
-        cause = ", perhaps by the kernel because the machine's memory was used up" if -code == signal.SIGKILL else ""
-        return f"was killed by {name}{cause}. The same run goes on from the last checkpoint"
-
-    def _read_tail(self) -> str:
-        """Return the end of the processes' log, to stand at the end of a message."""
-        try:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        except OSError:
-            return ""
-        return f" (log: {self._log})" + "".join(f"\n  {line}" for line in lines)
 
     def _remember(self, pid: int) -> None:
         with suppress(psutil.NoSuchProcess):
@@ -279,12 +249,3 @@ class Supervisor:
                     os.killpg(pid, signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
-
-
-def _known_errors() -> dict[str, type[Exception]]:
-    """Return the errors that come back as they were raised; a full GPU is for the user to mend, too."""
-    from tasks.models import ModelError
-    from tasks.training.checkpoints import CheckpointError
-
-    kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TrainingError, CheckpointError, ModelError)}
-    return {**kinds, "OutOfMemoryError": TrainingError}

@@ -1,0 +1,53 @@
+"""What went wrong in a training's processes, as the error that the launcher raises."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tasks.training.records import TrainingCrash, TrainingError
+
+_TAIL_LINES = 20
+
+
+def choose_error(errors: Sequence[Mapping[str, str]], log: Path) -> Exception:
+    """Return the error that names a cause: of our own kinds, before those of processes that lost a peer.
+
+    Args:
+        errors: type, message and traceback of what each process raised, in the order in which they were told.
+        log: of the processes.
+    """
+    kinds = _known_errors()
+    error = next((error for error in errors if error["type"] in kinds), errors[0])
+    if error["type"] in kinds:
+        return kinds[error["type"]](error["message"])
+    return TrainingCrash(
+        f"the training failed with {error['type']}: {error['message']}\n{error['traceback']}(log: {log})"
+    )
+
+
+def name_end(code: int | None) -> str:
+    """Say how a process ended that had no outcome, from its exit code (negative: a signal; None: it lives)."""
+    if code is None:
+        return "did not end"
+    if code >= 0:
+        return f"ended with exit code {code} without an outcome"
+    cause = ", perhaps by the kernel because the machine's memory was used up" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{cause}. The same run goes on from the last checkpoint"
+
+
+def read_tail(log: Path) -> str:
+    """Return the end of the processes' log, to stand at the end of a message."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError:
+        return ""
+    return f" (log: {log})" + "".join(f"\n  {line}" for line in lines)
+
+
+def _known_errors() -> dict[str, type[Exception]]:
+    """Return the errors that come back as they were raised; a full GPU is for the user to mend, too."""
+    from tasks.models import ModelError
+    from tasks.training.checkpoints import CheckpointError
+
+    kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TrainingError, CheckpointError, ModelError)}
+    return {**kinds, "OutOfMemoryError": TrainingError}
