@@ -62,7 +62,7 @@ def _key_function(stages: tuple[str, ...]) -> Callable[[TaskRunContext, dict[str
 
 def digest_code(stages: tuple[str, ...]) -> str:
     """Return the sha256 over the source files of these stages, the modules beside them, and schemas/."""
-    folders = [_ROOT / "schemas", *(_ROOT / "tasks" / stage for stage in stages)]
+    folders = [_ROOT / "schemas", *(_ROOT / "tasks" / stage for stage in ("tracking", *stages))]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".jinja")]
     files += (_ROOT / "tasks").glob("*.py")
     digest = hashlib.sha256()
