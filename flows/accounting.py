@@ -119,6 +119,7 @@ def build_report(
             before=comparison.before,
             after=comparison.after,
             delta=comparison.delta,
+            champion=comparison.champion,
         ),
         registry=entry,
         durations_seconds=durations_seconds,
