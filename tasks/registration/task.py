@@ -76,9 +76,9 @@ def _find_obstacle(tags: dict[str, str], tokens: TokensRef) -> str | None:
 
     The rows are ids, so another tokenizer makes them other words, and its nll would be over other tokens.
     """
-    if MODEL_TAG not in tags:
-        return "it was not registered by a pipeline run, so that its model is not known"
-    if tags.get(_TOKENIZER_TAG) != _digest_tokenizer(tokens):
+    if MODEL_TAG not in tags or _TOKENIZER_TAG not in tags:
+        return "it was not registered by this pipeline as it is now, so that its tokenizer is not known"
+    if tags[_TOKENIZER_TAG] != _digest_tokenizer(tokens):
         return "it has another tokenizer, so that nll and prompts would be over other tokens"
     if tags.get(_TEMPLATE_TAG) != tokens.template_digest:
         return "it was trained with another chat template than the one these rows are rendered with"

@@ -101,6 +101,12 @@ def find_by_address(address: str, *, default_alias: str) -> tuple[str, str]:
     return name, found
 
 
+def find_champions() -> list[str]:
+    """Return the registered models that have a champion, by name."""
+    models = tracking.client().search_registered_models(max_results=1000)
+    return sorted(model.name for model in models if CHAMPION in model.aliases)
+
+
 def _list_aliases(name: str) -> list[str]:
     try:
         aliases = tracking.client().get_registered_model(name).aliases

@@ -86,6 +86,15 @@ def find_interrupted_runs(experiment: str) -> list[Run]:
     return [run for run in runs if run.info.status in ("RUNNING", "KILLED")]
 
 
+def find_runs(experiment: str, tag: str, value: str) -> list[Run]:
+    """Return an experiment's parent runs with this value of a tag, newest first."""
+    found = client().get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    query = f"tags.`{CONFIG_TAG}` LIKE '%' AND tags.`{tag}` = '{value}'"
+    return list(client().search_runs([found.experiment_id], query, order_by=["attributes.start_time DESC"]))
+
+
 def reopen_run(run_id: str) -> None:
     """Set an interrupted run to RUNNING again."""
     client().update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
