@@ -7,7 +7,7 @@ import polars as pl
 
 from schemas.artifacts import ChampionReport
 from schemas.config import EvaluationConfig
-from tasks.evaluation.comparison import Comparison, compare
+from tasks.evaluation.comparison import Comparison, check_same_rows, compare
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ def compare_with_champion(
         config: resamples and confidence.
         seed: of the resamples.
         notes: for the report.
+
+    Raises:
+        ComparisonError: these are not the same rows.
     """
+    check_same_rows(champion, new)
     unseen = ~new["example_id"].is_in(list(seen))
     num_seen = new.height - int(unseen.sum())
     if num_seen:

@@ -97,7 +97,8 @@ def rollback_champion(name: str, *, expected: str | None, who: str, why: str) ->
                 f"name a version: sft promote {name}/VERSION"
             )
         candidate = get_version(name, target)
-        _check_parity(candidate)
+        if PARITY_TAG in candidate.tags:  # what was champion before there was such a tag can be gone back to
+            _check_parity(candidate)
         move = _compose(name, "rollback", candidate, expected, moves, who=who, why=why, forced=False)
         former = [entry for entry in audit.list_former_champions([*moves, move]) if _exists(name, entry)]
         _carry_out(move, previous=former[-1] if former else None, moves=moves, check=check)
