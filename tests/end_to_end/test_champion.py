@@ -1,7 +1,6 @@
 """A new version has to beat the champion on the same rows, and takes its place only then."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import polars as pl
