@@ -96,7 +96,8 @@ def chat(
 
     manner = Manner(temperature=temperature, max_new_tokens=max_tokens, seed=seed, system=system)
     try:
-        speakers = find_speakers(model, compare_base=compare == "base", system=system)
+        with console.status("Loading"):
+            speakers = find_speakers(model, compare_base=compare == "base", system=system)
         if prompt is not None:
             answer_once(speakers, prompt, manner)
         else:

@@ -35,6 +35,7 @@ def test_a_version_says_in_mlflow_what_it_is(tmp_path: Path) -> None:
     assert (run.info.run_name, run.info.status) == ("told version 1", "FINISHED")
     assert run.data.tags["sft.published_by"] == "ann"
     assert "rows in 2" in run.data.tags["mlflow.note.content"]
+    assert run.inputs is not None
     (used,) = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("told", published.digest[:36])
 
