@@ -65,7 +65,8 @@ def find_speakers(target: str, *, compare_base: bool, system: str = "") -> list[
     """
     name, version = ("", "")
     if target and Path(target).expanduser().is_dir():
-        folder, label = Path(target).expanduser(), target
+        folder = Path(target).expanduser()
+        label = folder.resolve().name
     else:
         name, version = find_by_address(target or _only_champion(), default_alias=CHAMPION)
         folder, label = _fetch(name, version), f"{name} version {version}"

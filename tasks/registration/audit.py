@@ -16,6 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from schemas.artifacts import Move
 from tasks import tracking
+from tasks.registration.versions import get_model
 
 EXPERIMENT = "sft-registry"
 _TAG = "sft.move."
@@ -32,7 +33,7 @@ def describe_user() -> str:
 
 def read_moves(name: str) -> list[Move]:
     """Return all moves of a registered model, the oldest first."""
-    tags = tracking.client().get_registered_model(name).tags
+    tags = get_model(name).tags
     return sorted(
         (Move.model_validate_json(value) for key, value in tags.items() if key.startswith(_TAG)),
         key=lambda move: move.number,

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
@@ -93,7 +93,7 @@ def find_by_address(address: str, *, default_alias: str) -> tuple[str, str]:
     alias = match["alias"] or default_alias
     found = read_alias(name, alias)
     if found is None:
-        known = _list_aliases(name)
+        known = [f"{key} (version {number})" for key, number in sorted(get_model(name).aliases.items())]
         raise ValueError(
             f"{address}: {name} has no alias {alias} at {tracking.tracking_uri()}: "
             + (f"it has {', '.join(known)}" if known else "it has none")
@@ -107,16 +107,18 @@ def find_champions() -> list[str]:
     return sorted(model.name for model in models if CHAMPION in model.aliases)
 
 
-def _list_aliases(name: str) -> list[str]:
+def get_model(name: str) -> RegisteredModel:
+    """Return a registered model; raise ValueError when there is none of this name."""
     try:
-        aliases = tracking.client().get_registered_model(name).aliases
-    except mlflow.MlflowException:
+        return tracking.client().get_registered_model(name)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         known = [model.name for model in tracking.client().search_registered_models(max_results=20)]
         raise ValueError(
             f"no registered model {name!r} at {tracking.tracking_uri()}: "
             + (f"known are {', '.join(known)}" if known else "none is registered")
         ) from None
-    return [f"{alias} (version {version})" for alias, version in sorted(aliases.items())]
 
 
 def get_version(name: str, number: str) -> ModelVersion:

@@ -16,7 +16,7 @@ from schemas.artifacts import DatasetRef, Ref, RunReport
 from schemas.config import RunConfig
 from tasks import storage
 from tasks.tracking.artifacts import log_dataset
-from tasks.tracking.connection import client, get_run, tracking_uri
+from tasks.tracking.connection import client, get_run, tracking_uri, version_link
 
 PARENT_TAG = "mlflow.parentRunId"
 STAGE_TAG = "sft.stage"
@@ -167,7 +167,8 @@ def _find_stage_run(parent_run_id: str, stage: str) -> Run | None:
 def finish_parent(run_id: str, report: RunReport, dataset: DatasetRef, stages: Mapping[str, Ref]) -> None:
     """Log the report and the dataset on the parent run, and name the runs whose cached results it used."""
     client().log_dict(run_id, report.model_dump(mode="json"), "run_report.json")
-    client().set_tag(run_id, MLFLOW_RUN_NOTE, _describe(report))
+    prefect_page = get_run(run_id).data.tags.get("sft.prefect_url")
+    client().set_tag(run_id, MLFLOW_RUN_NOTE, _describe(report, prefect_page))
     log_dataset(
         run_id,
         name="dataset",
@@ -182,15 +183,18 @@ def finish_parent(run_id: str, report: RunReport, dataset: DatasetRef, stages: M
             client().set_tag(run_id, f"sft.reused.{stage}", ref.mlflow_run_id)
 
 
-def _describe(report: RunReport) -> str:
+def _describe(report: RunReport, prefect_page: str | None) -> str:
     """Return the description that the run's page shows first."""
-    entry = report.registry
-    lines = [f"**{entry.name} version {entry.version}: {entry.verdict}**", ""]
+    entry, flow_run = report.registry, report.prefect_flow_run_id
+    name = f"{entry.name} version {entry.version}"
+    page = version_link(entry.name, entry.version)
+    lines = [f"**{f'[{name}]({page})' if page else name}: {entry.verdict}**", ""]
     lines += [f"- {reason}" for reason in (*entry.reasons, *report.training.warnings)]
+    compared = "base, champion and fine-tuned model" if report.evaluation.champion else "base and fine-tuned model"
     lines += [
         "",
-        "Artifacts: `report/report.html` compares base and fine-tuned model, `quality/quality.html` shows rows and "
+        f"Artifacts: `report/report.html` compares {compared}, `quality/quality.html` shows rows and "
         "masks, `side_by_side.json` has every held-out row.",
-        f"Prefect flow run: `{report.prefect_flow_run_id}`",
+        f"Prefect flow run: [{flow_run}]({prefect_page})" if prefect_page else f"Prefect flow run: `{flow_run}`",
     ]
     return "\n".join(lines)
