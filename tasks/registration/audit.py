@@ -28,7 +28,13 @@ _MAX_CELL = 160
 
 def describe_user() -> str:
     """Return who acts: SFT_USER, or user@machine."""
-    return os.environ.get("SFT_USER") or f"{getpass.getuser()}@{platform.node()}"
+    if given := os.environ.get("SFT_USER"):
+        return given
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # containers run under ids that have no name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{platform.node()}"
 
 
 def read_moves(name: str) -> list[Move]:

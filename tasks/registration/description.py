@@ -20,18 +20,19 @@ def describe_version(
         reasons: of the verdict.
         links: a line of Markdown.
     """
-    lines = [f"**{title}**", "", f"Gate: **{verdict}**", *(f"- {reason}" for reason in reasons), ""]
-    lines += _table(f"on {comparison.num_examples} held-out rows", "base", comparison.before, comparison.delta)
+    lines = [title, "", f"Gate: **{verdict}**", *(f"- {reason}" for reason in reasons), ""]
+    lines += [f"Against the base model, on {comparison.num_examples} held-out rows:", ""]
+    lines += _table("base", comparison.before, comparison.delta)
     champion = comparison.champion
     if champion is not None and champion.num_examples:
-        rows = f"on {champion.num_examples} held-out rows new to both"
-        lines += ["", *_table(rows, f"champion (version {champion.version})", champion.metrics, champion.delta)]
+        lines += ["", f"Against champion version {champion.version}, on {champion.num_examples} rows new to both:", ""]
+        lines += _table("champion", champion.metrics, champion.delta)
     # Reasons may be long where something went wrong; the links matter more than the table's last rows.
     return "\n".join(lines)[: MAX_CHARACTERS - len(links) - 2] + f"\n\n{links}"
 
 
-def _table(rows: str, rival: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> list[str]:
-    lines = [f"| {rows} | {rival} | this version | change | interval |", "| --- | ---: | ---: | ---: | --- |"]
+def _table(rival: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> list[str]:
+    lines = [f"| | {rival} | this version | change | interval |", "| --- | ---: | ---: | ---: | --- |"]
     for name, delta in deltas.items():
         before = values[name]
         interval = f"{delta.ci_low:+.4g} to {delta.ci_high:+.4g}"

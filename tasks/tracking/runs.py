@@ -37,7 +37,12 @@ def open_experiment(name: str) -> str:
         return str(found.experiment_id)
     embedded = tracking_uri().startswith("sqlite:///")
     location = (storage.home() / "artifacts").as_uri() if embedded else None
-    return str(client().create_experiment(name, artifact_location=location))
+    try:
+        return str(client().create_experiment(name, artifact_location=location))
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return open_experiment(name)  # another run made it in between
 
 
 def create_parent_run(config: RunConfig, *, run_name: str, config_digest: str, tags: Mapping[str, str]) -> str:

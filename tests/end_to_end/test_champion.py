@@ -98,5 +98,5 @@ def test_the_trail_and_the_aliases_tell_the_same_story(reports: list[RunReport])
     }
     description = str(tracking.client().get_model_version(_NAME, "2").description)
     assert "| nll |" in description
-    assert "champion (version 1)" in description
+    assert "Against champion version 1, on " in description
     assert reports[1].mlflow_run_id in description

@@ -1,6 +1,7 @@
 """The flows on the registry, on a real Prefect server: data is published, versions move, and events say so."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ def reports(run_pipeline: RunPipeline, published: list[Published]) -> list[RunRe
 
 
 def _events(name: str) -> list[dict[str, Any]]:
+    """Return the events of this name; the server writes them down some seconds after it took them."""
     body = {"filter": {"event": {"name": [name]}, "order": "ASC"}, "limit": 50}
+    end = time.monotonic() + 60
     with get_client(sync_client=True) as client:
-        found: list[dict[str, Any]] = client.request("POST", "/events/filter", json=body).json()["events"]
-    return found
+        while True:
+            found: list[dict[str, Any]] = client.request("POST", "/events/filter", json=body).json()["events"]
+            if found or time.monotonic() > end:
+                return found
+            time.sleep(0.5)
 
 
 def test_new_content_is_announced_once_with_its_address(published: list[Published]) -> None:

@@ -7,10 +7,12 @@ import pytest
 from schemas.artifacts import ChampionReport, TokensRef
 from tasks import storage
 from tasks.registration import promotion, task, versions
+from tasks.registration.gate import Verdict
 from tests.tasks.registration.conftest import MakeVersion
 
 _COMPARED_WITH_1 = ChampionReport(version="1", num_examples=40, num_seen=0, metrics={}, delta={}, notes=())
-_PROMOTED, _REFUSED = ("promoted", ("it is better",)), ("refused", ("it is worse",))
+_PROMOTED: Verdict = ("promoted", ("it is better",))
+_REFUSED: Verdict = ("refused", ("it is worse",))
 
 
 @pytest.fixture
