@@ -141,7 +141,7 @@ def _meet(
         return stand_apart(champion.version, (champion.obstacle or "it was not evaluated",))
     theirs = pl.read_parquet(tracking.resolve(evaluation) / _ROWS)
     own_run = evaluation == champion.evaluation
-    notes: tuple[str, ...] = ("rows of its own run" if own_run else "it answered these rows again",)
+    notes: tuple[str, ...] = ("measured in its own run" if own_run else "measured again on these rows",)
     seen: set[str] = set()
     try:
         if champion.dataset is not None:
