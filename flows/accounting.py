@@ -25,8 +25,9 @@ from schemas.config import RunConfig
 
 def describe_run(config: RunConfig) -> str:
     """Return a name that a person can read: what for, model, dataset, date (UTC)."""
-    model, data = PurePath(config.model.base_model).name, PurePath(config.data.source).stem
-    return f"{config.name}: {model} on {data}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
+    source = config.data.source
+    data = source.removeprefix("datasets:/") if source.startswith("datasets:/") else PurePath(source).stem
+    return f"{config.name}: {PurePath(config.model.base_model).name} on {data}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
 def account_rows(dataset: DatasetRef, tokens: TokensRef) -> DatasetReport:
@@ -119,6 +120,7 @@ def build_report(
             before=comparison.before,
             after=comparison.after,
             delta=comparison.delta,
+            champion=comparison.champion,
         ),
         registry=entry,
         durations_seconds=durations_seconds,

@@ -11,6 +11,7 @@ from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
 from tasks.ingestion.base_model import locate_tokenizer
 from tasks.ingestion.dataset import build_dataset
+from tasks.registration.publication import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 
@@ -48,7 +49,7 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         ValueError: the dataset cannot be read at all, or nothing of it can be trained.
     """
     with storage.new_folder() as folder:
-        generous = data.model_copy(update={"max_rejected_fraction": 1.0})
+        generous = bring_sources(data).model_copy(update={"max_rejected_fraction": 1.0})
         counts = build_dataset(generous, seed=seed, folder=folder / "dataset")
         prepared = prepare_tokenizer(locate_tokenizer(model), model.chat_template)
         patient = tokenization.model_copy(update={"max_truncated_fraction": 1.0})

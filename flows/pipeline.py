@@ -11,6 +11,7 @@ from prefect.runtime import flow_run
 
 from flows.accounting import build_report, describe_run, summarize_facts
 from flows.attempts import check_inputs, git_commit, open_attempt
+from flows.champion import meet_champion
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
 from tasks import tracking
@@ -62,11 +63,15 @@ def sft_pipeline(config: RunConfig, resume: str = "auto") -> RunReport:
             merged = merge(base_model, adapter, tokens, dataset, config.merge, parent_run_id=run)
         with _clock(seconds, "evaluate_merged"):
             after = evaluate(merged, tokens, config.evaluation, parent_run_id=run)
+        with _clock(seconds, "evaluate_champion"):
+            champion, held = meet_champion(config, tokens, after, run)
         with _clock(seconds, "compare"):
             comparison = compare_models(
                 before,
                 after,
                 config.evaluation,
+                champion=champion,
+                champion_evaluation=held,
                 seed=config.seed,
                 title=title,
                 facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged),
@@ -79,6 +84,8 @@ def sft_pipeline(config: RunConfig, resume: str = "auto") -> RunReport:
                 merged,
                 comparison,
                 config.registry,
+                title=title,
+                evaluation=after,
                 base_model=base_model,
                 dataset=dataset,
                 tokens=tokens,

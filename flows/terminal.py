@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.checking import Check
-from schemas.artifacts import ComparisonReport, RunReport
+from schemas.artifacts import ComparisonReport, Delta, RunReport
 from schemas.config import LOWER_IS_BETTER
 from tasks import tracking
 
@@ -51,7 +52,8 @@ def show_outcome(report: RunReport) -> None:
     """Print the comparison, a few answers side by side, the gate's verdict and where to look further."""
     console = Console(highlight=False)
     console.print()
-    console.print(_metrics_table(report))
+    for table in _metrics_tables(report):
+        console.print(table)
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
     if comparison is not None:
         console.print(_answers_table(tracking.resolve(comparison)))
@@ -136,19 +138,29 @@ def _shorten(text: str) -> str:
     return line if len(line) <= _MAX_CELL_CHARS else line[: _MAX_CELL_CHARS - 1] + "…"
 
 
-def _metrics_table(report: RunReport) -> Table:
-    evaluation = report.evaluation
-    table = Table(title=f"Base and fine-tuned model on {evaluation.num_examples} held-out rows")
-    for column in ("metric", "base", "fine-tuned", "change", "interval"):
+def _metrics_tables(report: RunReport) -> Iterator[Table]:
+    """Give the comparison with the base model, and the one with the champion where there is one."""
+    evaluation, champion = report.evaluation, report.evaluation.champion
+    rows = f"on {evaluation.num_examples} held-out rows"
+    yield _metrics_table(f"Base and fine-tuned model {rows}", "base", evaluation.before, evaluation.delta)
+    if champion is not None and champion.num_examples:
+        rows = f"on {champion.num_examples} held-out rows ({'; '.join(champion.notes)})"
+        title = f"Champion (version {champion.version}) and fine-tuned model {rows}"
+        yield _metrics_table(title, "champion", champion.metrics, champion.delta)
+
+
+def _metrics_table(title: str, who: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> Table:
+    table = Table(title=title)
+    for column in ("metric", who, "fine-tuned", "change", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
-    for name, delta in evaluation.delta.items():
+    for name, delta in deltas.items():
         better = (delta.ci_high < 0) if name in LOWER_IS_BETTER else (delta.ci_low > 0)
         worse = (delta.ci_low > 0) if name in LOWER_IS_BETTER else (delta.ci_high < 0)
         colour = "green" if better else "red" if worse else "dim"
         table.add_row(
             name,
-            f"{evaluation.before[name]:.4g}",
-            f"{evaluation.after[name]:.4g}",
+            f"{values[name]:.4g}",
+            f"{values[name] + delta.value:.4g}",
             f"[{colour}]{delta.value:+.4g}[/]",
             f"{delta.ci_low:+.4g} to {delta.ci_high:+.4g}",
         )

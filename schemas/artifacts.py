@@ -35,7 +35,7 @@ class ModelRef(Ref):
     """What the user calls it: hub name or folder name."""
     revision: str | None = None
     """Commit on the hub."""
-    kind: Literal["base", "merged"] = "base"
+    kind: Literal["base", "merged", "champion"] = "base"
 
 
 class DatasetRef(Ref):
@@ -107,7 +107,7 @@ class MergeCheck(BaseModel):
 class MergedRef(ModelRef):
     """The merged model and its proof."""
 
-    kind: Literal["base", "merged"] = "merged"
+    kind: Literal["base", "merged", "champion"] = "merged"
     check: MergeCheck
 
 
@@ -115,6 +115,8 @@ class EvalReport(Ref):
     """One model on the held-out rows: rows.parquet (schemas.records.EvaluationRows) and its means."""
 
     model_digest: str
+    conditions: str
+    """Digest of all that decides the figures besides the model: rows, settings, code, libraries, device."""
     num_examples: int
     metrics: dict[str, float]
     """Metric name to its mean over the rows (perplexity: exp of the mean nll a token)."""
@@ -130,13 +132,51 @@ class Delta(BaseModel):
     ci_high: float
 
 
+class Champion(BaseModel):
+    """The version in force when a run looked: what the new one has to beat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Registered model."""
+    version: str
+    model: ModelRef | None
+    """None when it was not registered by a pipeline run, so that nothing is known of its folder."""
+    evaluation: EvalReport | None
+    """What its own run measured."""
+    dataset: Ref | None
+    """Conversations of its own run: those it was trained on are no test for it."""
+    obstacle: str | None
+    """Why it cannot answer the rows of this run, in words; None when it can."""
+
+
+class ChampionReport(BaseModel):
+    """New version against the champion, on the held-out rows that neither was trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    num_examples: int
+    """Rows compared; 0 when the two could not be compared."""
+    num_seen: int
+    """Held-out rows left out because the champion was trained on them."""
+    metrics: dict[str, float]
+    """Of the champion, on these rows."""
+    delta: dict[str, Delta]
+    """New version minus champion."""
+    notes: tuple[str, ...]
+    """How it was compared, or why not."""
+
+
 class ComparisonReport(Ref):
-    """Both models side by side: table.parquet, plots, report.html."""
+    """The models side by side: table.parquet, plots, report.html."""
 
     num_examples: int
     before: dict[str, float]
     after: dict[str, float]
     delta: dict[str, Delta]
+    champion: ChampionReport | None = None
+    """None when there was no champion of this name."""
 
 
 class RegistryEntry(BaseModel):
@@ -149,6 +189,40 @@ class RegistryEntry(BaseModel):
     aliases: tuple[str, ...]
     verdict: Literal["promoted", "refused"]
     reasons: tuple[str, ...]
+    previous: str | None = None
+    """Version that was champion before, when this one was promoted."""
+
+
+class Move(BaseModel):
+    """One move of the alias champion, as the audit trail keeps it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: int
+    """Counts from 1 within a registered model."""
+    action: Literal["promote", "rollback", "found"]
+    """found: the champion was another than the trail said, so somebody moved it by other means."""
+    name: str
+    version_from: str | None
+    version_to: str | None
+    who: str
+    when: str
+    """ISO 8601, UTC."""
+    why: str
+    forced: bool = False
+    evidence: dict[str, str]
+    """MLflow run, gate's verdict and reasons, digests; copied, so that they outlive the run."""
+
+
+class Published(Ref):
+    """A version of a dataset in MLflow: the files as they were given."""
+
+    name: str
+    version: str
+    address: str
+    """datasets:/NAME/VERSION, to be used as data.source."""
+    is_new: bool
+    """False when this content had been published before."""
 
 
 class DatasetReport(BaseModel):
@@ -190,6 +264,7 @@ class EvaluationReport(BaseModel):
     before: dict[str, float]
     after: dict[str, float]
     delta: dict[str, Delta]
+    champion: ChampionReport | None = None
 
 
 class RunReport(BaseModel):

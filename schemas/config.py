@@ -305,6 +305,9 @@ class GateConfig(Section):
     """The gain must be larger than this, in the metric's unit."""
     require_significance: bool = Field(default=True, title="Interval must exclude zero")
     """Refuse when the confidence interval of the gain includes zero."""
+    min_gain_over_champion: float = Field(default=0.0, title="Smallest gain over the champion")
+    """The same against the present champion, on rows that neither was trained on: the gain must be larger, and its
+    interval must lie above the smaller of zero and this. Negative: a loss up to this is tolerated."""
 
 
 class RegistryConfig(Section):

@@ -52,7 +52,7 @@ def _key_function(stages: tuple[str, ...]) -> Callable[[TaskRunContext, dict[str
             "task": context.task.task_key,
             "inputs": {name: _canonical(value) for name, value in sorted(inputs.items()) if name != "parent_run_id"},
             "code": digest_code(stages),
-            "libraries": {library: version(library) for library in _LIBRARIES},
+            "libraries": _list_libraries(),
             "tracking": tracking.tracking_uri(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -60,9 +60,19 @@ def _key_function(stages: tuple[str, ...]) -> Callable[[TaskRunContext, dict[str
     return key
 
 
+def digest_conditions(stages: tuple[str, ...], **parts: Any) -> str:
+    """Return the sha256 over what decides a stage's figures: its code, the libraries, and what else is named."""
+    whole = {"code": digest_code(stages), "libraries": _list_libraries(), **parts}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _list_libraries() -> dict[str, str]:
+    return {library: version(library) for library in _LIBRARIES}
+
+
 def digest_code(stages: tuple[str, ...]) -> str:
     """Return the sha256 over the source files of these stages, the modules beside them, and schemas/."""
-    folders = [_ROOT / "schemas", *(_ROOT / "tasks" / stage for stage in stages)]
+    folders = [_ROOT / "schemas", *(_ROOT / "tasks" / stage for stage in ("tracking", *stages))]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".jinja")]
     files += (_ROOT / "tasks").glob("*.py")
     digest = hashlib.sha256()

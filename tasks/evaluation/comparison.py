@@ -55,7 +55,7 @@ def compare(before: pl.DataFrame, after: pl.DataFrame, config: EvaluationConfig,
     Raises:
         ComparisonError: the rows differ in number, example_id, order or reference length, or there are none.
     """
-    _check_same_rows(before, after)
+    check_same_rows(before, after)
     resamples = _resample(before, after, config.num_resamples, seed)
     tail = tail_probability(config.confidence, before["example_id"].n_unique())
     metrics = {"before": average_rows(before), "after": average_rows(after)}
@@ -79,7 +79,7 @@ def compare(before: pl.DataFrame, after: pl.DataFrame, config: EvaluationConfig,
     )
 
 
-def _check_same_rows(before: pl.DataFrame, after: pl.DataFrame) -> None:
+def check_same_rows(before: pl.DataFrame, after: pl.DataFrame) -> None:
     """Refuse tables that cannot be compared row by row."""
     if before.height != after.height or before.is_empty():
         raise ComparisonError(

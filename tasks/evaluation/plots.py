@@ -11,10 +11,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from tasks.evaluation.champion import Rival
 from tasks.evaluation.comparison import Comparison
 
-BEFORE, AFTER = "#8c95a4", "#2f7de1"
-"""Base and fine-tuned model; readable on white and on near black."""
+BEFORE, AFTER, CHAMPION = "#8c95a4", "#2f7de1", "#d08b1d"
+"""Base and fine-tuned model, champion; readable on white and on near black."""
 _INK, _PAGE_INK = "#1c2430", "#010203"
 """Colour of text and axes: in files, and the mark that the page's own colour takes the place of."""
 MAX_VECTOR_POINTS = 2000
@@ -28,14 +29,16 @@ STYLE: dict[Any, Any] = {
 
 Curve = tuple[int, float, float | None]
 """Step, training loss, evaluation loss where there was one."""
+Side = tuple[str, str, dict[str, float], dict[str, tuple[float, float]]]
+"""Label, colour, value and interval by metric."""
 Draw = Callable[[str], Figure]
 """Draws a figure with the given ink."""
 
 
-def draw_figures(comparison: Comparison, curves: Sequence[Curve] | None) -> dict[str, Draw]:
+def draw_figures(comparison: Comparison, curves: Sequence[Curve] | None, rival: Rival | None = None) -> dict[str, Draw]:
     """Return what draws each figure, by name: metrics, nll, and training when there are curves."""
     figures: dict[str, Draw] = {
-        "metrics": lambda ink: draw_metrics(comparison, ink),
+        "metrics": lambda ink: draw_metrics(comparison, ink, rival),
         "nll": lambda ink: draw_row_nll(comparison, ink),
     }
     if curves:
@@ -58,36 +61,43 @@ def render_svg(draw: Draw) -> str:
     return svg[svg.index("<svg") :].replace(_PAGE_INK, "var(--ink)")
 
 
-def draw_metrics(comparison: Comparison, ink: str) -> Figure:
-    """Draw bars of each measure before and after, with intervals."""
+def draw_metrics(comparison: Comparison, ink: str, rival: Rival | None = None) -> Figure:
+    """Draw bars of each measure for each model, with intervals."""
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
     shares, surprise = figure.subplots(1, 2, width_ratios=[4, 1.35])
+    sides = _list_sides(comparison, rival)
     _draw_bars(
         shares,
-        comparison,
+        sides,
         {"exact_match": 100, "rouge_l": 100, "chrf": 1, "repetition_rate": 100},
         ["Word-for-word\nright", "Word overlap\n(ROUGE-L)", "Spelling overlap\n(chrF)", "Repetition"],
         ink,
     )
     shares.set_ylim(0, 104)
     shares.set_ylabel("%")
-    _draw_bars(surprise, comparison, {"nll": 1}, ["Surprise (nll),\nless is better"], ink)
+    _draw_bars(surprise, sides, {"nll": 1}, ["Surprise (nll),\nless is better"], ink)
     surprise.set_ylabel("nats a token")
     surprise.set_xlim(-0.75, 0.75)
     for axes in (shares, surprise):
         _dress(axes, ink)
-    figure.legend(*shares.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, labelcolor=ink)
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, labelcolor=ink)
     return figure
 
 
-def _draw_bars(axes: Any, comparison: Comparison, scales: dict[str, int], labels: list[str], ink: str) -> None:
-    """Draw two bars for each metric, times its scale."""
-    width = 0.36
-    sides = (
-        ("Base model", BEFORE, comparison.before, comparison.before_interval, -width / 2),
-        ("Fine-tuned model", AFTER, comparison.after, comparison.after_interval, width / 2),
-    )
-    for label, colour, values, intervals, shift in sides:
+def _list_sides(comparison: Comparison, rival: Rival | None) -> list[Side]:
+    """Return base model, champion where it was compared, and fine-tuned model."""
+    sides = [("Base model", BEFORE, comparison.before, comparison.before_interval)]
+    if rival is not None and rival.comparison is not None:
+        name = f"Champion (version {rival.report.version})"
+        sides.append((name, CHAMPION, rival.comparison.before, rival.comparison.before_interval))
+    return [*sides, ("Fine-tuned model", AFTER, comparison.after, comparison.after_interval)]
+
+
+def _draw_bars(axes: Any, sides: Sequence[Side], scales: dict[str, int], labels: list[str], ink: str) -> None:
+    """Draw a bar of each side for each metric, times its scale."""
+    width = 0.72 / len(sides)
+    for number, (label, colour, values, intervals) in enumerate(sides):
+        shift = (number - (len(sides) - 1) / 2) * width
         heights = [values[name] * scale for name, scale in scales.items()]
         below = [(values[name] - intervals[name][0]) * scale for name, scale in scales.items()]
         above = [(intervals[name][1] - values[name]) * scale for name, scale in scales.items()]

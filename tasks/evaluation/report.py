@@ -1,16 +1,26 @@
 """The page that a person reads: one HTML file without anything from outside, and its figures as files beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from schemas.artifacts import Delta
+from tasks.evaluation.champion import Rival, add_answers
 from tasks.evaluation.comparison import Comparison
 from tasks.evaluation.plots import Curve, draw_figures, render_svg, save_png
-from tasks.evaluation.verdict import MEASURES, format_change, format_value, judge, list_caveats, state_verdict
+from tasks.evaluation.verdict import (
+    MEASURES,
+    describe_rival,
+    format_change,
+    format_value,
+    judge,
+    list_caveats,
+    state_verdict,
+)
 
 ROWS_SHOWN = 6
 """Rows shown of each outcome."""
@@ -49,6 +59,12 @@ class MetricRow:
     interval: str
     direction: str
     reading: str
+    champion: str = ""
+    """Value of the champion, where it was compared."""
+    champion_change: str = ""
+    champion_interval: str = ""
+    champion_direction: str = ""
+    champion_reading: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ def write_report(
     facts: dict[str, dict[str, str]] | None = None,
     warnings: Sequence[str] = (),
     curves: Sequence[Curve] | None = None,
+    rival: Rival | None = None,
 ) -> Path:
     """Write report.html and plots/*.png into a folder, which is made where it is missing.
 
@@ -84,11 +101,12 @@ def write_report(
         facts: sections of key and value, such as the accounting of the rows.
         warnings: what the other stages want a person to know, a sentence each.
         curves: (step, training loss, evaluation loss or None), in order.
+        rival: the champion, when there is one.
 
     Returns:
         The path of report.html.
     """
-    figures = draw_figures(comparison, curves)
+    figures = draw_figures(comparison, curves, rival)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
         save_png(draw, folder / "plots" / f"{name}.png")
@@ -100,12 +118,14 @@ def write_report(
         verdict=sentence,
         num_examples=comparison.num_examples,
         confidence=f"{100 * comparison.confidence:g} %",
-        metrics={name: describe_metric(comparison, name) for name in MEASURES},
+        metrics={name: describe_metric(comparison, name, rival) for name in MEASURES},
+        champion=rival.report if rival else None,
+        against_champion=describe_rival(rival) if rival else "",
         tiles=TILES,
         warnings=[*warnings, *list_caveats(comparison)],
         # The SVG is drawn from numbers and fixed words only, so it may enter unescaped.
         figures={name: (*FIGURE_TEXTS[name], Markup(render_svg(draw))) for name, draw in figures.items()},
-        groups=group_rows(comparison.table),
+        groups=group_rows(add_answers(comparison.table, rival)),
         questions=questions,
         facts=facts or {},
     )
@@ -132,22 +152,36 @@ def clip_text(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text):,} characters)"
 
 
-def describe_metric(comparison: Comparison, name: str) -> MetricRow:
-    """Write one measure's values and change as text."""
+def describe_metric(comparison: Comparison, name: str, rival: Rival | None = None) -> MetricRow:
+    """Write one measure's values and changes as text."""
     delta, measure = comparison.delta[name], MEASURES[name]
     direction = judge(name, delta)
-    return MetricRow(
+    row = MetricRow(
         label=measure.label,
         meaning=measure.meaning,
         before=format_value(name, comparison.before[name]),
         after=format_value(name, comparison.after[name]),
         change=format_change(name, delta.value),
-        interval=f"{format_change(name, delta.ci_low)} to {format_change(name, delta.ci_high)}".replace(
-            " points to", " to"
-        ),
+        interval=_describe_interval(name, delta),
         direction=direction,
         reading=READINGS[direction],
     )
+    if rival is None or rival.comparison is None:
+        return row
+    delta = rival.report.delta[name]
+    direction = judge(name, delta)
+    return replace(
+        row,
+        champion=format_value(name, rival.report.metrics[name]),
+        champion_change=format_change(name, delta.value),
+        champion_interval=_describe_interval(name, delta),
+        champion_direction=direction,
+        champion_reading=READINGS[direction],
+    )
+
+
+def _describe_interval(name: str, delta: Delta) -> str:
+    return f"{format_change(name, delta.ci_low)} to {format_change(name, delta.ci_high)}".replace(" points to", " to")
 
 
 def group_rows(table: pl.DataFrame) -> list[OutcomeGroup]:

@@ -1,19 +1,22 @@
 """The door of evaluation: a model meets the held-out rows; two such meetings are compared."""
 
 import json
+from pathlib import Path
 
 import polars as pl
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from schemas.artifacts import ComparisonReport, EvalReport, ModelRef, TokensRef
+from schemas.artifacts import Champion, ComparisonReport, EvalReport, ModelRef, TokensRef
 from schemas.config import EvaluationConfig
 from tasks import storage, tracking
-from tasks.caching import stage_cache
-from tasks.evaluation.comparison import compare
+from tasks.caching import digest_conditions, stage_cache
+from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, stand_apart
+from tasks.evaluation.comparison import Comparison, compare
 from tasks.evaluation.report import write_report
 from tasks.evaluation.scoring import evaluate_model
+from tasks.models import choose_device, choose_dtype
 
 _ROWS, _QUESTIONS = "rows.parquet", "questions.json"
 
@@ -48,8 +51,20 @@ def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, pa
         digest=digest,
         mlflow_run_id=run_id,
         model_digest=model.digest,
+        conditions=_digest_conditions(tokens, config),
         num_examples=rows.height,
         metrics=metrics,
+    )
+
+
+def _digest_conditions(tokens: TokensRef, config: EvaluationConfig) -> str:
+    """Digest what two evaluations must have in common for their rows to be compared."""
+    device = choose_device()
+    return digest_conditions(
+        ("evaluation",),
+        tokens=tokens.digest,
+        settings=config.model_dump(mode="json", include={"max_examples", "max_new_tokens"}),
+        device=f"{device.type} {choose_dtype('auto', device)}",
     )
 
 
@@ -65,6 +80,8 @@ def compare_models(
     after: EvalReport,
     config: EvaluationConfig,
     *,
+    champion: Champion | None = None,
+    champion_evaluation: EvalReport | None = None,
     seed: int,
     title: str,
     facts: dict[str, dict[str, str]],
@@ -72,13 +89,15 @@ def compare_models(
     train_run_id: str,
     parent_run_id: str,
 ) -> ComparisonReport:
-    """Compare base and merged model row by row, and write the page that a person reads."""
+    """Compare base and merged model row by row, the champion too where there is one, and write the page for people."""
     if (done := tracking.recall(parent_run_id, "compare", ComparisonReport)) is not None:
         return done
     with tracking.stage_run(parent_run_id, "compare") as run_id, storage.new_folder() as folder:
         folders = tracking.resolve(before), tracking.resolve(after)
         rows_before, rows_after = (pl.read_parquet(place / _ROWS) for place in folders)
         comparison = compare(rows_before, rows_after, config, seed=seed)
+        rival = _meet(champion, champion_evaluation, rows_after, config, seed=seed) if champion else None
+        table = add_answers(comparison.table, rival)
         base_answers, tuned_answers = (json.loads((place / _QUESTIONS).read_text("utf-8")) for place in folders)
         questions = [(q, base, tuned) for (q, base), (_, tuned) in zip(base_answers, tuned_answers, strict=True)]
         answers = [{"question": q, "base": base, "tuned": tuned} for q, base, tuned in questions]
@@ -90,15 +109,14 @@ def compare_models(
             facts=facts,
             warnings=list(warnings),
             curves=tracking.training_curves(train_run_id),
+            rival=rival,
         )
-        comparison.table.write_parquet(folder / "comparison" / "table.parquet")
+        table.write_parquet(folder / "comparison" / "table.parquet")
         text = json.dumps(answers, ensure_ascii=False, indent=1)
         (folder / "comparison" / _QUESTIONS).write_text(text, encoding="utf-8")
-        tracking.log_table(parent_run_id, comparison.table, "side_by_side.json")
+        tracking.log_table(parent_run_id, table, "side_by_side.json")
         tracking.log_folder(parent_run_id, page.parent, "report")
-        for name, values in (("before", comparison.before), ("after", comparison.after)):
-            tracking.log_metrics(parent_run_id, {f"{name}/{metric}": value for metric, value in values.items()})
-        tracking.log_metrics(parent_run_id, {f"delta/{name}": delta.value for name, delta in comparison.delta.items()})
+        _log_metrics(parent_run_id, comparison, rival)
         uri, digest = tracking.publish(folder / "comparison", run_id, "comparison")
         ref = ComparisonReport(
             uri=uri,
@@ -108,20 +126,64 @@ def compare_models(
             before=comparison.before,
             after=comparison.after,
             delta=comparison.delta,
+            champion=rival.report if rival else None,
         )
         tracking.remember(run_id, ref)
-    create_table_artifact(
-        [
-            {
-                "metric": name,
-                "base": round(ref.before[name], 4),
-                "fine-tuned": round(ref.after[name], 4),
-                "change": round(delta.value, 4),
-                "interval": f"{delta.ci_low:.4g} to {delta.ci_high:.4g}",
-            }
-            for name, delta in ref.delta.items()
-        ],
-        key="before-after",
-        description=f"{title}: base and fine-tuned model on {ref.num_examples} held-out rows",
-    )
+    _show_tables(ref, title)
     return ref
+
+
+def _meet(
+    champion: Champion, evaluation: EvalReport | None, rows: pl.DataFrame, config: EvaluationConfig, *, seed: int
+) -> Rival:
+    """Compare with the champion, or say why not."""
+    if champion.obstacle is not None or evaluation is None:
+        return stand_apart(champion.version, (champion.obstacle or "it was not evaluated",))
+    theirs = pl.read_parquet(tracking.resolve(evaluation) / _ROWS)
+    own_run = evaluation == champion.evaluation
+    notes: tuple[str, ...] = ("measured in its own run" if own_run else "measured again on these rows",)
+    seen: set[str] = set()
+    try:
+        if champion.dataset is not None:
+            seen = _read_ids(tracking.resolve(champion.dataset) / "train.parquet")
+    except tracking.ArtifactError as error:
+        notes = (*notes, f"its training rows are gone, so that some of these may be among them ({error})")
+    return compare_with_champion(champion.version, theirs, rows, seen, config, seed=seed, notes=notes)
+
+
+def _read_ids(file: Path) -> set[str]:
+    return set(pl.read_parquet(file, columns=["example_id"])["example_id"])
+
+
+def _log_metrics(run_id: str, comparison: Comparison, rival: Rival | None) -> None:
+    """Log each metric of each model, and the differences, on the pipeline's run."""
+    values = {f"before/{name}": value for name, value in comparison.before.items()}
+    values |= {f"after/{name}": value for name, value in comparison.after.items()}
+    values |= {f"delta/{name}": delta.value for name, delta in comparison.delta.items()}
+    if rival is not None:
+        values |= {f"champion/{name}": value for name, value in rival.report.metrics.items()}
+        values |= {f"delta_champion/{name}": delta.value for name, delta in rival.report.delta.items()}
+    tracking.log_metrics(run_id, values)
+
+
+def _show_tables(ref: ComparisonReport, title: str) -> None:
+    """Show the comparisons on the flow run's page in Prefect."""
+    tables = {"before-after": ("base", ref.before, ref.delta, ref.num_examples)}
+    if ref.champion is not None and ref.champion.num_examples:
+        beaten = ref.champion
+        tables["champion"] = (f"champion v{beaten.version}", beaten.metrics, beaten.delta, beaten.num_examples)
+    for key, (who, values, deltas, num_examples) in tables.items():
+        create_table_artifact(
+            [
+                {
+                    "metric": name,
+                    who: round(values[name], 4),
+                    "fine-tuned": round(values[name] + delta.value, 4),
+                    "change": round(delta.value, 4),
+                    "interval": f"{delta.ci_low:.4g} to {delta.ci_high:.4g}",
+                }
+                for name, delta in deltas.items()
+            ],
+            key=key,
+            description=f"{title}: {who} and fine-tuned model on {num_examples} held-out rows",
+        )

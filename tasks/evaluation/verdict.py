@@ -5,6 +5,7 @@ from typing import Literal
 
 from schemas.artifacts import Delta
 from schemas.config import LOWER_IS_BETTER
+from tasks.evaluation.champion import Rival
 from tasks.evaluation.comparison import Comparison
 
 FEW_CONVERSATIONS = 30
@@ -85,6 +86,25 @@ def state_verdict(comparison: Comparison) -> tuple[Tone, str]:
         "No clear difference: chance in the choice of the held-out rows could explain what was measured. "
         f"{_describe(comparison, 'exact_match', 'The fine-tuned model')}"
     )
+
+
+def describe_rival(rival: Rival) -> str:
+    """Say in a sentence how the new model stands to the champion."""
+    report = rival.report
+    who = f"champion (version {report.version})"
+    if rival.comparison is None:
+        return f"It could not be compared with the {who}: {'; '.join(report.notes)}."
+    judged = {name: judge(name, report.delta[name]) for name in QUALITY}
+    better = [name for name in QUALITY if judged[name] == "better"]
+    worse = [name for name in QUALITY if judged[name] == "worse"]
+    rows = f"{report.num_examples:,} held-out {'row' if report.num_examples == 1 else 'rows'}"
+    if better and worse:
+        found = f"it is better in {_list_labels(better)}, but worse in {_list_labels(worse)}"
+    elif better or worse:
+        found = f"it is {'better' if better else 'worse'} in {_list_labels(better or worse)}"
+    else:
+        found = "there is no clear difference"
+    return f"Against the {who}, on {rows}: {found} ({'; '.join(report.notes)})."
 
 
 def _describe(comparison: Comparison, name: str, subject: str = "It") -> str:

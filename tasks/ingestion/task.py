@@ -11,6 +11,7 @@ from tasks.ingestion.base_model import locate_base_model
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.rejects import DataError
 from tasks.ingestion.sources import digest_source
+from tasks.registration.publication import bring_sources, pin_sources
 
 
 @task(name="locate-model", task_run_name="locate {config.base_model}", persist_result=False)
@@ -24,7 +25,9 @@ def locate_model(config: ModelConfig) -> ModelRef:
 @task(name="locate-dataset", task_run_name="locate {config.source}", persist_result=False)
 def locate_dataset(config: DataConfig) -> SourceRef:
     """Find or fetch the dataset's files and digest them."""
-    ref = SourceRef(uri=config.source, digest=digest_source(config), eval_uri=config.eval_source)
+    config = pin_sources(config)
+    digest = digest_source(bring_sources(config))
+    ref = SourceRef(uri=config.source, digest=digest, eval_uri=config.eval_source)
     get_run_logger().info("Dataset %s, digest %s", ref.uri, ref.digest[:12])
     return ref
 
@@ -40,7 +43,9 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
     """Turn raw rows into validated, split conversations, and account for every row."""
     with tracking.stage_run(parent_run_id, "ingest") as run_id, storage.new_folder() as folder:
         try:
-            counts = build_dataset(config, seed=seed, folder=folder / "dataset")
+            # What was located is read: of a published dataset, the same version.
+            located = config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri})
+            counts = build_dataset(bring_sources(located), seed=seed, folder=folder / "dataset")
         except DataError:
             # What was refused stays readable where the run is.
             if (folder / "dataset" / "rejects.parquet").is_file():

@@ -1,24 +1,106 @@
 """The door of registration: a merged model becomes a version, and the gate decides what it may be called."""
 
+from pathlib import Path
+
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from schemas.artifacts import ComparisonReport, DatasetRef, MergedRef, ModelRef, RegistryEntry, TokensRef
+from schemas.artifacts import (
+    Champion,
+    ChampionReport,
+    ComparisonReport,
+    DatasetRef,
+    EvalReport,
+    MergedRef,
+    ModelRef,
+    Ref,
+    RegistryEntry,
+    TokensRef,
+)
 from schemas.config import RegistryConfig
-from tasks import tracking
-from tasks.registration.gate import judge
+from tasks import storage, tracking
+from tasks.registration.audit import describe_user
+from tasks.registration.description import describe_version
+from tasks.registration.gate import Verdict, judge
+from tasks.registration.promotion import OvertakenError, nominate, promote_version
 from tasks.registration.versions import (
-    CHALLENGER,
     CHAMPION,
+    GATE_TAG,
+    MODEL_TAG,
+    PARITY_TAG,
+    REASONS_TAG,
+    RUN_TAG,
+    VERSION_TAG,
     aliases_of,
     create_version,
     find_version,
-    set_alias,
+    get_version,
+    read_alias,
+    update_version,
 )
 
-_RUN_TAG = "sft.run"
+_EVALUATION_TAG, _DATASET_TAG, _TOKENIZER_TAG = "sft.evaluation", "sft.dataset", "sft.tokenizer_digest"
+_TEMPLATE_TAG = "sft.template_digest"
+
+
+@task(name="find-champion", task_run_name="find the champion of {name}", cache_policy=NO_CACHE)
+def find_champion(name: str, tokens: TokensRef) -> Champion | None:
+    """Return the version behind the alias champion, and what stands against asking it these rows."""
+    version = read_alias(name, CHAMPION)
+    if version is None:
+        get_run_logger().info("%s has no champion yet", name)
+        return None
+    found = get_version(name, version)
+    tags = found.tags
+    known = MODEL_TAG in tags
+    champion = Champion(
+        name=name,
+        version=version,
+        model=ModelRef(uri=str(found.source), digest=tags[MODEL_TAG], name=f"{name} version {version}", kind="champion")
+        if known
+        else None,
+        evaluation=_recorded_evaluation(tags.get(_EVALUATION_TAG)),
+        dataset=Ref.model_validate_json(tags[_DATASET_TAG]) if _DATASET_TAG in tags else None,
+        obstacle=_find_obstacle(tags, tokens),
+    )
+    get_run_logger().info(
+        "Champion of %s: version %s%s", name, version, f", {champion.obstacle}" if champion.obstacle else ""
+    )
+    return champion
+
+
+def _find_obstacle(tags: dict[str, str], tokens: TokensRef) -> str | None:
+    """Say why a champion cannot be asked the rows of this run; None when it can.
+
+    The rows are ids, so another tokenizer makes them other words, and its nll would be over other tokens.
+    """
+    if MODEL_TAG not in tags or _TOKENIZER_TAG not in tags:
+        return "it was not registered by this pipeline as it is now, so that its tokenizer is not known"
+    if tags[_TOKENIZER_TAG] != _digest_tokenizer(tokens):
+        return "it has another tokenizer, so that nll and prompts would be over other tokens"
+    if tags.get(_TEMPLATE_TAG) != tokens.template_digest:
+        return "it was trained with another chat template than the one these rows are rendered with"
+    return None
+
+
+def _recorded_evaluation(text: str | None) -> EvalReport | None:
+    """Return what the champion's own run measured, when its rows are still there."""
+    if text is None:
+        return None
+    evaluation = EvalReport.model_validate_json(text)
+    try:
+        tracking.resolve(evaluation)
+    except tracking.ArtifactError:
+        return None
+    return evaluation
+
+
+def _digest_tokenizer(tokens: TokensRef) -> str:
+    folder = tracking.resolve(tokens) / "tokenizer"
+    file: Path = folder / "tokenizer.json"
+    return storage.digest_file(file) if file.is_file() else storage.digest_folder(folder)
 
 
 @task(name="register", task_run_name="register {config.name}", cache_policy=NO_CACHE)
@@ -27,50 +109,105 @@ def register(
     comparison: ComparisonReport,
     config: RegistryConfig,
     *,
+    title: str,
+    evaluation: EvalReport,
     base_model: ModelRef,
     dataset: DatasetRef,
     tokens: TokensRef,
     git_commit: str,
     parent_run_id: str,
 ) -> RegistryEntry:
-    """Register the model as challenger, and as champion when the gate says so."""
+    """Register the model as challenger, and as champion when the gate says so and nobody was faster."""
     with tracking.stage_run(parent_run_id, "register") as run_id:
-        verdict, reasons = judge(comparison.delta, config.gate)
         tags = {
-            _RUN_TAG: parent_run_id,
-            "sft.dataset_digest": dataset.digest,
-            "sft.source_digest": dataset.source_digest,
-            "sft.base_model": base_model.name,
-            "sft.base_model_revision": base_model.revision or "",
-            "sft.base_model_digest": base_model.digest,
-            "sft.model_digest": merged.digest,
-            "sft.template_digest": tokens.template_digest,
+            **_collect_tags(merged, comparison, base_model, dataset, tokens, evaluation),
+            RUN_TAG: parent_run_id,
             "sft.git_commit": git_commit,
             "sft.prefect_flow_run": str(flow_run.id or ""),
-            "sft.gate_verdict": verdict,
-            "sft.gate_reasons": "; ".join(reasons),
         }
         # A resumed run may have registered already: the version is found again by its run.
-        version = find_version(config.name, _RUN_TAG, parent_run_id) or create_version(
-            config.name,
-            merged.uri,
-            run_id=str(merged.mlflow_run_id),
-            metrics=comparison.after,
-            tags=tags,
-            description=f"{base_model.name} fine-tuned on {dataset.rows_train:,} rows. {'; '.join(reasons)}",
+        version = find_version(config.name, RUN_TAG, parent_run_id) or create_version(
+            config.name, merged.uri, run_id=str(merged.mlflow_run_id), metrics=comparison.after, tags=tags
         )
-        set_alias(config.name, CHALLENGER, version)
-        if verdict == "promoted":
-            set_alias(config.name, CHAMPION, version)
+        links = _describe_links(parent_run_id)
+
+        def tell(decision: Verdict) -> Verdict:
+            said = {GATE_TAG: decision[0], REASONS_TAG: "; ".join(decision[1])}
+            text = describe_version(title, comparison, *decision, links)
+            update_version(config.name, version, tags=said, description=text)
+            tracking.set_tags(run_id, {**tags, **said, VERSION_TAG: f"{config.name}/{version}"})
+            return decision
+
+        decision = tell(judge(comparison.delta, config.gate, comparison.champion))
+        try:
+            previous = _take_place(config.name, version, comparison.champion, decision)
+        except OvertakenError as error:
+            decision, previous = tell(("refused", (str(error),))), None
         aliases = aliases_of(config.name, version)
-        tracking.set_tags(run_id, tags)
+        tracking.set_tags(parent_run_id, {VERSION_TAG: f"{config.name}/{version}", "sft.verdict": decision[0]})
+    verdict, reasons = decision
     get_run_logger().info("%s version %s: %s. %s", config.name, version, verdict, "; ".join(reasons))
-    link = tracking.ui_link(parent_run_id)
-    place = f"[MLflow run]({link})" if link else f"MLflow run `{parent_run_id}`"
-    listed = "\n".join(f"- {reason}" for reason in reasons)
-    create_markdown_artifact(
-        f"## {config.name} version {version}: {verdict}\n\n{listed}\n\n{place}",
-        key="registry",
-        description="What the gate said",
+    _show_verdict(config.name, version, verdict, reasons, links)
+    return RegistryEntry(
+        name=config.name, version=version, aliases=aliases, verdict=verdict, reasons=reasons, previous=previous
     )
-    return RegistryEntry(name=config.name, version=version, aliases=aliases, verdict=verdict, reasons=reasons)
+
+
+def _collect_tags(
+    merged: MergedRef,
+    comparison: ComparisonReport,
+    base_model: ModelRef,
+    dataset: DatasetRef,
+    tokens: TokensRef,
+    evaluation: EvalReport,
+) -> dict[str, str]:
+    """Return what a version carries of where it comes from, and what a later run needs to compare with it."""
+    return {
+        "sft.dataset_digest": dataset.digest,
+        "sft.source_digest": dataset.source_digest,
+        _DATASET_TAG: Ref(uri=dataset.uri, digest=dataset.digest).model_dump_json(),
+        _EVALUATION_TAG: evaluation.model_dump_json(),
+        "sft.base_model": base_model.name,
+        "sft.base_model_revision": base_model.revision or "",
+        "sft.base_model_digest": base_model.digest,
+        MODEL_TAG: merged.digest,
+        _TEMPLATE_TAG: tokens.template_digest,
+        _TOKENIZER_TAG: _digest_tokenizer(tokens),
+        # A merge that cannot prove itself fails the run, so that what arrives here has passed.
+        PARITY_TAG: f"passed: largest logit difference {merged.check.max_abs_logit_diff:.2e}, "
+        f"greedy agreement {merged.check.greedy_agreement:.1%}",
+        "sft.compared_with_champion": comparison.champion.version if comparison.champion else "",
+    }
+
+
+def _take_place(name: str, version: str, champion: ChampionReport | None, decision: Verdict) -> str | None:
+    """Give the version its aliases; return the champion that it took the place of.
+
+    Raises:
+        OvertakenError: the champion is not the one any more that it was compared with.
+    """
+    who = f"pipeline run by {describe_user()}"
+    nominate(name, version, who=who)
+    if decision[0] == "refused" or read_alias(name, CHAMPION) == version:
+        return None
+    previous = champion.version if champion else None
+    promote_version(name, version, expected=previous, who=who, why="; ".join(decision[1]))
+    return previous
+
+
+def _describe_links(parent_run_id: str) -> str:
+    """Return a line of Markdown that leads to the run in MLflow and in Prefect."""
+    address = tracking.ui_link(parent_run_id)
+    run = f"[MLflow run]({address})" if address else f"MLflow run `{parent_run_id}`"
+    page = tracking.get_run(parent_run_id).data.tags.get("sft.prefect_url")
+    return f"{run}, [Prefect run]({page})" if page else f"{run}, Prefect run `{flow_run.id}`"
+
+
+def _show_verdict(name: str, version: str, verdict: str, reasons: tuple[str, ...], links: str) -> None:
+    """Show on the flow run's page in Prefect what the gate said."""
+    listed = "\n".join(f"- {reason}" for reason in reasons)
+    page = tracking.version_link(name, version)
+    title = f"[{name} version {version}]({page})" if page else f"{name} version {version}"
+    create_markdown_artifact(
+        f"## {title}: {verdict}\n\n{listed}\n\n{links}", key="registry", description="What the gate said"
+    )

@@ -1,17 +1,25 @@
-"""Model versions and aliases in the MLflow registry."""
+"""Model versions and aliases in the MLflow registry.
 
+`challenger` is the newest version that passed its checks, `champion` the one in use, `previous` the champion before.
+"""
+
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
 from tasks import tracking
 
-CHALLENGER = "challenger"
-CHAMPION = "champion"
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+RUN_TAG, PARITY_TAG = "sft.run", "sft.parity"
+MODEL_TAG, VERSION_TAG = "sft.model_digest", "sft.version"
+GATE_TAG, REASONS_TAG = "sft.gate_verdict", "sft.gate_reasons"
+_ADDRESS = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[A-Za-z0-9_-]+))?")
 _SERVING_CODE = Path(__file__).with_name("serving.py")
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
 
@@ -38,7 +46,7 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
 
 
 def create_version(
-    name: str, model_uri: str, *, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], description: str
+    name: str, model_uri: str, *, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> str:
     """Register a logged model as a new version with its tags and metrics; return the version.
 
@@ -53,16 +61,90 @@ def create_version(
     except mlflow.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    created = client.create_model_version(
-        name, source=model_uri, run_id=run_id, tags=dict(tags), description=description, model_id=model_id
-    )
+    created = client.create_model_version(name, source=model_uri, run_id=run_id, tags=dict(tags), model_id=model_id)
     return str(created.version)
+
+
+def update_version(name: str, number: str, *, tags: Mapping[str, str], description: str) -> None:
+    """Set tags and description of a version."""
+    for tag, value in tags.items():
+        tracking.client().set_model_version_tag(name, number, tag, value)
+    tracking.client().update_model_version(name, number, description=description)
 
 
 def find_version(name: str, tag: str, value: str) -> str | None:
     """Return the newest version that carries this tag, or None."""
     found = tracking.client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
     return next((str(entry.version) for entry in found if entry.tags.get(tag) == value), None)
+
+
+def find_by_address(address: str, *, default_alias: str) -> tuple[str, str]:
+    """Return name and version of `NAME`, `NAME/VERSION` or `NAME@alias`, each also with `models:/` before it.
+
+    Raises:
+        ValueError: it is none of these, or the registry knows none such.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ValueError(f"{address!r} names no version: write NAME, NAME/VERSION or NAME@alias, such as demo/3")
+    name, version = match["name"], match["version"]
+    if version is not None:
+        return name, str(get_version(name, version).version)
+    alias = match["alias"] or default_alias
+    found = read_alias(name, alias)
+    if found is None:
+        known = [f"{key} (version {number})" for key, number in sorted(get_model(name).aliases.items())]
+        raise ValueError(
+            f"{address}: {name} has no alias {alias} at {tracking.tracking_uri()}: "
+            + (f"it has {', '.join(known)}" if known else "it has none")
+        )
+    return name, found
+
+
+def find_champions() -> list[str]:
+    """Return the registered models that have a champion, by name."""
+    models = tracking.client().search_registered_models(max_results=1000)
+    return sorted(model.name for model in models if CHAMPION in model.aliases)
+
+
+def get_model(name: str) -> RegisteredModel:
+    """Return a registered model; raise ValueError when there is none of this name."""
+    try:
+        return tracking.client().get_registered_model(name)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = [model.name for model in tracking.client().search_registered_models(max_results=20)]
+        raise ValueError(
+            f"no registered model {name!r} at {tracking.tracking_uri()}: "
+            + (f"known are {', '.join(known)}" if known else "none is registered")
+        ) from None
+
+
+def get_version(name: str, number: str) -> ModelVersion:
+    """Return a version; raise ValueError when the registry knows none such."""
+    try:
+        return tracking.client().get_model_version(name, number)
+    except mlflow.MlflowException as error:
+        raise ValueError(
+            f"{name} version {number} is not known at {tracking.tracking_uri()}: {error.message}"
+        ) from None
+
+
+def read_alias(name: str, alias: str) -> str | None:
+    """Return the version behind an alias, or None."""
+    try:
+        return str(tracking.client().get_model_version_by_alias(name, alias).version)
+    except mlflow.MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model, no such alias
+            return None
+        raise
+
+
+def drop_alias(name: str, alias: str) -> None:
+    """Take an alias away, if it is there."""
+    if read_alias(name, alias) is not None:
+        tracking.client().delete_registered_model_alias(name, alias)
 
 
 def set_alias(name: str, alias: str, number: str) -> None:

@@ -56,7 +56,9 @@ def test_only_unfinished_parent_runs_count_as_interrupted(parent: str) -> None:
 
 
 def test_a_finished_stage_is_recalled_and_an_unfinished_one_is_not(parent: str) -> None:
-    ref = EvalReport(uri="runs:/x", digest="d" * 64, model_digest="m", num_examples=3, metrics={"nll": 1.5})
+    ref = EvalReport(
+        uri="runs:/x", digest="d" * 64, model_digest="m", conditions="c", num_examples=3, metrics={"nll": 1.5}
+    )
     with tracking.stage_run(parent, "evaluate") as run_id:
         tracking.remember(run_id, ref)
         assert tracking.recall(parent, "evaluate", EvalReport) is None

@@ -62,9 +62,7 @@ def logged(model_folder: Path, tracking_home: Path) -> tuple[str, str]:
 
 
 def _register(logged: tuple[str, str], name: str, tag: str) -> str:
-    return versions.create_version(
-        name, logged[1], run_id=logged[0], metrics={"nll": 1.5}, tags={"sft.run": tag}, description="d"
-    )
+    return versions.create_version(name, logged[1], run_id=logged[0], metrics={"nll": 1.5}, tags={"sft.run": tag})
 
 
 def test_versions_count_up_and_are_found_by_their_run(logged: tuple[str, str]) -> None:

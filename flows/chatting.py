@@ -1,0 +1,222 @@
+"""`sft chat`: talk to a registered version or a model folder in the terminal, beside the base model if wanted."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from schemas.artifacts import Ref
+from schemas.config import ModelConfig
+from tasks import tracking
+from tasks.evaluation.generation import context_length, find_stop_ids
+from tasks.evaluation.streaming import stream_text, stream_tokens
+from tasks.ingestion.base_model import locate_base_model
+from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
+from tasks.registration.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
+
+HELP = "/reset forgets the conversation, /help shows this, Ctrl-D ends"
+
+
+class ChatError(ValueError):
+    """There is no such model to talk to."""
+
+
+@dataclass
+class Speaker:
+    """A model in a conversation, with what was said to it so far."""
+
+    label: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How answers are made."""
+
+    temperature: float = 0.0
+    max_new_tokens: int = 512
+    seed: int = 0
+    system: str = ""
+
+
+def find_speakers(target: str, *, compare_base: bool, system: str = "") -> list[Speaker]:
+    """Load what a target names, and the base model it was made from where wanted.
+
+    Args:
+        target: a folder, NAME, NAME/VERSION, NAME@alias, the same with models:/ before it, or empty for the only
+            registered model that has a champion.
+        compare_base: also the base model, with the tokenizer and template of the first.
+        system: a system message to begin with.
+
+    Raises:
+        ValueError: no such model, or its base is not known.
+    """
+    name, version = ("", "")
+    if target and Path(target).expanduser().is_dir():
+        folder = Path(target).expanduser()
+        label = folder.resolve().name
+    else:
+        name, version = find_by_address(target or _only_champion(), default_alias=CHAMPION)
+        folder, label = _fetch(name, version), f"{name} version {version}"
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ChatError(f"{folder}: the tokenizer has no chat template: a model made by this pipeline has one")
+    speakers = [_load(label, folder, folder, tokenizer)]
+    if compare_base:
+        if not name:
+            raise ChatError("--compare base needs a registered version: of a folder nobody knows the base model")
+        base, base_name = _find_base(name, version)
+        speakers.insert(0, _load(f"base {base_name}", base, folder, tokenizer))
+    for speaker in speakers:
+        speaker.messages = _begin(system)
+    return speakers
+
+
+def _begin(system: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _only_champion() -> str:
+    names = find_champions()
+    if len(names) != 1:
+        known = f"there are {', '.join(names)}" if names else "there is none: sft run makes one, and a folder does too"
+        raise ChatError(
+            f"name a model (NAME@alias, NAME/VERSION or a folder): of registered models with a champion {known}"
+        )
+    return names[0]
+
+
+def _fetch(name: str, version: str) -> Path:
+    found = get_version(name, version)
+    digest = found.tags.get(MODEL_TAG)
+    if digest is None:
+        raise ChatError(
+            f"{name} version {version} was not registered by this pipeline: download it and give its folder"
+        )
+    return tracking.resolve(Ref(uri=str(found.source), digest=digest))
+
+
+def _find_base(name: str, version: str) -> tuple[Path, str]:
+    """Return the folder of the base model of a version; it must be the very one."""
+    tags = get_version(name, version).tags
+    config = ModelConfig.model_validate(tracking.recorded_config(tags[RUN_TAG])["model"])
+    ref = locate_base_model(config)
+    if ref.digest != tags["sft.base_model_digest"]:
+        raise ChatError(
+            f"{config.base_model} has digest {ref.digest[:12]} and {name} version {version} was made from "
+            f"{tags['sft.base_model_digest'][:12]}: the base model has changed since"
+        )
+    return Path(ref.uri), ref.name
+
+
+def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenizerBase) -> Speaker:
+    device = choose_device()
+    model = load_model(folder, dtype=choose_dtype("auto", device), device=device)
+    generation = (
+        GenerationConfig.from_pretrained(str(shipped), local_files_only=True)
+        if (shipped / "generation_config.json").exists()
+        else None
+    )
+    return Speaker(label, model, tokenizer, find_stop_ids((model.generation_config, generation), tokenizer))
+
+
+def answer(speaker: Speaker, question: str, manner: Manner) -> Iterator[str]:
+    """Give the answer to a question piece by piece; afterwards both are part of the conversation.
+
+    Raises:
+        ChatError: the conversation is longer than the model's context.
+    """
+    messages = [*speaker.messages, {"role": "user", "content": question}]
+    prompt: Any = speaker.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    limit = context_length(speaker.model)
+    if len(prompt) >= limit:
+        raise ChatError(
+            f"the conversation has {len(prompt)} tokens and {speaker.label} takes {limit}: /reset begins anew"
+        )
+    tokens = stream_tokens(
+        speaker.model,
+        prompt,
+        stop_ids=speaker.stop_ids,
+        max_new_tokens=manner.max_new_tokens,
+        temperature=manner.temperature,
+        generator=torch.Generator().manual_seed(manner.seed + len(messages)),
+    )
+    said = ""
+    for piece in stream_text(tokens, speaker.tokenizer):
+        said += piece
+        yield piece
+    speaker.messages = [*messages, {"role": "assistant", "content": said}]
+
+
+def answer_once(speakers: list[Speaker], question: str, manner: Manner) -> None:
+    """Print the answer and nothing else; with two models, each under its name."""
+    for speaker in speakers:
+        if len(speakers) > 1:
+            print(f"## {speaker.label}")  # noqa: T201
+        for piece in answer(speaker, question, manner):
+            print(piece, end="", flush=True)  # noqa: T201
+        print()  # noqa: T201
+
+
+def converse(speakers: list[Speaker], manner: Manner, console: Console) -> None:
+    """Ask and answer until Ctrl-D."""
+    how = f"temperature {manner.temperature:g}" if manner.temperature > 0 else "greedy"
+    console.print(f"[bold]{' and '.join(speaker.label for speaker in speakers)}[/], {how}. [dim]{HELP}.[/]")
+    while True:
+        try:
+            question = console.input("[bold cyan]you ›[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if question == "/reset":
+            for speaker in speakers:
+                speaker.messages = _begin(manner.system)
+            console.print("[dim]The conversation is forgotten.[/]")
+        elif question.startswith("/"):
+            console.print(f"[dim]{HELP}[/]")
+        elif question:
+            try:
+                _show_answers(speakers, question, manner, console)
+            except KeyboardInterrupt:
+                console.print("[dim]Stopped; the question is forgotten.[/]")
+            except ChatError as error:
+                console.print(f"[red]{error}[/]", markup=True)
+
+
+def _show_answers(speakers: list[Speaker], question: str, manner: Manner, console: Console) -> None:
+    """Show the answers as they grow: one below the question, or two side by side."""
+    if len(speakers) == 1:
+        console.print(f"[bold green]{speakers[0].label} ›[/] ", end="")
+        for piece in answer(speakers[0], question, manner):
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        return
+    texts = ["" for _ in speakers]
+    streams = [answer(speaker, question, manner) for speaker in speakers]
+    with Live(console=console, refresh_per_second=12, vertical_overflow="visible") as live:
+        for pieces in zip_longest(*streams, fillvalue=""):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+            live.update(_put_side_by_side(speakers, texts, console.width))
+
+
+def _put_side_by_side(speakers: list[Speaker], texts: list[str], width: int) -> RenderableType:
+    half = width // len(speakers) - 1
+    panels = [
+        Panel(Text(text), title=speaker.label, width=half, border_style="dim" if place == 0 else "green")
+        for place, (speaker, text) in enumerate(zip(speakers, texts, strict=True))
+    ]
+    return Group(Columns(panels, padding=0))

@@ -1,0 +1,124 @@
+"""Commands of `sft` on what was registered or published: promote, rollback, publish, chat."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flows.console import console, fail, load_for_data, prepare_environment
+from schemas.artifacts import Move
+
+app = typer.Typer()
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="NAME (its challenger), NAME/VERSION or NAME@alias.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
+    force: Annotated[
+        bool, typer.Option(help="Also a version that the gate refused or that was rolled back; needs a reason.")
+    ] = False,
+) -> None:
+    """Make a version champion, at once. The present champion becomes `previous`."""
+    prepare_environment(cache=True)
+    from flows.promote import promote_now
+    from tasks.registration.audit import describe_user
+
+    try:
+        move = promote_now(version, reason=reason, force=force, who=describe_user())
+    except ValueError as error:
+        fail(error)
+    _report_move(move)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the audit trail.")] = "",
+) -> None:
+    """Go back to the champion before, at once."""
+    prepare_environment(cache=True)
+    from flows.rollback import rollback_now
+    from tasks.registration.audit import describe_user
+
+    try:
+        move = rollback_now(name, reason=reason, who=describe_user())
+    except ValueError as error:
+        fail(error)
+    _report_move(move)
+
+
+@app.command()
+def publish(
+    data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset.")],
+    name: Annotated[str, typer.Option(help="Of the dataset. Default: from its path.")] = "",
+    config: Annotated[Path | None, typer.Option(help="YAML config whose settings and tokenizer are used.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Send the event also when nothing is new.")] = False,
+) -> None:
+    """Check a dataset, keep it in MLflow as a version, and tell the Prefect server: `dataset.published`."""
+    loaded = load_for_data(data, config, set_)
+    prepare_environment(cache=True)
+    from flows.publish import describe_event, describe_place, describe_publication, publish_now, tell
+    from tasks.registration.audit import describe_user
+
+    try:
+        published, _ = publish_now(loaded, name=name, who=describe_user())
+        console.print(describe_publication(published), style="bold", soft_wrap=True)
+        told = tell(published, again=again)
+    except ValueError as error:
+        fail(error)
+    console.print(f"Digest {published.digest}; {describe_place(published)}", soft_wrap=True)
+    console.print(f"{describe_event(published, told)}.", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(help="NAME (its champion), NAME/VERSION, NAME@alias or a folder. Default: the only champion."),
+    ] = "",
+    compare: Annotated[str | None, typer.Option(help="base: the base model beside it.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and print the answer only.")] = None,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0: greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Makes drawn answers repeatable.")] = 0,
+) -> None:
+    """Talk to a registered version or a model folder."""
+    if compare not in (None, "base"):
+        fail(ValueError(f"--compare {compare}: base is what a version can be compared with"))
+    prepare_environment(cache=True)
+    from flows.chatting import Manner, answer_once, converse, find_speakers
+
+    manner = Manner(temperature=temperature, max_new_tokens=max_tokens, seed=seed, system=system)
+    try:
+        with console.status("Loading"):
+            speakers = find_speakers(model, compare_base=compare == "base", system=system)
+        if prompt is not None:
+            answer_once(speakers, prompt, manner)
+        else:
+            converse(speakers, manner, Console())
+    except ValueError as error:
+        fail(error)
+
+
+def _report_move(move: Move) -> None:
+    """Say what moved, and who was told."""
+    from flows.events import AnnouncementError
+    from flows.promote import tell
+    from tasks.registration.audit import describe_move
+
+    console.print(f"[bold]{move.name}[/]: {describe_move(move)}", soft_wrap=True)
+    console.print(f"Recorded as move {move.number} by {move.who}: ", end="")
+    console.print(move.why, markup=False, soft_wrap=True)
+    try:
+        told = tell(move)
+    except AnnouncementError as error:
+        console.print(f"[yellow]warning:[/] {error}", soft_wrap=True)
+    else:
+        if told:
+            console.print(f"Event model.{move.action} sent to {told}", soft_wrap=True)

@@ -1,0 +1,227 @@
+"""Moving the alias champion: checked, recorded, and one at a time.
+
+A caller says which champion it saw when it decided. The move happens under a lock and only when that is still so: of
+two who decide at the same time one wins, and the other is told by whom it was overtaken.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from mlflow.entities.model_registry import ModelVersion
+
+from schemas.artifacts import Move
+from tasks import tracking
+from tasks.registration import audit, lock
+from tasks.registration.versions import (
+    CHALLENGER,
+    CHAMPION,
+    GATE_TAG,
+    MODEL_TAG,
+    PARITY_TAG,
+    PREVIOUS,
+    REASONS_TAG,
+    RUN_TAG,
+    drop_alias,
+    get_version,
+    read_alias,
+    set_alias,
+)
+
+ROLLED_BACK_TAG = "sft.rolled_back"
+_EVIDENCE = {
+    "mlflow_run": RUN_TAG,
+    "gate": GATE_TAG,
+    "reasons": REASONS_TAG,
+    "parity": PARITY_TAG,
+    "rolled_back": ROLLED_BACK_TAG,
+    "model_digest": MODEL_TAG,
+    "dataset_digest": "sft.dataset_digest",
+    "git_commit": "sft.git_commit",
+}
+
+
+class PromotionError(ValueError):
+    """The alias champion may not be moved so."""
+
+
+class OvertakenError(PromotionError):
+    """Another moved the alias between the decision and the move."""
+
+
+def promote_version(name: str, version: str, *, expected: str | None, who: str, why: str, force: bool = False) -> Move:
+    """Make a version champion, and the present champion `previous`.
+
+    Args:
+        name: registered model.
+        version: that is to become champion.
+        expected: champion that the caller saw when it decided; None for no champion.
+        who: recorded.
+        why: recorded; must not be empty with `force`.
+        force: also a version that the gate refused or that was rolled back. One that was not proven to be the model
+            that was trained is refused all the same.
+
+    Raises:
+        OvertakenError: the champion is another one by now.
+        PromotionError: the version may not become champion.
+    """
+    candidate = get_version(name, version)
+    with lock.hold(name, holder=who) as check:
+        moves = _take_stock(name, expected, who)
+        _check_candidate(candidate, force=force, why=why)
+        if version == expected:
+            raise PromotionError(f"{name} version {version} is champion already: there is nothing to do")
+        move = _compose(name, "promote", candidate, expected, moves, who=who, why=why, forced=force)
+        _carry_out(move, previous=expected, moves=moves, check=check)
+        if ROLLED_BACK_TAG in candidate.tags:
+            tracking.client().delete_model_version_tag(name, version, ROLLED_BACK_TAG)
+    return move
+
+
+def rollback_champion(name: str, *, expected: str | None, who: str, why: str) -> Move:
+    """Go back to the version behind the alias `previous`, and mark the one that was left.
+
+    Going back twice goes two champions back, never forth again.
+
+    Raises:
+        OvertakenError: the champion is another one by now.
+        PromotionError: there is nothing to go back to.
+    """
+    with lock.hold(name, holder=who) as check:
+        moves = _take_stock(name, expected, who)
+        target = read_alias(name, PREVIOUS)
+        if expected is None or target is None or target == expected:
+            champion = f"version {expected}" if expected else "no version"
+            raise PromotionError(
+                f"{name}: {champion} is champion and the alias {PREVIOUS} points at "
+                f"{f'version {target}' if target else 'none'}: there is nothing to go back to; "
+                f"name a version: sft promote {name}/VERSION"
+            )
+        candidate = get_version(name, target)
+        if PARITY_TAG in candidate.tags:  # what was champion before there was such a tag can be gone back to
+            _check_parity(candidate)
+        move = _compose(name, "rollback", candidate, expected, moves, who=who, why=why, forced=False)
+        former = [entry for entry in audit.list_former_champions([*moves, move]) if _exists(name, entry)]
+        _carry_out(move, previous=former[-1] if former else None, moves=moves, check=check)
+        mark = f"{move.when} by {who}: {why or 'no reason given'}"
+        tracking.client().set_model_version_tag(name, expected, ROLLED_BACK_TAG, mark)
+    return move
+
+
+def nominate(name: str, version: str, *, who: str) -> None:
+    """Point `challenger` at a version that passed its checks, unless a newer one is there already."""
+    candidate = get_version(name, version)
+    _check_parity(candidate)
+    with lock.hold(name, holder=who) as check:
+        present = read_alias(name, CHALLENGER)
+        if present is None or int(present) < int(version):
+            check()
+            set_alias(name, CHALLENGER, version)
+
+
+def _take_stock(name: str, expected: str | None, who: str) -> list[Move]:
+    """Return the trail, after a champion that it does not know was entered; refuse when the champion changed."""
+    moves = audit.read_moves(name)
+    champion = read_alias(name, CHAMPION)
+    known = moves[-1].version_to if moves else None
+    if champion != known:
+        found = Move(
+            number=len(moves) + 1,
+            action="found",
+            name=name,
+            version_from=known,
+            version_to=champion,
+            who="unknown",
+            when=audit.now(),
+            why=f"noticed by {who}: not moved through this pipeline, or a move was cut short",
+            evidence={},
+        )
+        audit.record_move(found)
+        moves.append(found)
+    if champion != expected:
+        last = moves[-1] if moves else None
+        by = f": {audit.describe_move(last)}, by {last.who} at {last.when} ({last.why})" if last else ""
+        raise OvertakenError(
+            f"{name}: {f'version {champion}' if champion else 'no version'} is champion now, and not "
+            f"{f'version {expected}' if expected else 'none'} as when this move was decided{by}. "
+            "Nothing was moved: look again and repeat it if it is still wanted"
+        )
+    return moves
+
+
+def _check_candidate(candidate: ModelVersion, *, force: bool, why: str) -> None:
+    _check_parity(candidate)
+    against = []
+    if candidate.tags.get(GATE_TAG) != "promoted":
+        against.append(f"the gate refused it ({candidate.tags.get(REASONS_TAG, 'no verdict')})")
+    if ROLLED_BACK_TAG in candidate.tags:
+        against.append(f"it was rolled back ({candidate.tags[ROLLED_BACK_TAG]})")
+    if against and not (force and why.strip()):
+        raise PromotionError(
+            f"{candidate.name} version {candidate.version}: {' and '.join(against)}. "
+            "To promote it all the same give --force and a --reason, which are recorded"
+        )
+
+
+def _check_parity(candidate: ModelVersion) -> None:
+    """Refuse a version of which nobody has shown that it is base + adapter; no reason outweighs that."""
+    if candidate.tags.get(PARITY_TAG, "").split(":")[0] != "passed":
+        raise PromotionError(
+            f"{candidate.name} version {candidate.version} carries no passed parity check (tag {PARITY_TAG}: "
+            f"{candidate.tags.get(PARITY_TAG, 'missing')}), so that it gets no alias: register by a pipeline run"
+        )
+
+
+def _compose(
+    name: str,
+    action: str,
+    candidate: ModelVersion,
+    champion: str | None,
+    moves: list[Move],
+    *,
+    who: str,
+    why: str,
+    forced: bool,
+) -> Move:
+    tags = candidate.tags
+    return Move.model_validate(
+        {
+            "number": len(moves) + 1,
+            "action": action,
+            "name": name,
+            "version_from": champion,
+            "version_to": str(candidate.version),
+            "who": who,
+            "when": audit.now(),
+            "why": why or "no reason given",
+            "forced": forced,
+            "evidence": {what: tags[tag] for what, tag in _EVIDENCE.items() if tags.get(tag)},
+        }
+    )
+
+
+def _carry_out(move: Move, *, previous: str | None, moves: list[Move], check: Callable[[], None]) -> None:
+    """Record the move, then move the aliases, champion last; make sure that it stands."""
+    name, target = move.name, str(move.version_to)
+    steps = [
+        partial(audit.record_move, move),
+        partial(set_alias, name, PREVIOUS, previous) if previous else partial(drop_alias, name, PREVIOUS),
+        partial(set_alias, name, CHAMPION, target),
+    ]
+    for step in steps:
+        check()
+        step()
+    found = read_alias(name, CHAMPION)
+    if found != target:
+        raise OvertakenError(
+            f"{name}: champion was set to version {target} and is version {found} now: somebody moves it by other "
+            "means at this moment; look at the registry"
+        )
+    audit.show_moves(name, [*moves, move])
+
+
+def _exists(name: str, version: str) -> bool:
+    try:
+        get_version(name, version)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""The tracking server in force: its address, its client, and a run's page on it."""
+
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from tasks import storage
+
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+def tracking_uri() -> str:
+    """Return MLFLOW_TRACKING_URI, or the SQLite file under SFT_HOME."""
+    return os.environ.get(_URI_VARIABLE) or f"sqlite:///{storage.home() / 'mlflow.db'}"
+
+
+@cache
+def _client_for(uri: str) -> MlflowClient:
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
+
+
+def client() -> MlflowClient:
+    """Return the client of the tracking server in force, and point MLflow's own functions at the same."""
+    uri = tracking_uri()
+    made = _client_for(uri)
+    if mlflow.get_tracking_uri() != uri:
+        given = os.environ.get(_URI_VARIABLE)
+        mlflow.set_tracking_uri(uri)
+        if given is None:  # MLflow sets it by itself, and a later change of SFT_HOME would then be overruled
+            os.environ.pop(_URI_VARIABLE, None)
+    return made
+
+
+def get_run(run_id: str) -> Run:
+    """Return a run; raise ValueError when the server knows none of this id."""
+    try:
+        return client().get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise ValueError(f"MLflow run {run_id!r} is not known at {tracking_uri()}: {error.message}") from None
+
+
+def ui_link(run_id: str) -> str | None:
+    """Return the run's page on the tracking server, or None when tracking is a local database."""
+    if _page("") is None:
+        return None
+    return _page(f"experiments/{get_run(run_id).info.experiment_id}/runs/{run_id}")
+
+
+def experiment_link(experiment_id: str) -> str | None:
+    """Return an experiment's page on the tracking server, or None when tracking is a local database."""
+    return _page(f"experiments/{experiment_id}")
+
+
+def version_link(name: str, version: str) -> str | None:
+    """Return a model version's page on the tracking server, or None when tracking is a local database."""
+    return _page(f"models/{name}/versions/{version}")
+
+
+def _page(place: str) -> str | None:
+    uri = tracking_uri()
+    return f"{uri.rstrip('/')}/#/{place}" if uri.startswith(("http://", "https://")) else None
