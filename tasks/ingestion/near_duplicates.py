@@ -2,24 +2,24 @@
 
 A conversation is the set of its runs of three words (see runs.py); likeness is the Jaccard index of two sets. No pair
 is missed, and few are compared, by two bounds. Where J(A, B) is at least t, at least t of A lies in B, and so in the
-union of all held-out sets: most training rows end there. And of A, any len(A) - ceil(t * len(A)) + 1 members hold one
-of B (prefix filtering; Chaudhuri et al. 2006, Bayardo et al. 2007): the rarest ones of A are looked up, which few
-held-out rows have.
+union of all held-out sets: most training rows end there. And where the members of all sets are put in one order, the
+first len(A) - ceil(t * len(A)) + 1 of A and the first as many of B have one in common (prefix filtering; Chaudhuri et
+al. 2006, Bayardo et al. 2007): in the order of rarity, few pairs do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.ingestion.runs import HASH_BITS, Runs, cut_runs, select_runs
+from tasks.ingestion.runs import HASH_BITS, Runs, select_runs
 
 THRESHOLD = 0.8
 # How much of a hash is looked at first.
 TABLE_BITS = 24
 # Hashes, where every row is like every held-out one: what they need stays below 200 MB.
-COMPARED_AT_ONCE = 5_000_000
+COMPARED_AT_ONCE = 4_000_000
 # Products of a threshold and a size are rounded.
 TOLERANCE = 1e-9
 
@@ -34,8 +34,10 @@ class HeldOut(NamedTuple):
     """Sorted: number of the set in the upper half, hash in the lower."""
     union: NDArray[np.uint32]
     """Sorted hashes of all sets."""
+    num_owners: Numbers
+    """How many sets have each hash of the union."""
     bounds: Numbers
-    """Where the owners of each hash of the union begin."""
+    """Where the owners of each hash of the union begin, of those that have it among their rarest."""
     owners: Numbers
     table: NDArray[np.bool_]
     """Whether a hash of the union begins with these bits: an answer at the price of one look."""
@@ -64,38 +66,50 @@ def find_near_duplicates(
     """
     if not len(held_out.hashes):
         return []
-    known = index_held_out(held_out)
+    known = index_held_out(held_out, threshold)
     best: dict[int, Likest] = {}
     for numbers, runs in train:
         inside = _find_inside(runs, known, threshold)
         if not inside.any():
             continue
-        likely, own = select_runs(runs, inside), numbers[inside]
-        step = max(1, COMPARED_AT_ONCE // max(1, len(known.sizes) * int(likely.sizes.max())))
-        for start in range(0, len(own), step):
-            rows, others, jaccard = _compare_all(cut_runs(likely, start, start + step), known, threshold)
-            for row, other, index in zip(own[start + rows].tolist(), others.tolist(), jaccard.tolist(), strict=True):
-                if other not in best or index > best[other].jaccard:
+        own = numbers[inside]
+        for rows, others, jaccard in _compare_all(select_runs(runs, inside), known, threshold):
+            for row, other, index in zip(own[rows].tolist(), others.tolist(), jaccard.tolist(), strict=True):
+                if other not in best or (-index, row) < (-best[other].jaccard, best[other].train):
                     best[other] = Likest(other, row, index)
     return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
 
 
-def index_held_out(runs: Runs) -> HeldOut:
+def index_held_out(runs: Runs, threshold: float) -> HeldOut:
     """Make the tables by which training sets are compared with all held-out sets at once."""
-    owners = np.repeat(np.arange(len(runs.sizes), dtype=np.uint64), runs.sizes)
-    hashes = runs.hashes.astype(np.uint64)
-    by_hash = np.sort(hashes << HASH_BITS | owners)
-    union, counts = np.unique((by_hash >> HASH_BITS).astype(np.uint32), return_counts=True)
+    union, places, num_owners = np.unique(runs.hashes, return_inverse=True, return_counts=True)
+    rarest = _find_rarest(runs, num_owners[places], threshold)
+    owners = np.repeat(np.arange(len(runs.sizes)), runs.sizes)
+    by_hash = rarest[np.argsort(places[rarest], kind="stable")]
     table = np.zeros(1 << TABLE_BITS, dtype=np.bool_)
     table[union >> (32 - TABLE_BITS)] = True
     return HeldOut(
         sizes=runs.sizes,
-        keyed=owners << HASH_BITS | hashes,
+        keyed=owners.astype(np.uint64) << HASH_BITS | runs.hashes.astype(np.uint64),
         union=union,
-        bounds=np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts))),
-        owners=(by_hash & np.uint64(2**32 - 1)).astype(np.int64),
+        num_owners=num_owners,
+        bounds=np.searchsorted(places[by_hash], np.arange(len(union) + 1)),
+        owners=owners[by_hash],
         table=table,
     )
+
+
+def _find_rarest(runs: Runs, num_owners: Numbers, threshold: float) -> Numbers:
+    """Return the places of each set's rarest hashes, as many as must hold one of every set that is alike enough.
+
+    Rarity is the number of held-out sets that have a hash; of two with the same number the smaller hash comes first.
+    """
+    sizes = runs.sizes
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.lexsort((num_owners, owners))  # stable: hashes of a set are sorted
+    rarity = np.arange(len(owners)) - np.repeat(runs.bounds[:-1], sizes)
+    num_rarest = sizes - np.ceil(threshold * sizes - TOLERANCE).astype(np.int64) + 1
+    return order[rarity < num_rarest[owners]]
 
 
 def _find_inside(runs: Runs, known: HeldOut, threshold: float) -> NDArray[np.bool_]:
@@ -120,34 +134,50 @@ def _look_up(
     return table[places] == values, places
 
 
-def _compare_all(runs: Runs, known: HeldOut, threshold: float) -> tuple[Numbers, Numbers, NDArray[np.float64]]:
-    """Return the pairs of a row and a held-out set that are alike enough, with their Jaccard index."""
-    rows, others = _find_candidates(runs, known, threshold)
+def _compare_all(
+    runs: Runs, known: HeldOut, threshold: float
+) -> Iterator[tuple[Numbers, Numbers, NDArray[np.float64]]]:
+    """Yield pairs of a row and a held-out set that are alike enough, with their Jaccard index."""
+    for rows, others in _find_candidates(runs, known, threshold):
+        for some in _cut(runs.sizes[rows]):
+            jaccard = _measure(runs, known, rows[some], others[some])
+            alike = jaccard >= threshold
+            yield rows[some][alike], others[some][alike], jaccard[alike]
+
+
+def _measure(runs: Runs, known: HeldOut, rows: Numbers, others: Numbers) -> NDArray[np.float64]:
+    """Return the Jaccard index of each pair."""
     # The row's hashes, once for each of its candidates, under the candidate's number.
     sizes = runs.sizes[rows]
-    places = _count_up(runs.bounds[rows], sizes)
-    keys = np.repeat(others.astype(np.uint64), sizes) << HASH_BITS | runs.hashes[places].astype(np.uint64)
-    found, _ = _look_up(keys, known.keyed)
-    common = np.add.reduceat(found, np.cumsum(sizes) - sizes, dtype=np.int64) if len(rows) else sizes
-    jaccard = common / (sizes + known.sizes[others] - common)
-    alike = jaccard >= threshold
-    return rows[alike], others[alike], jaccard[alike]
+    hashes = runs.hashes[_count_up(runs.bounds[rows], sizes)].astype(np.uint64)
+    found, _ = _look_up(np.repeat(others.astype(np.uint64), sizes) << HASH_BITS | hashes, known.keyed)
+    common = np.add.reduceat(found, np.cumsum(sizes) - sizes, dtype=np.int64)
+    jaccard: NDArray[np.float64] = common / (sizes + known.sizes[others] - common)
+    return jaccard
 
 
-def _find_candidates(runs: Runs, known: HeldOut, threshold: float) -> tuple[Numbers, Numbers]:
-    """Return pairs of a row and a held-out set that share one of the row's rarest hashes."""
+def _find_candidates(runs: Runs, known: HeldOut, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
+    """Yield pairs of a row and a held-out set that share one of the rarest hashes of both, and are alike in size."""
     sizes = runs.sizes
     owners = np.repeat(np.arange(len(sizes)), sizes)
     found, places = _look_up(runs.hashes, known.union)
-    num_owners = np.where(found, known.bounds[places + 1] - known.bounds[places], 0)
-    order = np.lexsort((num_owners, owners))
-    rarity = np.arange(len(owners)) - np.repeat(runs.bounds[:-1], sizes)
-    num_rarest = sizes - np.ceil(threshold * sizes - TOLERANCE).astype(np.int64) + 1
-    chosen = order[rarity < num_rarest[owners]]
-    counts = num_owners[chosen]
-    others = known.owners[_count_up(known.bounds[places[chosen]], counts)]
-    pairs = np.unique(np.repeat(owners[chosen], counts) * len(known.sizes) + others)
-    return pairs // len(known.sizes), pairs % len(known.sizes)
+    rarest = _find_rarest(runs, np.where(found, known.num_owners[places], 0), threshold)
+    rarest = rarest[found[rarest]]
+    starts, counts = known.bounds[places[rarest]], np.diff(known.bounds)[places[rarest]]
+    for some in _cut(counts):
+        others = known.owners[_count_up(starts[some], counts[some])]
+        pairs = np.unique(np.repeat(owners[rarest[some]], counts[some]) * len(known.sizes) + others)
+        rows, others = pairs // len(known.sizes), pairs % len(known.sizes)
+        small, large = np.minimum(sizes[rows], known.sizes[others]), np.maximum(sizes[rows], known.sizes[others])
+        possible = small >= threshold * large - TOLERANCE
+        yield rows[possible], others[possible]
+
+
+def _cut(amounts: Numbers) -> Iterator[slice]:
+    """Yield slices of about COMPARED_AT_ONCE in sum."""
+    borders = np.flatnonzero(np.diff(np.cumsum(amounts) // COMPARED_AT_ONCE)) + 1
+    ends = [*borders.tolist(), len(amounts)]
+    return (slice(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end)
 
 
 def _count_up(starts: Numbers, counts: Numbers) -> Numbers:

@@ -72,12 +72,6 @@ def select_runs(runs: Runs, chosen: NDArray[np.bool_]) -> Runs:
     return Runs(runs.hashes[np.repeat(chosen, sizes)], _bounds([sizes[chosen]]))
 
 
-def cut_runs(runs: Runs, start: int, stop: int) -> Runs:
-    """Return the sets from `start` to before `stop`."""
-    bounds = runs.bounds[start : stop + 1]
-    return Runs(runs.hashes[bounds[0] : bounds[-1]], bounds - bounds[0])
-
-
 def _bounds(sizes: Sequence[Places]) -> Places:
     """Return where sets of these sizes begin, and where the last one ends."""
     return np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *sizes]))

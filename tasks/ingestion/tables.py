@@ -95,9 +95,9 @@ def _read_sorted(pieces: Sequence[Piece], places: Places, seed: int) -> Iterator
 def _scatter(parts: Sequence[tuple[pl.DataFrame, Places]], scratch: Path) -> None:
     """Write rows to the buckets of their positions, a file more in each."""
     frame = pl.concat([part.with_columns(pl.Series(POSITION, positions)) for part, positions in parts])
-    number = frame[POSITION].min()
-    for bucket in np.unique(frame[POSITION].to_numpy() // BUCKET_ROWS).tolist():
+    buckets: list[int] = np.unique(frame[POSITION].to_numpy() // BUCKET_ROWS).tolist()
+    for bucket in buckets:
         rows = frame.filter(pl.col(POSITION) // BUCKET_ROWS == bucket)
         folder = scratch / f"bucket-{bucket:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows.write_ipc(folder / f"{len(list(folder.iterdir())):06d}-{number}.arrow")
+        rows.write_ipc(folder / f"{len(list(folder.iterdir())):06d}.arrow")
