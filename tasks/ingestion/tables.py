@@ -48,7 +48,7 @@ def _regroup(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
             whole = pl.concat(waiting)
             full = num_rows - num_rows % GROUP_ROWS
             yield from (whole[start : start + GROUP_ROWS] for start in range(0, full, GROUP_ROWS))
-            waiting, num_rows = [whole[full:]], num_rows - full
+            waiting, num_rows = [_copy(whole[full:])], num_rows - full
     if num_rows:
         yield pl.concat(waiting)
 
@@ -89,7 +89,12 @@ def _read_sorted(pieces: Sequence[Piece], places: Places, seed: int) -> Iterator
     for piece in pieces:
         low, high = np.searchsorted(places, (piece.start, piece.start + piece.num_rows))
         if low < high:
-            yield read_taken(piece, "rows", seed)[places[low:high] - piece.start], int(high - low)
+            yield _copy(read_taken(piece, "rows", seed)[places[low:high] - piece.start]), int(high - low)
+
+
+def _copy(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows without the texts of the others from which they were taken, as a slice would keep them."""
+    return pl.DataFrame(rows.to_arrow())
 
 
 def _scatter(parts: Sequence[tuple[pl.DataFrame, Places]], scratch: Path) -> None:
@@ -100,4 +105,5 @@ def _scatter(parts: Sequence[tuple[pl.DataFrame, Places]], scratch: Path) -> Non
         rows = frame.filter(pl.col(POSITION) // BUCKET_ROWS == bucket)
         folder = scratch / f"bucket-{bucket:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows.write_ipc(folder / f"{len(list(folder.iterdir())):06d}.arrow")
+        # Texts in one buffer: views would bring the texts of all the rows from which these were taken.
+        rows.write_ipc(folder / f"{len(list(folder.iterdir())):06d}.arrow", compat_level=pl.CompatLevel.oldest())

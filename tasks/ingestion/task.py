@@ -72,7 +72,7 @@ def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> S
     if flow_run is None or config.max_rows is not None:
         return None
     shards = list(plan_shards(config, name_sources(config), SHARD_BYTES))
-    if is_small(shards):
+    if is_small(shards, SHARD_BYTES):
         return None
     publish = not isinstance(flow_run.task_runner, ThreadPoolTaskRunner)
     settings: dict[str, Any] = {"source_digest": source.digest, "publish": publish, "parent_run_id": parent_run_id}

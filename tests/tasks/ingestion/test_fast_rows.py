@@ -23,7 +23,11 @@ from tasks.ingestion.screening import SUSPECT, Screen, find_spans
 BODY = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
 PERSONAL = ["ann@acme.org", "+41 44 668 18 00", "(650) 253-0000", "650-253-0000", "138 9634 7215", "请拨打13896347215"]
 SECRETS = [f"ghp_{BODY}", f"hf_{BODY}", f"sk-{BODY}", "AKIAQ3EGRT5XYZ2LMNOP", "postgres://bob:hunter2x@db.acme.org/x"]
-SECRETS += ["xoxb-123456789012-a", f"SG.{BODY[:22]}.{BODY}{BODY[:7]}", f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.{BODY}"]
+SECRETS += [
+    "xoxb-123456789012-a",
+    f"SG.{BODY[:22]}.{BODY}{BODY[:7]}",
+    f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.{BODY}",
+]
 SECRETS += ["-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7bq1vZkq9Xc0\nq0mFh2Kk\n-----END RSA PRIVATE KEY-----"]
 ODDITIES = [
     "It doesn\u00e2\u20ac\u2122t",
@@ -59,7 +63,7 @@ TEXT = st.lists(st.sampled_from(PERSONAL + SECRETS + ODDITIES + PLAIN * 3) | st.
 )
 ROLE = st.sampled_from(["system", "user", "assistant", "tool"])
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"to": "ann@acme.org"}}}
-EXTRA = st.sampled_from(
+EXTRA: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
     [{}, {}, {}, {"train": False}, {"reasoning_content": "at ann@acme.org"}, {"tool_calls": [CALL]}]
 )
 MESSAGE = st.tuples(ROLE, TEXT, EXTRA).map(lambda parts: {"role": parts[0], "content": parts[1], **parts[2]})
