@@ -15,6 +15,7 @@ from tasks.ingestion.columnar import RawRow
 from tasks.ingestion.files import SourceFile
 from tasks.ingestion.identity import make_conversation, make_plain_conversation, normalize_text
 from tasks.ingestion.intake import identify_rows
+from tasks.ingestion.messages import read_messages
 from tasks.ingestion.quality import ODD, find_text_problems
 from tasks.ingestion.readers import read_rows
 from tasks.ingestion.rejects import RowError
@@ -95,6 +96,23 @@ def test_messages_of_a_role_and_a_content_go_the_fast_way_and_others_do_not() ->
 def test_what_is_found_is_suspected_first(secret: str) -> None:
     assert find_spans(f"a {secret} b")
     assert pl.Series([json.dumps(f"a {secret} b", ensure_ascii=False)]).str.contains(SUSPECT).item()
+
+
+@given(
+    role=st.sampled_from(["user", "human", "assistant", "system", "function_call", "tool", "x", "", None, 1, ["user"]]),
+    content=st.sampled_from(["", "text", '{"name": "f"}', None, 1, ["a"], [{"type": "text", "text": "b"}]]),
+    key=st.sampled_from(["content", "value", "text"]),
+)
+def test_plain_messages_are_read_as_those_with_a_further_key(role: Any, content: Any, key: str) -> None:
+    def read(message: dict[str, Any]) -> Any:
+        try:
+            return read_messages([message])
+        except RowError as error:
+            return error.args
+
+    message = {"role": role, key: content}
+    described = str(read({**message, "name": None})).replace(", name", "")
+    assert str(read(message)) == described
 
 
 # All characters that ftfy's pattern knows, and those around them.
