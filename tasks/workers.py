@@ -1,7 +1,7 @@
 """One pool of processes for the CPU work of shards, made when it is first asked for.
 
-Workers come from a fork server: they start in milliseconds, inherit no thread and no lock, and end when this process
-does, however it dies (the pipe that they wait at is closed with it).
+Workers come from a fork server: they inherit no thread and no lock. Each watches the process that it works for, and
+ends when that does, however it dies.
 """
 
 import os
@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -56,5 +57,14 @@ def _hidden_main() -> Iterator[None]:
 
 
 def _prepare() -> None:
-    """Keep a worker to one core: there is one for each."""
+    """Keep a worker to one core, as there is one for each, and let it end with the process that it works for."""
+    threading.Thread(target=_watch_parent, daemon=True).start()
     os.environ["POLARS_MAX_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
+
+
+def _watch_parent() -> None:
+    """Wait until the parent is gone, and end this process as it stands."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
