@@ -19,9 +19,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PLACE_FIELDS = {"uri", "eval_uri", "mlflow_run_id", "name"}
 _LIBRARIES = (
     "datasets",
-    "datasketch",
     "ftfy",
     "numpy",
+    "orjson",
     "pandera",
     "polars",
     "pyarrow",

@@ -1,37 +1,35 @@
-"""From files to validated tables: train.parquet, eval.parquet, rejects.parquet and quality.json."""
+"""From files to validated tables: train.parquet, eval.parquet, rejects.parquet and quality.json.
+
+Three passes: shards of the files become conversations and rejects on disk (intake.py, by workers where there are
+several); duplicates, leaks, split and mixture are decided on an index of all rows, without their texts; the chosen
+rows are streamed into the tables.
+"""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pandera.errors
-import pandera.polars as pa
-import polars as pl
+import numpy as np
+from numpy.typing import NDArray
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
-from tasks.ingestion.identity import Conversation
-from tasks.ingestion.mixture import Portion, divide, mix, read_datasets
+from tasks.ingestion.mixture import Division, divide, mix
+from tasks.ingestion.near_duplicates import Likest, find_near_duplicates
+from tasks.ingestion.pieces import CONVERSATION_SCHEMA, REJECT_SCHEMA
 from tasks.ingestion.quality_report import describe_dataset
-from tasks.ingestion.rejects import DataError, Reject, check_budget, count_reasons, describe_rejects
+from tasks.ingestion.readings import read_all
+from tasks.ingestion.rejects import DataError, Tally, check_budget, describe_rejects, join_tallies
+from tasks.ingestion.runs import Runs, join_runs, select_runs
+from tasks.ingestion.shards import SHARD_BYTES, name_sources
+from tasks.ingestion.splits import EVAL
+from tasks.ingestion.tables import read_in_order, write_table
+from tasks.ingestion.takings import Takings, gather, read_taken, read_taken_runs
 
-CONVERSATION_SCHEMA = {
-    "example_id": pl.String,
-    "source": pl.String,
-    "line": pl.Int64,
-    "messages": pl.String,
-    "tools": pl.String,
-}
-REJECT_SCHEMA = {
-    "example_id": pl.String,
-    "source": pl.String,
-    "line": pl.Int64,
-    "reason": pl.String,
-    "detail": pl.String,
-    "raw": pl.String,
-}
+SHARDS_FOLDER = "shards"
+"""Below the dataset's folder, until all is done."""
 
 
 @dataclass(frozen=True)
@@ -68,88 +66,110 @@ class DatasetCounts:
         return self.rows_in + self.rows_left_out - self.rows_repeated
 
 
-def build_dataset(config: DataConfig, *, seed: int, folder: Path) -> DatasetCounts:
+def build_dataset(
+    config: DataConfig,
+    *,
+    seed: int,
+    folder: Path,
+    shards: Sequence[Path] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> DatasetCounts:
     """Read, check, split, mix and write a dataset.
 
     The order is: rows become conversations or rejects; the budget is checked; each dataset is split by itself, its
     copies gone; leaks go, and what several datasets have; training rows are taken by weight or number, and mixed.
-    Held-out rows have no weight. rejects.parquet is written even where the dataset is refused.
+    Held-out rows have no weight. rejects.parquet is written even where the dataset is refused. Started again in the
+    same folder after it was killed, it goes on after the last finished shard.
 
     Args:
         config: the datasets and their limits.
         seed: of the split and the mixture.
         folder: where the tables are written; made when missing.
+        shards: folders of shards that were read elsewhere, in their order; None reads them here.
+        shard_bytes: size of a shard.
 
     Raises:
         DataError: nothing can be read, too much is rejected, too few rows are there for a mixture, or nothing is left
             to train or to evaluate.
     """
+    check_sides_wanted(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = name_sources(config)
+    own_shards = folder / SHARDS_FOLDER
+    if shards is None:
+        shards = read_all(config, sources, own_shards, shard_bytes)
+    try:
+        return _build(config, gather(config, sources, shards, seed=seed), folder, seed)
+    finally:
+        shutil.rmtree(own_shards, ignore_errors=True)
+
+
+def check_sides_wanted(config: DataConfig) -> None:
+    """Refuse a config by which nothing would be held out."""
     if config.eval_source is None and config.eval_fraction == 0:
         raise DataError(
             "data.eval_fraction is 0 and there is no data.eval_source, so nothing could be evaluated: "
             "hold out a part (such as 0.1) or give a held-out dataset"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    intakes = read_datasets(config, seed=seed)
-    rejects = [reject for intake in intakes for reject in intake.rejects]
-    write_table(rejects, REJECT_SCHEMA, Rejects, folder / "rejects.parquet")
+
+
+def _build(config: DataConfig, takings: Takings, folder: Path, seed: int) -> DatasetCounts:
+    """Decide where the rows go, and write them."""
+    frames = (read_taken(piece, "rejects", seed) for piece in takings.pieces)
+    write_table(frames, REJECT_SCHEMA, Rejects, folder / "rejects.parquet")
+    rejects = join_tallies(intake.rejects for intake in takings.intakes)
+    num_rows = sum(intake.num_rows for intake in takings.intakes)
     where = ", ".join(dataset.source for dataset in config.datasets)
-    check_budget(rejects, sum(intake.num_rows for intake in intakes), config.max_rejected_fraction, where)
-    portions = divide(intakes, config, seed=seed)
-    counts = _count(portions)
+    check_budget(rejects, num_rows, config.max_rejected_fraction, where)
+    division = divide(takings.rows, takings.bounds, config, seed=seed)
+    counts = _count(division, rejects, num_rows)
     _check_sides(counts, rejects, where, config)
-    train = mix([portion.train for portion in portions], seed)
-    held_out = mix([portion.split.eval for portion in portions], seed)
-    write_table([_to_row(row) for row in train], CONVERSATION_SCHEMA, Conversations, folder / "train.parquet")
-    write_table([_to_row(row) for row in held_out], CONVERSATION_SCHEMA, Conversations, folder / "eval.parquet")
-    quality = describe_dataset(counts, portions, rejects, config.screen)
+    held_out = (division.sides == EVAL).astype(np.uint32)
+    for side, times in (("train", division.times), ("eval", held_out)):
+        order = mix(takings.rows["example_id"], takings.bounds, times, seed)
+        rows = read_in_order(takings.pieces, order, seed, folder / SHARDS_FOLDER / side)
+        write_table(rows, CONVERSATION_SCHEMA, Conversations, folder / f"{side}.parquet")
+    pairs = _find_pairs(takings, division, seed)
+    quality = describe_dataset(counts, takings, division, pairs, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")
     return counts
 
 
-def _count(portions: Sequence[Portion]) -> DatasetCounts:
+def _count(division: Division, rejects: Tally, num_rows: int) -> DatasetCounts:
     """Add up where the rows of all datasets went."""
-    num_left_out = sum(portion.num_left_out for portion in portions)
-    num_repeated = sum(portion.num_repeated for portion in portions)
-    return DatasetCounts(
-        rows_in=sum(portion.intake.num_rows for portion in portions) - num_left_out + num_repeated,
-        rows_train=sum(len(portion.train) for portion in portions),
-        rows_eval=sum(len(portion.split.eval) for portion in portions),
-        rows_rejected=count_reasons([reject for portion in portions for reject in portion.intake.rejects]),
-        rows_duplicate=sum(len(portion.split.duplicate) for portion in portions),
-        rows_leaked=sum(len(portion.split.leaked) for portion in portions),
-        rows_left_out=num_left_out,
-        rows_repeated=num_repeated,
-    )
+    counts = division.count()
+    counts.pop("rows_unused")
+    rows_in = num_rows - counts["rows_left_out"] + counts["rows_repeated"]
+    return DatasetCounts(rows_in=rows_in, rows_rejected=rejects.by_reason, **counts)
 
 
-def _check_sides(counts: DatasetCounts, rejects: Sequence[Reject], where: str, config: DataConfig) -> None:
+def _check_sides(counts: DatasetCounts, rejects: Tally, where: str, config: DataConfig) -> None:
     """Fail when a side of the split is empty."""
     if counts.rows_train and counts.rows_eval:
         return
     side = "train" if not counts.rows_train else "evaluate"
     went = (
-        f"{counts.rows_read} rows read, {len(rejects)} rejected, {counts.rows_duplicate} copies, "
+        f"{counts.rows_read} rows read, {rejects.counts.total()} rejected, {counts.rows_duplicate} copies, "
         f"{counts.rows_leaked} leaked (also held out), {counts.rows_eval} held out"
     )
-    listed = f"\n{describe_rejects(rejects)}" if rejects else ""
+    listed = f"\n{describe_rejects(rejects)}" if rejects.counts else ""
     raise DataError(
         f"{where}: no row is left to {side} ({went}): give at least two different usable conversations"
         f"{', and a held-out dataset with other ones' if config.eval_source else ''}{listed}"
     )
 
 
-def _to_row(row: Conversation) -> tuple[str, str, int, str, str | None]:
-    """Return the written part of a conversation."""
-    return row.example_id, row.source, row.line, row.messages, row.tools
+def _find_pairs(takings: Takings, division: Division, seed: int) -> list[Likest]:
+    """Return the near duplicates between the sides, by their places in the index."""
+    held_out = join_runs([runs for _, runs in _read_runs(takings, division.sides == EVAL, seed)])
+    places = np.flatnonzero(division.sides == EVAL)
+    pairs = find_near_duplicates(_read_runs(takings, division.times > 0, seed), held_out)
+    return [pair._replace(held_out=int(places[pair.held_out])) for pair in pairs]
 
 
-def write_table(rows: Sequence[Any], schema: Any, model: type[pa.DataFrameModel], path: Path) -> None:
-    """Validate every row against its schema, and write the table."""
-    frame = pl.DataFrame(rows, schema=schema, orient="row")
-    try:
-        # An eager frame: of a lazy one pandera checks types only.
-        model.validate(frame, lazy=True)
-    except pandera.errors.SchemaErrors as error:
-        raise AssertionError(f"{path.name} breaks its schema: {error.failure_cases}") from error
-    frame.write_parquet(path)
+def _read_runs(takings: Takings, chosen: NDArray[np.bool_], seed: int) -> Iterator[tuple[NDArray[np.int64], Runs]]:
+    """Yield the places and the sets of the chosen rows, piece by piece."""
+    for piece in takings.pieces:
+        own = chosen[piece.start : piece.start + piece.num_rows]
+        if own.any():
+            yield piece.start + np.flatnonzero(own), select_runs(read_taken_runs(piece, seed), own)

@@ -1,145 +1,169 @@
-"""Reading a dataset's files into conversations and rejects; every row becomes the one or the other."""
+"""Reading shards into conversations and rejects; every row becomes the one or the other."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from tasks.ingestion.columnar import RawRow
 from tasks.ingestion.conversations import convert_row
-from tasks.ingestion.files import Source, SourceFile
-from tasks.ingestion.formats import ROWS_LOOKED_AT, Layout, Reading, find_layout
-from tasks.ingestion.identity import Conversation, make_conversation
-from tasks.ingestion.messages import alternate_strictly
-from tasks.ingestion.readers import RawRow, read_rows
-from tasks.ingestion.rejects import DataError, Reject, RowError, make_reject
-from tasks.ingestion.screening import Screen
+from tasks.ingestion.formats import ROWS_LOOKED_AT, Layout, find_layout
+from tasks.ingestion.identity import Conversation, make_conversation, make_plain_conversation
+from tasks.ingestion.messages import Message, alternate_strictly
+from tasks.ingestion.pieces import PIECE_ROWS, write_piece, write_summary
+from tasks.ingestion.quality import ODD
+from tasks.ingestion.readers import read_rows
+from tasks.ingestion.rejects import Reject, RowError, make_reject
+from tasks.ingestion.screening import SUSPECT, Screen
+from tasks.ingestion.shards import Part, Shard
+
+BLOCK_ROWS = 2000
 
 
 @dataclass
-class Intake:
-    """What came out of a dataset's files; num_rows = conversations + rejects."""
+class PartIntake:
+    """What came out of a part of a file; num_rows = conversations + rejects."""
 
-    name: str = ""
-    """The dataset's name for people, without the folders above it."""
+    dataset: int
+    source: int
+    name: str
+    path: str
+    divided: bool
+    """It is not the whole file."""
     num_rows: int = 0
-    conversations: list[Conversation] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
-    files: list[dict[str, Any]] = field(default_factory=list)
-    """By file: name, rows, and the format and columns it was read by."""
+    num_rejects: int = 0
+    first_broken: str = ""
+    """What is wrong with the first line that is no JSON."""
+    num_broken: int = 0
+    layout: tuple[str, dict[str, str]] | None = None
+    """The format and columns it was read by."""
     unused: Counter[str] = field(default_factory=Counter)
     """What the data has and nobody reads, with the number of its rows or messages."""
-    warnings: list[str] = field(default_factory=list)
     num_odd_turns: int = 0
     """Conversations whose turns do not alternate strictly, where the reading asks for the number."""
 
 
-def take_in(
-    sources: Sequence[Source],
-    reading: Reading,
-    max_rows: int | None = None,
-    *,
-    seed: int = 0,
-    screen: Screen = "off",
-) -> Intake:
-    """Read the files of all sources in order, at most `max_rows` rows from the front.
+def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
+    """Read a shard's rows and write them to a folder, which is made; a finished one is left as it is.
 
-    Args:
-        sources: where the rows are; one may bring its own way of reading, and a number of rows to be chosen.
-        reading: how rows are read otherwise.
-        max_rows: no limit when None.
-        seed: of the choice of `num_samples` rows.
-        screen: what is done about personal data and secrets.
+    Returns:
+        The number of rows that were read.
 
     Raises:
-        DataError: a file cannot be read, its columns fit no format, or there is no row at all.
+        DataError: a file cannot be read, or its columns fit no format.
     """
-    whole = Intake()
-    for source in sources:
-        left = None if max_rows is None else max_rows - whole.num_rows
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[PartIntake] = []
+    conversations: list[Conversation] = []
+    rejects: list[Reject] = []
+    num_rows, num_pieces = 0, 0
+    for part in shard.parts:
+        left = None if max_rows is None else max_rows - num_rows
         if left == 0:
             break
-        intake = _take_in_source(source, source.reading or reading, left, screen)
-        if source.num_samples is not None:
-            _choose_samples(intake, source.num_samples, source.label, seed)
-        whole.num_rows += intake.num_rows
-        for name in ("conversations", "rejects", "files", "warnings"):
-            getattr(whole, name).extend(getattr(intake, name))
-        whole.unused.update(intake.unused)
-    assert whole.num_rows == len(whole.conversations) + len(whole.rejects)
-    return whole
+        intake = PartIntake(part.dataset, part.source, part.file.name, str(part.file.path), part.layout is not None)
+        parts.append(intake)
+        for block in _take_in(intake, part, left, shard.screen):
+            conversations += block[0]
+            rejects += block[1]
+            if len(conversations) + len(rejects) >= PIECE_ROWS:
+                write_piece(folder, num_pieces, conversations, rejects)
+                num_pieces += 1
+                conversations, rejects = [], []
+        num_rows += intake.num_rows
+    if conversations or rejects:
+        write_piece(folder, num_pieces, conversations, rejects)
+        num_pieces += 1
+    write_summary(folder, [vars(part) for part in parts], num_pieces)
+    return num_rows
 
 
-def _take_in_source(source: Source, reading: Reading, max_rows: int | None, screen: Screen) -> Intake:
-    """Read the files of one source."""
-    intake = Intake(warnings=list(source.warnings))
-    for file in source.files:
-        left = None if max_rows is None else max_rows - intake.num_rows
-        if left == 0:
-            break
-        rows = islice(read_rows(file), left)
-        before = intake.num_rows
-        layout = _take_in_file(intake, file, rows, reading, screen)
-        intake.files.append(
-            {
-                "name": file.name,
-                "num_rows": intake.num_rows - before,
-                "format": layout.format if layout else None,
-                "columns": layout.columns if layout else {},
-            }
-        )
-    if not intake.num_rows:
-        raise DataError(f"{source.label}: empty, there is no row in it: give a dataset with at least two rows")
-    empty = [entry["name"] for entry in intake.files if not entry["num_rows"]]
-    if empty:
-        intake.warnings.append(f"{len(empty)} file(s) without a row: {', '.join(empty[:10])}")
-    if intake.num_odd_turns:
-        intake.warnings.append(
-            f"{source.label}: {intake.num_odd_turns} row(s) whose turns do not alternate strictly are kept here; "
-            "LLaMA-Factory would drop them without a word"
-        )
-    return intake
+Block = tuple[list[Conversation], list[Reject]]
 
 
-def _take_in_file(
-    intake: Intake, file: SourceFile, rows: Iterator[RawRow], reading: Reading, screen: Screen
-) -> Layout | None:
-    """Convert the rows of one file, after finding its layout in the first ones."""
-    first = list(islice(rows, ROWS_LOOKED_AT))
-    layout = find_layout([row.value for row in first if row.problem is None], reading, str(file.path))
-    invented_nulls = file.kind in ("parquet", "arrow")
-    for row in chain(first, rows):
-        intake.num_rows += 1
+def _take_in(intake: PartIntake, part: Part, max_rows: int | None, screen: Screen) -> Iterator[Block]:
+    """Convert the rows of one part block by block, after finding its layout in the first ones."""
+    where, name = str(part.file.path), part.file.name
+    rows: Iterator[RawRow] = islice(read_rows(part.file, part.span), max_rows)
+    first: list[RawRow] = []
+    layout = part.layout
+    if layout is None:
+        first = list(islice(rows, ROWS_LOOKED_AT))
+        layout = find_layout([row.value for row in first if row.problem is None], part.reading, where)
+    invented_nulls = part.file.kind in ("parquet", "arrow")
+    strict = part.reading.strict_turns
+    rows = chain(first, rows)
+    while block := list(islice(rows, BLOCK_ROWS)):
+        intake.num_rows += len(block)
+        converted: list[Converted] = []
+        rejects: list[Reject] = []
+        for row in block:
+            try:
+                if row.problem is not None:
+                    raise row.problem
+                if layout is None:
+                    layout = find_layout([row.value], part.reading, where)
+                messages, tools = _convert(row.value, layout, invented_nulls, intake.unused)
+                converted.append((row, messages, tools))
+                intake.num_odd_turns += strict and not alternate_strictly(messages)
+            except RowError as error:
+                rejects.append(make_reject(name, row.line, error, row.value, screen))
+        conversations, unwritable = identify_rows(converted, name, screen)
+        rejects += [make_reject(name, row.line, error, row.value, screen) for row, error in unwritable]
+        rejects.sort(key=lambda reject: reject.line)
+        _count_rejects(intake, rejects)
+        intake.layout = None if layout is None else (layout.format, layout.columns)
+        yield conversations, rejects
+
+
+Converted = tuple[RawRow, list[Message], list[dict[str, Any]] | None]
+
+
+def _convert(
+    value: Any, layout: Layout | None, invented_nulls: bool, unused: Counter[str]
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Turn a row into messages and tools."""
+    if layout is None:
+        raise RowError("not_an_object", f"the row is of type {type(value).__name__}: an object is wanted")
+    try:
+        return convert_row(value, layout, invented_nulls=invented_nulls, unused=unused)
+    except RecursionError:
+        raise RowError("bad_message", "the row is nested too deeply") from None
+
+
+def _count_rejects(intake: PartIntake, rejects: Sequence[Reject]) -> None:
+    """Count a block's rejects, and keep the first line that is no JSON."""
+    intake.num_rejects += len(rejects)
+    broken = [reject.detail for reject in rejects if reject.reason == "broken_json"]
+    intake.num_broken += len(broken)
+    if broken and not intake.first_broken:
+        intake.first_broken = broken[0]
+
+
+def identify_rows(
+    rows: Sequence[Converted], source: str, screen: Screen
+) -> tuple[list[Conversation], list[tuple[RawRow, RowError]]]:
+    """Do what make_conversation does, for many rows: those that nothing is in are looked at once, all together.
+
+    Returns:
+        The conversations, and the rows that cannot be written with the reason.
+    """
+    made: list[Conversation | None] = [
+        make_plain_conversation(messages, source, row.line) if tools is None else None for row, messages, tools in rows
+    ]
+    pattern = ODD if screen == "off" else f"{SUSPECT}|{ODD}"
+    texts = pl.Series([None if row is None else row.messages for row in made], dtype=pl.String)
+    slow = texts.str.contains(pattern).fill_null(True).arg_true().to_list()
+    unwritable = []
+    for place in slow:
+        row, messages, tools = rows[place]
+        made[place] = None
         try:
-            if row.problem is not None:
-                raise row.problem
-            if layout is None:
-                layout = find_layout([row.value], reading, str(file.path))
-            if layout is None:
-                raise RowError("not_an_object", f"the row is of type {type(row.value).__name__}: an object is wanted")
-            messages, tools = convert_row(row.value, layout, invented_nulls=invented_nulls, unused=intake.unused)
-            intake.conversations.append(make_conversation(messages, tools, file.name, row.line, screen))
-            intake.num_odd_turns += reading.strict_turns and not alternate_strictly(messages)
+            made[place] = make_conversation(messages, tools, source, row.line, screen)
         except RowError as error:
-            intake.rejects.append(make_reject(file.name, row.line, error, row.value, screen))
-    return layout
-
-
-def _choose_samples(intake: Intake, num_samples: int, label: str, seed: int) -> None:
-    """Keep `num_samples` of the rows, rejects included, by the rank of seed and place; the others were not read."""
-    if num_samples > intake.num_rows:
-        intake.warnings.append(
-            f"{label}: num_samples is {num_samples} and there are {intake.num_rows} rows: each is taken once, "
-            "no copies are made"
-        )
-        return
-
-    def rank(row: Conversation | Reject) -> bytes:
-        return hashlib.sha256(f"{seed}:{row.source}:{row.line}".encode()).digest()
-
-    rows: list[Conversation | Reject] = [*intake.conversations, *intake.rejects]
-    chosen = {rank(row) for row in sorted(rows, key=rank)[:num_samples]}
-    intake.conversations = [row for row in intake.conversations if rank(row) in chosen]
-    intake.rejects = [row for row in intake.rejects if rank(row) in chosen]
-    intake.num_rows = num_samples
+            unwritable.append((row, error))
+    return [row for row in made if row is not None], unwritable

@@ -94,6 +94,9 @@ def read_messages(
 
 def _read_message(item: Any, number: int, tags: Tags, schemas: dict[str, Any] | None, unused: Counter[str]) -> Message:
     """Bring one message to the form; `number` is its 1-based place."""
+    plain = _read_plain(item, tags)
+    if plain is not None:
+        return plain
     if isinstance(item, str) and item.lstrip().startswith("{"):
         item = _parse_json(item)
     if not isinstance(item, dict):
@@ -120,6 +123,17 @@ def _read_message(item: Any, number: int, tags: Tags, schemas: dict[str, Any] | 
             if item[key] is not None:
                 unused[f"message key {key}"] += 1
     return message
+
+
+def _read_plain(item: Any, tags: Tags) -> Message | None:
+    """Return a message that is a known role and a text under the usual names, and None for every other."""
+    if type(item) is not dict or len(item) != 2 or tags.role_keys[0] != "role" or tags.content_keys[0] != "content":
+        return None
+    given, content = item.get("role"), item.get("content")
+    role = tags.roles.get(given) if type(given) is str else None
+    if role is None or role == FUNCTION_CALL or type(content) is not str:
+        return None
+    return {"role": role, "content": content}
 
 
 def _read_role(item: dict[str, Any], number: int, tags: Tags) -> tuple[str, str]:

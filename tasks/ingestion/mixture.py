@@ -1,119 +1,104 @@
-"""The datasets of a run: each is read and split by itself, and then its training rows are taken by weight or number.
+"""The datasets of a run: each is split by itself, and then its training rows are taken by weight or number.
 
 The order matters. Were the datasets mixed before the split, a copy that a weight makes could stand on both sides of
 it. Split by itself, a dataset holds out the same rows alone and in every mixture (as long as data.max_eval_rows does
 not bind), so that runs with different mixtures can be compared.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from pathlib import PurePath
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.files import Source
-from tasks.ingestion.formats import Reading
-from tasks.ingestion.identity import Conversation
-from tasks.ingestion.intake import Intake, take_in
 from tasks.ingestion.rejects import DataError
-from tasks.ingestion.sources import find_sources
 from tasks.ingestion.splits import (
-    Split,
+    DUPLICATE,
+    EVAL,
+    LEAKED,
+    TRAIN,
+    UNUSED,
+    Sides,
     choose,
     count_held_out,
-    drop_duplicates,
+    find_first,
     hold_out,
     keep_all,
+    rank,
     separate,
     split_rows,
 )
 
+Places = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
-class Portion:
-    """A dataset's part in the run: what was read, where it went, and which training rows are taken how often."""
+class Division:
+    """Where each row of all datasets went, and how often the training rows are taken."""
 
-    dataset: DatasetConfig
-    intake: Intake
-    split: Split
-    train: list[Conversation]
-    """Of the split's training rows those that the weight or the number takes; copies included."""
+    datasets: tuple[DatasetConfig, ...]
+    """A held-out one is the last."""
+    bounds: tuple[int, ...]
+    """Where each dataset's rows begin; one entry more than there are datasets."""
+    sides: Sides
+    times: NDArray[np.uint32]
+    """How often a row is trained."""
 
-    @cached_property
-    def num_repeated(self) -> int:
-        """Copies that a weight above 1 made."""
-        return len(self.train) - len({row.example_id for row in self.train})
-
-    @property
-    def num_left_out(self) -> int:
-        """Rows that were read and are neither used nor wrong."""
-        return len(self.split.train) - (len(self.train) - self.num_repeated) + len(self.split.unused)
-
-
-def read_datasets(config: DataConfig, *, seed: int) -> list[Intake]:
-    """Read all datasets; a held-out one is the last.
-
-    Where two files of different datasets have the same name, the later one's gets its dataset's place as a folder, so
-    that a source and a line always name one row.
-
-    Raises:
-        DataError: a dataset cannot be read.
-    """
-    intakes = []
-    names: set[str] = set()
-    held_out = config.held_out_dataset
-    datasets = (*config.datasets, *([] if held_out is None else [held_out]))
-    for number, dataset in enumerate(datasets, start=1):
-        folder = "held-out" if dataset is held_out else f"dataset-{number}"
-        sources = _name_apart(find_sources(dataset), folder, names)
-        max_rows = None if dataset is held_out else config.max_rows
-        intake = take_in(sources, Reading(dataset.format, dataset.columns), max_rows, seed=seed, screen=config.screen)
-        intake.name = PurePath(dataset.source).name
-        intakes.append(intake)
-    return intakes
+    def count(self, dataset: int | None = None) -> dict[str, int]:
+        """Return the rows of each side, of one dataset or of all."""
+        rows = slice(None) if dataset is None else slice(*self.bounds[dataset : dataset + 2])
+        sides, times = self.sides[rows], self.times[rows]
+        taken = int(np.count_nonzero(times))
+        num_rows = np.bincount(sides, minlength=UNUSED + 1).tolist()
+        return {
+            "rows_train": int(times.sum()),
+            "rows_eval": num_rows[EVAL],
+            "rows_duplicate": num_rows[DUPLICATE],
+            "rows_leaked": num_rows[LEAKED],
+            # Read, and neither used nor wrong.
+            "rows_left_out": num_rows[TRAIN] - taken + num_rows[UNUSED],
+            # Copies that a weight above 1 made.
+            "rows_repeated": int(times.sum()) - taken,
+            "rows_unused": num_rows[UNUSED],
+        }
 
 
-def _name_apart(sources: Sequence[Source], folder: str, names: set[str]) -> list[Source]:
-    """Give files whose names are taken a folder before their name; `names` are the taken ones, and is added to."""
-    apart = []
-    for source in sources:
-        taken = any(file.name in names for file in source.files)
-        files = [replace(file, name=f"{folder}/{file.name}") if taken else file for file in source.files]
-        names.update(file.name for file in files)
-        apart.append(replace(source, files=tuple(files)))
-    return apart
-
-
-def divide(intakes: Sequence[Intake], config: DataConfig, *, seed: int) -> list[Portion]:
+def divide(rows: pl.DataFrame, bounds: Sequence[int], config: DataConfig, *, seed: int) -> Division:
     """Split each dataset by itself, keep them apart, and take the training rows.
 
     Args:
-        intakes: what `read_datasets` returned.
+        rows: the index of all datasets' rows, one dataset after the other.
+        bounds: where each dataset's rows begin, and where the last one's end.
         config: held-out part, weights and numbers.
         seed: of the split and of the choice of training rows.
 
     Raises:
         DataError: a dataset has fewer training rows than `num_rows` wants.
     """
-    rows = [intake.conversations for intake in intakes]
+    parts = [rows[low:high] for low, high in pairwise(bounds)]
+    datasets = list(config.datasets)
     if config.held_out_dataset is not None:
-        datasets = [*config.datasets, config.held_out_dataset]
-        splits = [*map(keep_all, rows[:-1]), hold_out(rows[-1], config.max_eval_rows, seed)]
+        datasets.append(config.held_out_dataset)
+        splits = [*map(keep_all, parts[:-1]), hold_out(parts[-1], config.max_eval_rows, seed)]
     else:
-        datasets = list(config.datasets)
-        limits = _share_out(rows, config)
-        splits = [split_rows(part, config.eval_fraction, limit, seed) for part, limit in zip(rows, limits, strict=True)]
-    return [
-        Portion(dataset, intake, split, take(split.train, dataset, seed))
-        for dataset, intake, split in zip(datasets, intakes, separate(splits), strict=True)
-    ]
+        limits = _share_out(parts, config)
+        splits = [
+            split_rows(part, config.eval_fraction, limit, seed) for part, limit in zip(parts, limits, strict=True)
+        ]
+    sides = separate(rows, splits)
+    times = np.zeros(rows.height, dtype=np.uint32)
+    for dataset, (low, high) in zip(datasets, pairwise(bounds), strict=True):
+        places = low + np.flatnonzero(sides[low:high] == TRAIN)
+        times[places] = take(rows["example_id"].gather(places), dataset, seed)
+    return Division(tuple(datasets), tuple(bounds), sides, times)
 
 
-def _share_out(rows: Sequence[Sequence[Conversation]], config: DataConfig) -> list[int]:
+def _share_out(parts: Sequence[pl.DataFrame], config: DataConfig) -> list[int]:
     """Return the most rows that each dataset holds out: its share of data.max_eval_rows where all want more."""
-    sizes = [len(drop_duplicates(part)[0]) for part in rows]
+    sizes = [int(np.count_nonzero(find_first(part))) for part in parts]
     wanted = [count_held_out(size, config.eval_fraction, size) for size in sizes]
     total = sum(wanted)
     if total <= config.max_eval_rows:
@@ -123,8 +108,8 @@ def _share_out(rows: Sequence[Sequence[Conversation]], config: DataConfig) -> li
     return [high - low for low, high in pairwise(bounds)]
 
 
-def take(rows: Sequence[Conversation], dataset: DatasetConfig, seed: int) -> list[Conversation]:
-    """Take training rows by the dataset's weight or number, in their order.
+def take(ids: pl.Series, dataset: DatasetConfig, seed: int) -> NDArray[np.uint32]:
+    """Return how often each training row is taken by the dataset's weight or number.
 
     A weight w takes round(w * n) of n rows, at least one: each floor(w) times, and a seeded choice once more. The
     choice goes by the rank of the split, so that a larger weight takes what a smaller one takes, and more.
@@ -132,17 +117,14 @@ def take(rows: Sequence[Conversation], dataset: DatasetConfig, seed: int) -> lis
     Raises:
         DataError: there are fewer rows than `num_rows`.
     """
-    if not rows:
-        if dataset.num_rows is not None:
-            raise DataError(_describe_shortage(dataset, 0))
-        return []
     num_rows = dataset.num_rows
-    if num_rows is not None and num_rows > len(rows):
-        raise DataError(_describe_shortage(dataset, len(rows)))
-    wanted = num_rows if num_rows is not None else max(1, round(dataset.weight * len(rows)))
-    times, rest = divmod(wanted, len(rows))
-    once_more = choose(rows, rest, seed)
-    return [row for row in rows for _ in range(times + (row.example_id in once_more))]
+    if num_rows is not None and num_rows > len(ids):
+        raise DataError(_describe_shortage(dataset, len(ids)))
+    if not len(ids):
+        return np.zeros(0, dtype=np.uint32)
+    wanted = num_rows if num_rows is not None else max(1, round(dataset.weight * len(ids)))
+    times, rest = divmod(wanted, len(ids))
+    return (times + choose(ids, rest, seed)).astype(np.uint32)
 
 
 def _describe_shortage(dataset: DatasetConfig, num_rows: int) -> str:
@@ -154,19 +136,25 @@ def _describe_shortage(dataset: DatasetConfig, num_rows: int) -> str:
     )
 
 
-def mix(parts: Sequence[Sequence[Conversation]], seed: int) -> list[Conversation]:
-    """Join the datasets' rows: one dataset's in their order, several mixed by the rank of seed, copy and content.
+def mix(ids: pl.Series, bounds: Sequence[int], times: NDArray[np.uint32], seed: int) -> Places:
+    """Return the places of the taken rows in the order in which they are written.
 
-    Whoever takes rows from the front (an evaluation of the first ones, a preview) then sees every dataset.
+    One dataset's rows stay in their order; several are mixed by the rank of seed, copy and content. Whoever takes rows
+    from the front (an evaluation of the first ones, a preview) then sees every dataset.
+
+    Args:
+        ids: example_ids of all datasets' rows.
+        bounds: where each dataset's rows begin, and where the last one's end.
+        times: how often each row is taken.
+        seed: of the order.
     """
-    parts = [part for part in parts if part]
-    rows = [row for part in parts for row in part]
-    if len(parts) < 2:
-        return rows
-    copies: dict[str, int] = {}
-    ranked = []
-    for place, row in enumerate(rows):
-        copies[row.example_id] = copies.get(row.example_id, 0) + 1
-        rank = hashlib.sha256(f"mix:{seed}:{copies[row.example_id]}:{row.example_id}".encode()).digest()
-        ranked.append((rank, place))
-    return [rows[place] for _, place in sorted(ranked)]
+    order = np.repeat(np.arange(len(ids)), times)
+    if sum(bool(times[low:high].any()) for low, high in pairwise(bounds)) < 2:
+        return order
+    ranks = np.empty(len(order), dtype=np.uint64)
+    ends = np.cumsum(times, dtype=np.int64)
+    copies = np.arange(1, len(order) + 1) - np.repeat(ends - times, times)
+    for copy in range(1, int(times.max()) + 1):
+        places = np.flatnonzero(copies == copy)
+        ranks[places] = rank(ids.gather(order[places]), f"mix:{seed}:{copy}")
+    return order[np.argsort(ranks, kind="stable")]

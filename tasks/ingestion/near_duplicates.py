@@ -1,128 +1,186 @@
-"""Held-out conversations that a training row nearly repeats: found by MinHash, measured exactly, reported.
+"""Held-out conversations that a training row nearly repeats: found and measured exactly, and reported.
 
-A conversation is the set of its runs of three words, after normalization; likeness is the Jaccard index of two
-sets. In scripts that write no spaces a character is a word. Every training row is first compared with the union U of
-all held-out sets: where J(A, B) is at least t, at least t of A lies in B, and so in U. That bound loses nothing, and
-spares most rows their MinHash.
+A conversation is the set of its runs of three words (see runs.py); likeness is the Jaccard index of two sets. No pair
+is missed, and few are compared, by two bounds. Where J(A, B) is at least t, at least t of A lies in B, and so in the
+union of all held-out sets: most training rows end there. And where the members of all sets are put in one order, the
+first len(A) - ceil(t * len(A)) + 1 of A and the first as many of B have one in common (prefix filtering; Chaudhuri et
+al. 2006, Bayardo et al. 2007): in the order of rarity, few pairs do.
 """
 
-import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.identity import Conversation, normalize_text
+from tasks.ingestion.runs import HASH_BITS, Runs, select_runs
 
-RUN = 3
-# Begins every conversation, so that the shortest ones have a run too.
-START = "_ _ _ "
-# Chinese, Japanese, Korean, Thai, Lao, Burmese, Khmer.
-_UNSPACED = r"\x{2e80}-\x{9fff}\x{ac00}-\x{d7af}\x{f900}-\x{faff}\x{0e00}-\x{0eff}\x{1000}-\x{109f}\x{1780}-\x{17ff}"
-WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+"
 THRESHOLD = 0.8
-NUM_PERMUTATIONS = 128
-# Bands and rows of a band: a pair is a candidate with probability 1 - (1 - J**8)**16, which is 0.95 at a Jaccard
-# index of 0.8, 0.9999 at 0.9 and 0.06 at 0.5.
-BANDS = (16, 8)
-# Odd multiplier of the polynomial that hashes a run (the fractional part of the golden ratio times 2**64).
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-HASH_BITS = np.uint64(32)
-ROWS_AT_ONCE = 5000
+# How much of a hash is looked at first.
+TABLE_BITS = 24
+# Hashes, where every row is like every held-out one: what they need stays below 200 MB.
+COMPARED_AT_ONCE = 4_000_000
+# Products of a threshold and a size are rounded.
+TOLERANCE = 1e-9
 
-Hashes = NDArray[np.uint64]
+Numbers = NDArray[np.int64]
 
 
-class NearDuplicate(NamedTuple):
-    """A held-out row and the training row most like it."""
+class HeldOut(NamedTuple):
+    """Held-out sets, and who has a hash."""
 
-    eval_place: str
-    train_place: str
+    sizes: Numbers
+    keyed: NDArray[np.uint64]
+    """Sorted: number of the set in the upper half, hash in the lower."""
+    union: NDArray[np.uint32]
+    """Sorted hashes of all sets."""
+    num_owners: Numbers
+    """How many sets have each hash of the union."""
+    bounds: Numbers
+    """Where the owners of each hash of the union begin, of those that have it among their rarest."""
+    owners: Numbers
+    table: NDArray[np.bool_]
+    """Whether a hash of the union begins with these bits: an answer at the price of one look."""
+
+
+class Likest(NamedTuple):
+    """The training row most like a held-out row."""
+
+    held_out: int
+    train: int
     jaccard: float
 
 
 def find_near_duplicates(
-    train: Sequence[Conversation], held_out: Sequence[Conversation], threshold: float = THRESHOLD
-) -> list[NearDuplicate]:
-    """Return the held-out rows with a training row of a Jaccard index of at least `threshold`, the likest first.
+    train: Iterable[tuple[Numbers, Runs]], held_out: Runs, threshold: float = THRESHOLD
+) -> list[Likest]:
+    """Return the held-out sets with a training set of a Jaccard index of at least `threshold`.
 
-    Candidates come from MinHash with banding (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3),
-    which may miss a pair near the threshold (see BANDS); each candidate's index is then computed exactly.
+    Args:
+        train: the training sets with their numbers, some at a time; numbers rise.
+        held_out: all held-out sets.
+        threshold: above 0.
+
+    Returns:
+        Pairs of numbers, the likest first; of equally like training sets the first one.
     """
-    if not train or not held_out:
+    if not len(held_out.hashes):
         return []
-    import datasketch  # two seconds of import that a plain look at rows need not pay
-
-    eval_sets = _make_sets(held_out)
-    union = _sort_unique(np.concatenate(eval_sets))
-    index = datasketch.MinHashLSH(num_perm=NUM_PERMUTATIONS, params=BANDS)
-    sketch = datasketch.MinHash(num_perm=NUM_PERMUTATIONS, hashfunc=int)
-    for number, hashes in enumerate(eval_sets):
-        index.insert(number, _sketch(sketch, hashes))
-    best: dict[int, NearDuplicate] = {}
-    for start in range(0, len(train), ROWS_AT_ONCE):
-        sets = _make_sets(train[start : start + ROWS_AT_ONCE])
-        for place in _find_inside(sets, union, threshold):
-            row, hashes = train[start + place], sets[place]
-            for number in index.query(_sketch(sketch, hashes)):
-                jaccard = _compare(hashes, eval_sets[number])
-                if jaccard >= threshold and (number not in best or jaccard > best[number].jaccard):
-                    other = held_out[number]
-                    best[number] = NearDuplicate(f"{other.source}:{other.line}", f"{row.source}:{row.line}", jaccard)
-    return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.eval_place))
+    known = index_held_out(held_out, threshold)
+    best: dict[int, Likest] = {}
+    for numbers, runs in train:
+        inside = _find_inside(runs, known, threshold)
+        if not inside.any():
+            continue
+        own = numbers[inside]
+        for rows, others, jaccard in _compare_all(select_runs(runs, inside), known, threshold):
+            for row, other, index in zip(own[rows].tolist(), others.tolist(), jaccard.tolist(), strict=True):
+                if other not in best or (-index, row) < (-best[other].jaccard, best[other].train):
+                    best[other] = Likest(other, row, index)
+    return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
 
 
-def _make_sets(rows: Sequence[Conversation]) -> list[Hashes]:
-    """Return the sorted 32-bit hashes of each conversation's runs; no set is empty."""
-    words = pl.Series([START + _join_text(row) for row in rows]).str.extract_all(WORD)
-    codes = words.explode().hash(seed=0).to_numpy()
-    owners = np.repeat(np.arange(len(rows), dtype=np.uint64), words.list.len().to_numpy())
-    num_runs = len(codes) - RUN + 1
-    runs: Hashes = np.zeros(num_runs, dtype=np.uint64)
-    for offset in range(RUN):
-        runs = (runs + codes[offset : offset + num_runs]) * MULTIPLIER
-    inside = owners[:num_runs] == owners[RUN - 1 :]
-    keyed = _sort_unique((owners[:num_runs] << HASH_BITS | runs >> HASH_BITS)[inside])
-    borders = np.searchsorted(keyed, np.arange(1, len(rows), dtype=np.uint64) << HASH_BITS)
-    return np.split(keyed & np.uint64(2**32 - 1), borders)
+def index_held_out(runs: Runs, threshold: float) -> HeldOut:
+    """Make the tables by which training sets are compared with all held-out sets at once."""
+    union, places, num_owners = np.unique(runs.hashes, return_inverse=True, return_counts=True)
+    rarest = _find_rarest(runs, num_owners[places], threshold)
+    owners = np.repeat(np.arange(len(runs.sizes)), runs.sizes)
+    by_hash = rarest[np.argsort(places[rarest], kind="stable")]
+    table = np.zeros(1 << TABLE_BITS, dtype=np.bool_)
+    table[union >> (32 - TABLE_BITS)] = True
+    return HeldOut(
+        sizes=runs.sizes,
+        keyed=owners.astype(np.uint64) << HASH_BITS | runs.hashes.astype(np.uint64),
+        union=union,
+        num_owners=num_owners,
+        bounds=np.searchsorted(places[by_hash], np.arange(len(union) + 1)),
+        owners=owners[by_hash],
+        table=table,
+    )
 
 
-def _sort_unique(values: Hashes) -> Hashes:
-    """Sort in place and drop repetitions; np.unique hashes first and takes five times as long."""
-    values.sort()
-    return values[np.concatenate(([True], values[1:] != values[:-1]))]
+def _find_rarest(runs: Runs, num_owners: Numbers, threshold: float) -> Numbers:
+    """Return the places of each set's rarest hashes, as many as must hold one of every set that is alike enough.
+
+    Rarity is the number of held-out sets that have a hash; of two with the same number the smaller hash comes first.
+    """
+    sizes = runs.sizes
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.lexsort((num_owners, owners))  # stable: hashes of a set are sorted
+    rarity = np.arange(len(owners)) - np.repeat(runs.bounds[:-1], sizes)
+    num_rarest = sizes - np.ceil(threshold * sizes - TOLERANCE).astype(np.int64) + 1
+    return order[rarity < num_rarest[owners]]
 
 
-def _join_text(row: Conversation) -> str:
-    """Return the normalized text of all messages but the system's."""
-    messages: list[dict[str, Any]] = json.loads(row.messages)
-    return normalize_text("\n".join(message["content"] for message in messages if message["role"] != "system"))
+def _find_inside(runs: Runs, known: HeldOut, threshold: float) -> NDArray[np.bool_]:
+    """Tell of which sets at least `threshold` lies in the union."""
+    if not len(runs.sizes):
+        return np.zeros(0, dtype=np.bool_)
+    likely = known.table[runs.hashes >> (32 - TABLE_BITS)]
+    # What the table lets pass may still be unknown; the few rows that have enough of it are looked up.
+    inside = np.add.reduceat(likely, runs.bounds[:-1], dtype=np.int64) >= threshold * runs.sizes - TOLERANCE
+    rest = select_runs(runs, inside)
+    if len(rest.sizes):
+        found, _ = _look_up(rest.hashes, known.union)
+        inside[inside] = np.add.reduceat(found, rest.bounds[:-1], dtype=np.int64) >= threshold * rest.sizes - TOLERANCE
+    return inside
 
 
-def _find_inside(sets: list[Hashes], union: Hashes, threshold: float) -> list[int]:
-    """Return the places of the sets of which at least `threshold` lies in the union."""
-    sizes = np.array([len(hashes) for hashes in sets])
-    known = _find_common(np.concatenate(sets), union)
-    counts = np.add.reduceat(known, np.concatenate(([0], np.cumsum(sizes)[:-1])), dtype=np.int64)
-    return np.flatnonzero(counts >= threshold * sizes).tolist()
+def _look_up(
+    values: NDArray[np.unsignedinteger], table: NDArray[np.unsignedinteger]
+) -> tuple[NDArray[np.bool_], Numbers]:
+    """Tell which values are in a sorted table, and where."""
+    places = np.minimum(np.searchsorted(table, values), len(table) - 1)
+    return table[places] == values, places
 
 
-def _find_common(hashes: Hashes, others: Hashes) -> NDArray[np.bool_]:
-    """Tell which of `hashes` are in the sorted `others`."""
-    places = np.minimum(np.searchsorted(others, hashes), len(others) - 1)
-    return others[places] == hashes
+def _compare_all(
+    runs: Runs, known: HeldOut, threshold: float
+) -> Iterator[tuple[Numbers, Numbers, NDArray[np.float64]]]:
+    """Yield pairs of a row and a held-out set that are alike enough, with their Jaccard index."""
+    for rows, others in _find_candidates(runs, known, threshold):
+        for some in _cut(runs.sizes[rows]):
+            jaccard = _measure(runs, known, rows[some], others[some])
+            alike = jaccard >= threshold
+            yield rows[some][alike], others[some][alike], jaccard[alike]
 
 
-def _compare(hashes: Hashes, others: Hashes) -> float:
-    """Return the Jaccard index of two sets."""
-    common = int(np.count_nonzero(_find_common(hashes, others)))
-    return common / (len(hashes) + len(others) - common)
+def _measure(runs: Runs, known: HeldOut, rows: Numbers, others: Numbers) -> NDArray[np.float64]:
+    """Return the Jaccard index of each pair."""
+    # The row's hashes, once for each of its candidates, under the candidate's number.
+    sizes = runs.sizes[rows]
+    hashes = runs.hashes[_count_up(runs.bounds[rows], sizes)].astype(np.uint64)
+    found, _ = _look_up(np.repeat(others.astype(np.uint64), sizes) << HASH_BITS | hashes, known.keyed)
+    common = np.add.reduceat(found, np.cumsum(sizes) - sizes, dtype=np.int64)
+    jaccard: NDArray[np.float64] = common / (sizes + known.sizes[others] - common)
+    return jaccard
 
 
-def _sketch(sketch: Any, hashes: Hashes) -> Any:
-    """Fill the MinHash with a set; it is used again for the next one."""
-    sketch.clear()
-    sketch.update_batch(hashes.tolist())
-    return sketch
+def _find_candidates(runs: Runs, known: HeldOut, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
+    """Yield pairs of a row and a held-out set that share one of the rarest hashes of both, and are alike in size."""
+    sizes = runs.sizes
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    found, places = _look_up(runs.hashes, known.union)
+    rarest = _find_rarest(runs, np.where(found, known.num_owners[places], 0), threshold)
+    rarest = rarest[found[rarest]]
+    starts, counts = known.bounds[places[rarest]], np.diff(known.bounds)[places[rarest]]
+    for some in _cut(counts):
+        others = known.owners[_count_up(starts[some], counts[some])]
+        pairs = np.unique(np.repeat(owners[rarest[some]], counts[some]) * len(known.sizes) + others)
+        rows, others = pairs // len(known.sizes), pairs % len(known.sizes)
+        small, large = np.minimum(sizes[rows], known.sizes[others]), np.maximum(sizes[rows], known.sizes[others])
+        possible = small >= threshold * large - TOLERANCE
+        yield rows[possible], others[possible]
+
+
+def _cut(amounts: Numbers) -> Iterator[slice]:
+    """Yield slices of about COMPARED_AT_ONCE in sum."""
+    borders = np.flatnonzero(np.diff(np.cumsum(amounts) // COMPARED_AT_ONCE)) + 1
+    ends = [*borders.tolist(), len(amounts)]
+    return (slice(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end)
+
+
+def _count_up(starts: Numbers, counts: Numbers) -> Numbers:
+    """Return start, start + 1, … for each start, as many as its count."""
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)

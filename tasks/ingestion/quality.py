@@ -1,15 +1,12 @@
 """What looks wrong in rows that are kept, and what the rows are like: reported, never repaired."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ftfy
 import numpy as np
 import polars as pl
-
-if TYPE_CHECKING:
-    from tasks.ingestion.identity import Conversation
+from numpy.typing import NDArray
 
 TEXT_PROBLEMS: dict[str, str] = {
     "control_characters": "control characters (other than tab, line feed and carriage return) are in the text",
@@ -18,6 +15,10 @@ TEXT_PROBLEMS: dict[str, str] = {
 }
 # C0 without tab, line feed and carriage return; delete; C1.
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# ftfy's pattern without its spaces and comments, and with any character for \s, \w and ^, which Rust takes otherwise.
+_BADNESS = re.sub(r"\\[sw]|\^(?=\[)", "(?s:.?)", re.sub(r"(\[[^\]]*\])|#.*|\s", r"\1", ftfy.badness.BADNESS_RE.pattern))
+# A necessary condition of every problem in the syntax of Rust's regex crate, for messages as JSON: C0 is escaped.
+ODD = rf"\\(?:u00|[bf])|[\x7f-\x{{9f}}\x{{fffd}}]|{_BADNESS}"
 PLACES_SHOWN = 10
 MIN_ROWS_FOR_OUTLIERS = 20
 # Tukey's outer fences: quartiles and three interquartile ranges beyond, here of the logarithm of the length.
@@ -35,45 +36,44 @@ def find_text_problems(text: str) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def check_quality(conversations: Sequence["Conversation"]) -> dict[str, dict[str, Any]]:
-    """Return, by code, how many conversations have a problem and the places of the first ones."""
-    found: dict[str, list[Conversation]] = {code: [] for code in (*TEXT_PROBLEMS, "length_outlier")}
-    for conversation in conversations:
-        for code in conversation.problems:
-            found[code].append(conversation)
-    found["length_outlier"] = _find_length_outliers(conversations)
+def check_quality(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return, by code, how many rows of an index have a problem and the places of the first ones."""
+    problems = rows["problems"].to_numpy()
+    masks = {code: (problems >> place & 1).astype(np.bool_) for place, code in enumerate(TEXT_PROBLEMS)}
+    masks["length_outlier"] = _find_length_outliers(rows)
     return {
-        code: {"num_rows": len(rows), "places": [f"{row.source}:{row.line}" for row in rows[:PLACES_SHOWN]]}
-        for code, rows in found.items()
+        code: {"num_rows": int(np.count_nonzero(mask)), "places": list_places(rows, np.flatnonzero(mask))}
+        for code, mask in masks.items()
     }
 
 
-def _find_length_outliers(conversations: Sequence["Conversation"]) -> list["Conversation"]:
-    """Return conversations whose length in characters lies outside the outer fences."""
-    if len(conversations) < MIN_ROWS_FOR_OUTLIERS:
-        return []
-    lengths = np.log([1 + row.prompt_characters + row.answer_characters for row in conversations])
+def list_places(rows: pl.DataFrame, places: NDArray[np.int64]) -> list[str]:
+    """Return source and line of the first of these rows."""
+    first = rows[places[:PLACES_SHOWN]]
+    return [f"{source}:{line}" for source, line in first.select("source", "line").iter_rows()]
+
+
+def _find_length_outliers(rows: pl.DataFrame) -> NDArray[np.bool_]:
+    """Tell which rows have a length in characters outside the outer fences."""
+    if rows.height < MIN_ROWS_FOR_OUTLIERS:
+        return np.zeros(rows.height, dtype=np.bool_)
+    lengths = np.log1p((rows["prompt_characters"] + rows["answer_characters"]).to_numpy())
     low, high = np.quantile(lengths, [0.25, 0.75])
     # Rows of nearly one length have no spread to measure by: a factor of two is allowed at least.
     reach = max(FENCE * (high - low), np.log(2.0))
-    outside = (lengths < low - reach) | (lengths > high + reach)
-    return [conversations[index] for index in np.flatnonzero(outside).tolist()]
+    return (lengths < low - reach) | (lengths > high + reach)
 
 
-def describe_rows(conversations: Sequence["Conversation"]) -> dict[str, Any]:
+def describe_rows(rows: pl.DataFrame) -> dict[str, Any]:
     """Return statistics of one side of the split: turns, tools and lengths in characters."""
-    columns: dict[str, Callable[[Conversation], int]] = {
-        "prompt_characters": lambda row: row.prompt_characters,
-        "answer_characters": lambda row: row.answer_characters,
-        "turns": lambda row: row.num_turns,
-    }
     statistics: dict[str, Any] = {
-        "num_rows": len(conversations),
-        "num_with_tools": sum(row.tools is not None for row in conversations),
-        "num_multi_turn": sum(row.num_turns > 1 for row in conversations),
+        "num_rows": rows.height,
+        "num_with_tools": int(rows["has_tools"].sum()),
+        "num_multi_turn": int((rows["num_turns"] > 1).sum()),
     }
-    for name, read in columns.items():
-        series = pl.Series([read(row) for row in conversations], dtype=pl.Int64)
+    columns = {"prompt_characters": "prompt_characters", "answer_characters": "answer_characters", "turns": "num_turns"}
+    for name, column in columns.items():
+        series = rows[column].cast(pl.Int64)
         statistics[name] = {
             "min": series.min(),
             **{f"p{part}": series.quantile(part / 100, "nearest") for part in (10, 50, 90, 99)},

@@ -1,92 +1,126 @@
 """quality.json: what was read, where it went, what looks wrong, and what a person should know."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tasks.ingestion.identity import Conversation
-from tasks.ingestion.mixture import Portion
-from tasks.ingestion.near_duplicates import THRESHOLD, NearDuplicate, find_near_duplicates
-from tasks.ingestion.quality import PLACES_SHOWN, TEXT_PROBLEMS, check_quality, describe_rows
-from tasks.ingestion.rejects import Reject, count_reasons
+import numpy as np
+import polars as pl
+
+from tasks.ingestion.mixture import Division
+from tasks.ingestion.near_duplicates import THRESHOLD, Likest
+from tasks.ingestion.quality import PLACES_SHOWN, TEXT_PROBLEMS, check_quality, describe_rows, list_places
+from tasks.ingestion.rejects import Tally
 from tasks.ingestion.screening import KINDS, Screen
-from tasks.ingestion.splits import count_shared_prompts, drop_duplicates
+from tasks.ingestion.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
+from tasks.ingestion.takings import Intake, Takings
 
 if TYPE_CHECKING:
     from tasks.ingestion.dataset import DatasetCounts
 
 
 def describe_dataset(
-    counts: "DatasetCounts", portions: Sequence[Portion], rejects: Sequence[Reject], screen: Screen
+    counts: "DatasetCounts",
+    takings: Takings,
+    division: Division,
+    pairs: Sequence[Likest],
+    rejects: Tally,
+    screen: Screen,
 ) -> dict[str, Any]:
     """Return the quality report: counts, what was read how, checks, statistics, warnings.
 
     Checks and statistics are about the rows that are used, each once, whatever its weight.
+
+    Args:
+        counts: where the rows went.
+        takings: what was read.
+        division: the side of each row.
+        pairs: near duplicates, by their places in the index.
+        rejects: of all datasets.
+        screen: what was done about personal data.
     """
-    train = drop_duplicates([row for portion in portions for row in portion.train])[0]
-    held_out = [row for portion in portions for row in portion.split.eval]
-    checks = check_quality([*train, *held_out])
-    pairs = find_near_duplicates(train, held_out)
+    rows, intakes = takings.rows, takings.intakes
+    train, held_out = rows.filter(division.times > 0), rows.filter(division.sides == EVAL)
+    used = pl.concat([train, held_out])
+    checks = check_quality(used)
+    likest = _describe_pairs(rows, pairs[:PLACES_SHOWN])
     shared = count_shared_prompts(train, held_out)
     unused: Counter[str] = Counter()
-    for portion in portions:
-        unused.update(portion.intake.unused)
-    found = count_found([*train, *held_out])
-    warnings = [warning for portion in portions for warning in portion.intake.warnings]
-    warnings += [*_warn_of_checks(checks), *_warn_of_likeness(pairs, shared), *_warn_of_found(found, screen)]
-    warnings += _warn_of_portions(portions)
+    for intake in intakes:
+        unused.update(intake.unused)
+    found = count_found(used)
+    warnings = [warning for intake in intakes for warning in intake.warnings]
+    warnings += [
+        *_warn_of_checks(checks),
+        *_warn_of_likeness(likest, len(pairs), shared),
+        *_warn_of_found(found, screen),
+    ]
+    warnings += _warn_of_datasets(intakes, division)
     warnings += [f"not read: {name} ({number} time(s))" for name, number in unused.items() if number]
     return {
         "counts": {**asdict(counts), "rows_read": counts.rows_read},
-        "datasets": [describe_portion(portion) for portion in portions],
-        "files": [entry for portion in portions for entry in portion.intake.files],
+        "datasets": [describe_portion(intake, division, number) for number, intake in enumerate(intakes)],
+        "files": [entry for intake in intakes for entry in intake.files],
         "not_read": dict(unused),
         "checks": checks,
         "screen": {"mode": screen, "found": found},
-        "near_duplicates": {
-            "threshold": THRESHOLD,
-            "num_eval_rows": len(pairs),
-            "pairs": [pair._asdict() for pair in pairs[:PLACES_SHOWN]],
-        },
+        "near_duplicates": {"threshold": THRESHOLD, "num_eval_rows": len(pairs), "pairs": likest},
         "num_shared_prompts": shared,
-        "duplicates": _list_places(row for portion in portions for row in portion.split.duplicate),
-        "leaks": _list_places(row for portion in portions for row in portion.split.leaked),
-        "rejects": [reject._asdict() for reject in rejects[:PLACES_SHOWN]],
+        "duplicates": list_places(rows, np.flatnonzero(division.sides == DUPLICATE)),
+        "leaks": list_places(rows, np.flatnonzero(division.sides == LEAKED)),
+        "rejects": [reject._asdict() for reject in rejects.first],
         "statistics": {"train": describe_rows(train), "eval": describe_rows(held_out)},
         "warnings": warnings,
     }
 
 
-def describe_portion(portion: Portion) -> dict[str, Any]:
+def describe_portion(intake: Intake, division: Division, number: int) -> dict[str, Any]:
     """Return where a dataset's rows went; over all datasets each count adds up to that of the whole."""
+    dataset, counts = division.datasets[number], division.count(number)
     return {
-        "name": portion.intake.name,
-        "weight": portion.dataset.weight,
-        "num_rows": portion.dataset.num_rows,
-        "rows_read": portion.intake.num_rows,
-        "rows_train": len(portion.train),
-        "rows_eval": len(portion.split.eval),
-        "rows_rejected": count_reasons(portion.intake.rejects),
-        "rows_duplicate": len(portion.split.duplicate),
-        "rows_leaked": len(portion.split.leaked),
-        "rows_left_out": portion.num_left_out,
-        "rows_repeated": portion.num_repeated,
+        "name": intake.name,
+        "weight": dataset.weight,
+        "num_rows": dataset.num_rows,
+        "rows_read": intake.num_rows,
+        "rows_train": counts["rows_train"],
+        "rows_eval": counts["rows_eval"],
+        "rows_rejected": intake.rejects.by_reason,
+        "rows_duplicate": counts["rows_duplicate"],
+        "rows_leaked": counts["rows_leaked"],
+        "rows_left_out": counts["rows_left_out"],
+        "rows_repeated": counts["rows_repeated"],
     }
 
 
-def count_found(rows: Sequence[Conversation]) -> dict[str, dict[str, Any]]:
+def count_found(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
     """Return, by kind of personal data and secrets, how often it is in how many rows, and the first places."""
-    by_kind: dict[str, list[Conversation]] = {kind: [] for kind in KINDS}
+    places = np.flatnonzero(rows["found"] != "")
     numbers: Counter[str] = Counter()
-    for row in rows:
-        numbers.update(row.found)
-        for kind in set(row.found):
-            by_kind[kind].append(row)
+    holders: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    for place, text in zip(places.tolist(), rows["found"].gather(places), strict=True):
+        kinds = text.split(",")
+        numbers.update(kinds)
+        for kind in set(kinds):
+            holders[kind].append(place)
     return {
-        kind: {"num_found": numbers[kind], "num_rows": len(holders), "places": _list_places(holders)}
-        for kind, holders in by_kind.items()
+        kind: {
+            "num_found": numbers[kind],
+            "num_rows": len(holders[kind]),
+            "places": list_places(rows, np.array(holders[kind], dtype=np.int64)),
+        }
+        for kind in KINDS
     }
+
+
+def _describe_pairs(rows: pl.DataFrame, pairs: Sequence[Likest]) -> list[dict[str, Any]]:
+    """Return the places of both rows of each pair."""
+    held_out = list_places(rows, np.array([pair.held_out for pair in pairs], dtype=np.int64))
+    train = list_places(rows, np.array([pair.train for pair in pairs], dtype=np.int64))
+    return [
+        {"eval_place": place, "train_place": other, "jaccard": pair.jaccard}
+        for place, other, pair in zip(held_out, train, pairs, strict=True)
+    ]
 
 
 def _warn_of_checks(checks: dict[str, dict[str, Any]]) -> list[str]:
@@ -99,14 +133,15 @@ def _warn_of_checks(checks: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _warn_of_likeness(pairs: Sequence[NearDuplicate], num_shared: int) -> list[str]:
+def _warn_of_likeness(likest: Sequence[dict[str, Any]], num_pairs: int, num_shared: int) -> list[str]:
     """Say how near the held-out rows are to the trained ones."""
     warnings = []
-    if pairs:
-        first = pairs[0]
+    if likest:
+        first = likest[0]
         warnings.append(
-            f"{len(pairs)} held-out row(s) are nearly repeated by a training row (Jaccard index at least {THRESHOLD}), "
-            f"such as {first.eval_place} by {first.train_place} ({first.jaccard}): their score flatters the model"
+            f"{num_pairs} held-out row(s) are nearly repeated by a training row (Jaccard index at least {THRESHOLD}), "
+            f"such as {first['eval_place']} by {first['train_place']} ({first['jaccard']:.4g}): "
+            "their score flatters the model"
         )
     if num_shared:
         warnings.append(f"{num_shared} held-out row(s) have a prompt that is also trained, with another answer")
@@ -123,23 +158,20 @@ def _warn_of_found(found: dict[str, dict[str, Any]], screen: Screen) -> list[str
     ]
 
 
-def _warn_of_portions(portions: Sequence[Portion]) -> list[str]:
+def _warn_of_datasets(intakes: Sequence[Intake], division: Division) -> list[str]:
     """Say which rows are left out or repeated, and which dataset brings nothing."""
     warnings = []
-    for portion in portions:
-        name, unused = portion.intake.name, len(portion.split.unused)
-        left_out = portion.num_left_out - unused
+    for number, intake in enumerate(intakes):
+        counts = division.count(number)
+        unused = counts["rows_unused"]
+        left_out = counts["rows_left_out"] - unused
         if unused:
             warnings.append(f"{unused} held-out row(s) beyond data.max_eval_rows are not used")
         if left_out:
-            warnings.append(f"{name}: {left_out} training row(s) are left out by its weight or num_rows")
-        if portion.num_repeated:
-            warnings.append(f"{name}: its weight repeats training rows, {portion.num_repeated} time(s) in all")
-        if not portion.train and not portion.split.eval and not unused:
-            warnings.append(f"{name}: none of its {portion.intake.num_rows} row(s) is trained or held out")
+            warnings.append(f"{intake.name}: {left_out} training row(s) are left out by its weight or num_rows")
+        if counts["rows_repeated"]:
+            repeated = counts["rows_repeated"]
+            warnings.append(f"{intake.name}: its weight repeats training rows, {repeated} time(s) in all")
+        if not counts["rows_train"] and not counts["rows_eval"] and not unused:
+            warnings.append(f"{intake.name}: none of its {intake.num_rows} row(s) is trained or held out")
     return warnings
-
-
-def _list_places(rows: Iterable[Conversation]) -> list[str]:
-    """Return source and line of the first rows."""
-    return [f"{row.source}:{row.line}" for row, _ in zip(rows, range(PLACES_SHOWN), strict=False)]

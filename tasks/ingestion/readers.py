@@ -1,7 +1,7 @@
 """Rows out of files, one at a time: JSON, JSONL, CSV, TSV, Parquet and Arrow.
 
-JSON is parsed by `json`, never through Arrow, which would merge the objects of all rows into one struct and
-give each the others' keys as nulls.
+JSON is never parsed through Arrow, which would merge the objects of all rows into one struct and give each the
+others' keys as nulls. orjson parses what it takes as `json` does; the rest, and every error, is `json`'s.
 """
 
 import csv
@@ -10,8 +10,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
+import orjson
+
+from tasks.ingestion.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
 from tasks.ingestion.files import SourceFile
 from tasks.ingestion.rejects import DataError, RowError
 
@@ -23,36 +26,31 @@ OTHER_BOMS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-ROWS_AT_ONCE = 1000
+# orjson makes integers beyond 64 bits floats, and leaves NaN and half surrogates to json by refusing them.
+ZEROS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
+LONG_NUMBER = b"0" * 19
 
 
-class RawRow(NamedTuple):
-    """A row as it was read: its 1-based place, and its value or what is wrong with it."""
-
-    line: int
-    value: Any
-    problem: RowError | None = None
-
-
-def read_rows(file: SourceFile) -> Iterator[RawRow]:
+def read_rows(file: SourceFile, span: Span = WHOLE) -> Iterator[RawRow]:
     """Yield the rows of a file; a row that cannot be parsed comes with its problem and its text as value.
 
     Raises:
         DataError: the file as a whole cannot be read: its encoding, its syntax, no row that parses.
     """
+    assert span == WHOLE or file.kind in ("jsonl", "parquet", "arrow"), f"{file.path}: {span} of a {file.kind} file"
     match file.kind:
         case "json":
             return _read_json(file.path)
         case "jsonl":
-            return _read_json_lines(file.path)
+            return _read_json_lines(file.path, span)
         case "csv":
             return _read_csv(file.path, ",")
         case "tsv":
             return _read_csv(file.path, "\t")
         case "parquet":
-            return _read_parquet(file.path)
+            return read_parquet(file.path, span)
         case _:
-            return _read_arrow(file.path)
+            return read_arrow(file.path, span)
 
 
 def _check_start(path: Path, head: bytes) -> None:
@@ -92,24 +90,46 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> Iterator[RawRow]:
     """Read a list of rows, one object (a single row), or in truth one object a line."""
+    data = path.read_bytes()
+    try:
+        value = _parse_fast(data)
+    except orjson.JSONDecodeError:
+        del data
+        value = _parse_exactly(path)
+    if value is NOT_ONE_VALUE:
+        yield from _read_json_lines(path, WHOLE)
+    elif value is not NO_VALUE:
+        for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+            yield RawRow(number, row)
+
+
+NO_VALUE, NOT_ONE_VALUE = object(), object()
+
+
+def _parse_fast(data: bytes) -> Any:
+    """Parse JSON as json.loads does, and refuse what orjson would take otherwise."""
+    if LONG_NUMBER in data.translate(ZEROS):
+        raise orjson.JSONDecodeError("a long number", "", 0)
+    return orjson.loads(data)
+
+
+def _parse_exactly(path: Path) -> Any:
+    """Parse a whole JSON file, or tell that it holds nothing, or several values."""
     text = _read_text(path)
     if not text.strip():
-        return
+        return NO_VALUE
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except RecursionError:
         raise DataError(f"{path}: the JSON is nested too deeply to be read: flatten it") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and _parses(text.lstrip().split("\n", 1)[0]):
-            yield from _read_json_lines(path)
-            return
+            return NOT_ONE_VALUE
         near = text[max(0, error.pos - 30) : error.pos + 30].replace("\n", "⏎")
         raise DataError(
             f"{path}: broken JSON on line {error.lineno}, column {error.colno} ({error.msg}) near {near!r}: "
             "repair the file; where one row may be lost, save one object a line as .jsonl"
         ) from None
-    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
-        yield RawRow(number, row)
 
 
 def _parses(line: str) -> bool:
@@ -121,18 +141,26 @@ def _parses(line: str) -> bool:
     return True
 
 
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
+def _read_json_lines(path: Path, span: Span) -> Iterator[RawRow]:
     """Read one JSON value a line; blank lines are no rows. Only line feeds end a line."""
-    offset, num_rows, num_broken, first = 0, 0, 0, ""
+    offset, num_rows, num_broken, first = span.start, 0, 0, ""
     with path.open("rb") as handle:
-        for line, data in enumerate(handle, start=1):
+        handle.seek(span.start)
+        for line, data in enumerate(handle, start=span.first_row):
+            if span.stop is not None and offset >= span.stop:
+                break
             start = offset
             offset += len(data)
-            if line == 1:
+            if start == 0:
                 _check_start(path, data[:64])
                 start += len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
                 data = data.removeprefix(UTF8_BOM)
-            text = _decode(path, data, start, line).strip()
+            try:
+                yield RawRow(line, _parse_fast(data))
+                num_rows += 1
+                continue
+            except orjson.JSONDecodeError:
+                text = _decode(path, data, start, line).strip()
             if not text:
                 continue
             num_rows += 1
@@ -143,11 +171,16 @@ def _read_json_lines(path: Path) -> Iterator[RawRow]:
                 where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
                 first = first or f"broken JSON on line {line}, {where}"
                 yield RawRow(line, text, RowError("broken_json", f"broken JSON on line {line}, {where}"))
-    if num_rows and num_broken == num_rows:
-        raise DataError(
-            f"{path}: no line is JSON ({first}): one JSON object a line is wanted; "
-            "a file that is one JSON list must be named .json"
-        )
+    if span == WHOLE and num_rows and num_broken == num_rows:
+        raise_no_json(path, first)
+
+
+def raise_no_json(path: Path, first: str) -> NoReturn:
+    """Refuse a file of lines none of which is JSON; `first` says what is wrong with the first one."""
+    raise DataError(
+        f"{path}: no line is JSON ({first}): one JSON object a line is wanted; "
+        "a file that is one JSON list must be named .json"
+    )
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:
@@ -183,43 +216,3 @@ def _check_header(path: Path, values: list[str]) -> list[str]:
     if repeated:
         raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once: rename the columns")
     return values
-
-
-def _read_parquet(path: Path) -> Iterator[RawRow]:
-    """Read record batches of a Parquet file."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from _number(file.iter_batches(batch_size=ROWS_AT_ONCE))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}): write it again") from error
-
-
-def _read_arrow(path: Path) -> Iterator[RawRow]:
-    """Read record batches of an Arrow file, in the file or the stream form."""
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as memory:
-            is_file = memory.read(6) == b"ARROW1"
-            memory.seek(0)
-            if is_file:
-                file = pa.ipc.open_file(memory)
-                batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            else:
-                batches = iter(pa.ipc.open_stream(memory))
-            yield from _number(batches)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Arrow file ({error}): write it again") from error
-
-
-def _number(batches: Iterator[Any]) -> Iterator[RawRow]:
-    """Turn record batches into numbered rows; maps become objects."""
-    number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-            for row in batch.slice(start, ROWS_AT_ONCE).to_pylist(maps_as_pydicts="strict"):
-                number += 1
-                yield RawRow(number, row)

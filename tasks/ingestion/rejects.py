@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tasks.ingestion.screening import Screen, redact_text
@@ -33,6 +34,7 @@ REASONS: dict[str, str] = {
 }
 MAX_RAW_CHARACTERS = 2000
 PLACES_SHOWN = 5
+FIRST_SHOWN = 10
 
 
 class DataError(ValueError):
@@ -87,33 +89,69 @@ def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Scree
     )
 
 
-def count_reasons(rejects: Sequence[Reject]) -> dict[str, int]:
-    """Return the number of rejects by reason, the most frequent first."""
-    return dict(Counter(reject.reason for reject in rejects).most_common())
+@dataclass
+class Tally:
+    """How many rows are rejected, and what is said of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """The first of each reason."""
+    details: dict[str, str] = field(default_factory=dict)
+    """The first of each reason."""
+    first: list[Reject] = field(default_factory=list)
+
+    def add(self, rejects: Iterable[Reject]) -> None:
+        """Count further rejects."""
+        for reject in rejects:
+            self.counts[reject.reason] += 1
+            places = self.places.setdefault(reject.reason, [])
+            if len(places) < PLACES_SHOWN:
+                places.append(f"{reject.source}:{reject.line}")
+            self.details.setdefault(reject.reason, reject.detail)
+            if len(self.first) < FIRST_SHOWN:
+                self.first.append(reject)
+
+    @property
+    def by_reason(self) -> dict[str, int]:
+        """Number of rejects by reason, the most frequent first."""
+        return dict(self.counts.most_common())
 
 
-def describe_rejects(rejects: Sequence[Reject]) -> str:
+def join_tallies(tallies: Iterable[Tally]) -> Tally:
+    """Add up the rejects of several datasets, in their order."""
+    whole = Tally()
+    for tally in tallies:
+        whole.counts.update(tally.counts)
+        for reason, places in tally.places.items():
+            whole.places[reason] = [*whole.places.get(reason, []), *places][:PLACES_SHOWN]
+            whole.details.setdefault(reason, tally.details[reason])
+        whole.first = [*whole.first, *tally.first][:FIRST_SHOWN]
+    return whole
+
+
+def describe_rejects(rejects: Tally) -> str:
     """List each reason with its count, its first places and the first detail, a line a reason."""
     lines = []
-    for reason, count in count_reasons(rejects).items():
-        of_reason = [reject for reject in rejects if reject.reason == reason]
-        places = ", ".join(f"{reject.source}:{reject.line}" for reject in of_reason[:PLACES_SHOWN])
+    for reason, count in rejects.by_reason.items():
+        places = ", ".join(rejects.places[reason])
         more = ", …" if count > PLACES_SHOWN else ""
-        lines.append(f"  {count} x {reason} ({REASONS[reason]}): {places}{more}\n    first: {of_reason[0].detail}")
+        lines.append(f"  {count} x {reason} ({REASONS[reason]}): {places}{more}\n    first: {rejects.details[reason]}")
     return "\n".join(lines)
 
 
-def check_budget(rejects: Sequence[Reject], num_rows: int, max_fraction: float, where: str) -> None:
+def check_budget(rejects: Tally, num_rows: int, max_fraction: float, where: str) -> None:
     """Fail when more than `max_fraction` of `num_rows` rows are rejected.
 
     Raises:
         DataError: names the counts by reason, the first places and the remedy.
     """
-    if not rejects or len(rejects) <= max_fraction * num_rows:
+    num_rejects = rejects.counts.total()
+    if not num_rejects or num_rejects <= max_fraction * num_rows:
         return
-    part = len(rejects) / num_rows
+    part = num_rejects / num_rows
     raise DataError(
-        f"{where}: {len(rejects)} of {num_rows} rows ({part:.1%}) are rejected, and data.max_rejected_fraction "
+        f"{where}: {num_rejects} of {num_rows} rows ({part:.1%}) are rejected, and data.max_rejected_fraction "
         f"allows {max_fraction:.1%}:\n{describe_rejects(rejects)}\n"
         "Repair or remove these rows, or raise data.max_rejected_fraction to train without them."
     )

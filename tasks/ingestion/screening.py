@@ -27,6 +27,17 @@ PLACEHOLDERS = {kind: f"[{kind.upper()}]" for kind in KINDS}
 MIN_CHARACTERS = 6
 """No kind is shorter."""
 
+# A necessary condition of every kind, in the syntax of Rust's regex crate, which knows no look-around: many texts are
+# looked through at once, and only those with a match are searched. What is matched is written alike in JSON.
+SUSPECT = (
+    r"@|PRIVATE KEY|A(?:KIA|SIA)[A-Z2-7]{16}|gh[opusr]_[A-Za-z0-9]{36}|github_pat_|glpat-|xox[abeoprs]-"
+    r"|sk-[A-Za-z0-9_-]{20}|[rs]k_(?:live|test)_|hf_[A-Za-z0-9]{34}|AIza|npm_[A-Za-z0-9]{36}|pypi-"
+    r"|SG\.[A-Za-z0-9_-]{22}|eyJ[A-Za-z0-9_-]{10}"
+    r"|\+[1-9](?:[ .-]?\([0-9]{1,4}\)|[ .-]?[0-9]){7}"
+    r"|[2-9][0-9]{2}(?:[.-]|\)[ .-]?)[2-9][0-9]{2}[.-][0-9]{4}"
+    r"|1[3-9][0-9](?:[ -][0-9]{4}[ -][0-9]{4}|[0-9]{8})"
+)
+
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])([A-Za-z0-9_%+-]{1,64}(?:\.[A-Za-z0-9_%+-]{1,64}){0,8})"
     r"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24})(?![A-Za-z0-9_-])"

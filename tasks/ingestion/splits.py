@@ -1,48 +1,47 @@
 """Which conversations are trained and which are held out, each exactly once.
 
-The held-out part is chosen by rank: conversations are ordered by sha256 of seed and example_id, and the first ones are
-held out. So the choice depends on the seed and the contents alone; neither the order of the rows, nor the number
-of copies of one, matters, and a row added later moves at most one other row across the border.
+Rows are an index (see pieces.INDEX_SCHEMA), and a split says for every row its one side, as a code; texts are not
+needed here. The held-out part is chosen by rank: conversations are ordered by sha256 of seed and example_id, and the
+first ones are held out. So the choice depends on the seed and the contents alone; neither the order of the rows, nor
+the number of copies of one, matters, and a row added later moves at most one other row across the border.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
-from tasks.ingestion.identity import Conversation
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 
+TRAIN, EVAL, DUPLICATE, LEAKED, UNUSED = range(5)
+"""UNUSED: of a separate held-out dataset beyond the most that are evaluated; neither evaluated nor trained."""
+KEY_BYTES = 16
+IDS_AT_ONCE = 100_000
 
-class Split(NamedTuple):
-    """Two sides, and what was taken out."""
-
-    train: list[Conversation]
-    eval: list[Conversation]
-    duplicate: list[Conversation]
-    leaked: list[Conversation]
-    unused: list[Conversation]
-    """Rows of a separate held-out dataset beyond the most that are evaluated; neither evaluated nor trained."""
+Sides = NDArray[np.uint8]
 
 
-def drop_duplicates(
-    conversations: Sequence[Conversation], seen: set[str] | None = None
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the first of each example_id, and the others; `seen` are ids from before, and is added to."""
-    seen = set() if seen is None else seen
-    kept: list[Conversation] = []
-    duplicate: list[Conversation] = []
-    for conversation in conversations:
-        (duplicate if conversation.example_id in seen else kept).append(conversation)
-        seen.add(conversation.example_id)
-    return kept, duplicate
+def find_first(rows: pl.DataFrame) -> NDArray[np.bool_]:
+    """Tell which rows are the first of their example_id."""
+    return rows["example_id"].is_first_distinct().to_numpy()
 
 
-def choose(conversations: Sequence[Conversation], num_rows: int, seed: int) -> set[str]:
-    """Return the example_ids of `num_rows` conversations, chosen by seed and content."""
+def rank(ids: pl.Series, salt: str) -> NDArray[np.uint64]:
+    """Return the first 64 bits of the sha256 of salt and each example_id."""
+    ranks = np.empty(len(ids), dtype=np.uint64)
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        texts = ids.slice(start, IDS_AT_ONCE).bin.encode("hex").to_list()
+        digests = b"".join([hashlib.sha256(f"{salt}:{text}".encode()).digest()[:8] for text in texts])
+        ranks[start : start + len(texts)] = np.frombuffer(digests, dtype=">u8")
+    return ranks
 
-    def rank(example_id: str) -> bytes:
-        return hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
 
-    return set(sorted({conversation.example_id for conversation in conversations}, key=rank)[:num_rows])
+def choose(ids: pl.Series, num_rows: int, seed: int) -> NDArray[np.bool_]:
+    """Tell which `num_rows` of different example_ids are chosen by seed and content."""
+    chosen = np.zeros(len(ids), dtype=np.bool_)
+    if num_rows > 0:
+        chosen[np.argsort(rank(ids, str(seed)), kind="stable")[:num_rows]] = True
+    return chosen
 
 
 def count_held_out(num_rows: int, fraction: float, max_rows: int) -> int:
@@ -50,70 +49,72 @@ def count_held_out(num_rows: int, fraction: float, max_rows: int) -> int:
     return max(0, min(max(1, round(fraction * num_rows)), max_rows, num_rows - 1))
 
 
-def split_rows(conversations: Sequence[Conversation], fraction: float, max_rows: int, seed: int) -> Split:
+def split_rows(rows: pl.DataFrame, fraction: float, max_rows: int, seed: int) -> Sides:
     """Hold out a seeded part of one dataset.
 
     Duplicates go first, so that no conversation can be on both sides; what is left in training that a held-out
     conversation equals up to case and spaces is a leak, and goes too.
     """
-    kept, duplicate = drop_duplicates(conversations)
-    chosen = choose(kept, count_held_out(len(kept), fraction, max_rows), seed)
-    held_out = [row for row in kept if row.example_id in chosen]
-    train, leaked = drop_leaks([row for row in kept if row.example_id not in chosen], held_out)
-    return Split(train, held_out, duplicate, leaked, [])
+    sides = keep_all(rows)
+    kept = np.flatnonzero(sides == TRAIN)
+    num_rows = count_held_out(len(kept), fraction, max_rows)
+    sides[kept[choose(rows["example_id"].gather(kept), num_rows, seed)]] = EVAL
+    drop_leaks(rows, sides)
+    return sides
 
 
-def keep_all(conversations: Sequence[Conversation]) -> Split:
+def keep_all(rows: pl.DataFrame) -> Sides:
     """Train all of a dataset but its duplicates."""
-    kept, duplicate = drop_duplicates(conversations)
-    return Split(kept, [], duplicate, [], [])
+    return np.where(find_first(rows), TRAIN, DUPLICATE).astype(np.uint8)
 
 
-def hold_out(conversations: Sequence[Conversation], max_rows: int, seed: int) -> Split:
+def hold_out(rows: pl.DataFrame, max_rows: int, seed: int) -> Sides:
     """Evaluate a separate held-out dataset: a seeded choice of at most `max_rows` conversations."""
-    kept, duplicate = drop_duplicates(conversations)
-    chosen = choose(kept, max_rows, seed)
-    evaluated = [row for row in kept if row.example_id in chosen]
-    return Split([], evaluated, duplicate, [], [row for row in kept if row.example_id not in chosen])
+    sides = keep_all(rows)
+    kept = np.flatnonzero(sides == TRAIN)
+    sides[kept] = np.where(choose(rows["example_id"].gather(kept), max_rows, seed), EVAL, UNUSED)
+    return sides
 
 
-def separate(splits: Sequence[Split]) -> list[Split]:
+def separate(rows: pl.DataFrame, splits: Sequence[Sides]) -> Sides:
     """Take out what several datasets have, so that it is in one place.
 
     A conversation held out of two datasets, or trained from two, stays with the first one. What is held out of any
     dataset, evaluated or not, is a leak in the training part of every other.
+
+    Args:
+        rows: of all datasets, one after the other.
+        splits: each dataset's sides.
     """
-    held_out = [row for split in splits for row in (*split.eval, *split.unused)]
-    evaluated: set[str] = set()
-    trained: set[str] = set()
-    separated = []
-    for split in splits:
-        kept, leaked = drop_leaks(split.train, held_out)
-        eval_rows, eval_copies = drop_duplicates(split.eval, evaluated)
-        unused, unused_copies = drop_duplicates(split.unused, evaluated)
-        train_rows, train_copies = drop_duplicates(kept, trained)
-        duplicate = [*split.duplicate, *train_copies, *eval_copies, *unused_copies]
-        separated.append(Split(train_rows, eval_rows, duplicate, [*split.leaked, *leaked], unused))
-    return separated
+    sides = np.concatenate(splits)
+    drop_leaks(rows, sides)
+    for group in ((EVAL, UNUSED), (TRAIN,)):
+        places = np.flatnonzero(np.isin(sides, group))
+        sides[places[~find_first(rows[places])]] = DUPLICATE
+    return sides
 
 
-def drop_leaks(
-    train: Sequence[Conversation], held_out: Sequence[Conversation]
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the training rows without, and those with, a held-out conversation in them.
+def drop_leaks(rows: pl.DataFrame, sides: Sides) -> None:
+    """Mark the training rows with a held-out conversation in them, evaluated or not.
 
     A row leaks when it is a held-out conversation, or begins with one, up to case, width, spaces and system
     message.
     """
-    held_out_keys = {row.keys[-1] for row in held_out}
-    kept: list[Conversation] = []
-    leaked: list[Conversation] = []
-    for row in train:
-        (kept if held_out_keys.isdisjoint(row.keys) else leaked).append(row)
-    return kept, leaked
+    held_out = rows["keys"].filter(np.isin(sides, (EVAL, UNUSED))).bin.tail(KEY_BYTES).unique()
+    train = sides == TRAIN
+    leaked = rows["keys"].is_in(held_out.implode()).to_numpy()
+    longer = np.flatnonzero(train & (rows["num_turns"] > 1).to_numpy())
+    known = set(held_out.to_list())
+    for place, keys in zip(longer.tolist(), rows["keys"].gather(longer), strict=True):
+        leaked[place] = not known.isdisjoint(split_keys(keys))
+    sides[train & leaked] = LEAKED
 
 
-def count_shared_prompts(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> int:
+def split_keys(keys: bytes) -> Iterable[bytes]:
+    """Return the loose keys of a conversation, up to each answer."""
+    return (keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
+
+
+def count_shared_prompts(train: pl.DataFrame, held_out: pl.DataFrame) -> int:
     """Return how many held-out prompts a training row has too, with another answer."""
-    prompts = {row.prompt_key for row in train}
-    return sum(row.prompt_key in prompts for row in held_out)
+    return int(held_out["prompt_key"].is_in(train["prompt_key"].implode()).sum())

@@ -1,15 +1,23 @@
 """The door of ingestion: the base model and the dataset come in."""
 
-from prefect import get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from schemas.artifacts import DatasetRef, ModelRef, SourceRef
+from prefect import get_run_logger, task, unmapped
+from prefect.artifacts import create_table_artifact
+from prefect.context import FlowRunContext
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
-from tasks import storage, tracking
+from tasks import storage, tracking, workers
 from tasks.caching import stage_cache
 from tasks.ingestion.base_model import locate_base_model
-from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.dataset import build_dataset, check_sides_wanted
+from tasks.ingestion.readings import finish_shard, is_small
 from tasks.ingestion.rejects import DataError
+from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
 from tasks.ingestion.sources import digest_source
 from tasks.registration.publication import bring_sources, pin_sources
 
@@ -33,6 +41,53 @@ def locate_dataset(config: DataConfig) -> SourceRef:
 
 
 @task(
+    name="read-shard",
+    task_run_name="read shard {number}",
+    cache_policy=stage_cache("ingestion"),
+    persist_result=True,
+    result_serializer="json",
+)
+def read_shard(shard: Shard, number: int, *, source_digest: str, publish: bool, parent_run_id: str) -> Ref:
+    """Read one shard in a worker process, and keep what came out of it.
+
+    Args:
+        shard: what to read.
+        number: its place among all shards.
+        source_digest: contents of all files; another one is another result.
+        publish: put it where another machine finds it too, and not only into this machine's cache.
+        parent_run_id: MLflow run of the pipeline run.
+    """
+    with storage.new_folder() as folder:
+        workers.call(finish_shard, shard, folder / "shard")
+        if publish:
+            uri, digest = tracking.publish(folder / "shard", parent_run_id, f"shards/{number:06d}")
+            return Ref(uri=uri, digest=digest, mlflow_run_id=parent_run_id)
+        digest = storage.digest_folder(folder / "shard")
+        return Ref(uri=storage.keep_folder(folder / "shard", digest).as_uri(), digest=digest)
+
+
+def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> Sequence[Path] | None:
+    """Map the shards of a large dataset over the flow's task runner, and return their folders here.
+
+    None leaves the reading to build_dataset: outside of a flow, of a small dataset, and of rows from the front.
+    """
+    flow_run = FlowRunContext.get()
+    if flow_run is None or config.max_rows is not None:
+        return None
+    shards = list(plan_shards(config, name_sources(config), SHARD_BYTES))
+    if is_small(shards, SHARD_BYTES):
+        return None
+    publish = not isinstance(flow_run.task_runner, ThreadPoolTaskRunner)
+    settings: dict[str, Any] = {"source_digest": source.digest, "publish": publish, "parent_run_id": parent_run_id}
+    apart: dict[str, Any] = {name: unmapped(value) for name, value in settings.items()}
+    refs: list[Ref] = read_shard.map(shards, list(range(len(shards))), **apart).result()
+    for number, ref in enumerate(refs):
+        if not publish and storage.cached_folder(ref.digest) is None:  # somebody cleaned up
+            refs[number] = read_shard.with_options(refresh_cache=True)(shards[number], number, **settings)
+    return [tracking.resolve(ref) for ref in refs]
+
+
+@task(
     name="ingest",
     task_run_name="ingest {source.uri}",
     cache_policy=stage_cache("ingestion"),
@@ -43,9 +98,11 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
     """Turn raw rows into validated, split conversations, and account for every row."""
     with tracking.stage_run(parent_run_id, "ingest") as run_id, storage.new_folder() as folder:
         try:
+            check_sides_wanted(config)
             # What was located is read: of a published dataset, the same version.
-            located = config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri})
-            counts = build_dataset(bring_sources(located), seed=seed, folder=folder / "dataset")
+            located = bring_sources(config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri}))
+            shards = _read_shards(source, located, parent_run_id)
+            counts = build_dataset(located, seed=seed, folder=folder / "dataset", shards=shards)
         except DataError:
             # What was refused stays readable where the run is.
             if (folder / "dataset" / "rejects.parquet").is_file():

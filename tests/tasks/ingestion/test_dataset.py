@@ -5,14 +5,17 @@ from typing import Any
 
 import pandera.polars as pa
 import polars as pl
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
-from tasks.ingestion.dataset import DatasetCounts, build_dataset, write_table
+from tasks.ingestion.dataset import DatasetCounts, build_dataset
+from tasks.ingestion.pieces import CONVERSATION_SCHEMA
 from tasks.ingestion.rejects import REASONS, DataError
+from tasks.ingestion.tables import write_table
 from tests.tasks.ingestion.conftest import WriteLines
 
 
@@ -199,17 +202,17 @@ def test_held_out_side_must_not_be_empty(tmp_path: Path, write_lines: WriteLines
 
 def test_pandera_sees_every_row(tmp_path: Path) -> None:
     row = ("0" * 32, "a.json", 1, "[]", None)
-    schema = dict.fromkeys(("example_id", "source"), pl.String) | {"line": pl.Int64}
-    schema |= dict.fromkeys(("messages", "tools"), pl.String)
-    rows = [row] * 5000
-    write_table(rows, schema, Conversations, tmp_path / "good.parquet")
-    for place in (0, 2500, 4999):
-        bad = [*rows[:place], ("0" * 32, "a.json", 0, "[]", None), *rows[place + 1 :]]
+    good = pl.DataFrame([row] * 25_000, schema=CONVERSATION_SCHEMA, orient="row")
+    write_table([good[:7], good[7:]], CONVERSATION_SCHEMA, Conversations, tmp_path / "good.parquet")
+    groups = pq.ParquetFile(tmp_path / "good.parquet").metadata
+    assert [groups.row_group(place).num_rows for place in range(3)] == [10_000, 10_000, 5_000]
+    for place in (0, 12_500, 24_999):
+        bad = good.with_columns(line=pl.when(pl.int_range(pl.len()) == place).then(0).otherwise(1).cast(pl.Int64))
         with pytest.raises(AssertionError, match=r"bad\.parquet breaks its schema"):
-            write_table(bad, schema, Conversations, tmp_path / "bad.parquet")
-    assert not (tmp_path / "bad.parquet").exists()
-    with pytest.raises(pa.errors.SchemaError):
-        Conversations.validate(pl.DataFrame(bad, schema=schema, orient="row"))
+            write_table([bad], CONVERSATION_SCHEMA, Conversations, tmp_path / "bad.parquet")
+        assert not (tmp_path / "bad.parquet").exists()
+        with pytest.raises(pa.errors.SchemaError):
+            Conversations.validate(bad)
 
 
 def test_counts_that_do_not_add_up_are_no_counts() -> None:

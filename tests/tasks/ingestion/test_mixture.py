@@ -1,10 +1,11 @@
+import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 
 from schemas.config import DataConfig, DatasetConfig
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.identity import Conversation, make_conversation
 from tasks.ingestion.mixture import mix, take
 from tasks.ingestion.rejects import DataError
 from tests.tasks.ingestion.conftest import WriteLines
@@ -22,13 +22,8 @@ def ask(name: str, number: int) -> dict[str, Any]:
     return {"prompt": f"{name} {number}", "completion": f"answer {number}"}
 
 
-def make_many(num_rows: int, name: str = "q") -> list[Conversation]:
-    return [
-        make_conversation(
-            [{"role": "user", "content": f"{name} {line}"}, {"role": "assistant", "content": "a"}], None, name, line
-        )
-        for line in range(1, num_rows + 1)
-    ]
+def make_ids(num_rows: int) -> pl.Series:
+    return pl.Series([hashlib.md5(str(number).encode()).digest() for number in range(num_rows)], dtype=pl.Binary)
 
 
 def build(folder: Path, *, seed: int = 0, **settings: Any) -> DatasetCounts:
@@ -43,49 +38,52 @@ def read_quality(folder: Path) -> Any:
     return json.loads((folder / "quality.json").read_text(encoding="utf-8"))
 
 
-def take_lines(rows: Sequence[Conversation], seed: int = 0, **amount: Any) -> list[int]:
-    return [row.line for row in take(rows, DatasetConfig(source="x", **amount), seed)]
+def count_taken(size: int, seed: int = 0, **amount: Any) -> list[int]:
+    return take(make_ids(size), DatasetConfig(source="x", **amount), seed).tolist()
 
 
-def test_weight_one_takes_every_row_once_in_order() -> None:
-    assert take_lines(make_many(10)) == list(range(1, 11))
+def find_taken(size: int, seed: int = 0, **amount: Any) -> set[int]:
+    return set(np.flatnonzero(count_taken(size, seed, **amount)).tolist())
+
+
+def test_weight_one_takes_every_row_once() -> None:
+    assert count_taken(10) == [1] * 10
 
 
 def test_weight_below_one_takes_a_seeded_part_and_a_larger_weight_takes_more_to_it() -> None:
-    rows = make_many(40)
-    half, most = take_lines(rows, weight=0.5), take_lines(rows, weight=0.8)
+    half, most = find_taken(40, weight=0.5), find_taken(40, weight=0.8)
     assert (len(half), len(most)) == (20, 32)
-    assert half == sorted(set(half))
-    assert set(half) < set(most)
-    assert take_lines(rows, seed=1, weight=0.5) != half
-    assert len(take_lines(rows, weight=0.001)) == 1
+    assert max(count_taken(40, weight=0.8)) == 1
+    assert half < most
+    assert find_taken(40, seed=1, weight=0.5) != half
+    assert len(find_taken(40, weight=0.001)) == 1
 
 
 def test_weight_above_one_repeats_every_row_and_a_seeded_part_once_more() -> None:
-    counts = Counter(take_lines(make_many(10), weight=2.3))
-    assert sorted(counts.values()) == [2] * 7 + [3] * 3
-    assert take_lines(make_many(3), weight=2) == [1, 1, 2, 2, 3, 3]
+    assert sorted(count_taken(10, weight=2.3)) == [2] * 7 + [3] * 3
+    assert count_taken(3, weight=2) == [2, 2, 2]
 
 
 def test_number_of_rows_is_exact_or_refused() -> None:
-    rows = make_many(10)
-    assert len(set(take_lines(rows, num_rows=7))) == 7
-    assert take_lines(rows, num_rows=10) == list(range(1, 11))
+    assert sorted(count_taken(10, num_rows=7)) == [0] * 3 + [1] * 7
+    assert count_taken(10, num_rows=10) == [1] * 10
     with pytest.raises(DataError, match=r"x: num_rows is 11, and 10 training rows are left .*at most 10.*a weight"):
-        take(rows, DatasetConfig(source="x", num_rows=11), 0)
+        count_taken(10, num_rows=11)
     with pytest.raises(DataError, match="num_rows is 1, and 0 training rows"):
-        take([], DatasetConfig(source="x", num_rows=1), 0)
+        count_taken(0, num_rows=1)
 
 
 def test_mixed_rows_keep_their_number_and_every_dataset_is_in_the_front() -> None:
-    first, second = make_many(100, "a"), make_many(100, "b") * 2
-    mixed = mix([first, second], seed=0)
-    assert Counter((row.source, row.line) for row in mixed) == Counter(
-        (row.source, row.line) for row in [*first, *second]
-    )
-    assert 10 <= sum(row.source == "a" for row in mixed[:60]) <= 30
-    assert mix([first, second], seed=1) != mixed
-    assert mix([first, []], seed=0) == first
+    ids, times = make_ids(200), np.repeat(np.array([1, 2], dtype=np.uint32), 100)
+    mixed = mix(ids, [0, 100, 200], times, seed=0)
+    assert np.bincount(mixed).tolist() == [1] * 100 + [2] * 100
+    assert 10 <= int((mixed[:60] < 100).sum()) <= 30
+    assert not np.array_equal(mix(ids, [0, 100, 200], times, seed=1), mixed)
+
+
+def test_one_dataset_keeps_its_order() -> None:
+    times = np.array([1, 0, 3, 1, 0, 0], dtype=np.uint32)
+    assert mix(make_ids(6), [0, 4, 6], times, seed=0).tolist() == [0, 2, 2, 2, 3]
 
 
 def test_mixture_of_three_is_accounted_for_row_by_row(tmp_path: Path, write_lines: WriteLines) -> None:

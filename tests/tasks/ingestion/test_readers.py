@@ -6,8 +6,9 @@ import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 
+from tasks.ingestion.columnar import RawRow
 from tasks.ingestion.files import SourceFile
-from tasks.ingestion.readers import RawRow, read_rows
+from tasks.ingestion.readers import read_rows
 from tasks.ingestion.rejects import DataError, RowError
 
 

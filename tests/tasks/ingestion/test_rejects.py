@@ -1,10 +1,16 @@
 import pytest
 
-from tasks.ingestion.rejects import DataError, Reject, RowError, check_budget, count_reasons, make_reject
+from tasks.ingestion.rejects import DataError, Reject, RowError, Tally, check_budget, join_tallies, make_reject
 
 
 def make_many(*reasons: str) -> list[Reject]:
     return [make_reject("a.jsonl", line, RowError(reason, f"row {line}"), {}) for line, reason in enumerate(reasons, 1)]
+
+
+def tally(*reasons: str) -> Tally:
+    counted = Tally()
+    counted.add(make_many(*reasons))
+    return counted
 
 
 def test_reject_keeps_place_reason_and_the_first_characters_of_the_row() -> None:
@@ -20,20 +26,31 @@ def test_what_cannot_be_encoded_is_still_recorded() -> None:
 
 
 def test_counts_are_by_reason() -> None:
-    assert count_reasons(make_many("not_text", "empty_answer", "empty_answer")) == {"empty_answer": 2, "not_text": 1}
+    assert tally("not_text", "empty_answer", "empty_answer").by_reason == {"empty_answer": 2, "not_text": 1}
+
+
+def test_tallies_of_several_datasets_are_those_of_all_their_rows() -> None:
+    reasons = ["not_text", *["empty_answer"] * 9, "bad_tools", *["empty_answer"] * 3]
+    rows, whole, parts = make_many(*reasons), Tally(), [Tally(), Tally()]
+    whole.add(rows)
+    parts[0].add(rows[:8])
+    parts[1].add(rows[8:])
+    assert join_tallies(parts) == whole
+    assert whole.first == rows[:10]
+    assert whole.places["empty_answer"] == [f"a.jsonl:{line}" for line in range(2, 7)]
 
 
 def test_budget_is_a_part_of_all_rows_and_just_that_part_is_allowed() -> None:
-    rejects = make_many("empty_answer")
+    rejects = tally("empty_answer")
     check_budget(rejects, 100, 0.01, "a.jsonl")
-    check_budget([], 0, 0.0, "a.jsonl")
+    check_budget(tally(), 0, 0.0, "a.jsonl")
     check_budget(rejects, 1, 1.0, "a.jsonl")
     with pytest.raises(DataError):
         check_budget(rejects, 99, 0.01, "a.jsonl")
 
 
 def test_broken_budget_lists_reasons_places_limit_and_remedy() -> None:
-    rejects = make_many(*["empty_answer"] * 7, "ends_with_user")
+    rejects = tally(*["empty_answer"] * 7, "ends_with_user")
     with pytest.raises(DataError) as caught:
         check_budget(rejects, 20, 0.01, "rows")
     text = str(caught.value)

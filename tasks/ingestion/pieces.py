@@ -1,0 +1,113 @@
+"""What a shard leaves on disk: pieces of at most PIECE_ROWS conversations, and a summary.
+
+Of each piece there are `rows-N.arrow` (the columns of train.parquet), `index-N.arrow` (what duplicates, leaks, splits
+and statistics are found by: about 150 bytes a row, so that those of all shards fit into memory), `runs-N.npz` (what
+near duplicates are found by) and `rejects-N.arrow`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from tasks.ingestion.identity import Conversation
+from tasks.ingestion.quality import TEXT_PROBLEMS
+from tasks.ingestion.rejects import Reject
+from tasks.ingestion.runs import Runs, hash_runs
+
+PIECE_ROWS = 20_000
+SUMMARY_NAME = "summary.json"
+CONVERSATION_SCHEMA = {
+    "example_id": pl.String,
+    "source": pl.String,
+    "line": pl.Int64,
+    "messages": pl.String,
+    "tools": pl.String,
+}
+REJECT_SCHEMA = {
+    "example_id": pl.String,
+    "source": pl.String,
+    "line": pl.Int64,
+    "reason": pl.String,
+    "detail": pl.String,
+    "raw": pl.String,
+}
+INDEX_SCHEMA: dict[str, Any] = {
+    "example_id": pl.Binary,
+    "source": pl.Categorical,
+    "line": pl.UInt32,
+    "keys": pl.Binary,
+    "prompt_key": pl.Binary,
+    "num_turns": pl.UInt32,
+    "prompt_characters": pl.UInt32,
+    "answer_characters": pl.UInt32,
+    "problems": pl.UInt8,
+    "found": pl.String,
+    "has_tools": pl.Boolean,
+}
+# The bit of each problem in the index.
+PROBLEM_BITS = {code: 1 << place for place, code in enumerate(TEXT_PROBLEMS)}
+
+
+def make_index(conversations: Sequence[Conversation]) -> pl.DataFrame:
+    """Return what is known of each conversation without its text.
+
+    Loose keys are joined: the first 16 bytes are those up to the first answer. Kinds of what was found are joined by
+    commas.
+    """
+    columns = list(zip(*conversations, strict=True)) or [()] * len(Conversation._fields)
+    values = dict(zip(Conversation._fields, columns, strict=True))
+    return pl.DataFrame(
+        {
+            "example_id": pl.Series(values["example_id"], dtype=pl.String).str.decode("hex"),
+            "source": values["source"],
+            "line": values["line"],
+            "keys": [keys[0] if len(keys) == 1 else b"".join(keys) for keys in values["keys"]],
+            "prompt_key": values["prompt_key"],
+            "num_turns": values["num_turns"],
+            "prompt_characters": values["prompt_characters"],
+            "answer_characters": values["answer_characters"],
+            "problems": [sum(PROBLEM_BITS[code] for code in codes) if codes else 0 for codes in values["problems"]],
+            "found": [",".join(kinds) if kinds else "" for kinds in values["found"]],
+            "has_tools": [tools is not None for tools in values["tools"]],
+        },
+        schema=INDEX_SCHEMA,
+    )
+
+
+def write_piece(folder: Path, number: int, conversations: Sequence[Conversation], rejects: Sequence[Reject]) -> None:
+    """Write one piece of a shard."""
+    columns = list(zip(*(row[:5] for row in conversations), strict=True)) or [()] * len(CONVERSATION_SCHEMA)
+    rows = pl.DataFrame(dict(zip(CONVERSATION_SCHEMA, columns, strict=True)), schema=CONVERSATION_SCHEMA)
+    rows.write_ipc(folder / f"rows-{number}.arrow")
+    make_index(conversations).write_ipc(folder / f"index-{number}.arrow")
+    runs = hash_runs([row.text for row in conversations])
+    np.savez(folder / f"runs-{number}.npz", hashes=runs.hashes, bounds=runs.bounds)
+    pl.DataFrame(rejects, schema=REJECT_SCHEMA, orient="row").write_ipc(folder / f"rejects-{number}.arrow")
+
+
+def write_summary(folder: Path, parts: Sequence[dict[str, Any]], num_pieces: int) -> None:
+    """Write what a shard holds; a shard is finished when this is there."""
+    summary = {"num_pieces": num_pieces, "parts": parts}
+    (folder / SUMMARY_NAME).write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return a shard's number of pieces, and what was read of each of its parts."""
+    summary: dict[str, Any] = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+    return summary
+
+
+def read_runs(folder: Path, number: int) -> Runs:
+    """Return the sets by which near duplicates of a piece are found."""
+    with np.load(folder / f"runs-{number}.npz") as values:
+        return Runs(values["hashes"], values["bounds"])
+
+
+def read_frame(folder: Path, name: str, number: int) -> pl.DataFrame:
+    """Return the rows, index or rejects of a piece, in memory of its own."""
+    # Through bytes: what is mapped into memory counts as resident, and a piece may be deleted while its rows are used.
+    return pl.read_ipc((folder / f"{name}-{number}.arrow").read_bytes())

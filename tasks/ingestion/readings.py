@@ -1,0 +1,87 @@
+"""The shards of a run, read: one after the other in place, or by worker processes."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from schemas.config import DataConfig
+from tasks import workers
+from tasks.ingestion.files import Source
+from tasks.ingestion.intake import read_shard
+from tasks.ingestion.pieces import SUMMARY_NAME
+from tasks.ingestion.shards import SHARD_BYTES, Shard, join_parts, plan_parts, plan_shards
+
+
+def read_all(
+    config: DataConfig, sources: Sequence[Sequence[Source]], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Read every shard into a folder of its own below `folder`, and return these folders in the order of the rows.
+
+    A shard that an earlier attempt finished there is not read again. A small dataset is read in place, and so is one
+    whose reading `data.max_rows` ends somewhere; others go to the workers.
+
+    Raises:
+        DataError: a source cannot be read; of several the first one's.
+    """
+    if config.max_rows is not None:
+        return _read_first(config, sources, folder, shard_bytes, config.max_rows)
+    shards = list(plan_shards(config, sources, shard_bytes))
+    folders = [folder / name_shard(shard, number) for number, shard in enumerate(shards)]
+    left = [pair for pair in zip(shards, folders, strict=True) if not (pair[1] / SUMMARY_NAME).is_file()]
+    if is_small(shards, shard_bytes):
+        for pair in left:
+            finish_shard(*pair)
+        return folders
+    futures = [workers.submit(finish_shard, *pair) for pair in left]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+    return folders
+
+
+def is_small(shards: Sequence[Shard], shard_bytes: int = SHARD_BYTES) -> bool:
+    """Tell that all shards together are not worth a worker's start."""
+    return sum(part.num_bytes for shard in shards for part in shard.parts) <= shard_bytes
+
+
+def name_shard(shard: Shard, number: int) -> str:
+    """Return a name for a shard's folder that another content of its files, or another way of reading, changes."""
+    digest = hashlib.sha256(shard.model_dump_json().encode())
+    for part in shard.parts:
+        stat = part.file.path.stat()
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"{number:06d}-{digest.hexdigest()[:16]}"
+
+
+def finish_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
+    """Read a shard, and give its folder the name when all of it is there; return the number of rows."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    num_rows = read_shard(shard, unfinished, max_rows)
+    unfinished.rename(folder)
+    return num_rows
+
+
+def _read_first(
+    config: DataConfig, sources: Sequence[Sequence[Source]], folder: Path, shard_bytes: int, max_rows: int
+) -> list[Path]:
+    """Read at most `max_rows` rows from the front of each dataset; the held-out one is read whole."""
+    folders: list[Path] = []
+    parts = plan_parts(config, sources, shard_bytes)
+    for dataset, own in groupby(parts, key=lambda part: part.dataset):
+        is_held_out = dataset == len(config.datasets)
+        left = None if is_held_out else max_rows
+        for shard in join_parts(own, config.screen, shard_bytes):
+            if left == 0:
+                break
+            path = folder / name_shard(shard, len(folders))
+            shutil.rmtree(path, ignore_errors=True)
+            num_rows = finish_shard(shard, path, left)
+            folders.append(path)
+            left = None if left is None else left - num_rows
+    return folders

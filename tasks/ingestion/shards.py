@@ -1,0 +1,213 @@
+"""Shards: the parts of a dataset's files that are read apart from each other, by whichever process or machine.
+
+A shard is about 16 MB of consecutive rows: a range of bytes of a JSONL file that ends with a line, row groups of a
+Parquet file, record batches of an Arrow file, or whole files. JSON lists and CSV files are never divided.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from schemas.config import DataConfig
+from tasks.ingestion.columnar import WHOLE, Span
+from tasks.ingestion.files import Source, SourceFile
+from tasks.ingestion.formats import ROWS_LOOKED_AT, Layout, Reading, find_layout
+from tasks.ingestion.readers import read_rows
+from tasks.ingestion.screening import Screen
+from tasks.ingestion.sources import find_sources
+
+SHARD_BYTES = 16 << 20
+READ_BYTES = 1 << 20
+
+
+class Part(BaseModel):
+    """Rows of one file that lie together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: int
+    """Place of its dataset in the run; a held-out one is the last."""
+    source: int
+    """Place of its source in the dataset."""
+    file: SourceFile
+    span: Span
+    num_bytes: int
+    reading: Reading
+    layout: Layout | None
+    """Format and columns of the file, where it was looked up because the file is divided."""
+
+
+class Shard(BaseModel):
+    """Parts that are read in one go."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parts: tuple[Part, ...]
+    screen: Screen
+
+
+def plan_shards(
+    config: DataConfig, sources: Sequence[Sequence[Source]], shard_bytes: int = SHARD_BYTES
+) -> Iterator[Shard]:
+    """Divide all datasets, in their order; no shard holds rows of two sources. A file is looked at in its turn.
+
+    Raises:
+        DataError: a source is missing, or the first rows of a file that is divided fit no format.
+    """
+    return join_parts(plan_parts(config, sources, shard_bytes), config.screen, shard_bytes)
+
+
+def join_parts(parts: Iterable[Part], screen: Screen, shard_bytes: int) -> Iterator[Shard]:
+    """Put small parts of one source together."""
+    waiting: list[Part] = []
+    for part in parts:
+        size = part.num_bytes + sum(other.num_bytes for other in waiting)
+        same = waiting and (waiting[-1].dataset, waiting[-1].source) == (part.dataset, part.source)
+        if waiting and (not same or size > shard_bytes):
+            yield Shard(parts=tuple(waiting), screen=screen)
+            waiting = []
+        waiting.append(part)
+    if waiting:
+        yield Shard(parts=tuple(waiting), screen=screen)
+
+
+def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_bytes: int) -> Iterator[Part]:
+    """Yield the parts of all files, in the order of their rows."""
+    for dataset, named in enumerate(sources):
+        own = (*config.datasets, config.held_out_dataset)[dataset]
+        assert own is not None
+        for place, source in enumerate(named):
+            reading = source.reading or Reading(own.format, own.columns)
+            for file in source.files:
+                layout, spans = _divide(file, reading, shard_bytes)
+                for span, num_bytes in spans:
+                    yield Part(
+                        dataset=dataset,
+                        source=place,
+                        file=file,
+                        span=span,
+                        num_bytes=num_bytes,
+                        reading=reading,
+                        layout=layout,
+                    )
+
+
+def name_sources(config: DataConfig) -> list[list[Source]]:
+    """Return the sources of each dataset, a held-out one last, no two files with one name.
+
+    Where two files of different datasets have the same name, the later one's gets its dataset's place as a folder, so
+    that a source and a line always name one row.
+    """
+    named = []
+    names: set[str] = set()
+    held_out = config.held_out_dataset
+    for number, dataset in enumerate((*config.datasets, *([] if held_out is None else [held_out])), start=1):
+        folder = "held-out" if dataset is held_out else f"dataset-{number}"
+        named.append(_name_apart(find_sources(dataset), folder, names))
+    return named
+
+
+def _name_apart(sources: Sequence[Source], folder: str, names: set[str]) -> list[Source]:
+    """Give files whose names are taken a folder before their name; `names` are the taken ones, and is added to."""
+    apart = []
+    for source in sources:
+        taken = any(file.name in names for file in source.files)
+        files = [replace(file, name=f"{folder}/{file.name}") if taken else file for file in source.files]
+        names.update(file.name for file in files)
+        apart.append(replace(source, files=tuple(files)))
+    return apart
+
+
+Spans = list[tuple[Span, int]]
+
+
+def _divide(file: SourceFile, reading: Reading, shard_bytes: int) -> tuple[Layout | None, Spans]:
+    """Return the spans of a file with their sizes, and its layout where there are several."""
+    size = file.path.stat().st_size
+    whole: Spans = [(WHOLE, size)]
+    divide = DIVIDERS.get(file.kind)
+    if divide is None or size <= shard_bytes:
+        return None, whole
+    spans = divide(file.path, shard_bytes)
+    if len(spans) < 2:
+        return None, whole
+    first = [row.value for row in islice(read_rows(file), ROWS_LOOKED_AT) if row.problem is None]
+    layout = find_layout(first, reading, str(file.path))
+    # Without a layout in its first rows a file's rows must be looked at one after the other.
+    return (layout, spans) if layout else (None, whole)
+
+
+def _divide_lines(path: Path, shard_bytes: int) -> Spans:
+    """Divide a JSONL file into equal parts that end with a line, and count the lines before each."""
+    size = path.stat().st_size
+    num_parts = -(-size // shard_bytes)
+    spans: Spans = []
+    start, first_row = 0, 1
+    with path.open("rb") as handle:
+        for number in range(1, num_parts + 1):
+            if start >= size:
+                break
+            stop = size
+            if number < num_parts:
+                handle.seek(max(start, size * number // num_parts - 1))
+                handle.readline()
+                stop = handle.tell()
+            handle.seek(start)
+            spans.append((Span(start, stop, first_row), stop - start))
+            first_row += _count_lines(handle, stop - start)
+            start = stop
+    return spans
+
+
+def _count_lines(handle: Any, num_bytes: int) -> int:
+    """Count the line feeds in the next bytes."""
+    count = 0
+    while num_bytes > 0 and (block := handle.read(min(num_bytes, READ_BYTES))):
+        count += block.count(b"\n")
+        num_bytes -= len(block)
+    return count
+
+
+def _divide_row_groups(path: Path, shard_bytes: int) -> Spans:
+    """Divide a Parquet file between row groups."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        return []  # the reader says what is wrong with it
+    groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
+    return _join_spans([(group.num_rows, group.total_byte_size) for group in groups], shard_bytes)
+
+
+def _divide_batches(path: Path, shard_bytes: int) -> Spans:
+    """Divide an Arrow file between record batches; a stream is not divided."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as memory:
+            file = pa.ipc.open_file(memory)
+            batches = (file.get_batch(place) for place in range(file.num_record_batches))
+            return _join_spans([(batch.num_rows, batch.nbytes) for batch in batches], shard_bytes)
+    except (pa.ArrowException, OSError):
+        return []
+
+
+def _join_spans(pieces: Sequence[tuple[int, int]], shard_bytes: int) -> Spans:
+    """Put neighbouring pieces (their rows and bytes) together until they fill a shard."""
+    spans: Spans = []
+    start, first_row, rows, size = 0, 1, 0, 0
+    for place, (num_rows, num_bytes) in enumerate(pieces):
+        if size and size + num_bytes > shard_bytes:
+            spans.append((Span(start, place, first_row), size))
+            start, first_row, rows, size = place, first_row + rows, 0, 0
+        rows, size = rows + num_rows, size + num_bytes
+    return [*spans, (Span(start, len(pieces), first_row), size)]
+
+
+DIVIDERS = {"jsonl": _divide_lines, "parquet": _divide_row_groups, "arrow": _divide_batches}
