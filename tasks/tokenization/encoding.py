@@ -18,7 +18,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Encode many texts, each as `encode` does; in Rust where the tokenizer is backed by it."""
-    if not _uses_backend(tokenizer):
+    if not uses_backend(tokenizer):
         return [encode(tokenizer, text) for text in texts]
     encode(tokenizer, "")  # switches padding and truncation off, as every call does
     backend: Any = tokenizer.backend_tokenizer
@@ -32,14 +32,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def decode_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
     """Decode many rows of ids, each as `decode` does."""
-    if _uses_backend(tokenizer):
+    if uses_backend(tokenizer):
         backend: Any = tokenizer.backend_tokenizer
         texts: list[str] = backend.decode_batch(list(rows), skip_special_tokens=False)
         return texts
     return [str(tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)) for row in rows]
 
 
-def _uses_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+def uses_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether the Rust tokenizer behind this one can be called directly; found out once by comparing."""
     if tokenizer not in _SAME_AS_BACKEND:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)

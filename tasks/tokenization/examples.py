@@ -1,9 +1,9 @@
 """A dataset folder becomes a tokens folder: train.parquet, eval.parquet, rejects.parquet, masks.json, tokenizer/."""
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,25 @@ import polars as pl
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
-from schemas.records import Rejects
+from tasks import workers
 from tasks.models import load_tokenizer
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
 from tasks.tokenization.rendering import open_chat, plain_messages, render
 from tasks.tokenization.reporting import MaskReport
-from tasks.tokenization.tables import EXAMPLE_SCHEMA, Row, lay_out, read_rows
+from tasks.tokenization.shards import (
+    EXAMPLES,
+    REJECTS,
+    ROWS_PER_SHARD,
+    plan_shards,
+    read_report,
+    tokenize_shard,
+    work_on_shard,
+)
+from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA
 from tasks.tokenization.templates import PreparedTokenizer, TemplateError
 
-_MAX_RAW_CHARACTERS = 2000
-_REJECT_SCHEMA = {
-    "example_id": pl.String,
-    "source": pl.String,
-    "line": pl.Int64,
-    "reason": pl.String,
-    "detail": pl.String,
-    "raw": pl.String,
-}
+PARTS = ("train", "eval")
 
 
 class TokenizationError(ValueError):
@@ -55,34 +55,73 @@ class TokenCounts:
 
 
 def tokenize_dataset(
-    dataset: Path, prepared: PreparedTokenizer, folder: Path, config: TokenizationConfig
+    dataset: Path,
+    prepared: PreparedTokenizer,
+    folder: Path,
+    config: TokenizationConfig,
+    *,
+    rows_per_shard: int = ROWS_PER_SHARD,
 ) -> TokenCounts:
     """Make the examples of a dataset's two parts, in their rows' order.
-
-    Held-out rows are masked the same, but never with their prompt trained: their labels are the reference answers.
 
     Args:
         dataset: With train.parquet and eval.parquet (`schemas.records.Conversations`).
         prepared: The tokenizer that will ship; it is saved beside the examples.
         folder: Written; made when missing.
         config: Masks and limits.
+        rows_per_shard: A larger part is made in worker processes, shard by shard.
 
     Raises:
         TokenizationError: nothing can be trained on, or too many examples had to be cut or rejected for length.
         TemplateError: the tokenizer does not survive being saved and loaded.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_tokenizer(prepared, folder / "tokenizer")
-    train, eval_ = MaskReport(), MaskReport()
-    rejects = [
-        *_tokenize_part(dataset, "train", prepared, folder, config, train),
-        *_tokenize_part(dataset, "eval", prepared, folder, config.model_copy(update={"train_on_prompt": False}), eval_),
+    save_tokenizer(prepared, folder / "tokenizer")
+    plans = {part: plan_shards(dataset / f"{part}.parquet", rows_per_shard) for part in PARTS}
+    shards = {part: [folder / "shards" / part / str(n) for n in range(len(plan))] for part, plan in plans.items()}
+    places = [
+        (dataset / f"{part}.parquet", row_groups, config_of(part, config), shard)
+        for part in PARTS
+        for row_groups, shard in zip(plans[part], shards[part], strict=True)
     ]
-    Rejects.validate(pl.DataFrame(rejects, schema=_REJECT_SCHEMA, orient="row")).write_parquet(
-        folder / "rejects.parquet"
-    )
-    _write_report(folder / "masks.json", prepared, train, eval_)
-    rejected = train.rejected + eval_.rejected
+    if len(places) == len(PARTS):
+        for table, row_groups, masks, shard in places:
+            tokenize_shard(table, row_groups, prepared, masks, shard)
+    else:
+        saved = folder / "tokenizer"
+        workers.call_each(work_on_shard, [(place[0], place[1], saved, None, *place[2:]) for place in places])
+    counts = join_shards(shards, prepared, folder, config)
+    shutil.rmtree(folder / "shards")
+    return counts
+
+
+def config_of(part: str, config: TokenizationConfig) -> TokenizationConfig:
+    """Return the masks of a part: held-out labels are the reference answers, and never the prompt."""
+    return config.model_copy(update={"train_on_prompt": False}) if part == "eval" else config
+
+
+def join_shards(
+    shards: Mapping[str, Sequence[Path]], prepared: PreparedTokenizer, folder: Path, config: TokenizationConfig
+) -> TokenCounts:
+    """Put shards together to the tables of a tokens folder, and judge the whole.
+
+    Args:
+        shards: Folders of each part's shards, in order.
+        prepared: The tokenizer.
+        folder: Written; there already.
+        config: Limits.
+
+    Raises:
+        TokenizationError: as `tokenize_dataset`.
+    """
+    reports = {part: MaskReport() for part in PARTS}
+    for part in PARTS:
+        for shard in shards[part]:
+            reports[part].merge(read_report(shard))
+        _join_tables([shard / EXAMPLES for shard in shards[part]], EXAMPLE_SCHEMA, folder / f"{part}.parquet")
+    refused = [shard / REJECTS for part in PARTS for shard in shards[part]]
+    _join_tables(refused, pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema, folder / "rejects.parquet")
+    _write_report(folder / "masks.json", prepared, reports)
+    train, eval_ = reports["train"], reports["eval"]
     counts = TokenCounts(
         rows_train=train.num_conversations - train.rejected.total(),
         rows_eval=eval_.num_conversations - eval_.rejected.total(),
@@ -90,90 +129,30 @@ def tokenize_dataset(
         num_eval_examples=eval_.num_examples,
         trained_tokens=train.trained_tokens,
         total_tokens=train.total_tokens,
-        rows_rejected=dict(rejected),
+        rows_rejected=dict(train.rejected + eval_.rejected),
     )
-    assert len(rejects) == rejected.total()
-    _check_budgets(counts, train, rejects, config)
+    _check_budgets(counts, train, folder / "rejects.parquet", config)
     return counts
 
 
-def _tokenize_part(
-    dataset: Path,
-    part: str,
-    prepared: PreparedTokenizer,
-    folder: Path,
-    config: TokenizationConfig,
-    report: MaskReport,
-) -> list[tuple[Any, ...]]:
-    """Write one part's examples; return its rejects.
+def _join_tables(paths: Sequence[Path], schema: Any, target: Path) -> None:
+    """Write tables one behind another, a row group at a time; a single one is not copied."""
+    if len(paths) == 1:
+        target.hardlink_to(paths[0])
+        return
+    with pq.ParquetWriter(target, schema) as writer:
+        for path in paths:
+            file = pq.ParquetFile(path)
+            for number in range(file.num_row_groups):
+                writer.write_table(file.read_row_group(number))
 
-    One thread renders a batch while another encodes the one before: encoding leaves Python to Rust.
+
+def save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
+    """Save the tokenizer, and prove that what loads from there gives the same prompts.
+
+    Raises:
+        TemplateError: it does not.
     """
-    tokenizer = prepared.tokenizer
-    rejects: list[tuple[Any, ...]] = []
-    with pq.ParquetWriter(folder / f"{part}.parquet", EXAMPLE_SCHEMA) as writer, ThreadPoolExecutor(1) as pool:
-
-        def write(rows: Sequence[Row], pending: "Future[list[Masked | MaskError]]") -> None:
-            outcomes = _retry_adapted(rows, pending.result(), prepared, config, report)
-            report.add(outcomes, prepared)
-            writer.write_table(lay_out(rows, outcomes, prepared))
-            for row, outcome in zip(rows, outcomes, strict=True):
-                if isinstance(outcome, MaskError):
-                    place = (row.example_id, row.source, row.line)
-                    rejects.append((*place, outcome.reason, str(outcome), row.raw[:_MAX_RAW_CHARACTERS]))
-
-        waiting: tuple[list[Row], Future[list[Masked | MaskError]]] | None = None
-        for rows in read_rows(dataset / f"{part}.parquet"):
-            plans: list[Plan | MaskError] = plan_many([row.conversation for row in rows], tokenizer, config)
-            pending = pool.submit(finish, plans, tokenizer, config)
-            if waiting:
-                write(*waiting)
-            waiting = (rows, pending)
-        if waiting:
-            write(*waiting)
-    return rejects
-
-
-def _retry_adapted(
-    rows: Sequence[Row],
-    outcomes: Sequence[Masked | MaskError],
-    prepared: PreparedTokenizer,
-    config: TokenizationConfig,
-    report: MaskReport,
-) -> list[Masked | MaskError]:
-    """Give a template that refuses tool calls an empty content or arguments as JSON text, which some expect."""
-    settled = list(outcomes)
-    for number, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-        if not isinstance(outcome, MaskError) or outcome.reason not in ("template_error", "null_content"):
-            continue
-        for as_text in (False, True):
-            messages = [_adapt(message, as_text) for message in row.conversation.messages]
-            if messages == row.conversation.messages:
-                continue
-            again = build_many([Conversation(messages, row.conversation.tools)], prepared.tokenizer, config)[0]
-            if isinstance(again, Masked):
-                settled[number] = again
-                report.num_adapted += 1
-                break
-    return settled
-
-
-def _adapt(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
-    """Copy a message that calls tools with a content that is not null and, if wanted, its arguments as JSON text."""
-    if not isinstance(message.get("tool_calls"), list):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if as_text and isinstance(function, dict) and not isinstance(function.get("arguments"), str):
-            text = json.dumps(function.get("arguments"), ensure_ascii=False)
-            call = {**call, "function": {**function, "arguments": text}}
-        calls.append(call)
-    return {**message, "content": message.get("content") or "", "tool_calls": calls}
-
-
-def _save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
-    """Save the tokenizer, and prove that what loads from there gives the same prompts."""
     prepared.tokenizer.save_pretrained(str(folder))
     stops = {"eos_token_id": list(prepared.stop_token_ids), "pad_token_id": prepared.tokenizer.pad_token_id}
     if prepared.tokenizer.bos_token_id is not None:
@@ -194,21 +173,18 @@ def _save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
         )
 
 
-def _write_report(path: Path, prepared: PreparedTokenizer, train: MaskReport, eval_: MaskReport) -> None:
+def _write_report(path: Path, prepared: PreparedTokenizer, reports: Mapping[str, MaskReport]) -> None:
     """Write masks.json."""
     report = {
         "template_digest": prepared.template_digest,
         "notes": list(prepared.notes),
         "stop_token_ids": list(prepared.stop_token_ids),
-        "train": train.summary(),
-        "eval": eval_.summary(),
+        **{part: counted.summary() for part, counted in reports.items()},
     }
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_budgets(
-    counts: TokenCounts, train: MaskReport, rejects: Sequence[tuple[Any, ...]], config: TokenizationConfig
-) -> None:
+def _check_budgets(counts: TokenCounts, train: MaskReport, rejects: Path, config: TokenizationConfig) -> None:
     """Refuse a dataset of which too little is left.
 
     Raises:
@@ -216,7 +192,8 @@ def _check_budgets(
     """
     reasons = ", ".join(f"{reason}: {number}" for reason, number in Counter(counts.rows_rejected).most_common())
     if not train.num_examples:
-        first = f" The first: {rejects[0][1]}, line {rejects[0][2]}: {rejects[0][4]}" if rejects else ""
+        listed = pl.scan_parquet(rejects).head(1).select("source", "line", "detail").collect().rows()
+        first = "".join(f" The first: {source}, line {line}: {detail}" for source, line, detail in listed)
         raise TokenizationError(f"no training example is left ({reasons or 'the dataset is empty'}).{first}")
     for_length = train.num_truncated + train.num_too_long
     share = for_length / (train.num_examples + train.num_too_long)

@@ -1,24 +1,27 @@
 """masks.json: what was masked, cut, kept as text and refused, so that a person can trust the labels."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from tasks.tokenization.encoding import decode
-from tasks.tokenization.errors import MaskError
-from tasks.tokenization.masking import IGNORE_INDEX, Example, Masked
-from tasks.tokenization.templates import PreparedTokenizer
+from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.tokenization.tables import Columns, Line
 
-_NUM_SAMPLES = 5
+NUM_SAMPLES = 5
 _HISTOGRAM_EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 @dataclass
 class MaskReport:
-    """Counts of one split, added up batch by batch."""
+    """Counts of one split, added up batch by batch and shard by shard; as large for a million rows as for ten."""
 
     num_conversations: int = 0
     num_examples: int = 0
@@ -34,6 +37,8 @@ class MaskReport:
     """Trained messages that got eos because the template writes no end of turn."""
     num_adapted: int = 0
     """Conversations with tool calls that the template takes only with arguments as text or an empty content."""
+    num_checked: int = 0
+    """Conversations assembled without rendering that were rendered as well, to compare."""
     num_ending: int = 0
     """Examples whose last trained id ends a generation."""
     total_tokens: int = 0
@@ -41,38 +46,49 @@ class MaskReport:
     rejected: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     """Messages whose contents the template leaves out, by role, and reasoning left out."""
-    lengths: list[int] = field(default_factory=list)
-    trained: list[int] = field(default_factory=list)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Examples by number of tokens; there are at most tokenization.max_length of these numbers."""
+    trained: Counter[int] = field(default_factory=Counter)
+    """Examples by number of trained tokens."""
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+    """The first examples, as runs of text and whether it is trained."""
 
-    def add(self, outcomes: Sequence[Masked | MaskError], prepared: PreparedTokenizer) -> None:
-        """Count a batch."""
-        stops = set(prepared.stop_token_ids)
-        for outcome in outcomes:
-            self.num_conversations += 1
-            if isinstance(outcome, MaskError):
-                self.rejected[outcome.reason] += 1
-                self.num_too_long += outcome.reason in ("answer_too_long", "prompt_too_long")
-                continue
-            self.num_split_conversations += len(outcome.examples) > 1
-            self.num_literals += outcome.num_literals
-            self.dropped.update(outcome.dropped)
-            for example in outcome.examples:
-                self._add_example(example, stops, prepared)
+    def reject(self, reason: str) -> None:
+        """Count a conversation that becomes no example."""
+        self.num_conversations += 1
+        self.rejected[reason] += 1
+        self.num_too_long += reason in ("answer_too_long", "prompt_too_long")
 
-    def _add_example(self, example: Example, stops: set[int], prepared: PreparedTokenizer) -> None:
-        num_trained = len(example.labels) - example.labels.count(IGNORE_INDEX)
-        assert num_trained, f"an example without trained tokens: messages {example.turns}"
-        self.num_examples += 1
-        self.num_truncated += example.truncated
-        self.num_eos_appended += not example.closed
-        self.num_ending += example.labels[-1] in stops
-        self.total_tokens += len(example.input_ids)
-        self.trained_tokens += num_trained
-        self.lengths.append(len(example.input_ids))
-        self.trained.append(num_trained)
-        if len(self.samples) < _NUM_SAMPLES:
-            self.samples.append(color_runs(example, prepared))
+    def add(
+        self, lines: Sequence[Line], columns: Columns, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Count a batch's examples."""
+        if not lines:
+            return
+        is_trained = columns.labels != IGNORE_INDEX
+        num_trained = np.add.reduceat(is_trained, columns.offsets[:-1], dtype=np.int64)
+        assert num_trained.all(), f"an example without trained tokens: {lines[int(num_trained.argmin())].question!r}"
+        self.num_examples += len(lines)
+        self.num_truncated += sum(line.truncated for line in lines)
+        self.num_eos_appended += sum(not line.closed for line in lines)
+        self.num_ending += int(np.isin(columns.labels[columns.offsets[1:] - 1], stops).sum())
+        self.total_tokens += columns.input_ids.size
+        self.trained_tokens += int(num_trained.sum())
+        self.lengths.update(_count(columns.lengths))
+        self.trained.update(_count(num_trained))
+        for number in range(min(len(lines), NUM_SAMPLES - len(self.samples))):
+            span = slice(columns.offsets[number], columns.offsets[number + 1])
+            self.samples.append(color_runs(columns.input_ids[span], is_trained[span], tokenizer))
+
+    def merge(self, other: "MaskReport") -> None:
+        """Add the counts of a later shard."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(value, Counter):
+                mine.update(value)
+            else:
+                setattr(self, name, mine + value)
+        del self.samples[NUM_SAMPLES:]
 
     def summary(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -83,35 +99,51 @@ class MaskReport:
             "dropped_by_template": dict(self.dropped),
             "share_trained": self.trained_tokens / self.total_tokens if self.total_tokens else 0.0,
             "share_ending_in_end_of_turn": self.num_ending / self.num_examples if self.num_examples else 0.0,
-            "tokens_per_example": _histogram(self.lengths),
-            "trained_tokens_per_example": _histogram(self.trained),
+            "tokens_per_example": describe_counts(self.lengths),
+            "trained_tokens_per_example": describe_counts(self.trained),
             "samples": [[{"text": text, "trained": trained} for text, trained in runs] for runs in self.samples],
         }
 
 
-def color_runs(example: Example, prepared: PreparedTokenizer) -> list[tuple[str, bool]]:
+def color_runs(
+    input_ids: NDArray[np.int32], is_trained: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, bool]]:
     """Return an example's text in runs of trained and untrained tokens, to be shown in two colours."""
-    runs: list[tuple[str, bool]] = []
-    start = 0
-    flags = [label != IGNORE_INDEX for label in example.labels]
-    for position in range(1, len(flags) + 1):
-        if position == len(flags) or flags[position] != flags[start]:
-            runs.append((decode(prepared.tokenizer, example.input_ids[start:position]), flags[start]))
-            start = position
-    return runs
+    borders = [0, *(np.flatnonzero(np.diff(is_trained)) + 1).tolist(), len(is_trained)]
+    return [
+        (decode(tokenizer, input_ids[start:stop].tolist()), bool(is_trained[start]))
+        for start, stop in pairwise(borders)
+    ]
 
 
-def _histogram(values: Sequence[int]) -> dict[str, Any]:
-    """Return quantiles and counts between powers of two."""
-    if not values:
+def _count(values: NDArray[np.int64]) -> dict[int, int]:
+    """Return how often each value occurs."""
+    distinct, numbers = np.unique(values, return_counts=True)
+    return dict(zip(distinct.tolist(), numbers.tolist(), strict=True))
+
+
+def describe_counts(numbers: Mapping[int, int]) -> dict[str, Any]:
+    """Return quantiles and counts between powers of two, of values given with how often they occur."""
+    if not numbers:
         return {"counts": {}, "min": 0, "median": 0, "p90": 0, "max": 0}
-    array = np.asarray(values)
-    edges = [*_HISTOGRAM_EDGES, max(int(array.max()) + 1, _HISTOGRAM_EDGES[-1] + 1)]
-    counts, _ = np.histogram(array, bins=edges)
+    values = sorted(numbers)
+    weights = [numbers[value] for value in values]
+    edges = [*_HISTOGRAM_EDGES, max(values[-1] + 1, _HISTOGRAM_EDGES[-1] + 1)]
+    counts, _ = np.histogram(values, bins=edges, weights=weights)
     return {
-        "counts": {f"{low}-{high - 1}": int(n) for low, high, n in zip(edges, edges[1:], counts, strict=False) if n},
-        "min": int(array.min()),
-        "median": float(np.median(array)),
-        "p90": float(np.quantile(array, 0.9)),
-        "max": int(array.max()),
+        "counts": {f"{low}-{high - 1}": int(n) for (low, high), n in zip(pairwise(edges), counts, strict=True) if n},
+        "min": values[0],
+        "median": _quantile(values, weights, 0.5),
+        "p90": _quantile(values, weights, 0.9),
+        "max": values[-1],
     }
+
+
+def _quantile(values: Sequence[int], weights: Sequence[int], share: float) -> float:
+    """Return a quantile of repeated values, between two of them in proportion (as numpy's default)."""
+    ends = np.cumsum(weights)
+    position = share * (int(ends[-1]) - 1)
+    low, high = (
+        values[int(np.searchsorted(ends, rank, side="right"))] for rank in (math.floor(position), math.ceil(position))
+    )
+    return low + (high - low) * (position % 1)

@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from schemas.records import Conversations, Examples
-from tasks.tokenization.errors import MaskError
-from tasks.tokenization.masking import Conversation, Example, Masked
-from tasks.tokenization.templates import PreparedTokenizer
+from tasks.tokenization.masking import IGNORE_INDEX, Conversation, Example
 
 _ROWS_PER_BATCH = 1000
 EXAMPLE_SCHEMA = pa.schema(
@@ -26,6 +26,14 @@ EXAMPLE_SCHEMA = pa.schema(
         ("labels", pa.large_list(pa.int32())),
     ]
 )
+REJECT_SCHEMA = {
+    "example_id": pl.String,
+    "source": pl.String,
+    "line": pl.Int64,
+    "reason": pl.String,
+    "detail": pl.String,
+    "raw": pl.String,
+}
 
 
 class Row(NamedTuple):
@@ -38,9 +46,9 @@ class Row(NamedTuple):
     conversation: Conversation
 
 
-def read_rows(path: Path) -> Iterator[list[Row]]:
-    """Read a part's table in batches, validated."""
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH):
+def read_rows(path: Path, row_groups: Sequence[int]) -> Iterator[list[Row]]:
+    """Read some row groups of a part's table in batches, validated."""
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=list(row_groups)):
         frame = pl.DataFrame(pa.Table.from_batches([batch]))
         Conversations.validate(frame)
         rows = []
@@ -53,32 +61,81 @@ def read_rows(path: Path) -> Iterator[list[Row]]:
         yield rows
 
 
-def lay_out(rows: Sequence[Row], outcomes: Sequence[Masked | MaskError], prepared: PreparedTokenizer) -> pa.Table:
-    """Lay a batch's examples out as Arrow columns."""
-    made = [
-        (row, example)
-        for row, outcome in zip(rows, outcomes, strict=True)
-        if isinstance(outcome, Masked)
-        for example in outcome.examples
-    ]
-    references = [_reference(row, example, prepared) for row, example in made]
+class Line(NamedTuple):
+    """An example as it is written."""
+
+    ids: bytes
+    """input_ids, as int32."""
+    runs: list[int]
+    """Tokens of the runs without and with labels in turn, the first without."""
+    question: str
+    reference: str | None
+    """None where it is what the labels of the last answer decode to."""
+    truncated: bool = False
+    closed: bool = True
+    """Whether the template writes the end of turn; if not, eos was appended."""
+
+    def normal(self) -> tuple[Any, ...]:
+        """Return what two lines of one example share, however their runs are cut."""
+        return *self._replace(runs=[]), join_lines([self]).labels.tobytes()
+
+
+class Columns(NamedTuple):
+    """Examples end to end: `N` of them, with `S` tokens together."""
+
+    offsets: NDArray[np.int64]
+    """[N + 1]"""
+    input_ids: NDArray[np.int32]
+    """[S]"""
+    labels: NDArray[np.int32]
+    """[S]"""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, [N]."""
+        return np.diff(self.offsets)
+
+
+def to_line(row: Row, example: Example, end_of_turn: str) -> Line:
+    """Write an example as a line."""
+    is_trained = np.asarray(example.labels) != IGNORE_INDEX
+    borders = np.flatnonzero(np.diff(is_trained, prepend=False)).tolist()
+    runs = np.diff([0, *borders, len(is_trained)]).tolist()
+    ids = np.asarray(example.input_ids, np.int32).tobytes()
+    return Line(
+        ids, runs, _question(row, example), _reference(row, example, end_of_turn), example.truncated, example.closed
+    )
+
+
+def join_lines(lines: Sequence[Line]) -> Columns:
+    """Put examples end to end, with their labels."""
+    input_ids = np.frombuffer(b"".join([line.ids for line in lines]), np.int32)
+    lengths = np.fromiter((len(line.ids) // 4 for line in lines), np.int64, len(lines))
+    runs = np.fromiter(chain.from_iterable(line.runs for line in lines), np.int64)
+    numbers = np.fromiter((len(line.runs) for line in lines), np.int64, len(lines))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    # Runs alternate within an example and begin anew with each.
+    starts = np.repeat(np.cumsum(numbers) - numbers, numbers)
+    is_trained = np.repeat((np.arange(runs.size) - starts) % 2 == 1, runs)
+    assert is_trained.size == input_ids.size == offsets[-1]
+    return Columns(offsets, input_ids, np.where(is_trained, input_ids, np.int32(IGNORE_INDEX)))
+
+
+def lay_out(
+    example_ids: Sequence[str], lines: Sequence[Line], columns: Columns, tokenizer: PreTrainedTokenizerBase
+) -> pa.Table:
+    """Lay examples out as Arrow columns."""
+    references = [line.reference if line.reference is not None else _decode_last(line, tokenizer) for line in lines]
     frame = pl.DataFrame(
-        {
-            "example_id": [row.example_id for row, _ in made],
-            "question": [_question(row, example) for row, example in made],
-            "reference": references,
-        },
+        {"example_id": example_ids, "question": [line.question for line in lines], "reference": references},
         schema={"example_id": pl.String, "question": pl.String, "reference": pl.String},
     )
     Examples.validate(frame)
-    offsets = np.cumsum([0, *(len(example.input_ids) for _, example in made)], dtype=np.int64)
-    columns: list[Any] = [frame[name].to_arrow() for name in frame.columns]
-    for lists in ([example.input_ids for _, example in made], [example.labels for _, example in made]):
-        values = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
-        columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)))
+    offsets = pa.array(columns.offsets)
+    lists = [pa.LargeListArray.from_arrays(offsets, pa.array(ids)) for ids in (columns.input_ids, columns.labels)]
+    arrays = [*(frame[name].to_arrow() for name in frame.columns), *lists]
     return pa.Table.from_arrays(
-        [column.cast(field.type) for column, field in zip(columns, EXAMPLE_SCHEMA, strict=True)],
-        schema=EXAMPLE_SCHEMA,
+        [array.cast(field.type) for array, field in zip(arrays, EXAMPLE_SCHEMA, strict=True)], schema=EXAMPLE_SCHEMA
     )
 
 
@@ -90,16 +147,20 @@ def _question(row: Row, example: Example) -> str:
     return ""
 
 
-def _reference(row: Row, example: Example, prepared: PreparedTokenizer) -> str:
-    """Return the example's last answer as a decoder without special tokens would give it."""
+def _reference(row: Row, example: Example, end_of_turn: str) -> str | None:
+    """Return the example's last answer, or None where it is not in the conversation as it is said."""
     content = row.conversation.messages[example.turns[-1]].get("content")
     if isinstance(content, str) and example.target.startswith(content):
         rest = example.target[len(content) :]
-        if not rest or rest == prepared.end_of_turn:
+        if not rest or rest == end_of_turn:
             return content
-    labels = example.labels
-    start = len(labels)
-    while start and labels[start - 1] >= 0:
-        start -= 1
-    text: Any = prepared.tokenizer.decode(labels[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return None
+
+
+def _decode_last(line: Line, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the last run with labels as a decoder without special tokens would give it."""
+    borders = np.cumsum(line.runs)
+    number = len(line.runs) - 1 - len(line.runs) % 2
+    ids = np.frombuffer(line.ids, np.int32)[borders[number - 1] : borders[number]].tolist()
+    text: Any = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
