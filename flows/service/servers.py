@@ -43,7 +43,9 @@ def start_prefect(settings: ServiceSettings, urls: DatabaseUrls, credentials: Cr
         "PREFECT_API_DATABASE_CONNECTION_URL": urls.prefect,
         # Prefect copies its pages beside its code otherwise, which may be read-only.
         "PREFECT_UI_STATIC_DIRECTORY": str(settings.folder.parent / "prefect" / "ui"),
-        "PREFECT_UI_API_URL": f"http://{settings.public_host}:{settings.prefect_port}/api",
+        # Where browsers find the API; behind a reverse proxy its address is given.
+        "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL")
+        or f"http://{settings.public_host}:{settings.prefect_port}/api",
     }
     if credentials is not None:
         environment["PREFECT_SERVER_API_AUTH_STRING"] = f"{credentials.user}:{credentials.password}"
