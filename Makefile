@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: help install demo test check format bench-data bench-gpu clean
+.PHONY: help install demo serve stop test check format bench-data bench-gpu clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,12 @@ install: $(INSTALLED) ## Make the environment in .venv
 
 demo: $(INSTALLED) ## Fine-tune, evaluate and register the demo model
 	@$(BIN)/sft run deploy/configs/demo.yaml
+
+serve: $(INSTALLED) ## Start the Prefect and MLflow servers and the workers on this machine
+	@$(BIN)/sft serve
+
+stop: $(INSTALLED) ## Stop the servers, the workers and their runs
+	@$(BIN)/sft stop
 
 test: $(INSTALLED) ## Run the tests
 	@$(BIN)/python -m pytest

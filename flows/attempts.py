@@ -13,11 +13,13 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_UI_URL
 
+from flows.gpu_stages import StageLostError
 from schemas.artifacts import ModelRef, SourceRef
 from schemas.config import RunConfig
 from tasks import storage, tracking
 
 _SOURCE_TAG, _MODEL_TAG, _HOST_TAG = "sft.source_digest", "sft.base_model_digest", "sft.host"
+_FLOW_RUN_TAG = "sft.prefect_flow_run"
 
 
 class ResumeError(ValueError):
@@ -45,7 +47,7 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
     else:
         get_run_logger().info("Going on with interrupted run %s", run_id)
         tracking.reopen_run(run_id)
-    tracking.set_tags(run_id, {"sft.prefect_flow_run": flow_run.id})
+    tracking.set_tags(run_id, {_FLOW_RUN_TAG: flow_run.id})
     if PREFECT_UI_URL.value():  # a temporary server has no pages
         tracking.set_tags(run_id, {"sft.prefect_url": flow_run.ui_url})
     status = "KILLED"
@@ -53,8 +55,8 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
         try:
             yield run_id
             status = "FINISHED"
-        except ResumeError:
-            raise  # refused, nothing was done: the run can still be resumed
+        except (ResumeError, StageLostError):
+            raise  # refused and nothing done, or cut short: the run can still be resumed
         except Exception:
             status = "FAILED"
             raise
@@ -102,6 +104,10 @@ def _choose_run(config: RunConfig, digest: str, resume: str) -> str | None:
         return None
     if resume != "auto":
         return _named_run(config, digest, resume)
+    if flow_run.run_count > 1:  # a retry of this Prefect run goes on in its own MLflow run, also after a failure
+        for run in tracking.find_runs(config.name, _FLOW_RUN_TAG, str(flow_run.id)):
+            if run.info.status != "FINISHED" and run.data.tags[tracking.CONFIG_TAG] == digest:
+                return str(run.info.run_id)
     for run in tracking.find_interrupted_runs(config.name):
         run_id = str(run.info.run_id)
         here = run.data.tags.get(_HOST_TAG) == node() and not storage.is_held(run_id)

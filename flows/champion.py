@@ -1,8 +1,8 @@
 """The champion meets the rows of this run, so that the gate can compare with it."""
 
+from flows.gpu_stages import evaluate
 from schemas.artifacts import Champion, EvalReport, TokensRef
 from schemas.config import RunConfig
-from tasks.evaluation.task import evaluate
 from tasks.registration.task import find_champion
 
 

@@ -7,6 +7,7 @@ import typer
 
 from flows.console import console, fail, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
+from flows.service_cli import app as service_app
 from schemas.loading import ConfigError, load_config
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(registry_app)
+app.add_typer(service_app)
 
 
 @app.callback()

@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from flows.environment import run_defaults
 from schemas.config import RunConfig
 from schemas.loading import ConfigError, load_config, override_config
 
@@ -24,25 +25,7 @@ def fail(error: Exception) -> NoReturn:
 
 def prepare_environment(*, cache: bool) -> None:
     """Set what Prefect and the model libraries read at import; what the user has set stays."""
-    from tasks.storage import home
-
-    defaults = {
-        "PREFECT_LOCAL_STORAGE_PATH": str(home() / "results"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-        # Waiting threads sleep: on a busy machine spinning ones can cost an order of magnitude.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    for name, value in defaults.items():
+    for name, value in run_defaults().items():
         os.environ.setdefault(name, value)
     if not cache:
         os.environ["PREFECT_TASKS_REFRESH_CACHE"] = "true"

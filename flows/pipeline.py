@@ -1,5 +1,6 @@
 """The whole run on one page: a dataset and a base model become a registered, evaluated model."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,30 +13,39 @@ from prefect.runtime import flow_run
 from flows.accounting import build_report, describe_run, summarize_facts
 from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.champion import meet_champion
+from flows.gpu_stages import evaluate, train
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
+from schemas.loading import override_config
 from tasks import tracking
-from tasks.evaluation.task import compare_models, evaluate
+from tasks.evaluation.task import compare_models
 from tasks.ingestion.task import ingest, locate_dataset, locate_model
 from tasks.merging.task import merge
 from tasks.registration.task import register
 from tasks.storage import digest_file
 from tasks.tokenization.task import tokenize
-from tasks.training.task import train
 
 
 def _flow_run_name() -> str:
-    return describe_run(flow_run.parameters["config"])
+    return describe_run(_with_dataset(flow_run.parameters["config"], flow_run.parameters["dataset_uri"]))
+
+
+def _with_dataset(config: RunConfig, uri: str | None) -> RunConfig:
+    return (
+        config if uri is None else override_config(config.model_dump(mode="json"), (f"data.source={json.dumps(uri)}",))
+    )
 
 
 @flow(name="sft-pipeline", flow_run_name=_flow_run_name)
-def sft_pipeline(config: RunConfig, resume: str = "auto") -> RunReport:
+def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str = "auto") -> RunReport:
     """Fine-tune a language model on a dataset, prove what it gained, and register it.
 
     Args:
-        config: every setting, grouped by stage.
+        config: Every setting, grouped by stage.
+        dataset_uri: A dataset to take in place of the one above, as the event of a newly published dataset carries it.
         resume: auto goes on with an interrupted run of this config, never starts anew, or an MLflow run id.
     """
+    config = _with_dataset(config, dataset_uri)
     seconds: dict[str, float] = {}
     title = describe_run(config)
     with open_attempt(config, resume=resume, run_name=title) as run:

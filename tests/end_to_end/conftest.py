@@ -3,13 +3,22 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from schemas.artifacts import RunReport
 from schemas.loading import parse_config
+from tests.end_to_end.service import (
+    Service,
+    make_secret,
+    postgres_programs,
+    running_postgres,
+    service_environment,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_MODEL = ROOT / "deploy" / "demo" / "base_model"
@@ -66,3 +75,19 @@ def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     folder = tmp_path_factory.mktemp("command")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SFT_"))}
     return {**kept, "SFT_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Everything that `sft serve` starts, with log-ins, on PostgreSQL where there is one."""
+    home = tmp_path_factory.mktemp("service")
+    secret = make_secret()
+    variables = {"SFT_AUTH": "on", "HF_TOKEN": make_secret(), "AWS_SECRET_ACCESS_KEY": make_secret()}
+    with ExitStack() as stack:
+        if postgres_programs() is not None:
+            address = stack.enter_context(running_postgres(secret))
+            variables["SFT_DATABASE_URL"] = f"postgresql://sft:{quote(secret, safe='')}@{address}"
+        served = Service(service_environment(home, **variables), home)
+        stack.callback(served.sft, "stop")
+        served.sft("serve")
+        yield served

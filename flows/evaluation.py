@@ -1,0 +1,22 @@
+"""The flow that evaluates on the GPU pool."""
+
+from prefect import flow
+
+from flows.gpu_stages import bring_model, hand_over
+from schemas.artifacts import ModelRef, TokensRef
+from schemas.config import EvaluationConfig
+from tasks.evaluation.task import evaluate
+
+
+@flow(name="evaluate", flow_run_name="evaluate {model.name}")
+def evaluate_on_pool(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, parent_run_id: str) -> None:
+    """Score a model on the held-out rows for a pipeline run, and leave the result with its MLflow run.
+
+    Args:
+        model: base or merged model.
+        tokens: the held-out rows.
+        config: evaluation settings.
+        parent_run_id: MLflow run of the pipeline.
+    """
+    report = evaluate(bring_model(model), tokens, config, parent_run_id=parent_run_id)
+    hand_over(parent_run_id, f"evaluate-{model.kind}", report)

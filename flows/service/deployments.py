@@ -1,0 +1,87 @@
+"""Work pools, deployments and automations on the Prefect server that the settings in force name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
+
+from flows.service.settings import ServiceError
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
+AUTOMATIONS_FILE = ROOT / "deploy" / "automations.yaml"
+_DEPLOY_SECONDS = 300
+_LOG_TAIL_LINES = 15
+
+
+def deploy_all(environment: dict[str, str] | None = None, *, pool_type: str = "process") -> None:
+    """Create missing work pools, all deployments of prefect.yaml, and the automations; again and again alike.
+
+    Args:
+        environment: of Prefect's own command; this process's when left out.
+        pool_type: of pools that are missing; a pool that is there stays as it is.
+
+    Raises:
+        ServiceError: Prefect refused a deployment; with what it said.
+    """
+    with get_client(sync_client=True) as client:
+        for pool in sorted({deployment["work_pool"]["name"] for deployment in read_deployments()}):
+            _create_pool(client, pool, pool_type)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
+    done = subprocess.run(
+        command,
+        env={**(environment or os.environ), "SFT_ROOT": str(ROOT), "SFT_PYTHON": sys.executable},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_DEPLOY_SECONDS,
+    )
+    if done.returncode != 0:
+        lines = (done.stdout + done.stderr).splitlines()
+        raise ServiceError(f"{PREFECT_FILE} could not be deployed:\n" + "\n".join(lines[-_LOG_TAIL_LINES:]))
+    with get_client(sync_client=True) as client:
+        for automation in read_automations():
+            _put_automation(client, automation)
+
+
+def read_deployments() -> list[dict[str, Any]]:
+    """Return the deployments as prefect.yaml has them."""
+    found: list[dict[str, Any]] = yaml.safe_load(PREFECT_FILE.read_text(encoding="utf-8"))["deployments"]
+    return found
+
+
+def read_automations() -> list[AutomationCore]:
+    """Return the automations as automations.yaml has them."""
+    return [AutomationCore.model_validate(each) for each in yaml.safe_load(AUTOMATIONS_FILE.read_text("utf-8"))]
+
+
+def worker_is_online(pool: str) -> bool:
+    """Tell whether a worker of this pool reports to the server."""
+    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+    with get_client(sync_client=True) as client:
+        return bool(client.read_workers_for_work_pool(pool, worker_filter=online))
+
+
+def _create_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
+    try:
+        client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=name, type=pool_type))
+
+
+def _put_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
+    """Create an automation, or bring the one of this name to what the file says; a pause stays."""
+    for found in client.read_automations_by_name(automation.name):
+        automation.enabled = found.enabled
+        client.update_automation(found.id, automation)
+        return
+    client.create_automation(automation)

@@ -1,0 +1,146 @@
+"""Processes that outlive the command that started them, and are found and ended without ever hitting a stranger.
+
+Each is the leader of a session of its own, is written down with its start time (a process id is used again, the pair
+is not), and carries a mark in its environment that all its descendants inherit. `stop_all` therefore also ends what
+a killed worker left behind.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from flows.service.settings import ServiceError
+
+_MARK = "SFT_SERVICE"
+_TIME_SLACK_SECONDS = 1.0
+_END_SECONDS = 40.0  # Prefect gives a run 30 s to end by itself
+_LOG_TAIL_LINES = 15
+
+
+def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> None:
+    """Start a process in a session of its own, unless it runs already; its output goes to logs/NAME.log."""
+    if find(folder, name) is not None:
+        return
+    log = log_file(folder, name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env={**environment, _MARK: str(folder)},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    process.returncode = 0  # it is meant to outlive this command: no warning that it still runs
+    started = psutil.Process(process.pid).create_time()
+    _record_file(folder, name).write_text(json.dumps({"pid": process.pid, "started": started}), encoding="utf-8")
+
+
+def find(folder: Path, name: str) -> psutil.Process | None:
+    """Return the living process of this name, or None; a recycled process id is not taken for it."""
+    path = _record_file(folder, name)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        process = psutil.Process(record["pid"])
+        same = abs(process.create_time() - record["started"]) < _TIME_SLACK_SECONDS
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names of the processes that were started and not stopped, in the order of their start."""
+    records = sorted(folder.glob("*.process"), key=lambda path: path.stat().st_mtime)
+    return [path.stem for path in records]
+
+
+def wait_until(answers: Callable[[], bool], folder: Path, name: str, *, seconds: float) -> None:
+    """Wait until a process answers.
+
+    Raises:
+        ServiceError: it ended, or did not answer in time; with the end of its log.
+    """
+    deadline = time.monotonic() + seconds
+    while not answers():
+        ended = find(folder, name) is None
+        if ended or time.monotonic() > deadline:
+            what = "ended" if ended else f"does not answer after {seconds:.0f} s"
+            log = log_file(folder, name)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+            raise ServiceError(f"{name} {what}. The end of {log}:\n" + "\n".join(lines[-_LOG_TAIL_LINES:]))
+        time.sleep(0.2)
+
+
+def stop(folder: Path, name: str) -> None:
+    """End one process and its descendants: ask, wait, then kill."""
+    process = find(folder, name)
+    if process is not None:
+        _end([process], [*process.children(recursive=True), process])
+    _record_file(folder, name).unlink(missing_ok=True)
+
+
+def stop_all(folder: Path, order: Sequence[str]) -> int:
+    """End everything that was started for this folder, the named ones first and in this order; return how many."""
+    before = len(marked(folder))
+    for name in [*order, *(name for name in names(folder) if name not in order)]:
+        stop(folder, name)
+    left = marked(folder)
+    _end(left, left)
+    return before
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """Return all living processes that carry this folder's mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = process.pid != os.getpid() and process.environ().get(_MARK) == str(folder)
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # gone meanwhile, or another user's
+            continue
+    return found
+
+
+def log_file(folder: Path, name: str) -> Path:
+    """Return where a process's output goes."""
+    return folder / "logs" / f"{name}.log"
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder, so that two commands at once do not both start or stop things."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _end(ask: Sequence[psutil.Process], wait_for: Sequence[psutil.Process]) -> None:
+    for process in ask:
+        _send(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(wait_for, timeout=_END_SECONDS)
+    for process in alive:
+        _send(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _send(process: psutil.Process, number: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)  # psutil compares start times first
+
+
+def _record_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.process"

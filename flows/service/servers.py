@@ -1,0 +1,156 @@
+"""The servers and workers of one machine: what each is started with, and how to tell that it answers."""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+
+from flows.service import processes
+from flows.service.credentials import Credentials
+from flows.service.databases import DatabaseUrls
+from flows.service.settings import ServiceError, ServiceSettings, is_loopback
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFECT, MLFLOW, CPU_WORKER, GPU_WORKER = "prefect-server", "mlflow-server", "cpu-worker", "gpu-worker"
+STOP_ORDER = (CPU_WORKER, GPU_WORKER, PREFECT, MLFLOW)
+POOLS = {CPU_WORKER: "cpu", GPU_WORKER: "gpu"}
+_START_SECONDS = 180.0  # on a busy machine of two cores; a quiet one takes ten
+# Of the caller's own: a service must not be steered by what a shell happens to have set for its clients.
+_OWN = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_UI_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI")
+
+
+def base_environment(settings: ServiceSettings) -> dict[str, str]:
+    """Return the environment that all of them share."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _OWN and name != "SFT_DATABASE_URL"}
+    home = settings.folder.parent
+    return {
+        **inherited,
+        "SFT_HOME": str(home),
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def start_prefect(settings: ServiceSettings, urls: DatabaseUrls, credentials: Credentials | None) -> None:
+    """Start the Prefect server."""
+    environment = base_environment(settings) | {
+        "PREFECT_API_DATABASE_CONNECTION_URL": urls.prefect,
+        # Prefect copies its pages beside its code otherwise, which may be read-only.
+        "PREFECT_UI_STATIC_DIRECTORY": str(settings.folder.parent / "prefect" / "ui"),
+        # Where browsers find the API; behind a reverse proxy its address is given.
+        "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL")
+        or f"http://{settings.public_host}:{settings.prefect_port}/api",
+    }
+    if credentials is not None:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = f"{credentials.user}:{credentials.password}"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host]
+    command += ["--port", str(settings.prefect_port)]
+    _start_server(settings, PREFECT, settings.prefect_port, command, environment)
+
+
+def start_mlflow(settings: ServiceSettings, urls: DatabaseUrls, credentials: Credentials | None) -> None:
+    """Start the MLflow server, which also passes artifacts on: clients need no access to their store."""
+    environment = base_environment(settings) | {
+        "MLFLOW_BACKEND_STORE_URI": urls.mlflow,  # not an argument: every user of the machine can read those
+        "MLFLOW_ARTIFACTS_DESTINATION": settings.artifacts,
+        # No assistants and no background jobs of its own: nothing here uses them, and each is a process more.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.mlflow_port)]
+    command += ["--serve-artifacts", "--workers", "1" if settings.database_url is None else "2"]
+    if not is_loopback(settings.host):
+        names = {settings.public_host, settings.local_host, "localhost"}
+        command += ["--allowed-hosts", ",".join(sorted(f"{name}:{settings.mlflow_port}" for name in names))]
+    if credentials is not None:
+        command += ["--app-name", "basic-auth"]
+        environment |= {
+            "MLFLOW_AUTH_CONFIG_PATH": str(_write_auth_config(settings, urls)),
+            "MLFLOW_AUTH_ADMIN_USERNAME": credentials.user,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": credentials.password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.cookie_key,
+        }
+    _start_server(settings, MLFLOW, settings.mlflow_port, command, environment)
+
+
+def start_worker(settings: ServiceSettings, name: str, client: Mapping[str, str], *, limit: int | None) -> None:
+    """Start a worker that runs flows as processes of this machine."""
+    from flows.environment import run_defaults
+
+    environment = {**run_defaults(), **base_environment(settings), **client}
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process", "--pool", POOLS[name]]
+    command += ["--name", f"{name}-{socket.gethostname()}"]
+    if limit is not None:
+        command += ["--limit", str(limit)]
+    processes.start(settings.folder, name, command, environment, ROOT)
+
+
+def wait_for_servers(settings: ServiceSettings, credentials: Credentials | None) -> None:
+    """Wait until both servers answer, and let this log-in in.
+
+    Raises:
+        ServiceError: one ended, or refuses the log-in that is on file.
+    """
+    for name, url in ((PREFECT, f"{settings.prefect_url}/api/health"), (MLFLOW, f"{settings.mlflow_url}/health")):
+        processes.wait_until(lambda url=url: _answers(url), settings.folder, name, seconds=_START_SECONDS)  # type: ignore[misc]
+    if credentials is None:
+        return
+    login = (credentials.user, credentials.password)
+    for name, url in (
+        (PREFECT, f"{settings.prefect_url}/api/admin/version"),
+        (MLFLOW, f"{settings.mlflow_url}/api/2.0/mlflow/users/get?username={credentials.user}"),
+    ):
+        answer = httpx.get(url, auth=login, timeout=30)
+        if answer.status_code != httpx.codes.OK:
+            raise ServiceError(
+                f"{name} refuses the log-in of {settings.folder / 'credentials.env'} (HTTP {answer.status_code}): its "
+                "database was made with another one. Put that file back, or start with an empty database"
+            )
+
+
+def _start_server(
+    settings: ServiceSettings, name: str, port: int, command: list[str], environment: dict[str, str]
+) -> None:
+    if processes.find(settings.folder, name) is None:
+        _check_port(settings.host, port, name)
+    processes.start(settings.folder, name, command, environment, settings.folder)
+
+
+def _check_port(host: str, port: int, name: str) -> None:
+    """Refuse a port that another program has."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            variable = "SFT_PREFECT_PORT" if name == PREFECT else "SFT_MLFLOW_PORT"
+            raise ServiceError(
+                f"{name}: {host}:{port} cannot be listened on ({error.strerror}): stop what uses it, or set {variable}"
+            ) from None
+
+
+def _write_auth_config(settings: ServiceSettings, urls: DatabaseUrls) -> Path:
+    """Write MLflow's own settings of log-ins; new users see what a registry holds and change nothing."""
+    path = settings.folder / "mlflow-auth.ini"
+    lines = {
+        "default_permission": "READ",
+        "database_uri": urls.mlflow_users.replace("%", "%%"),  # the file's own escape
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+    }
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write("[mlflow]\n" + "".join(f"{name} = {value}\n" for name, value in lines.items()))
+    return path
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

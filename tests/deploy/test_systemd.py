@@ -1,0 +1,33 @@
+"""systemd itself reads the units without a complaint."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.service import ROOT
+
+_UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
+def test_the_units_are_right(tmp_path: Path) -> None:
+    assert len(_UNITS) == 3
+    for unit in _UNITS:
+        # The installation's place stands for a program that exists here; everything else is as it ships.
+        text = unit.read_text()
+        for program in ("prefect", "mlflow"):
+            text = text.replace(f"/opt/sft-pipeline/.venv/bin/{program}", "/bin/true")
+        (tmp_path / unit.name).write_text(text)
+    units = [str(tmp_path / unit.name) for unit in _UNITS]
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_units_begin_what_the_command_begins() -> None:
+    texts = "".join(unit.read_text() for unit in _UNITS)
+    assert "prefect server start --host 127.0.0.1 --port 4200" in texts
+    assert "mlflow server --host 127.0.0.1 --port 5000 --serve-artifacts" in texts
+    assert "prefect worker start --type process --pool %i" in texts
+    assert "KillMode=mixed" in texts  # no training outlives its worker's unit
