@@ -12,12 +12,21 @@ import polars as pl
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
+from tasks import workers
 from tasks.models import load_tokenizer
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.rendering import open_chat, plain_messages, render
 from tasks.tokenization.reporting import MaskReport
-from tasks.tokenization.shards import EXAMPLES, REJECTS, read_report, tokenize_shard
+from tasks.tokenization.shards import (
+    EXAMPLES,
+    REJECTS,
+    ROWS_PER_SHARD,
+    plan_shards,
+    read_report,
+    tokenize_shard,
+    work_on_shard,
+)
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA
 from tasks.tokenization.templates import PreparedTokenizer, TemplateError
 
@@ -46,7 +55,12 @@ class TokenCounts:
 
 
 def tokenize_dataset(
-    dataset: Path, prepared: PreparedTokenizer, folder: Path, config: TokenizationConfig
+    dataset: Path,
+    prepared: PreparedTokenizer,
+    folder: Path,
+    config: TokenizationConfig,
+    *,
+    rows_per_shard: int = ROWS_PER_SHARD,
 ) -> TokenCounts:
     """Make the examples of a dataset's two parts, in their rows' order.
 
@@ -55,15 +69,26 @@ def tokenize_dataset(
         prepared: The tokenizer that will ship; it is saved beside the examples.
         folder: Written; made when missing.
         config: Masks and limits.
+        rows_per_shard: A larger part is made in worker processes, shard by shard.
 
     Raises:
         TokenizationError: nothing can be trained on, or too many examples had to be cut or rejected for length.
         TemplateError: the tokenizer does not survive being saved and loaded.
     """
-    shards: dict[str, list[Path]] = {}
-    for part in PARTS:
-        shards[part] = [folder / "shards" / part]
-        tokenize_shard(dataset / f"{part}.parquet", None, prepared, config_of(part, config), shards[part][0])
+    save_tokenizer(prepared, folder / "tokenizer")
+    plans = {part: plan_shards(dataset / f"{part}.parquet", rows_per_shard) for part in PARTS}
+    shards = {part: [folder / "shards" / part / str(n) for n in range(len(plan))] for part, plan in plans.items()}
+    places = [
+        (dataset / f"{part}.parquet", row_groups, config_of(part, config), shard)
+        for part in PARTS
+        for row_groups, shard in zip(plans[part], shards[part], strict=True)
+    ]
+    if len(places) == len(PARTS):
+        for table, row_groups, masks, shard in places:
+            tokenize_shard(table, row_groups, prepared, masks, shard)
+    else:
+        saved = folder / "tokenizer"
+        workers.call_each(work_on_shard, [(place[0], place[1], saved, None, *place[2:]) for place in places])
     counts = join_shards(shards, prepared, folder, config)
     shutil.rmtree(folder / "shards")
     return counts
@@ -77,19 +102,17 @@ def config_of(part: str, config: TokenizationConfig) -> TokenizationConfig:
 def join_shards(
     shards: Mapping[str, Sequence[Path]], prepared: PreparedTokenizer, folder: Path, config: TokenizationConfig
 ) -> TokenCounts:
-    """Write the tokens folder of all shards; a part's only shard is moved, not copied.
+    """Put shards together to the tables of a tokens folder, and judge the whole.
 
     Args:
         shards: Folders of each part's shards, in order.
-        prepared: The tokenizer that will ship; it is saved beside the examples.
-        folder: Written; made when missing.
+        prepared: The tokenizer.
+        folder: Written; there already.
         config: Limits.
 
     Raises:
-        TokenizationError, TemplateError: as `tokenize_dataset`.
+        TokenizationError: as `tokenize_dataset`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_tokenizer(prepared, folder / "tokenizer")
     reports = {part: MaskReport() for part in PARTS}
     for part in PARTS:
         for shard in shards[part]:
@@ -113,9 +136,9 @@ def join_shards(
 
 
 def _join_tables(paths: Sequence[Path], schema: Any, target: Path) -> None:
-    """Write tables one behind another, a row group at a time."""
+    """Write tables one behind another, a row group at a time; a single one is not copied."""
     if len(paths) == 1:
-        paths[0].rename(target)
+        target.hardlink_to(paths[0])
         return
     with pq.ParquetWriter(target, schema) as writer:
         for path in paths:
@@ -124,8 +147,12 @@ def _join_tables(paths: Sequence[Path], schema: Any, target: Path) -> None:
                 writer.write_table(file.read_row_group(number))
 
 
-def _save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
-    """Save the tokenizer, and prove that what loads from there gives the same prompts."""
+def save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
+    """Save the tokenizer, and prove that what loads from there gives the same prompts.
+
+    Raises:
+        TemplateError: it does not.
+    """
     prepared.tokenizer.save_pretrained(str(folder))
     stops = {"eos_token_id": list(prepared.stop_token_ids), "pad_token_id": prepared.tokenizer.pad_token_id}
     if prepared.tokenizer.bos_token_id is not None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -24,8 +25,9 @@ from tasks.tokenization.errors import MaskError
 from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, Line, Row, join_lines, lay_out, read_rows, to_line
-from tasks.tokenization.templates import PreparedTokenizer
+from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 
+ROWS_PER_SHARD = 50_000
 EXAMPLES, REJECTS, REPORT = "examples.parquet", "rejects.parquet", "report.json"
 _REPORTS = TypeAdapter(MaskReport)
 _MAX_RAW_CHARACTERS = 2000
@@ -50,14 +52,29 @@ class _Work:
     report: MaskReport = field(default_factory=MaskReport)
 
 
+def plan_shards(table: Path, rows_per_shard: int = ROWS_PER_SHARD) -> list[list[int]]:
+    """Divide a table's row groups into shards of at most so many rows, or of one row group; at least one shard."""
+    metadata = pq.ParquetFile(table).metadata
+    shards: list[list[int]] = [[]]
+    num_rows = 0
+    for number in range(metadata.num_row_groups):
+        size = metadata.row_group(number).num_rows
+        if shards[-1] and num_rows + size > rows_per_shard:
+            shards.append([])
+            num_rows = 0
+        shards[-1].append(number)
+        num_rows += size
+    return shards
+
+
 def tokenize_shard(
-    table: Path, row_groups: Sequence[int] | None, prepared: PreparedTokenizer, config: TokenizationConfig, folder: Path
+    table: Path, row_groups: Sequence[int], prepared: PreparedTokenizer, config: TokenizationConfig, folder: Path
 ) -> None:
     """Make the examples of a range of row groups, in their rows' order.
 
     Args:
         table: train.parquet or eval.parquet of a dataset.
-        row_groups: All of them when None.
+        row_groups: By number; a table without rows may have none.
         prepared: The tokenizer.
         config: Masks and limits.
         folder: Where the three files are written; made when missing.
@@ -72,12 +89,27 @@ def tokenize_shard(
     (folder / REPORT).write_bytes(_REPORTS.dump_json(report))
 
 
+def work_on_shard(
+    table: Path,
+    row_groups: Sequence[int],
+    tokenizer_folder: Path,
+    chat_template: str | None,
+    config: TokenizationConfig,
+    folder: Path,
+) -> None:
+    """Make a shard as `tokenize_shard` does, in a process that has no tokenizer yet; it is kept for the next shard."""
+    tokenize_shard(table, row_groups, _prepare(tokenizer_folder, chat_template), config, folder)
+
+
+_prepare = lru_cache(maxsize=1)(prepare_tokenizer)
+
+
 def read_report(folder: Path) -> MaskReport:
     """Return a shard's counts."""
     return _REPORTS.validate_json((folder / REPORT).read_bytes())
 
 
-def _write_shard(table: Path, row_groups: Sequence[int] | None, work: _Work, folder: Path) -> MaskReport:
+def _write_shard(table: Path, row_groups: Sequence[int], work: _Work, folder: Path) -> MaskReport:
     """Write a shard's examples and rejects; return its counts."""
     rejected_schema = pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema
     with (

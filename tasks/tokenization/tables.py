@@ -46,9 +46,9 @@ class Row(NamedTuple):
     conversation: Conversation
 
 
-def read_rows(path: Path, row_groups: Sequence[int] | None = None) -> Iterator[list[Row]]:
-    """Read a part's table, or some of its row groups, in batches, validated."""
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=row_groups):
+def read_rows(path: Path, row_groups: Sequence[int]) -> Iterator[list[Row]]:
+    """Read some row groups of a part's table in batches, validated."""
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=list(row_groups)):
         frame = pl.DataFrame(pa.Table.from_batches([batch]))
         Conversations.validate(frame)
         rows = []

@@ -1,18 +1,27 @@
 """The door of tokenization: conversations become examples with labels."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
-from prefect import get_run_logger, task
+from prefect import get_run_logger, task, unmapped
 
-from schemas.artifacts import DatasetRef, ModelRef, TokensRef
+from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
-from tasks import storage, tracking
+from tasks import storage, tracking, workers
 from tasks.caching import stage_cache
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.models import read_context_length
-from tasks.tokenization.examples import tokenize_dataset
+from tasks.tokenization.examples import (
+    PARTS,
+    config_of,
+    join_shards,
+    save_tokenizer,
+    tokenize_dataset,
+)
+from tasks.tokenization.shards import plan_shards, work_on_shard
 from tasks.tokenization.templates import prepare_tokenizer
 
 
@@ -34,7 +43,8 @@ def tokenize(
 ) -> TokensRef:
     """Render, tokenize and mask every conversation with the tokenizer that will ship.
 
-    `template_file_digest` is there for the cache: a template file may change under its name.
+    A dataset of several shards is mapped over the flow's task runner. `template_file_digest` is there for the cache: a
+    template file may change under its name.
     """
     with tracking.stage_run(parent_run_id, "tokenize") as run_id, storage.new_folder() as folder:
         model_folder = tracking.resolve(base_model)
@@ -51,7 +61,21 @@ def tokenize(
         for note in prepared.notes:
             get_run_logger().info("Tokenizer: %s", note)
         dataset_folder = tracking.resolve(dataset)
-        counts = tokenize_dataset(dataset_folder, prepared, folder / "tokens", config)
+        plans = {part: plan_shards(dataset_folder / f"{part}.parquet") for part in PARTS}
+        if max(map(len, plans.values())) == 1:
+            counts = tokenize_dataset(dataset_folder, prepared, folder / "tokens", config)
+        else:
+            save_tokenizer(prepared, folder / "tokens" / "tokenizer")
+            shards = _map_shards(
+                plans,
+                config,
+                dataset=dataset,
+                base_model=base_model,
+                chat_template=chat_template,
+                template_file_digest=template_file_digest,
+                parent_run_id=run_id,
+            )
+            counts = join_shards(shards, prepared, folder / "tokens", config)
         page = _write_quality(dataset_folder, folder / "tokens", folder / "quality", title=f"for {base_model.name}")
         tracking.log_file(parent_run_id, page, "quality")
         uri, digest = tracking.publish(folder / "tokens", run_id, "tokens")
@@ -84,6 +108,50 @@ def tokenize(
         rows_rejected=counts.rows_rejected,
         template_digest=prepared.template_digest,
     )
+
+
+@task(
+    name="tokenize-shard",
+    task_run_name="tokenize {part} from row group {row_groups[0]}",
+    cache_policy=stage_cache("tokenization", "ingestion"),
+    persist_result=True,
+    result_serializer="json",
+)
+def tokenize_shard(
+    dataset: DatasetRef,
+    base_model: ModelRef,
+    config: TokenizationConfig,
+    *,
+    part: str,
+    row_groups: list[int],
+    chat_template: str | None,
+    template_file_digest: str | None,
+    parent_run_id: str,
+) -> Ref:
+    """Make the examples of some row groups, in a process of their own; a finished shard is found again.
+
+    `parent_run_id` is the run of the whole tokenization, which keeps its shards.
+    """
+    with storage.new_folder() as folder:
+        table, model_folder = tracking.resolve(dataset) / f"{part}.parquet", tracking.resolve(base_model)
+        workers.call(work_on_shard, table, row_groups, model_folder, chat_template, config, folder / "shard")
+        place = f"shards/{part}-{row_groups[0]:06}"
+        uri, digest = tracking.publish(folder / "shard", parent_run_id, place)
+    return Ref(uri=uri, digest=digest, mlflow_run_id=parent_run_id)
+
+
+def _map_shards(
+    plans: Mapping[str, Sequence[list[int]]], config: TokenizationConfig, **common: Any
+) -> dict[str, list[Path]]:
+    """Map the shards over the flow's task runner, all parts at once; return their folders."""
+    constant: dict[str, Any] = {name: unmapped(value) for name, value in common.items()}
+    futures = {
+        part: tokenize_shard.map(
+            config=unmapped(config_of(part, config)), part=unmapped(part), row_groups=list(plan), **constant
+        )
+        for part, plan in plans.items()
+    }
+    return {part: [tracking.resolve(ref) for ref in listed.result()] for part, listed in futures.items()}
 
 
 def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> Path:

@@ -1,0 +1,94 @@
+"""One pool of processes for the CPU work of shards, made when it is first asked for.
+
+Workers come from a fork server: they start in milliseconds, inherit no thread and no lock, and end when this process
+does, however it dies (each waits for that in a thread).
+"""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_lock = threading.Lock()
+_pool: ProcessPoolExecutor | None = None
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def submit(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
+    """Start a function that pickles in a worker; what it raises comes out of the future."""
+    global _pool
+    with _lock, _hidden_main():
+        if _pool is not None:
+            try:
+                return _pool.submit(function, *args, **kwargs)
+            except BrokenProcessPool:  # a worker was killed: what it did is lost, what comes now need not be
+                _pool.shutdown(wait=False)
+        context = multiprocessing.get_context("forkserver")
+        _pool = ProcessPoolExecutor(count_cores(), mp_context=context, initializer=_prepare)
+        return _pool.submit(function, *args, **kwargs)
+
+
+def call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a function that pickles in a worker and return its result; raise what it raises."""
+    return submit(function, *args, **kwargs).result()
+
+
+def call_each(function: Callable[..., R], calls: Sequence[Sequence[Any]]) -> list[R]:
+    """Run a function on each tuple of arguments in workers; return the results in order, or raise the first error."""
+    futures = [submit(function, *arguments) for arguments in calls]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def stop() -> None:
+    """End the workers; the next call makes new ones."""
+    global _pool
+    with _lock:
+        if _pool is not None:
+            _pool.shutdown(wait=True, cancel_futures=True)
+        _pool = None
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep a worker that is started meanwhile from importing the program, with all that it imports."""
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+def _prepare() -> None:
+    """Keep a worker to one core, as there is one for each, and to its parent's life."""
+    os.environ["POLARS_MAX_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
