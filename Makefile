@@ -37,5 +37,9 @@ format: $(INSTALLED) ## Format and mend what can be mended
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": its memory)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python -m tests.benchmarks.data $(ARGS)
+
 clean: ## Remove the environment and what runs left here
 	rm -rf $(VENV) .sft
