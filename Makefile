@@ -47,5 +47,8 @@ bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": it
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m tests.benchmarks.data $(ARGS)
 
+bench-gpu: $(INSTALLED) ## Time the training on this machine's GPU (ARGS="--peer unsloth=FOLDER": beside a peer)
+	@$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
+
 clean: ## Remove the environment and what runs left here
 	rm -rf $(VENV) .sft

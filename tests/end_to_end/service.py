@@ -145,12 +145,12 @@ def running_postgres(password: str) -> Iterator[str]:
         secret.write_text(password)
         for path in (folder, secret):
             shutil.chown(path, owner)
-        init = [programs / "initdb", "-D", folder / "data", "-U", "sft", "--auth=scram-sha-256", f"--pwfile={secret}"]
+        init: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "sft", "--auth=scram-sha-256", f"--pwfile={secret}"]
         subprocess.run([*init, "--no-sync"], user=owner, cwd=folder, check=True, capture_output=True)
         options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
-        command = [programs / "postgres", "-D", folder / "data", "-p", str(port), *options]
+        command: list[str | Path] = [programs / "postgres", "-D", folder / "data", "-p", str(port), *options]
         with subprocess.Popen(command, user=owner, cwd=folder, stderr=subprocess.DEVNULL) as server:
-            ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
+            ready: list[str | Path] = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
             wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, seconds=60)
             yield f"127.0.0.1:{port}"
             server.terminate()

@@ -104,7 +104,8 @@ def test_a_finished_shard_is_found_again(
     monkeypatch.setenv("SFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PREFECT_LOCAL_STORAGE_PATH", str(tmp_path / "results"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run_id = tracking.client().create_run("0").info.run_id
+    experiment = tracking.client().create_experiment("shards", artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = tracking.client().create_run(experiment).info.run_id
     rows: dict[str, Any] = {"rows_in": 100, "rows_train": 90, "rows_eval": 1, "rows_rejected": {}}
     data = DatasetRef(uri=str(dataset), digest="d", source_digest="s", rows_duplicate=0, rows_leaked=0, **rows)
 
