@@ -15,8 +15,8 @@ from flows.service.servers import STOP_ORDER
 from tests.end_to_end.service import Service, small_config, wait_until
 
 pytestmark = pytest.mark.slow
-# As root it has no sandbox; the run graph is drawn by WebGL, here in software.
-_BROWSER_OPTIONS = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+# As root it has no sandbox.
+_BROWSER_OPTIONS = ["--no-sandbox"]
 _PIPELINE = "sft-pipeline/sft-pipeline"
 _BROWSER = shutil.which("chromium")
 _RUN_SECONDS = 600  # a run takes one of them on a quiet machine
