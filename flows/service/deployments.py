@@ -79,9 +79,18 @@ def _create_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
 
 
 def _put_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Create an automation, or bring the one of this name to what the file says; a pause stays."""
+    """Create an automation, or bring the one of this name to what the file says; a pause stays.
+
+    One that is right is left alone: an update forgets which runs are being waited for, and a run that fell silent just
+    before would never be marked.
+    """
     for found in client.read_automations_by_name(automation.name):
-        automation.enabled = found.enabled
-        client.update_automation(found.id, automation)
+        if _content(found) != _content(automation):
+            automation.enabled = found.enabled
+            client.update_automation(found.id, automation)
         return
     client.create_automation(automation)
+
+
+def _content(automation: AutomationCore) -> dict[str, Any]:
+    return automation.model_dump(mode="json", include={"description", "trigger", "actions"})

@@ -102,6 +102,10 @@ def test_the_gpu_takes_one_run_at_a_time() -> None:
     assert limits == {"train": wanted, "evaluate": wanted}
 
 
+def test_no_run_prints_into_a_pipe_of_its_worker_and_dies_with_it() -> None:
+    assert {d["work_pool"]["job_variables"]["stream_output"] for d in read_deployments()} == {False}
+
+
 def test_silent_runs_are_marked_crashed_after_six_missed_heartbeats() -> None:
     for raw in yaml.safe_load(AUTOMATIONS_FILE.read_text(encoding="utf-8")):
         assert list(_unknown(raw, AutomationCore, "automation")) == []

@@ -18,9 +18,12 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
-from flows.service import processes
-from flows.service.credentials import client_file, read_variables
+from flows.service import processes, servers
+from flows.service.credentials import client_file, load_credentials, read_variables
+from flows.service.databases import prepare_databases
+from flows.service.settings import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_MODEL = ROOT / "deploy" / "demo" / "base_model"
@@ -52,6 +55,20 @@ class Service:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done
+
+    def bring_back(self, name: str) -> None:
+        """Start one server or worker again, as `sft serve` does, without deploying anew."""
+        with pytest.MonkeyPatch.context() as patch:
+            for variable, value in self.environment.items():
+                patch.setenv(variable, value)
+            settings = read_settings()
+            login = load_credentials(self.folder)
+            if name in servers.POOLS:
+                servers.start_worker(settings, name, self.client, limit=1)
+                return
+            begin = {servers.PREFECT: servers.start_prefect, servers.MLFLOW: servers.start_mlflow}[name]
+            begin(settings, prepare_databases(settings), login)
+            servers.wait_for_servers(settings, login)
 
     def prefect(self, method: str, path: str, values: Any = None, **options: Any) -> Any:
         """Call Prefect's API; return its JSON."""
@@ -145,7 +162,15 @@ def running_postgres(password: str) -> Iterator[str]:
         secret.write_text(password)
         for path in (folder, secret):
             shutil.chown(path, owner)
-        init: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "sft", "--auth=scram-sha-256", f"--pwfile={secret}"]
+        init: list[str | Path] = [
+            programs / "initdb",
+            "-D",
+            folder / "data",
+            "-U",
+            "sft",
+            "--auth=scram-sha-256",
+            f"--pwfile={secret}",
+        ]
         subprocess.run([*init, "--no-sync"], user=owner, cwd=folder, check=True, capture_output=True)
         options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"]
         command: list[str | Path] = [programs / "postgres", "-D", folder / "data", "-p", str(port), *options]
