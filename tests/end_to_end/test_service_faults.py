@@ -153,7 +153,8 @@ def test_a_full_disk_fails_the_training_and_a_retry_goes_on_from_the_last_checkp
     service: Service, start_training: StartTraining, prepared: dict[str, Any]
 ) -> None:
     parent = tracking.create_parent_run(prepared["config"], run_name="full disk", config_digest="none", tags={})
-    folder = storage.run_folder(parent)
+    folder = storage.run_folder(parent) / "train" / "checkpoints"
+    folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system is not allowed here")
