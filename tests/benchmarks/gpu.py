@@ -35,9 +35,9 @@ _KEPT = {**_PACKED, "tokens_per_pack": 24576, "micro_batch": 1}
 _LEAN = {**_PACKED, "tokens_per_pack": 8192, "micro_batch": 1, "gradient_accumulation_steps": 4}
 # What is run: who, shape, settings; steps in all.
 RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
-    "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 12),
+    "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
     "ours-7b-lean": ("ours", "qwen2.5-7b", {**_LEAN, "gradient_checkpointing": True}, 9),
-    "ours-7b-fp8": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False, "base_weights": "fp8"}, 14),
+    "ours-7b-fp8": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False, "base_weights": "fp8"}, 12),
     "ours-7b-fp8-lean": ("ours", "qwen2.5-7b", {**_LEAN, "gradient_checkpointing": True, "base_weights": "fp8"}, 9),
     "ours-7b-defaults": ("ours", "qwen2.5-7b", {}, 40),
     "ours-0.6b": ("ours", "qwen3-0.6b", {**_KEPT, "tokens_per_pack": 65536}, 15),

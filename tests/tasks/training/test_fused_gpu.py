@@ -209,7 +209,7 @@ def test_training_learns_and_goes_on(tmp_path: Path, weights: Any) -> None:
 
     config = AutoConfig.for_model(
         "qwen3", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=64, max_position_embeddings=128,
+        num_key_value_heads=2, head_dim=32, vocab_size=128, max_position_embeddings=128,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
