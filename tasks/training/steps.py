@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,7 +49,7 @@ class Run:
 def iterate(run: Run) -> Iterator[list[Batch]]:
     """Give the micro batches of the steps that are still to be done."""
     setup = run.setup
-    return iterate_steps(
+    steps = iterate_steps(
         setup.table,
         setup.rows,
         setup.config,
@@ -57,6 +58,16 @@ def iterate(run: Run) -> Iterator[list[Batch]]:
         last=setup.num_steps,
         form_step=partial(setup.engine.form_step, num_parts=world_size()),
     )
+    return _look_ahead(steps)
+
+
+def _look_ahead(steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """Make the next step's batches while this step is computed: a GPU that waits for them stands still."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, steps, None)
+        while (batches := upcoming.result()) is not None:
+            upcoming = pool.submit(next, steps, None)
+            yield batches
 
 
 def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterator[list[Batch]]]:

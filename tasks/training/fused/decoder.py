@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tasks.training.fused import elementwise
+from tasks.training.fused.adapters import refresh
 from tasks.training.fused.attention import Segments, attend
 from tasks.training.fused.blocks import (
     GatedProject,
@@ -87,9 +88,7 @@ class Decoder:
 
     def refresh(self) -> None:
         """Bring the working copies of the trained matrices up to date; cheap when nothing has changed."""
-        for layer in self.layers:
-            for projection in layer.projections:
-                projection.adapters.refresh()
+        refresh(projection.adapters for layer in self.layers for projection in layer.projections)
 
 
 def sum_losses(

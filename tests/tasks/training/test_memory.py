@@ -90,8 +90,8 @@ def test_fused_engine_recomputes_before_it_halves(base_model: Path, tokens: Path
         words.append((engine.describe(), sum(batch.num_trained_tokens for batch in batches)))
         setup = step_down(setup)
     assert [text for text, _ in words] == [
-        "fused engine, up to 280 tokens a forward pass",
-        "fused engine, up to 280 tokens a forward pass, 2 layers recomputed",
+        "fused engine, up to 249 tokens a forward pass",
+        "fused engine, up to 249 tokens a forward pass, 2 layers recomputed",
     ]
     assert words[0][1] == words[1][1] > 0
 
