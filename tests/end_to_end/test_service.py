@@ -14,7 +14,10 @@ from flows.service import processes
 from flows.service.servers import STOP_ORDER
 from tests.end_to_end.service import Service, small_config, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("SFT_SERVICE_TESTS" not in os.environ, reason="takes minutes: set SFT_SERVICE_TESTS=1"),
+]
 # As root it has no sandbox.
 _BROWSER_OPTIONS = ["--no-sandbox"]
 _PIPELINE = "sft-pipeline/sft-pipeline"

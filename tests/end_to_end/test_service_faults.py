@@ -3,6 +3,7 @@
 The runs here are those of the deployment `train`, with data that one pipeline run prepared.
 """
 
+import os
 import signal
 import subprocess
 import time
@@ -22,7 +23,10 @@ from schemas.loading import parse_config
 from tasks import storage, tracking
 from tests.end_to_end.service import Service, small_config, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("SFT_SERVICE_TESTS" not in os.environ, reason="takes minutes: set SFT_SERVICE_TESTS=1"),
+]
 _SECONDS = 240  # for one step of a test; a busy machine of two cores takes its time
 _AWAY_SECONDS = 10
 StartTraining = Callable[..., tuple[str, str]]
