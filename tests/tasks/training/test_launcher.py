@@ -297,9 +297,9 @@ def test_silent_process_is_killed(tmp_path: Path) -> None:
 
     def on_log(level: int, text: str) -> None:
         if text == "49":
-            # Other tests' servers and workers may be children of this process too.
-            children = psutil.Process().children()
-            (child,) = (process for process in children if "time.sleep(600)" in " ".join(process.cmdline()))
+            # What other tests have started may be children of this process too, living or dead.
+            living = [process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+            (child,) = (process for process in living if "time.sleep(600)" in " ".join(process.cmdline()))
             pids.append(child.pid)
             child.send_signal(signal.SIGSTOP)
 
