@@ -5,6 +5,7 @@ What is decided here is said in a line each, so that nobody has to guess why a t
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from schemas.config import TrainingConfig
 from tasks.models import ModelError, load_model
 from tasks.training.batches import TokenTable, form_batch, form_flat_batch
 from tasks.training.budget import fit_memory
+from tasks.training.distributed import gather
 from tasks.training.engines import Engine, FusedEngine, GeneralEngine
 from tasks.training.fused.attention import has_flash_attention
 from tasks.training.fused.decoder import LOGITS_BYTES
@@ -89,12 +91,11 @@ def choose_engine(
             return _build_fused(model, table, rows, config, device=device, dtype=dtype)
         except UnknownDecoderError as error:
             reason = str(error)
-        if config.engine == "fused" or config.base_weights == "fp8":
-            raise TrainingError(
-                f"the fused engine does not do this {type(model.get_base_model()).__name__}: {reason}; set "
-                "training.engine to auto"
-                + (" and training.base_weights to full" if config.base_weights == "fp8" else "")
-            )
+    if config.engine == "fused" or config.base_weights == "fp8":
+        raise TrainingError(
+            f"the fused engine does not do this {type(model.get_base_model()).__name__}: {reason}; set "
+            "training.engine to auto" + (" and training.base_weights to full" if config.base_weights == "fp8" else "")
+        )
     return _build_general(model, table, config, reason, device=device, dtype=dtype)
 
 
@@ -128,6 +129,10 @@ def _build_fused(
         engine = fit_memory(
             engine, num_parameters=num_parameters, most_tokens=most_tokens, recompute=config.gradient_checkpointing
         )
+        # Each rank makes all of a step's batches and takes its share: they have to be the same everywhere.
+        needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes))
+        tokens, kept, logits_bytes = (min(values) for values in zip(*needs, strict=True))
+        engine = replace(engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes)
         if not has_flash_attention(device, dtype):
             notes.append(f"no FlashAttention for {dtype} here: examples are attended one by one, which is slower")
         if engine.decoder.ops.__name__.endswith("elementwise"):
