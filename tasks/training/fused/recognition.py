@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tasks.training.fused.adapters import Part
+from tasks.training.fused.attention import find_attentions
 from tasks.training.fused.blocks import Norm
 from tasks.training.fused.decoder import Decoder, Layer, choose_operations
 from tasks.training.fused.elementwise import Heads
@@ -69,6 +70,7 @@ def recognize_decoder(model: PeftModel) -> Decoder:
         layers=tuple(plan() for plan in plans),
         norm=_read_norm(inner.norm),
         head=base.get_output_embeddings(),
+        attend=find_attentions(device, dtype)[0],
         ops=choose_operations(device, dtype),
     )
 
