@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: help install demo serve stop test check format bench-data bench-gpu clean
+.PHONY: help install demo serve stop test check format bench-data bench-gpu bench-service clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,8 +30,8 @@ serve: $(INSTALLED) ## Start the Prefect and MLflow servers and the workers on t
 stop: $(INSTALLED) ## Stop the servers, the workers and their runs
 	@$(BIN)/sft stop
 
-test: $(INSTALLED) ## Run the tests
-	@$(BIN)/python -m pytest
+test: $(INSTALLED) ## Run all tests, those of the running service beside the others
+	@$(BIN)/python -m tests.together $(ARGS)
 
 check: $(INSTALLED) ## Format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
@@ -49,6 +49,9 @@ bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": it
 
 bench-gpu: $(INSTALLED) ## Time the training on this machine's GPU (ARGS="--peer unsloth=FOLDER": beside a peer)
 	@$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
+
+bench-service: $(INSTALLED) ## Submit 50 runs at once to servers and workers of its own (ARGS="--runs 10 --minutes 10")
+	@$(BIN)/python -m tests.benchmarks.service $(ARGS)
 
 clean: ## Remove the environment and what runs left here
 	rm -rf $(VENV) .sft

@@ -17,9 +17,7 @@ from prefect.runtime import deployment, flow_run
 from schemas.artifacts import AdapterRef, EvalReport, ModelRef, Ref, TokensRef
 from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
 from tasks import tracking
-from tasks.evaluation import task as evaluation
 from tasks.ingestion.base_model import locate_base_model
-from tasks.training import task as training
 
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
 _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not started again
@@ -42,6 +40,8 @@ def train(
 ) -> AdapterRef:
     """Train on the GPU pool, or here."""
     if deployment.id is None:
+        from tasks.training import task as training  # a run on the pool loads what its own stage needs, and no more
+
         return training.train(base_model, tokens, config, seed=seed, parent_run_id=parent_run_id)
     parameters = {"base_model": base_model, "tokens": tokens, "config": config, "seed": seed}
     return _run_on_pool(TRAIN, "train", AdapterRef, parameters, parent_run_id)
@@ -50,6 +50,8 @@ def train(
 def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, parent_run_id: str) -> EvalReport:
     """Evaluate on the GPU pool, or here."""
     if deployment.id is None:
+        from tasks.evaluation import task as evaluation
+
         return evaluation.evaluate(model, tokens, config, parent_run_id=parent_run_id)
     plain = ModelRef.model_validate(model.model_dump(include=set(ModelRef.model_fields)))  # without the merge's proof
     parameters = {"model": plain, "tokens": tokens, "config": config}

@@ -5,6 +5,7 @@
 without servers, `mlflow.db` and `artifacts/`.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -58,15 +59,28 @@ def cached_folder(digest: str) -> Path | None:
 
 
 def keep_folder(folder: Path, digest: str) -> Path:
-    """Move a finished folder into the cache; an equal one that is there already stays."""
+    """Move a finished folder into the cache, whole or not at all; an equal one that is there already stays."""
     place = _place(digest)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_dir():
-        try:
-            folder.rename(place)
-        except OSError:
-            if not place.is_dir():  # another process did not win the race: a real error
-                raise
+    if place.is_dir():
+        return place
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno == errno.EXDEV:  # checkpoints or the cache on a volume of its own
+            return _keep_copy(folder, digest)
+        if not place.is_dir():  # another process did not win the race: a real error
+            raise
+    return place
+
+
+def _keep_copy(folder: Path, digest: str) -> Path:
+    """Move a folder from another file system: copied beside its place first, so that half a copy is never found."""
+    with new_folder() as beside:
+        copy = beside / "copy"
+        shutil.copytree(folder, copy, symlinks=True)
+        place = keep_folder(copy, digest)
+    shutil.rmtree(folder)
     return place
 
 

@@ -18,12 +18,15 @@ from flows.service.settings import ServiceError
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
 AUTOMATIONS_FILE = ROOT / "deploy" / "automations.yaml"
+# Pipeline runs wait most of their time for the GPU, and each holds about 0.8 GB meanwhile: the next ones wait in line.
+# Promotions and rollbacks are in the pool's default queue and start at once.
+_QUEUE, _RUNS_AT_ONCE = ("cpu", "runs"), 4
 _DEPLOY_SECONDS = 300
 _LOG_TAIL_LINES = 15
 
 
 def deploy_all(environment: dict[str, str] | None = None, *, pool_type: str = "process") -> None:
-    """Create missing work pools, all deployments of prefect.yaml, and the automations; again and again alike.
+    """Create missing pools and queues, all deployments of prefect.yaml, and the automations; again and again alike.
 
     Args:
         environment: of Prefect's own command; this process's when left out.
@@ -35,6 +38,7 @@ def deploy_all(environment: dict[str, str] | None = None, *, pool_type: str = "p
     with get_client(sync_client=True) as client:
         for pool in sorted({deployment["work_pool"]["name"] for deployment in read_deployments()}):
             _create_pool(client, pool, pool_type)
+        _create_queue(client, *_QUEUE, limit=_RUNS_AT_ONCE)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
     done = subprocess.run(
         command,
@@ -76,6 +80,14 @@ def _create_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
         client.read_work_pool(name)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=name, type=pool_type))
+
+
+def _create_queue(client: SyncPrefectClient, pool: str, name: str, *, limit: int) -> None:
+    """Create a queue of a pool when it is missing; a limit that was changed on its page stays."""
+    try:
+        client.read_work_queue_by_name(name, work_pool_name=pool)
+    except ObjectNotFound:
+        client.create_work_queue(name, work_pool_name=pool, concurrency_limit=limit)
 
 
 def _put_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:

@@ -24,6 +24,7 @@ _SERVING_CODE = Path(__file__).with_name("serving.py")
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
 
 
+@tracking.tracking_time()
 def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
     """Log a merged model's folder as an MLflow model with signature and input example; return `models:/m-…`.
 
@@ -45,6 +46,7 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
     return f"models:/{info.model_id}"
 
 
+@tracking.tracking_time()
 def create_version(
     name: str, model_uri: str, *, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> str:
@@ -65,6 +67,7 @@ def create_version(
     return str(created.version)
 
 
+@tracking.tracking_time()
 def update_version(name: str, number: str, *, tags: Mapping[str, str], description: str) -> None:
     """Set tags and description of a version."""
     for tag, value in tags.items():

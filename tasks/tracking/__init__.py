@@ -32,6 +32,7 @@ from tasks.tracking.runs import (
     set_tags,
     stage_run,
 )
+from tasks.tracking.stopwatch import tracking_time
 
 __all__ = [
     "CONFIG_TAG",
@@ -62,6 +63,7 @@ __all__ = [
     "resolve",
     "set_tags",
     "stage_run",
+    "tracking_time",
     "tracking_uri",
     "training_curves",
     "ui_link",

@@ -14,6 +14,7 @@ from mlflow.entities import DatasetInput, InputTag
 from schemas.artifacts import Ref
 from tasks import storage
 from tasks.tracking.connection import client, tracking_uri
+from tasks.tracking.stopwatch import tracking_time
 
 MODEL_SUBFOLDER = "artifacts/model"  # where a logged model keeps the folder it was logged from
 
@@ -22,21 +23,25 @@ class ArtifactError(ValueError):
     """An artifact is gone, or is not what its digest says."""
 
 
+@tracking_time()
 def log_file(run_id: str, path: Path, artifact_path: str | None = None) -> None:
     """Upload one file."""
     client().log_artifact(run_id, str(path), artifact_path)
 
 
+@tracking_time()
 def log_folder(run_id: str, folder: Path, artifact_path: str | None = None) -> None:
     """Upload a folder's files."""
     client().log_artifacts(run_id, str(folder), artifact_path)
 
 
+@tracking_time()
 def log_table(run_id: str, frame: pl.DataFrame, artifact_file: str) -> None:
     """Log a table that MLflow's pages show and compare."""
     client().log_table(run_id, frame.to_dict(as_series=False), artifact_file)
 
 
+@tracking_time()
 def log_dataset(run_id: str, *, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
     """Record a dataset as an input of a run, by our digest (MLflow's own hashes the first rows only)."""
     dataset = DatasetEntity(
@@ -50,6 +55,7 @@ def log_dataset(run_id: str, *, name: str, digest: str, source: str, profile: Ma
     client().log_inputs(run_id, [DatasetInput(dataset=dataset, tags=[tag])])
 
 
+@tracking_time()
 def publish(folder: Path, run_id: str, artifact_path: str) -> tuple[str, str]:
     """Upload a finished folder to a run and move it into this machine's cache.
 
@@ -62,6 +68,7 @@ def publish(folder: Path, run_id: str, artifact_path: str) -> tuple[str, str]:
     return f"runs:/{run_id}/{artifact_path}", digest
 
 
+@tracking_time()
 def resolve(ref: Ref) -> Path:
     """Return a local folder that holds what the reference names: as is, from the cache, or downloaded.
 

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from mlflow.entities import Metric
 
 from tasks.tracking.connection import client
+from tasks.tracking.stopwatch import tracking_time
 
 _METRICS_A_CALL = 1000  # MLflow takes no more in one
 _SEND_SECONDS = 2.0
 
 
+@tracking_time()
 def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
     """Log metrics of one step; MLflow keeps NaN and infinity as they are."""
     now = int(time.time() * 1000)
@@ -27,6 +29,7 @@ def metric_log(run_id: str) -> Iterator[Callable[[int, Mapping[str, float]], Non
     waiting: list[Metric] = []
     sent = time.monotonic()
 
+    @tracking_time()
     def send() -> None:
         for start in range(0, len(waiting), _METRICS_A_CALL):
             client().log_batch(run_id, metrics=waiting[start : start + _METRICS_A_CALL])

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from schemas.config import RunConfig
 from tasks import storage
 from tasks.tracking.artifacts import log_dataset
 from tasks.tracking.connection import client, get_run, tracking_uri, version_link
+from tasks.tracking.curves import log_metrics
+from tasks.tracking.stopwatch import stopwatch, tracking_time
 
 PARENT_TAG = "mlflow.parentRunId"
 STAGE_TAG = "sft.stage"
@@ -110,6 +113,7 @@ def end_run(run_id: str, status: str) -> None:
     client().set_terminated(run_id, status=status)
 
 
+@tracking_time()
 def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
     """Set tags of a run, as text."""
     for name, value in tags.items():
@@ -118,7 +122,10 @@ def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
 
 @contextmanager
 def stage_run(parent_run_id: str, stage: str, *, system_metrics: bool = False) -> Iterator[str]:
-    """Open the stage's child run, or reopen the one an interrupted attempt left, and end it rightly."""
+    """Open the stage's child run, or reopen the one an interrupted attempt left, and end it rightly.
+
+    A finished one has two metrics: `stage/seconds`, and how many of these went into tracking.
+    """
     earlier = _find_stage_run(parent_run_id, stage)
     if earlier is not None:
         run_id = str(earlier.info.run_id)
@@ -130,9 +137,12 @@ def stage_run(parent_run_id: str, stage: str, *, system_metrics: bool = False) -
     monitor = SystemMetricsMonitor(run_id, resume_logging=earlier is not None) if system_metrics else None
     if monitor is not None:
         monitor.start()
-    status = "KILLED"
+    status, start = "KILLED", time.perf_counter()
     try:
-        yield run_id
+        with stopwatch() as spent:
+            yield run_id
+        seconds = time.perf_counter() - start
+        log_metrics(run_id, {"stage/seconds": seconds, "stage/tracking_seconds": spent[0]})
         status = "FINISHED"
     except Exception:
         status = "FAILED"
@@ -143,6 +153,7 @@ def stage_run(parent_run_id: str, stage: str, *, system_metrics: bool = False) -
         end_run(run_id, status)
 
 
+@tracking_time()
 def remember(run_id: str, ref: Ref) -> None:
     """Keep the stage's result with its run, for `recall`."""
     client().set_tag(run_id, RESULT_TAG, ref.model_dump_json())

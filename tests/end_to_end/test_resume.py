@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file
 
 from schemas.artifacts import AdapterRef
@@ -95,27 +96,30 @@ def _adapter(environment: dict[str, str], run_id: str) -> dict[str, Any]:
         return load_file(tracking.resolve(ref) / "adapter_model.safetensors")
 
 
+@pytest.mark.usefixtures("run_pipeline")
 def test_a_killed_run_goes_on_in_the_same_run_and_ends_with_the_same_adapter(
     command_environment: dict[str, str], config: Path
 ) -> None:
     killed = _kill_after_first_checkpoint(command_environment, config)
+    # The session's Prefect server spares the commands below the start of one of their own.
+    environment = {**command_environment, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
     # Other data under the interrupted run is refused, and so is another config.
     rows = config.with_name("rows.jsonl")
     original = rows.read_text()
     rows.write_text(original.replace("The number 7 ", "The number seven "))
-    refused = _run(command_environment, config)
+    refused = _run(environment, config)
     assert refused.returncode == 1
     assert f"the dataset changed since run {killed} began" in refused.stderr
     rows.write_text(original)
-    refused = _run(command_environment, config, "--resume", killed, "--set", "training.rank=8")
+    refused = _run(environment, config, "--resume", killed, "--set", "training.rank=8")
     assert refused.returncode == 1
     assert "training.rank: 4 -> 8" in refused.stderr
     # The refusals left the run as it was: the plain command finds it by its config, and goes on.
-    resumed = _report(command_environment, config)
+    resumed = _report(environment, config)
     assert resumed["mlflow_run_id"] == killed
-    undisturbed = _report(command_environment, config, "--resume", "never")
+    undisturbed = _report(environment, config, "--resume", "never")
     assert undisturbed["mlflow_run_id"] != killed
-    one, other = _adapter(command_environment, killed), _adapter(command_environment, undisturbed["mlflow_run_id"])
+    one, other = _adapter(environment, killed), _adapter(environment, undisturbed["mlflow_run_id"])
     assert one.keys() == other.keys()
     assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-6
     assert resumed["training"]["steps"] == undisturbed["training"]["steps"]

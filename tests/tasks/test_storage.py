@@ -1,7 +1,11 @@
 """The cache gives back what was put in, under its digest, and locks belong to the living."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,42 @@ def test_kept_folder_is_found_and_an_equal_one_changes_nothing() -> None:
             kept = storage.keep_folder(folder / "data", digest)
         assert (kept / "a.txt").read_text() == "x"
         assert storage.cached_folder(digest) == kept
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system than SFT_HOME: in memory, mounted where that is allowed."""
+    mounted = tmp_path / "elsewhere"
+    mounted.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mounted], capture_output=True).returncode == 0:
+        yield mounted
+        subprocess.run(["umount", "-l", mounted], check=True)
+    elif Path("/dev/shm").is_dir() and Path("/dev/shm").stat().st_dev != tmp_path.stat().st_dev:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield Path(folder)
+    else:
+        pytest.skip("there is one file system only")
+
+
+def test_a_folder_of_another_file_system_is_moved_whole(elsewhere: Path) -> None:
+    folder = _folder(elsewhere / "data", "x")
+    digest = storage.digest_folder(folder)
+    kept = storage.keep_folder(folder, digest)
+    assert storage.digest_folder(kept) == digest
+    assert storage.cached_folder(digest) == kept
+    assert not folder.exists()
+    assert list((storage.home() / "cache" / "new").iterdir()) == []
+
+
+def test_a_move_that_breaks_off_leaves_nothing_in_the_cache(elsewhere: Path) -> None:
+    folder = _folder(elsewhere / "data", "x")
+    (folder / "sub" / "c.txt").symlink_to("b.txt")
+    os.mkfifo(folder / "z")  # cannot be copied, and comes after files that can
+    with pytest.raises(shutil.Error):
+        storage.keep_folder(folder, "0" * 64)
+    assert storage.cached_folder("0" * 64) is None
+    assert (folder / "a.txt").read_text() == "x"
+    assert list((storage.home() / "cache" / "new").iterdir()) == []
 
 
 def test_a_lock_ends_with_its_process() -> None:

@@ -1,6 +1,7 @@
 """One parent run, one child run a stage, and artifacts that are what their digest says."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,3 +123,13 @@ def test_another_home_is_another_database_and_the_environment_stays(
     assert tracking.get_run(parent).info.run_id == parent
     with pytest.raises(ValueError, match="is not known"):
         tracking.get_run(other)
+
+
+def test_a_stage_says_how_much_of_it_was_tracking(parent: str) -> None:
+    with tracking.stage_run(parent, "train") as run_id:
+        time.sleep(0.3)
+        with tracking.tracking_time(), tracking.tracking_time():  # counted once
+            time.sleep(0.5)
+    metrics = tracking.get_run(run_id).data.metrics
+    assert 0.5 <= metrics["stage/tracking_seconds"] < 1.0
+    assert metrics["stage/seconds"] >= metrics["stage/tracking_seconds"] + 0.3

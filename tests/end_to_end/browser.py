@@ -1,0 +1,63 @@
+"""A real browser on the pages of a served pipeline."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.service import Service
+
+PROGRAM = shutil.which("chromium")
+_OPTIONS = ["--no-sandbox"]  # as root it has none
+_STEP_MILLISECONDS = 120_000
+_SIZE = {"width": 1280, "height": 900}
+
+
+@contextmanager
+def open_browser(service: Service) -> Iterator[Any]:
+    """Give a page that is logged in to Prefect."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=PROGRAM, args=_OPTIONS)
+        login = {"username": "admin", "password": service.client["MLFLOW_TRACKING_PASSWORD"]}
+        # MLflow asks the browser itself, Prefect has a page for it.
+        context = browser.new_context(viewport=_SIZE, http_credentials={**login, "origin": mlflow_page(service)})
+        page = context.new_page()
+        page.set_default_timeout(_STEP_MILLISECONDS)
+        page.goto(service.client["PREFECT_UI_URL"])
+        page.locator("input[type=password]").fill(service.client["PREFECT_API_AUTH_STRING"])
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_url("**/dashboard**")
+        yield page
+        browser.close()
+
+
+def mlflow_page(service: Service) -> str:
+    """Return the address of MLflow's pages."""
+    return service.client["MLFLOW_TRACKING_URI"]
+
+
+def open_form(page: Any, service: Service, deployment: str) -> None:
+    """Open the form that starts a run."""
+    page.goto(f"{service.client['PREFECT_UI_URL']}/deployments/deployment/{service.deployment(deployment)['id']}/run")
+    page.get_by_role("button", name="Submit").wait_for()
+
+
+def field(page: Any, label: str) -> Any:
+    """Return the input under the label that begins with this text."""
+    return page.locator("label", has_text=label).first.locator("xpath=following::*[self::input or self::textarea][1]")
+
+
+def rest(page: Any) -> None:
+    """Leave the pages: drawing them takes half a core from the runs that they show."""
+    page.goto("about:blank")
+
+
+def keep(page: Any, name: str) -> None:
+    """Keep a screenshot where SFT_SCREENSHOTS says, as test output."""
+    folder = Path(os.environ.get("SFT_SCREENSHOTS", ".sft/screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"{name}.png")
