@@ -74,6 +74,15 @@ def find_attentions(device: torch.device, dtype: torch.dtype) -> tuple[Attention
     return *found, attend_one_by_one
 
 
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+) -> Tensor:
+    """Attend with what PyTorch itself brings for these tensors: nothing to compile, and nothing to prove."""
+    has_flash = queries.is_cuda and queries.dtype in _FLASH_DTYPES and _find_varlen() is not None
+    kind = attend_varlen if has_flash else attend_one_by_one
+    return kind(queries, keys, values, segments, scale=scale, window=window)
+
+
 def name_attention(kind: Attention) -> str:
     """Return what people call it."""
     names: dict[Attention, str] = {attend_flash4: "FlashAttention 4", attend_varlen: "PyTorch's FlashAttention"}
