@@ -53,7 +53,8 @@ class SlotDecoder:
         self, model: PreTrainedModel, *, num_slots: int, slot_length: int, longest_answer: int, stop_ids: frozenset[int]
     ) -> None:
         self.model = model
-        self.memory = KeyValues(num_slots, slot_length)
+        # A round number: the kernels like their masks aligned.
+        self.memory = KeyValues(num_slots, -(-slot_length // 32) * 32)
         self.board = make_board(num_slots, longest_answer, stop_ids, model.device)
         self.occupants: list[Prompt | None] = [None] * num_slots
         self.reached: list[int] = [0] * num_slots

@@ -42,7 +42,7 @@ def generate_alone(model: PreTrainedModel, prompt: list[int], stops: frozenset[i
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_generate(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    model, prompts = build(family).cuda(), draw(40)
+    model, prompts = build(family).cuda(), draw(24)
     expected = [generate_alone(model, prompt, STOPS, 24) for prompt in prompts]
     assert len({len(tokens) for tokens in expected}) > 5
     for batch_size in ("auto", 7):
@@ -60,8 +60,8 @@ def test_steps_are_recorded_once_a_shape() -> None:
     answers: dict[int, list[int]] = {}
     decoder.decode([Prompt(row, tokens, 24) for row, tokens in enumerate(prompts)], answers, ignore_progress)
     shapes = set(decoder.recorder.graphs)
-    assert {width for width, _ in shapes} == {40, 20, 16} or {width for width, _ in shapes} >= {40}
-    assert {num_seen for _, num_seen in shapes} <= {64, 96, 100}
+    assert 40 in {width for width, _ in shapes} <= {40, 20, 10}
+    assert {num_seen for _, num_seen in shapes} <= {64, 96}
     assert len(answers) == 40
 
 
@@ -72,13 +72,13 @@ def test_rows_end_with_the_context_and_with_the_limit() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_packed_likelihoods_are_the_padded_ones(family: str, dtype: torch.dtype, limit: float) -> None:
-    model = build(family).to("cuda", dtype)
-    prompts, targets = draw(33), draw(33, seed=1)
+def test_packed_likelihoods_are_the_padded_ones(family: str) -> None:
+    model, prompts, targets = build(family).cuda(), draw(33), draw(33, seed=1)
     sums: dict[int, float] = {}
-    score_in_batches(build(family).cuda(), prompts, targets, sums, 2**26, ignore_progress, 8)
-    assert score_targets(model, prompts, targets) == pytest.approx([sums[row] for row in range(33)], rel=limit)
+    score_in_batches(model, prompts, targets, sums, 2**26, ignore_progress, 8)
+    assert score_targets(model, prompts, targets) == pytest.approx([sums[row] for row in range(33)], rel=1e-5, abs=1e-4)
+    in_bf16 = score_targets(model.to(torch.bfloat16), prompts, targets)  # By FlashAttention.
+    assert sum(in_bf16) == pytest.approx(sum(sums.values()), rel=0.02)
 
 
 def test_bf16_answers_agree_for_the_most_part() -> None:
