@@ -12,7 +12,6 @@ from tests.end_to_end.service import Service
 PROGRAM = shutil.which("chromium")
 _OPTIONS = ["--no-sandbox"]  # as root it has none
 _STEP_MILLISECONDS = 120_000
-_SIZE = {"width": 1280, "height": 900}
 
 
 @contextmanager
@@ -22,10 +21,12 @@ def open_browser(service: Service) -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=PROGRAM, args=_OPTIONS)
-        login = {"username": "admin", "password": service.client["MLFLOW_TRACKING_PASSWORD"]}
-        # MLflow asks the browser itself, Prefect has a page for it.
-        context = browser.new_context(viewport=_SIZE, http_credentials={**login, "origin": mlflow_page(service)})
-        page = context.new_page()
+        password = service.client["MLFLOW_TRACKING_PASSWORD"]
+        # MLflow's log-in is the browser's own, Prefect has a page for it.
+        page = browser.new_context(
+            viewport={"width": 1280, "height": 900},
+            http_credentials={"username": "admin", "password": password, "origin": mlflow_page(service)},
+        ).new_page()
         page.set_default_timeout(_STEP_MILLISECONDS)
         page.goto(service.client["PREFECT_UI_URL"])
         page.locator("input[type=password]").fill(service.client["PREFECT_API_AUTH_STRING"])
@@ -49,6 +50,16 @@ def open_form(page: Any, service: Service, deployment: str) -> None:
 def field(page: Any, label: str) -> Any:
     """Return the input under the label that begins with this text."""
     return page.locator("label", has_text=label).first.locator("xpath=following::*[self::input or self::textarea][1]")
+
+
+def open_model(page: Any, service: Service, name: str) -> None:
+    """Open a registered model's page with nothing of MLflow's own before its versions."""
+    page.goto(f"{mlflow_page(service)}/#/models/{name}")
+    page.get_by_text("Version 1", exact=True).first.wait_for()
+    assistant = page.get_by_role("button", name="Close", exact=True)
+    if assistant.is_visible():
+        assistant.click()
+    page.get_by_text("Tags", exact=True).first.click()  # folds the long trail; its table is in the description
 
 
 def rest(page: Any) -> None:

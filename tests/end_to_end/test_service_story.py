@@ -179,8 +179,7 @@ def test_a_run_from_the_form_shows_what_it_did(service: Service, first: dict[str
 
 
 def test_its_model_is_in_the_registry_with_both_aliases(service: Service, first: dict[str, Any], page: Any) -> None:
-    page.goto(f"{browser.mlflow_page(service)}/#/models/{_NAME}")
-    page.get_by_text("Version 1").first.wait_for()
+    browser.open_model(page, service, _NAME)
     for alias in ("challenger", "champion"):
         page.get_by_text(alias).first.wait_for()
     browser.keep(page, "registry")
@@ -242,8 +241,8 @@ def test_the_champion_is_taken_back_by_command_and_on_the_page(
         ("rollback", "2", "1", "not that fond"),
     ]
     assert read_moves(_NAME)[-1].who.startswith("ann by Prefect run ")
-    page.goto(f"{browser.mlflow_page(service)}/#/models/{_NAME}")
-    page.get_by_text("Version 2").first.wait_for()
+    browser.open_model(page, service, _NAME)
+    page.get_by_text("not that fond").first.wait_for()
     page.get_by_text("previous").or_(page.get_by_text("champion")).first.wait_for()
     browser.keep(page, "rolled-back")
     browser.rest(page)
