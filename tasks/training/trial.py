@@ -65,7 +65,7 @@ def prove(
         UnknownDecoderError: none does.
     """
     notes: list[str] = []
-    kinds = find_attentions(device, dtype)
+    kinds = find_attentions(device, dtype, decoder.layers[0].heads.size)
     for kind in kinds:
         candidate = replace(decoder, attend=kind)
         try:

@@ -18,6 +18,8 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody read
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Hopper and Blackwell of data centers, first number of the compute capability.
 _FLASH4_CAPABILITIES = (9, 10)
+# Its gradients were compared with the exact ones at these sizes; at 16 they are wrong.
+_FLASH4_HEAD_SIZES = (64, 128, 256)
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +61,16 @@ class Attention(Protocol):
         ...
 
 
-def find_attentions(device: torch.device, dtype: torch.dtype) -> tuple[Attention, ...]:
-    """Return the kinds of attention that there are for a device and a dtype, the fastest first.
+def find_attentions(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Attention, ...]:
+    """Return the kinds of attention that there are for a device, a dtype and a head size, the fastest first.
 
     They are FlashAttention 4 where the package flash-attn-4 is installed, PyTorch's own FlashAttention 2, and one call
     for each segment, which is exact on any device.
     """
     found: list[Attention] = []
     if device.type == "cuda" and dtype in _FLASH_DTYPES:
-        if torch.cuda.get_device_capability(device)[0] in _FLASH4_CAPABILITIES and _find_flash4() is not None:
+        is_known = torch.cuda.get_device_capability(device)[0] in _FLASH4_CAPABILITIES
+        if is_known and head_size in _FLASH4_HEAD_SIZES and _find_flash4() is not None:
             found.append(attend_flash4)
         if _find_varlen() is not None:
             found.append(attend_varlen)

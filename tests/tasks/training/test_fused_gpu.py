@@ -145,7 +145,7 @@ def test_every_attention_is_the_exact_one(heads: Heads, window: int | None) -> N
     doubles = [states.detach().double().requires_grad_() for states in inputs]
     exact = attend_one_by_one(doubles[0], doubles[1], doubles[2], segments, **options)
     exact_grads = torch.autograd.grad(exact, doubles, grad.double())
-    for kind in find_attentions(torch.device("cuda"), torch.bfloat16):
+    for kind in find_attentions(torch.device("cuda"), torch.bfloat16, heads.size):
         result = kind(inputs[0], inputs[1], inputs[2], segments, **options)
         assert_same(result, exact.to(result.dtype), 0.02)
         for given, wanted in zip(torch.autograd.grad(result, inputs, grad), exact_grads, strict=True):
