@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tasks.training.batches import TokenTable, form_batch, form_flat_batch
 from tasks.training.engines import FusedEngine
-from tasks.training.fused.attention import find_attentions, name_attention
+from tasks.training.fused.attention import find_attentions, name_attention, warm_up
 from tasks.training.fused.decoder import LOGITS_BYTES, Decoder
 from tasks.training.fused.recognition import UnknownDecoderError
 from tasks.training.lora import collect_trained
@@ -65,10 +65,12 @@ def prove(
         UnknownDecoderError: none does.
     """
     notes: list[str] = []
-    kinds = find_attentions(device, dtype, decoder.layers[0].heads.size)
+    heads, windows = decoder.layers[0].heads, [layer.window for layer in decoder.layers]
+    kinds = find_attentions(device, dtype, heads.size)
     for kind in kinds:
         candidate = replace(decoder, attend=kind)
         try:
+            warm_up(kind, heads, windows, device)
             _compare(model, FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES), table, expected, dtype)
         except Exception as error:  # a kernel that does not compile here raises what it likes
             if kind is kinds[-1] or is_out_of_memory(error):

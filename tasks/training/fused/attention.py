@@ -6,6 +6,7 @@ Dimensions: `T` tokens of all examples, `D` head size.
 import inspect
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
+from tasks.training.fused.elementwise import Heads
+
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Hopper and Blackwell of data centers, first number of the compute capability.
 _FLASH4_CAPABILITIES = (9, 10)
 # Its gradients were compared with the exact ones at these sizes; at 16 they are wrong.
 _FLASH4_HEAD_SIZES = (64, 128, 256)
+_FLASH4_LEAST_LENGTH = 512
+# Above 256 examples it takes other kernels.
+_MANY_EXAMPLES = 300
 
 logger = logging.getLogger(__name__)
 
@@ -98,19 +104,40 @@ def attend_flash4(
     """Attend through FlashAttention 4, which compiles its kernels in seconds at their first use and keeps them."""
     function = _find_flash4()
     assert function is not None
+    # Upper bounds: below one block there is another kernel, to be compiled in the middle of a training.
+    longest = max(segments.longest, _FLASH4_LEAST_LENGTH)
     result: Tensor | tuple[Tensor, ...] = function(
         queries,
         keys,
         values,
         cu_seqlens_q=segments.borders,
         cu_seqlens_k=segments.borders,
-        max_seqlen_q=segments.longest,
-        max_seqlen_k=segments.longest,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
         softmax_scale=scale,
         causal=True,
         window_size=(None if window is None else window - 1, None),
     )
     return result[0] if isinstance(result, tuple) else result
+
+
+def warm_up(kind: Attention, heads: Heads, windows: Iterable[int | None], device: torch.device) -> None:
+    """Have an attention compile, or fetch, what many short examples will want: a training must not wait for it later.
+
+    Raises:
+        Exception: of any kind, where a kernel does not compile.
+    """
+    if kind is not attend_flash4:
+        return
+    borders = torch.arange(_MANY_EXAMPLES + 1, dtype=torch.int32, device=device)
+    segments = Segments(borders, (1,) * _MANY_EXAMPLES)
+    counts = (heads.num_query, heads.num_key_value, heads.num_key_value)
+    for window in set(windows):
+        states = [
+            torch.ones(_MANY_EXAMPLES, count, heads.size, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for count in counts
+        ]
+        kind(states[0], states[1], states[2], segments, scale=1.0, window=window).sum().backward()
 
 
 def attend_varlen(
