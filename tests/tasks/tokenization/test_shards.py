@@ -123,7 +123,7 @@ def test_a_template_that_changes_under_way_has_its_rows_rendered_and_is_named(
     assert (masks["num_rendered_anew"], masks["num_groups_rendered"]) == (100, 10)
     seconds = {time.strftime("%S", time.localtime(begin + passed)) for passed in range(int(time.time() - begin) + 2)}
     for ids in pl.read_parquet(tmp_path / "later" / "train.parquet")["input_ids"].to_list():
-        text = clock.tokenizer.decode(ids)
+        text = str(clock.tokenizer.decode(ids))
         assert text.removeprefix("<|im_start|>system\n")[:2] in seconds
 
 
