@@ -69,7 +69,7 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         },
         rejected=dict(rejects["reason"].value_counts(sort=True).iter_rows()),
         places=_list_places(rejects),
-        warnings=tuple(quality["warnings"]),
+        warnings=(*quality["warnings"], *tokens.warnings),
         notes=prepared.notes,
         masks=masks,
     )

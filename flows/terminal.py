@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 import prefect
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -85,21 +86,36 @@ def show_check(check: Check, source: str) -> None:
         console.print(f"[yellow]{reason}[/] ({check.rejected[reason]:,})")
         for place in places:
             console.print(f"  {escape(_shorten(place))}", style="dim")
-    for warning in check.warnings:
-        console.print(f"[yellow]![/] {escape(warning)}")
-    for note in check.notes:
-        console.print(f"[dim]·[/] {escape(note)}")
     console.print(_lengths_table(check.masks))
+    console.print(_remarks_table(check), "")
     for number, runs in enumerate(check.masks["samples"][:_NUM_SHOWN], start=1):
-        console.print(Panel(_color_mask(runs), title=f"example {number}: [green]trained[/], [dim]not trained[/]"))
+        title = f"example {number}: [green]trained[/], [dim]not trained[/]"
+        console.print(Panel(_color_mask(runs), title=title, title_align="left", border_style="bright_black"))
 
 
 def _rows_table(check: Check) -> Table:
-    table = Table(title="Where every row went", show_header=False)
+    table = Table(title="\nWhere every row went", title_justify="left", show_header=False, box=box.SIMPLE)
+    table.add_column()
+    table.add_column(justify="right", style="bold")
+    table.add_column(justify="right")
     total = check.rows["rows in"]
     for name, number in check.rows.items():
         share = f"{number / total:.1%}" if total else ""
-        table.add_row(name, f"[bold]{number:,}[/]", share, end_section=name == "rows in")
+        share = "< 0.1%" if share == "0.0%" and number else share
+        style = None if number else "dim"
+        table.add_row(name, f"{number:,}", share, style=style, end_section=name == "rows in")
+    return table
+
+
+def _remarks_table(check: Check) -> Table:
+    """List what to look at and what was chosen, later lines of each below its first."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(width=1)
+    table.add_column()
+    for warning in check.warnings:
+        table.add_row("[yellow]![/]", escape(warning))
+    for note in check.notes:
+        table.add_row("[dim]·[/]", Text(note, style="dim"))
     return table
 
 
@@ -108,7 +124,8 @@ def _lengths_table(masks: dict[str, Any]) -> Table:
     total, trained = masks["tokens_per_example"], masks["trained_tokens_per_example"]
     share = f"{masks['share_trained']:.0%} of {masks['total_tokens']:,} tokens are trained"
     ending = f"{masks['share_ending_in_end_of_turn']:.0%} of the examples end in an end-of-turn token"
-    table = Table(title="Tokens an example", caption=f"{share}; {ending}")
+    table = Table(title="Tokens an example", caption=f"{share}; {ending}\n", box=box.SIMPLE)
+    table.title_justify = table.caption_justify = "left"
     for column in ("tokens", "examples", "", "of them trained", ""):
         table.add_column(column, justify="right" if column else "left")
     most = max([1, *total["counts"].values(), *trained["counts"].values()])
@@ -117,9 +134,15 @@ def _lengths_table(masks: dict[str, Any]) -> Table:
         cells = [span]
         for counts, colour in ((total["counts"], "blue"), (trained["counts"], "green")):
             number = counts.get(span, 0)
-            cells += [f"{number:,}", f"[{colour}]{'█' * round(_BAR_WIDTH * number / most)}[/]"]
+            cells += [f"{number:,}" if number else "", f"[{colour}]{_draw_bar(number / most)}[/]"]
         table.add_row(*cells)
     return table
+
+
+def _draw_bar(share: float) -> str:
+    """Draw a share of the longest bar in eighths of a character; what is there at all shows."""
+    eighths = max(round(8 * _BAR_WIDTH * share), 1 if share else 0)
+    return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
 
 
 def _color_mask(runs: list[dict[str, Any]]) -> Text:

@@ -1,7 +1,7 @@
 """One pool of processes for the CPU work of shards, made when it is first asked for.
 
-Workers come from a fork server: they start in milliseconds, inherit no thread and no lock, and end when this process
-does, however it dies (each waits for that in a thread).
+Workers come from a fork server, which has imported what they need (preloading.py): they start in milliseconds, inherit
+no thread and no lock, and end when this process does, however it dies (each waits for that in a thread).
 """
 
 import multiprocessing
@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any, ParamSpec, TypeVar
+
+_PRELOADED = ["tasks.preloading"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,6 +29,13 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def warm_up() -> None:
+    """Let the fork server import what workers need, while this process does something else."""
+    with _lock, _hidden_main():
+        _prepare_context()
+        forkserver.ensure_running()
+
+
 def submit(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":
     """Start a function that pickles in a worker; what it raises comes out of the future."""
     global _pool
@@ -35,8 +45,7 @@ def submit(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Futu
                 return _pool.submit(function, *args, **kwargs)
             except BrokenProcessPool:  # a worker was killed: what it did is lost, what comes now need not be
                 _pool.shutdown(wait=False)
-        context = multiprocessing.get_context("forkserver")
-        _pool = ProcessPoolExecutor(count_cores(), mp_context=context, initializer=_prepare)
+        _pool = ProcessPoolExecutor(count_cores(), mp_context=_prepare_context(), initializer=_prepare)
         return _pool.submit(function, *args, **kwargs)
 
 
@@ -53,6 +62,12 @@ def call_each(function: Callable[..., R], calls: Sequence[Sequence[Any]]) -> lis
     finally:
         for future in futures:
             future.cancel()
+
+
+def _prepare_context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def stop() -> None:
@@ -81,9 +96,7 @@ def _hidden_main() -> Iterator[None]:
 
 
 def _prepare() -> None:
-    """Keep a worker to one core, as there is one for each, and to its parent's life."""
-    os.environ["POLARS_MAX_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Keep a worker to its parent's life."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -6,28 +6,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
 from tasks import workers
 from tasks.models import load_tokenizer
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.errors import MaskError
+from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.rendering import open_chat, plain_messages, render
 from tasks.tokenization.reporting import MaskReport
-from tasks.tokenization.shards import (
-    EXAMPLES,
-    REJECTS,
-    ROWS_PER_SHARD,
-    plan_shards,
-    read_report,
-    tokenize_shard,
-    work_on_shard,
-)
-from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA
+from tasks.tokenization.shards import find_groups, plan_shards, tokenize_shard, work_on_shard
+from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer, TemplateError
 
 PARTS = ("train", "eval")
@@ -52,6 +43,10 @@ class TokenCounts:
     total_tokens: int
     rows_rejected: dict[str, int]
     """By reason, over both parts."""
+    num_rendered_anew: int = 0
+    """Conversations of both parts that had to be rendered one by one; see MaskReport."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of how the examples were made, a sentence each."""
 
 
 def tokenize_dataset(
@@ -60,7 +55,7 @@ def tokenize_dataset(
     folder: Path,
     config: TokenizationConfig,
     *,
-    rows_per_shard: int = ROWS_PER_SHARD,
+    rows_per_shard: int | None = None,
 ) -> TokenCounts:
     """Make the examples of a dataset's two parts, in their rows' order.
 
@@ -69,7 +64,7 @@ def tokenize_dataset(
         prepared: The tokenizer that will ship; it is saved beside the examples.
         folder: Written; made when missing.
         config: Masks and limits.
-        rows_per_shard: A larger part is made in worker processes, shard by shard.
+        rows_per_shard: A larger part is made in worker processes, shard by shard; None chooses by its size.
 
     Raises:
         TokenizationError: nothing can be trained on, or too many examples had to be cut or rejected for length.
@@ -114,12 +109,13 @@ def join_shards(
         TokenizationError: as `tokenize_dataset`.
     """
     reports = {part: MaskReport() for part in PARTS}
+    groups = {part: find_groups(shards[part]) for part in PARTS}
     for part in PARTS:
-        for shard in shards[part]:
-            reports[part].merge(read_report(shard))
-        _join_tables([shard / EXAMPLES for shard in shards[part]], EXAMPLE_SCHEMA, folder / f"{part}.parquet")
-    refused = [shard / REJECTS for part in PARTS for shard in shards[part]]
-    _join_tables(refused, pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema, folder / "rejects.parquet")
+        for group in groups[part]:
+            reports[part].merge(read_report(group))
+        join_batches([group / EXAMPLES for group in groups[part]], EXAMPLE_SCHEMA, folder / f"{part}.parquet")
+    refused = [group / REJECTS for part in PARTS for group in groups[part]]
+    join_batches(refused, pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema, folder / "rejects.parquet")
     _write_report(folder / "masks.json", prepared, reports)
     train, eval_ = reports["train"], reports["eval"]
     counts = TokenCounts(
@@ -130,21 +126,13 @@ def join_shards(
         trained_tokens=train.trained_tokens,
         total_tokens=train.total_tokens,
         rows_rejected=dict(train.rejected + eval_.rejected),
+        num_rendered_anew=train.num_rendered_anew + eval_.num_rendered_anew,
+        warnings=tuple(
+            f"{prepared.template_name}: {warning}" for report in reports.values() for warning in report.warn()
+        ),
     )
     _check_budgets(counts, train, folder / "rejects.parquet", config)
     return counts
-
-
-def _join_tables(paths: Sequence[Path], schema: Any, target: Path) -> None:
-    """Write tables one behind another, a row group at a time; a single one is not copied."""
-    if len(paths) == 1:
-        target.hardlink_to(paths[0])
-        return
-    with pq.ParquetWriter(target, schema) as writer:
-        for path in paths:
-            file = pq.ParquetFile(path)
-            for number in range(file.num_row_groups):
-                writer.write_table(file.read_row_group(number))
 
 
 def save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:

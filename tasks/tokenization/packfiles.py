@@ -18,6 +18,8 @@ from tasks.storage import digest_file
 from tasks.tokenization.packing import pack
 
 EXAMPLES_PER_WINDOW = 100_000
+# Where examples are long, a window ends here: ids and labels of this many tokens take 64 MB.
+_TOKENS_PER_WINDOW = 1 << 23
 _PACKS_PER_BATCH = 1024
 PACK_SCHEMA = pa.schema(
     [
@@ -60,8 +62,7 @@ def write_packs(
     """
     num_packs = num_examples = num_tokens = 0
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, PACK_SCHEMA) as writer:
-        for table in _read_windows(tokens, examples_per_window):
-            lists = [table.column(name).combine_chunks() for name in ("input_ids", "labels")]
+        for lists in _read_windows(tokens, examples_per_window):
             offsets = lists[0].offsets.to_numpy()
             lengths = np.diff(offsets)
             packs = pack(lengths.tolist(), tokens_per_pack)
@@ -71,6 +72,8 @@ def write_packs(
             num_packs += len(packs)
             num_examples += len(lengths)
             num_tokens += int(lengths.sum())
+            del lists, some  # before the next window is read
+            pa.default_memory_pool().release_unused()
     filled = num_tokens / (num_packs * tokens_per_pack) if num_packs else float("nan")
     return PackCounts(num_packs, num_examples, num_tokens, filled, digest_file(target))
 
@@ -80,20 +83,39 @@ def open_packs(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _read_windows(tokens: Path, size: int) -> Iterator[pa.Table]:
-    """Read a table's ids and labels in windows of as many examples, the last smaller."""
-    waiting: list[Any] = []
-    num_waiting = 0
-    for batch in pq.ParquetFile(tokens).iter_batches(batch_size=min(size, 8192), columns=["input_ids", "labels"]):
-        while num_waiting + len(batch) >= size:
-            cut = size - num_waiting
-            yield pa.Table.from_batches([*waiting, batch.slice(0, cut)])
-            batch, waiting, num_waiting = batch.slice(cut), [], 0
+def _read_windows(tokens: Path, size: int) -> Iterator[list[Any]]:
+    """Read a table's ids and labels in windows of at most so many examples, each column as one array."""
+    waiting: tuple[list[Any], ...] = ([], [])
+    num_examples = num_tokens = 0
+    for batch in _read_batches(tokens, size):
+        while num_examples + len(batch) >= size or num_tokens >= _TOKENS_PER_WINDOW:
+            cut = min(size - num_examples, len(batch)) if num_tokens < _TOKENS_PER_WINDOW else 0
+            yield _join_columns(waiting, batch.slice(0, cut))
+            batch, num_examples, num_tokens = batch.slice(cut), 0, 0
         if len(batch):
-            waiting.append(batch)
-            num_waiting += len(batch)
-    if waiting:
-        yield pa.Table.from_batches(waiting)
+            for chunks, column in zip(waiting, batch.columns, strict=True):
+                chunks.append(column)
+            num_examples += len(batch)
+            num_tokens += int(batch.column(0).value_lengths().sum().as_py())
+    if num_examples:
+        yield _join_columns(waiting, None)
+
+
+def _read_batches(tokens: Path, size: int) -> Iterator[pa.RecordBatch]:
+    """Read a table a row group at a time and in one thread: reading ahead would take more memory than a window."""
+    file = pq.ParquetFile(tokens)
+    for number in range(file.num_row_groups):
+        table = file.read_row_group(number, columns=["input_ids", "labels"], use_threads=False)
+        yield from table.to_batches(max_chunksize=min(size, 8192))
+
+
+def _join_columns(waiting: tuple[list[Any], ...], last: Any) -> list[Any]:
+    """Put the chunks of each column together, and forget them column by column."""
+    joined = []
+    for number, chunks in enumerate(waiting):
+        joined.append(pa.concat_arrays([*chunks, *([] if last is None else [last.column(number)])]))
+        chunks.clear()
+    return joined
 
 
 def _lay_out(

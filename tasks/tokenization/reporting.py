@@ -39,6 +39,10 @@ class MaskReport:
     """Conversations with tool calls that the template takes only with arguments as text or an empty content."""
     num_checked: int = 0
     """Conversations assembled without rendering that were rendered as well, to compare."""
+    num_rendered_anew: int = 0
+    """Conversations of row groups that were made again by rendering each, as one had been assembled otherwise."""
+    num_groups_rendered: int = 0
+    """Those row groups."""
     num_ending: int = 0
     """Examples whose last trained id ends a generation."""
     total_tokens: int = 0
@@ -52,6 +56,8 @@ class MaskReport:
     """Examples by number of trained tokens."""
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
     """The first examples, as runs of text and whether it is trained."""
+    differences: list[str] = field(default_factory=list)
+    """What was assembled otherwise than rendered, first of all."""
 
     def reject(self, reason: str) -> None:
         """Count a conversation that becomes no example."""
@@ -88,7 +94,17 @@ class MaskReport:
                 mine.update(value)
             else:
                 setattr(self, name, mine + value)
-        del self.samples[NUM_SAMPLES:]
+        del self.samples[NUM_SAMPLES:], self.differences[NUM_SAMPLES:]
+
+    def warn(self) -> list[str]:
+        """Return what went another way than it should, a sentence each."""
+        if not self.num_rendered_anew:
+            return []
+        return [
+            f"{self.num_rendered_anew:,} conversations in {self.num_groups_rendered:,} row group(s) were rendered one "
+            f"by one, which is slower: put together from the template's parts, {self.differences[0]}. The labels are "
+            "those of the rendering; please report the template"
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -101,6 +117,7 @@ class MaskReport:
             "share_ending_in_end_of_turn": self.num_ending / self.num_examples if self.num_examples else 0.0,
             "tokens_per_example": describe_counts(self.lengths),
             "trained_tokens_per_example": describe_counts(self.trained),
+            "differences": self.differences,
             "samples": [[{"text": text, "trained": trained} for text, trained in runs] for runs in self.samples],
         }
 

@@ -18,7 +18,7 @@ from tasks.tokenization.turns import Turn, find_dropped, render_turn
 
 # Tracing costs about as much as rendering ten conversations: a shape is given up after so many fruitless attempts.
 _MOST_ATTEMPTS = 64
-_MOST_SHAPES = 512
+MOST_SHAPES = 512
 
 Shape = tuple[tuple[str, ...], tuple[int, ...]]
 
@@ -74,7 +74,7 @@ def find_skeleton(chat: Chat, roles: tuple[str, ...], indices: tuple[int, ...], 
     shapes = _KNOWN.setdefault(chat, {})
     shape = (roles, indices)
     if shape not in shapes:
-        if len(shapes) >= _MOST_SHAPES:
+        if len(shapes) >= MOST_SHAPES:
             return None
         shapes[shape] = _Known()
     known = shapes[shape]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +47,9 @@ class Row(NamedTuple):
     conversation: Conversation
 
 
-def read_rows(path: Path, row_groups: Sequence[int]) -> Iterator[list[Row]]:
-    """Read some row groups of a part's table in batches, validated."""
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=list(row_groups)):
+def read_rows(path: Path, row_group: int) -> Iterator[list[Row]]:
+    """Read a row group of a part's table in batches, validated."""
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=[row_group]):
         frame = pl.DataFrame(pa.Table.from_batches([batch]))
         Conversations.validate(frame)
         rows = []
@@ -59,6 +60,24 @@ def read_rows(path: Path, row_groups: Sequence[int]) -> Iterator[list[Row]]:
             conversation = Conversation(json.loads(messages), definitions or None)
             rows.append(Row(example_id, source, line, messages, conversation))
         yield rows
+
+
+@contextmanager
+def open_batches(path: Path, schema: Any) -> Iterator[Any]:
+    """Open an Arrow file for writing, as what lies between two processes: quick to write and to read again."""
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema, options=options) as writer:
+        yield writer
+
+
+def join_batches(paths: Sequence[Path], schema: Any, target: Path) -> None:
+    """Write the batches of Arrow files as row groups of one table, one at a time."""
+    # Ids and texts hardly repeat as wholes: dictionaries would cost time and room.
+    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=False) as writer:
+        for path in paths:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as batches:
+                for number in range(batches.num_record_batches):
+                    writer.write_batch(batches.get_batch(number))
 
 
 class Line(NamedTuple):

@@ -16,13 +16,14 @@ from tasks.ingestion.quality_page import write_quality_page
 from tasks.models import read_context_length
 from tasks.tokenization.examples import (
     PARTS,
+    TokenCounts,
     config_of,
     join_shards,
     save_tokenizer,
     tokenize_dataset,
 )
 from tasks.tokenization.shards import plan_shards, work_on_shard
-from tasks.tokenization.templates import prepare_tokenizer
+from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 
 
 @task(
@@ -46,55 +47,16 @@ def tokenize(
     A dataset of several shards is mapped over the flow's task runner. `template_file_digest` is there for the cache: a
     template file may change under its name.
     """
+    source = {"chat_template": chat_template, "template_file_digest": template_file_digest}
     with tracking.stage_run(parent_run_id, "tokenize") as run_id, storage.new_folder() as folder:
-        model_folder = tracking.resolve(base_model)
-        prepared = prepare_tokenizer(model_folder, chat_template)
-        context = read_context_length(model_folder)
-        if context is not None and context < config.max_length:
-            get_run_logger().warning(
-                "%s has positions for %d tokens: longer examples are cut there, not at tokenization.max_length = %d",
-                base_model.name,
-                context,
-                config.max_length,
-            )
-            config = config.model_copy(update={"max_length": context})
-        for note in prepared.notes:
-            get_run_logger().info("Tokenizer: %s", note)
-        dataset_folder = tracking.resolve(dataset)
-        plans = {part: plan_shards(dataset_folder / f"{part}.parquet") for part in PARTS}
-        if max(map(len, plans.values())) == 1:
-            counts = tokenize_dataset(dataset_folder, prepared, folder / "tokens", config)
-        else:
-            save_tokenizer(prepared, folder / "tokens" / "tokenizer")
-            shards = _map_shards(
-                plans,
-                config,
-                dataset=dataset,
-                base_model=base_model,
-                chat_template=chat_template,
-                template_file_digest=template_file_digest,
-                parent_run_id=run_id,
-            )
-            counts = join_shards(shards, prepared, folder / "tokens", config)
-        page = _write_quality(dataset_folder, folder / "tokens", folder / "quality", title=f"for {base_model.name}")
+        prepared, config = _open_tokenizer(base_model, chat_template, config)
+        tokens = folder / "tokens"
+        counts = _make_tokens(tokens, prepared, config, dataset=dataset, base_model=base_model, run_id=run_id, **source)
+        page = _write_quality(tracking.resolve(dataset), tokens, folder / "quality", title=f"for {base_model.name}")
         tracking.log_file(parent_run_id, page, "quality")
-        uri, digest = tracking.publish(folder / "tokens", run_id, "tokens")
-        tracking.log_metrics(
-            run_id,
-            {
-                "tokens/examples": counts.num_examples,
-                "tokens/trained": counts.trained_tokens,
-                "tokens/total": counts.total_tokens,
-                "tokens/trained_share": counts.trained_tokens / counts.total_tokens,
-            },
-        )
+        uri, digest = tracking.publish(tokens, run_id, "tokens")
+        _record(counts, run_id)
         tracking.set_tags(run_id, {"sft.template_digest": prepared.template_digest})
-    get_run_logger().info(
-        "%s examples, %s tokens, %.0f %% of them trained",
-        f"{counts.num_examples:,}",
-        f"{counts.total_tokens:,}",
-        100 * counts.trained_tokens / counts.total_tokens,
-    )
     return TokensRef(
         uri=uri,
         digest=digest,
@@ -107,6 +69,62 @@ def tokenize(
         total_tokens=counts.total_tokens,
         rows_rejected=counts.rows_rejected,
         template_digest=prepared.template_digest,
+    )
+
+
+def _open_tokenizer(
+    base_model: ModelRef, chat_template: str | None, config: TokenizationConfig
+) -> tuple[PreparedTokenizer, TokenizationConfig]:
+    """Return the tokenizer that will ship, and the config with a length that the model has positions for."""
+    folder = tracking.resolve(base_model)
+    prepared = prepare_tokenizer(folder, chat_template)
+    context = read_context_length(folder)
+    if context is not None and context < config.max_length:
+        get_run_logger().warning(
+            "%s has positions for %d tokens: longer examples are cut there, not at tokenization.max_length = %d",
+            base_model.name,
+            context,
+            config.max_length,
+        )
+        config = config.model_copy(update={"max_length": context})
+    for note in prepared.notes:
+        get_run_logger().info("Tokenizer: %s", note)
+    return prepared, config
+
+
+def _make_tokens(
+    folder: Path, prepared: PreparedTokenizer, config: TokenizationConfig, *, run_id: str, **source: Any
+) -> TokenCounts:
+    """Make the examples, here or by mapping a large dataset's shards over the flow's task runner."""
+    dataset = tracking.resolve(source["dataset"])
+    plans = {part: plan_shards(dataset / f"{part}.parquet") for part in PARTS}
+    if max(map(len, plans.values())) == 1:
+        return tokenize_dataset(dataset, prepared, folder, config)
+    save_tokenizer(prepared, folder / "tokenizer")
+    shards = _map_shards(plans, config, parent_run_id=run_id, **source)
+    return join_shards(shards, prepared, folder, config)
+
+
+def _record(counts: TokenCounts, run_id: str) -> None:
+    """Tell the log and MLflow what came out."""
+    for warning in counts.warnings:
+        get_run_logger().warning("Tokenizer: %s", warning)
+    share = counts.trained_tokens / counts.total_tokens
+    tracking.log_metrics(
+        run_id,
+        {
+            "tokens/examples": counts.num_examples,
+            "tokens/trained": counts.trained_tokens,
+            "tokens/total": counts.total_tokens,
+            "tokens/trained_share": share,
+            "tokens/rendered_anew": counts.num_rendered_anew,
+        },
+    )
+    get_run_logger().info(
+        "%s examples, %s tokens, %.0f %% of them trained",
+        f"{counts.num_examples:,}",
+        f"{counts.total_tokens:,}",
+        100 * share,
     )
 
 

@@ -42,6 +42,8 @@ class PreparedTokenizer:
     """What was chosen or added, a sentence each."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a generation: the template's end of turn, then eos; for generation_config.eos_token_id."""
+    template_name: str = ""
+    """The template in a person's words."""
     end_of_turn: str = ""
     """What the template writes behind an answer's words for the model to say; empty when it writes nothing."""
 
@@ -60,7 +62,8 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
         TemplateError: the template does not exist or is not valid, or there is no eos token to end answers.
     """
     tokenizer = load_tokenizer(model_folder)
-    notes = [_set_template(tokenizer, chat_template)]
+    name, note = _set_template(tokenizer, chat_template)
+    notes = [note]
     try:
         chat = open_chat(tokenizer)
     except MaskError as error:
@@ -80,7 +83,8 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
         notes.append("The template writes today's date: other days give other prompts.")
     notes += _set_pad(tokenizer, set(stops))
     digest = hashlib.sha256(_text_of(tokenizer).encode()).hexdigest()
-    return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops), chat.ending.kept)
+    title = f"the chat template {name or f'of {model_folder.name}'}"
+    return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops), title, chat.ending.kept)
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -89,12 +93,13 @@ def _text_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
-def _set_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str:
-    """Set the chosen template; return what was done."""
+def _set_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> tuple[str, str]:
+    """Set the chosen template; return its name, empty of the tokenizer's own, and what was done."""
     if choice is None and tokenizer.chat_template:
-        return "The tokenizer's own chat template is used."
+        return "", "The tokenizer's own chat template is used."
     if choice is not None and choice not in BUILT_IN:
-        return _set_template_file(tokenizer, Path(choice))
+        _set_template_file(tokenizer, Path(choice))
+        return Path(choice).name, f"The chat template {Path(choice).name} is used and saved with the tokenizer."
     name, why = choice or "chatml", "as asked" if choice else "the tokenizer has no chat template"
     vocabulary = tokenizer.get_vocab()
     if name == "chatml" and not all(token in vocabulary for token in _CHATML_TOKENS):
@@ -107,11 +112,11 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
         source = "{{- bos_token -}}" + source
     tokenizer.chat_template = source
-    return f"The built-in chat template {name} is used and saved with the tokenizer ({why})."
+    return name, f"The built-in chat template {name} is used and saved with the tokenizer ({why})."
 
 
-def _set_template_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
-    """Set a template from a file; return what was done."""
+def _set_template_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Set a template from a file."""
     if path.suffix != ".jinja":
         raise TemplateError(
             f"model.chat_template = {str(path)!r}: give {' or '.join(BUILT_IN)}, or the path of a .jinja file"
@@ -122,7 +127,6 @@ def _set_template_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
         raise TemplateError(f"{path}: the chat template cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise TemplateError(f"{path}: not UTF-8 (byte {error.start}): save the template as UTF-8") from None
-    return f"The chat template {path.name} is used and saved with the tokenizer."
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> list[str]:

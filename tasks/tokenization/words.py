@@ -39,6 +39,31 @@ class NotByWords(Exception):  # noqa: N818 - not an error: the tokenizer's own w
     """A text whose ids are not known from its words."""
 
 
+class Words(dict[str, bytes]):
+    """Ids of the words seen so far, as bytes of ID_TYPE; those of a new one come from the model."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def __missing__(self, word: str) -> bytes:
+        """Encode a word by itself.
+
+        Raises:
+            NotByWords: its ids do not decode to it.
+        """
+        mapped = "".join(piece for piece, _ in _TO_BYTES.pre_tokenize_str(word))
+        numbers = [token.id for token in self.backend.model.tokenize(mapped)]
+        if self.backend.decode(numbers, skip_special_tokens=False) != word:
+            raise NotByWords
+        ids = np.array(numbers, ID_TYPE).tobytes()
+        if len(word) <= _LONGEST_KEPT_WORD:
+            if len(self) >= _MOST_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
 @dataclass(eq=False)
 class WordEncoder:
     """A tokenizer's way of splitting, and the words seen so far."""
@@ -50,8 +75,7 @@ class WordEncoder:
     """The same for ASCII texts, faster."""
     is_composed: bool
     """Whether the tokenizer brings texts into the normal form NFC first."""
-    words: dict[str, bytes] = field(default_factory=dict)
-    """Ids of a word, as bytes of ID_TYPE."""
+    words: Words
     known: set[str] = field(default_factory=set)
     """Characters that were shown to split alike."""
 
@@ -68,10 +92,7 @@ class WordEncoder:
             words = _apply(self.splits, text)
         if sum(map(len, words)) != len(text):
             raise NotByWords
-        try:
-            return b"".join(map(self.words.__getitem__, words))
-        except KeyError:
-            return b"".join(map(self._look_up, words))
+        return b"".join(map(self.words.__getitem__, words))
 
     def _check_characters(self, text: str) -> None:
         if self.is_composed and not unicodedata.is_normalized("NFC", text):
@@ -81,22 +102,6 @@ class WordEncoder:
                 if not _splits_alike(self, self.splits, character):
                     raise NotByWords
                 self.known.add(character)
-
-    def _look_up(self, word: str) -> bytes:
-        """Return a word's ids, from the model where it is new."""
-        ids = self.words.get(word)
-        if ids is not None:
-            return ids
-        mapped = "".join(piece for piece, _ in _TO_BYTES.pre_tokenize_str(word))
-        numbers = [token.id for token in self.backend.model.tokenize(mapped)]
-        if self.backend.decode(numbers, skip_special_tokens=False) != word:
-            raise NotByWords
-        ids = np.array(numbers, ID_TYPE).tobytes()
-        if len(word) <= _LONGEST_KEPT_WORD:
-            if len(self.words) >= _MOST_WORDS:
-                self.words.clear()
-            self.words[word] = ids
-        return ids
 
 
 _TO_BYTES: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -125,7 +130,7 @@ def _build(tokenizer: PreTrainedTokenizerBase) -> WordEncoder | None:
         ascii_splits = tuple(_compile(_to_ascii(pattern), re, re.ASCII) for pattern in patterns)
     except (re.error, regex.error, ValueError):
         return None
-    words = WordEncoder(backend, splits, ascii_splits, normalizer is not None)
+    words = WordEncoder(backend, splits, ascii_splits, normalizer is not None, Words(backend))
     ascii_characters = [chr(code) for code in range(128)]
     if not all(_splits_alike(words, way, c) for way in (splits, ascii_splits) for c in ascii_characters):
         return None

@@ -26,6 +26,8 @@ from typing import Any
 
 import psutil
 
+from tasks import workers
+
 ROOT = Path(__file__).resolve().parents[2]
 MATERIAL = ROOT.parent / "shared" / "material"
 TOKENS_PER_PACK = 2048
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=MATERIAL / "datasets" / "gpteacher")
     parser.add_argument("--peer", choices=["trl", "none"], default="trl")
     options = parser.parse_args()
+    workers.call(os.getpid)  # imports are not timed, ours as little as TRL's
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         os.environ["SFT_HOME"] = str(Path(folder) / "home")
         large = options.rows > 100_000
@@ -198,21 +201,25 @@ def time_trl(source: Path, tokenizer_folder: Path, folder: Path) -> float:
 
 @contextmanager
 def watch_memory() -> Iterator[dict[str, int]]:
-    """Note the largest resident memory of this process, of any of its children, and of all together."""
-    peaks = {"peak_rss_main_bytes": 0, "peak_rss_child_bytes": 0, "peak_rss_tree_bytes": 0}
+    """Note the largest resident memory of this process, of any of its children, and of all together.
+
+    Together, a page that processes share counts once (its proportional set size).
+    """
+    peaks = {"peak_rss_main_bytes": 0, "peak_rss_child_bytes": 0, "peak_pss_all_bytes": 0}
     done = threading.Event()
 
     def watch() -> None:
         me = psutil.Process()
-        while not done.wait(0.1):
-            sizes = [0]
-            for child in me.children(recursive=True):
+        while not done.wait(0.5):
+            sizes, shares = [0], 0
+            for process in (me, *me.children(recursive=True)):
                 try:
-                    sizes.append(child.memory_info().rss)
+                    memory = process.memory_full_info()
                 except psutil.Error:
                     continue
-            own = me.memory_info().rss
-            for name, size in zip(peaks, (own, max(sizes), own + sum(sizes)), strict=True):
+                sizes.append(memory.rss)
+                shares += memory.pss
+            for name, size in zip(peaks, (sizes[1], max(sizes[2:], default=0), shares), strict=True):
                 peaks[name] = max(peaks[name], size)
 
     thread = threading.Thread(target=watch, daemon=True)

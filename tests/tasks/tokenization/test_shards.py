@@ -1,6 +1,8 @@
 """Shards give what the whole gives, wherever they are made, and a finished one is not made again."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from schemas.artifacts import DatasetRef, ModelRef
 from schemas.config import TokenizationConfig
 from tasks import workers
 from tasks.tokenization.examples import tokenize_dataset
-from tasks.tokenization.shards import plan_shards
+from tasks.tokenization.shards import plan_shards, work_on_shard
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import say
@@ -55,24 +57,74 @@ def test_row_groups_are_never_divided(dataset: Path) -> None:
     assert plan_shards(dataset / "eval.parquet") == [[0]]
 
 
-def test_shards_in_worker_processes_give_the_files_of_the_whole(
+def test_large_tables_have_large_shards(dataset: Path) -> None:
+    rows = pl.DataFrame({"number": range(480_000)})
+    rows.write_parquet(dataset / "rows.parquet", row_group_size=10_000)
+    assert {len(shard) for shard in plan_shards(dataset / "rows.parquet")} == {3}
+    rows.head(30_000).write_parquet(dataset / "rows.parquet", row_group_size=10_000)
+    assert plan_shards(dataset / "rows.parquet") == [[0], [1], [2]]
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_file_is_the_same_whatever_the_shards_and_the_number_of_workers(
     tmp_path: Path, dataset: Path, prepared: PreparedTokenizer
 ) -> None:
     config = TokenizationConfig()
     whole = tokenize_dataset(dataset, prepared, tmp_path / "whole", config)
-    try:
-        parts = tokenize_dataset(dataset, prepared, tmp_path / "parts", config, rows_per_shard=30)
-    finally:
-        workers.stop()
-    assert parts == whole
     assert (whole.rows_train, whole.rows_rejected) == (90, {"no_trained_tokens": 10})
-    for name in ("train.parquet", "eval.parquet", "rejects.parquet"):
-        assert pl.read_parquet(tmp_path / "parts" / name).equals(pl.read_parquet(tmp_path / "whole" / name))
-    masks = [(tmp_path / place / "masks.json").read_text(encoding="utf-8") for place in ("parts", "whole")]
-    # Each shard renders its own first conversations to compare.
-    assert [line for line in masks[0].splitlines() if "num_checked" not in line] == [
-        line for line in masks[1].splitlines() if "num_checked" not in line
-    ]
+    expected = read_all(tmp_path / "whole")
+    assert {"train.parquet", "eval.parquet", "rejects.parquet", "masks.json"} < expected.keys()
+    cores = os.sched_getaffinity(0)
+    for some, rows_per_shard in (({min(cores)}, 30), (cores, 30), (cores, 10), (cores, 70)):
+        place = tmp_path / f"{len(some)}-{rows_per_shard}"
+        os.sched_setaffinity(0, some)  # there is a worker for each core
+        try:
+            parts = tokenize_dataset(dataset, prepared, place, config, rows_per_shard=rows_per_shard)
+        finally:
+            workers.stop()
+            os.sched_setaffinity(0, cores)
+        assert parts == whole
+        assert read_all(place) == expected
+
+
+def test_a_tokenizer_is_opened_again_when_its_folder_changes(tmp_path: Path, dataset: Path, model: Path) -> None:
+    changing = tmp_path / "changing"
+    shutil.copytree(model, changing)
+    made = []
+    for name in ("one", "other"):
+        work_on_shard(dataset / "train.parquet", [0], changing, None, TokenizationConfig(), tmp_path / name)
+        made.append(read_all(tmp_path / name)["000000/examples.arrow"])
+        make_tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }}s")).save_pretrained(str(changing))
+    assert made[0] != made[1]
+
+
+# As templates with today's date are at midnight: what is written around the contents is not what it was a moment ago.
+CLOCK = "<|im_start|>system\n{{ strftime_now('%S') }}<|im_end|>\n" + CHATML
+
+
+def test_a_template_that_changes_under_way_has_its_rows_rendered_and_is_named(
+    tmp_path: Path, dataset: Path, model: Path
+) -> None:
+    (tmp_path / "clock.jinja").write_text(CLOCK)
+    clock = prepare_tokenizer(model, str(tmp_path / "clock.jinja"))
+    tokenize_dataset(dataset, clock, tmp_path / "first", TokenizationConfig())
+    second = time.strftime("%S")
+    while time.strftime("%S") == second:
+        time.sleep(0.01)
+    begin = time.time()
+    counts = tokenize_dataset(dataset, clock, tmp_path / "later", TokenizationConfig())
+    assert len(counts.warnings) == 2  # of the training part and of the held-out one
+    assert counts.warnings[0].startswith("the chat template clock.jinja: 100 conversations in 10 row group(s) were")
+    assert "data.jsonl, line 2 became" in counts.warnings[0]
+    masks = json.loads((tmp_path / "later" / "masks.json").read_text(encoding="utf-8"))["train"]
+    assert (masks["num_rendered_anew"], masks["num_groups_rendered"]) == (100, 10)
+    seconds = {time.strftime("%S", time.localtime(begin + passed)) for passed in range(int(time.time() - begin) + 2)}
+    for ids in pl.read_parquet(tmp_path / "later" / "train.parquet")["input_ids"].to_list():
+        text = str(clock.tokenizer.decode(ids))
+        assert text.removeprefix("<|im_start|>system\n")[:2] in seconds
 
 
 def test_workers_end_with_the_process_that_made_them_however_it_dies() -> None:
@@ -123,7 +175,7 @@ def test_a_finished_shard_is_found_again(
             return_state=True,
         )
         for state in states:
-            assert (tracking.resolve(state.result()) / "examples.parquet").is_file()
+            assert list(tracking.resolve(state.result()).glob("*/examples.arrow"))
         return [str(state.name) for state in states]
 
     try:

@@ -1,0 +1,17 @@
+"""What workers do their work with, imported once by the process that they are forked from, and nowhere else.
+
+There is a worker for each core, so that each is kept to one. transformers imports torch wherever it is found, which
+takes longer than everything else here; workers run no model.
+"""
+
+import os
+import sys
+
+_ONE_CORE = ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+os.environ.update(dict.fromkeys(_ONE_CORE, "1"), TOKENIZERS_PARALLELISM="false")
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
+sys.modules["torch"] = None  # type: ignore[assignment]
+
+import tasks.ingestion.readings  # noqa: E402
+import tasks.tokenization.shards  # noqa: E402, F401

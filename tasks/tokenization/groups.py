@@ -1,0 +1,234 @@
+"""The rows of one row group become examples, by the fast way where it can be shown to be the plain one.
+
+A row group is made as a whole, and by nothing but what is in it: its examples, its counts and which of its rows are
+compared do not depend on which shard it is in, nor on who made the one before. Memory is that of one batch of rows.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import polars as pl
+import pyarrow as pa  # type: ignore[import-untyped]
+from pydantic import TypeAdapter
+
+from schemas.config import TokenizationConfig
+from schemas.records import Rejects
+from tasks.tokenization.assembly import Assembler
+from tasks.tokenization.errors import MaskError
+from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
+from tasks.tokenization.reporting import MaskReport
+from tasks.tokenization.tables import (
+    EXAMPLE_SCHEMA,
+    REJECT_SCHEMA,
+    Line,
+    Row,
+    join_lines,
+    lay_out,
+    open_batches,
+    read_rows,
+    to_line,
+)
+from tasks.tokenization.templates import PreparedTokenizer
+
+EXAMPLES, REJECTS, REPORT = "examples.arrow", "rejects.arrow", "report.json"
+_REPORTS = TypeAdapter(MaskReport)
+_MAX_RAW_CHARACTERS = 2000
+# Of the conversations that are assembled without rendering, the first ones and one in so many are rendered as well.
+_NUM_FIRST_CHECKED = 32
+_CHECKED_ONE_IN = 256
+
+Outcome = list[Line] | MaskError
+
+
+class _NotAsRendered(Exception):  # noqa: N818 - the row group is made again
+    """An assembled conversation differs from the rendered one."""
+
+
+@dataclass
+class _Work:
+    """What a row group's rows are made with, and counted in."""
+
+    prepared: PreparedTokenizer
+    config: TokenizationConfig
+    assembler: Assembler | None
+    report: MaskReport = field(default_factory=MaskReport)
+
+
+def tokenize_group(
+    table: Path,
+    number: int,
+    prepared: PreparedTokenizer,
+    config: TokenizationConfig,
+    assembler: Assembler | None,
+    folder: Path,
+) -> None:
+    """Make the examples of one row group, in their rows' order; a row that differs when rendered has all rendered.
+
+    Args:
+        table: train.parquet or eval.parquet of a dataset.
+        number: Of the row group.
+        prepared: The tokenizer.
+        config: Masks and limits.
+        assembler: The fast way, where the tokenizer has one.
+        folder: Where examples, rejects and report are written; made when missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    work = _Work(prepared, config, assembler)
+    try:
+        _write_group(read_rows(table, number), work, folder)
+    except _NotAsRendered as difference:
+        work = _Work(prepared, config, None)
+        _write_group(read_rows(table, number), work, folder)
+        work.report.num_groups_rendered = 1
+        work.report.num_rendered_anew = work.report.num_conversations
+        work.report.differences.append(str(difference))
+    (folder / REPORT).write_bytes(_REPORTS.dump_json(work.report))
+
+
+def read_report(folder: Path) -> MaskReport:
+    """Return a row group's counts."""
+    return _REPORTS.validate_json((folder / REPORT).read_bytes())
+
+
+def _write_group(batches: Iterator[list[Row]], work: _Work, folder: Path) -> None:
+    """Write examples and rejects, and count them."""
+    rejected_schema = pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema
+    with (
+        open_batches(folder / EXAMPLES, EXAMPLE_SCHEMA) as examples,
+        open_batches(folder / REJECTS, rejected_schema) as rejects,
+    ):
+        for rows, outcomes in _make(batches, work):
+            examples.write_table(_lay_out_batch(rows, outcomes, work))
+            pairs = zip(rows, outcomes, strict=True)
+            refused = [_to_reject(row, outcome) for row, outcome in pairs if isinstance(outcome, MaskError)]
+            if refused:
+                frame = pl.DataFrame(refused, schema=REJECT_SCHEMA, orient="row")
+                rejects.write_table(Rejects.validate(frame).to_arrow().cast(rejected_schema))
+
+
+def _lay_out_batch(rows: Sequence[Row], outcomes: Sequence[Outcome], work: _Work) -> pa.Table:
+    """Count a batch, and lay its examples out as columns."""
+    example_ids, lines = [], []
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, MaskError):
+            work.report.reject(outcome.reason)
+            continue
+        work.report.num_conversations += 1
+        work.report.num_split_conversations += len(outcome) > 1
+        example_ids += [row.example_id] * len(outcome)
+        lines += outcome
+    columns = join_lines(lines)
+    work.report.add(lines, columns, work.prepared.stop_token_ids, work.prepared.tokenizer)
+    return lay_out(example_ids, lines, columns, work.prepared.tokenizer)
+
+
+def _make(batches: Iterator[list[Row]], work: _Work) -> Iterator[tuple[list[Row], list[Outcome]]]:
+    """Yield each batch with what its conversations became.
+
+    One thread renders a batch while another encodes the one before: encoding leaves Python to Rust.
+    """
+    tokenizer, config = work.prepared.tokenizer, work.config
+    waiting: tuple[list[Row], list[list[Line] | None], list[int], Future[list[Masked | MaskError]]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for rows in batches:
+            assembled = [work.assembler.assemble(row.conversation) if work.assembler else None for row in rows]
+            numbers = [n for n, lines in enumerate(assembled) if lines is None or _is_checked(rows[n], work.report)]
+            plans: list[Plan | MaskError] = plan_many([rows[n].conversation for n in numbers], tokenizer, config)
+            pending = pool.submit(finish, plans, tokenizer, config)
+            if waiting:
+                yield waiting[0], _settle(*waiting, work)
+            waiting = rows, assembled, numbers, pending
+        if waiting:
+            yield waiting[0], _settle(*waiting, work)
+
+
+def _is_checked(row: Row, report: MaskReport) -> bool:
+    """Tell whether an assembled conversation is rendered as well; which ones depends on the dataset alone."""
+    checked = report.num_checked < _NUM_FIRST_CHECKED or crc32(row.example_id.encode()) % _CHECKED_ONE_IN == 0
+    report.num_checked += checked
+    return checked
+
+
+def _settle(
+    rows: Sequence[Row],
+    assembled: Sequence[list[Line] | None],
+    numbers: Sequence[int],
+    pending: "Future[list[Masked | MaskError]]",
+    work: _Work,
+) -> list[Outcome]:
+    """Put assembled and rendered conversations together.
+
+    Raises:
+        _NotAsRendered: one that is both is not the same.
+    """
+    outcomes: dict[int, Outcome] = {n: lines for n, lines in enumerate(assembled) if lines is not None}
+    for number, rendered in zip(numbers, pending.result(), strict=True):
+        row, lines = rows[number], assembled[number]
+        outcome = _retry_adapted(row, rendered, work)
+        if lines is not None:
+            expected = (
+                [to_line(row, example, work.prepared.end_of_turn) for example in outcome.examples]
+                if isinstance(outcome, Masked)
+                else []
+            )
+            if [line.normal() for line in expected] != [line.normal() for line in lines]:
+                raise _NotAsRendered(f"{row.source}, line {row.line} became {_differ(lines, expected)}")
+        elif isinstance(outcome, MaskError):
+            outcomes[number] = outcome
+        else:
+            work.report.num_literals += outcome.num_literals
+            work.report.dropped.update(outcome.dropped)
+            outcomes[number] = [to_line(row, example, work.prepared.end_of_turn) for example in outcome.examples]
+    return [outcomes[number] for number in range(len(rows))]
+
+
+def _differ(lines: Sequence[Line], expected: Sequence[Line]) -> str:
+    """Say how examples differ from the rendered ones."""
+    if len(lines) != len(expected):
+        return f"{len(lines)} example(s) in place of {len(expected)}"
+    for line, wanted in zip(lines, expected, strict=True):
+        ids, others = (np.frombuffer(each.ids, np.int32).tolist() for each in (line, wanted))
+        if ids != others:
+            place = next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(others))
+            return f"{len(ids)} tokens in place of {len(others)}, the first different one at position {place}"
+    return "examples with other labels, questions or references"
+
+
+def _to_reject(row: Row, outcome: MaskError) -> tuple[Any, ...]:
+    place = (row.example_id, row.source, row.line)
+    return (*place, outcome.reason, str(outcome), row.raw[:_MAX_RAW_CHARACTERS])
+
+
+def _retry_adapted(row: Row, outcome: Masked | MaskError, work: _Work) -> Masked | MaskError:
+    """Give a template that refuses tool calls an empty content or arguments as JSON text, which some expect."""
+    if not isinstance(outcome, MaskError) or outcome.reason not in ("template_error", "null_content"):
+        return outcome
+    for as_text in (False, True):
+        messages = [_adapt(message, as_text) for message in row.conversation.messages]
+        if messages == row.conversation.messages:
+            continue
+        again = build_many([Conversation(messages, row.conversation.tools)], work.prepared.tokenizer, work.config)[0]
+        if isinstance(again, Masked):
+            work.report.num_adapted += 1
+            return again
+    return outcome
+
+
+def _adapt(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """Copy a message that calls tools with a content that is not null and, if wanted, its arguments as JSON text."""
+    if not isinstance(message.get("tool_calls"), list):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if as_text and isinstance(function, dict) and not isinstance(function.get("arguments"), str):
+            text = json.dumps(function.get("arguments"), ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": text}}
+        calls.append(call)
+    return {**message, "content": message.get("content") or "", "tool_calls": calls}
