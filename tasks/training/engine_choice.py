@@ -6,16 +6,13 @@ What is decided here is said in a line each, so that nobody has to guess why a t
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
-from tasks.models import ModelError, load_model
 from tasks.training.batches import TokenTable, form_batch, form_flat_batch
 from tasks.training.budget import fit_memory
 from tasks.training.distributed import gather
@@ -33,40 +30,6 @@ CPU_TOKENS = 2048
 # The trial's gradient may differ by this part of its norm, and its loss by this part of it. In 16 bits, two ways
 # through a deep model of random weights differ by a tenth; one that forgets a norm or a scale, by about one.
 _TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.02)}
-
-
-def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the frozen base, in 4 bits where the config says so.
-
-    Raises:
-        TrainingError: the config's weights cannot be had on this machine.
-        ModelError: nothing loads from the folder.
-    """
-    if config.base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise TrainingError(
-            "training.base_weights is fp8, which needs a GPU of compute capability 8.9 (Ada) or later: set it to full"
-        )
-    if config.base_weights != "nf4":
-        return load_model(folder, dtype=dtype)
-    if device.type != "cuda":
-        raise TrainingError("training.base_weights is nf4, which needs a GPU: set it to full")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise TrainingError(
-            "training.base_weights is nf4, which needs bitsandbytes: pip install 'sft-pipeline[nf4]'"
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    try:
-        return load_model(folder, dtype=dtype, quantization=quantization)
-    except ModelError as error:
-        raise TrainingError(
-            f"{folder} cannot be loaded in 4 bits ({error}): set training.base_weights to full"
-        ) from error
 
 
 def choose_engine(
