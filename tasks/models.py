@@ -74,8 +74,7 @@ def load_model(
         folder: config.json and safetensors weights.
         dtype: of the weights in memory; the checkpoint's own when None.
         device: the CPU when None.
-        quantization: transformers' description of how to quantize the weights while loading; they then lie where it
-            puts them.
+        quantization: transformers' description of how to quantize the weights while loading.
 
     Raises:
         ModelError: nothing there loads.
@@ -83,7 +82,12 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    options = {"quantization_config": quantization, "device_map": {"": 0}} if quantization is not None else {}
+    place = device or torch.device("cpu")
+    options: dict[str, Any] = {}
+    if place.type != "cpu" or quantization is not None:
+        options["device_map"] = {"": place}  # tensor by tensor: the host never holds the whole model
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -96,4 +100,4 @@ def load_model(
         )
     except Exception as error:
         raise ModelError(f"{folder}: no causal language model loads from here ({error})") from error
-    return model.eval() if quantization is not None else model.to(device or torch.device("cpu")).eval()
+    return model.eval()

@@ -12,10 +12,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 _READ_BYTES = 1 << 20
+_MAX_READERS = 8
 
 
 def home() -> Path:
@@ -34,9 +36,12 @@ def digest_file(path: Path) -> str:
 
 def digest_folder(folder: Path) -> str:
     """Return the sha256 over the sorted relative names and contents of a folder's files."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as pool:  # hashing frees the interpreter
+        digests = list(pool.map(digest_file, paths))
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{digest_file(path)}\n".encode())
+    for path, content in zip(paths, digests, strict=True):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 

@@ -29,10 +29,10 @@ class LowRank:
     b: Tensor
     scale: float
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """Compute in fp32 and cast once, to the weight's own dtype."""
-        delta = self.scale * (self.b.float() @ self.a.float())
-        return (weight.float() + delta).to(weight.dtype)
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        """Change some rows: compute in fp32 and cast once, to the weight's own dtype."""
+        wide = weight.to(torch.float32, copy=True)
+        return wide.addmm_(self.b[rows].float(), self.a.float(), alpha=self.scale).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Replacement:
 
     values: Tensor
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """Cast once, to the weight's own dtype."""
-        return self.values.to(weight.dtype)
+    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+        """Change some rows: cast once, to the weight's own dtype."""
+        return (self.values[rows] if self.values.dim() else self.values).to(weight.dtype)
 
 
 Change = LowRank | Replacement

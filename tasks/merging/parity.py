@@ -19,7 +19,7 @@ from torch import Tensor
 
 from schemas.artifacts import MergeCheck
 from schemas.config import MergeConfig
-from tasks.merging.weights import FLOATS, read_headers
+from tasks.merging.shards import FLOATS, read_headers
 from tasks.models import choose_device, load_model
 
 MAX_LOGIT_DIFF_FP32 = 1e-3

@@ -1,49 +1,22 @@
 """Merge: W + s B A in fp32, cast once to the base's stored dtype, tensor by tensor from file to file.
 
-Nothing but the tensors of one output shard is in memory, and what the adapter does not touch is copied as it is.
+Nothing but the adapter and some blocks of rows are in memory, and what the adapter does not touch is copied as it is.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from tasks.merging.changes import Change, LowRank, MergeError, Replacement, build_skeleton, read_changes
 from tasks.merging.companions import copy_companions
+from tasks.merging.shards import FLOATS, PlannedTensor, StoredTensor, read_headers, write_shards
 from tasks.models import load_model
 
-INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a checkpoint, still on the disk."""
-
-    file: Path
-    name: str
-    dtype: str
-    """As safetensors writes it: F32, BF16, ..."""
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the merged model: where it comes from and what happens to it."""
-
-    name: str
-    source: StoredTensor
-    change: Change | None
 
 
 def merge_adapter(
@@ -80,7 +53,7 @@ def merge_adapter(
         _merge_through_peft(base_model, adapter, folder, stored, max_shard_size)
     else:
         unties = any(tensor.name not in stored for tensor in plan)
-        _write_shards(plan, folder, limit)
+        write_shards(plan, folder, limit)
     copy_companions(base_model, tokenizer, folder, card or {}, unties=unties)
 
 
@@ -90,33 +63,6 @@ def parse_size(text: str) -> int:
     if not match or float(match[1]) == 0:
         raise MergeError(f"merge.max_shard_size is {text!r}: write a size such as 500MB or 5GB")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def read_headers(model: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a checkpoint in the order of its files, without reading their values.
-
-    Raises:
-        MergeError: no safetensors weights, or a file is missing or damaged.
-    """
-    files = [model / "model.safetensors"]
-    if not files[0].exists():
-        if not (model / INDEX).exists():
-            raise MergeError(f"{model}: neither model.safetensors nor {INDEX}: weights as safetensors are wanted")
-        weight_map: dict[str, str] = json.loads((model / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = [model / name for name in sorted(set(weight_map.values()))]
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.offset_keys():
-                    part = reader.get_slice(name)
-                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                    # Sub-byte types do not occur beside LoRA; their sizes only steer how files are cut.
-                    num_bytes = int(torch.Size(shape).numel() * int(re.sub(r"\D", "", dtype.split("_")[0]) or 8) / 8)
-                    stored[name] = StoredTensor(file, name, dtype, shape, num_bytes)
-        except Exception as error:
-            raise MergeError(f"{file}: cannot be read ({error}): fetch the model again") from error
-    return stored
 
 
 def _plan(
@@ -160,47 +106,6 @@ def _check_fit(tensor: PlannedTensor, change: Change) -> None:
             f"{tensor.name}: the base model stores {source.dtype}: merge into the unquantized model (float32, "
             "bfloat16 or float16)"
         )
-
-
-def _write_shards(plan: list[PlannedTensor], folder: Path, limit: int) -> None:
-    """Write the tensors in files of at most `limit` bytes each, and the index when there are several."""
-    shards: list[list[PlannedTensor]] = [[]]
-    num_bytes = 0
-    for tensor in plan:
-        if shards[-1] and num_bytes + tensor.source.num_bytes > limit:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(tensor)
-        num_bytes += tensor.source.num_bytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        alone = len(shards) == 1
-        name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({tensor.name: _load(tensor) for tensor in shard}, folder / name, metadata={"format": "pt"})
-        weight_map |= {tensor.name: name for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.source.num_bytes for tensor in plan)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _load(tensor: PlannedTensor) -> Tensor:
-    """Read a tensor and change it.
-
-    Raises:
-        MergeError: the result is not finite.
-    """
-    try:
-        with safe_open(tensor.source.file, framework="pt") as reader:
-            weight: Tensor = reader.get_tensor(tensor.source.name)
-    except Exception as error:
-        raise MergeError(f"{tensor.source.file}: {tensor.source.name} cannot be read ({error})") from error
-    if tensor.change is None:
-        return weight
-    merged = tensor.change.apply(weight).contiguous()
-    if not bool(merged.isfinite().all()):
-        raise MergeError(f"{tensor.name}: NaN or infinity after merging into {merged.dtype}: the training diverged")
-    return merged
 
 
 def _merge_through_peft(

@@ -6,15 +6,12 @@ What is decided here is said in a line each, so that nobody has to guess why a t
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
-from tasks.models import ModelError, load_model
 from tasks.training.batches import TokenTable
 from tasks.training.budget import fit_memory
 from tasks.training.distributed import gather
@@ -30,40 +27,6 @@ from tasks.training.trial import prove, try_model
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
-
-
-def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the frozen base, in 4 bits where the config says so.
-
-    Raises:
-        TrainingError: the config's weights cannot be had on this machine.
-        ModelError: nothing loads from the folder.
-    """
-    if config.base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise TrainingError(
-            "training.base_weights is fp8, which needs a GPU of compute capability 8.9 (Ada) or later: set it to full"
-        )
-    if config.base_weights != "nf4":
-        return load_model(folder, dtype=dtype)
-    if device.type != "cuda":
-        raise TrainingError("training.base_weights is nf4, which needs a GPU: set it to full")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise TrainingError(
-            "training.base_weights is nf4, which needs bitsandbytes: pip install 'sft-pipeline[nf4]'"
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    try:
-        return load_model(folder, dtype=dtype, quantization=quantization)
-    except ModelError as error:
-        raise TrainingError(
-            f"{folder} cannot be loaded in 4 bits ({error}): set training.base_weights to full"
-        ) from error
 
 
 def choose_engine(

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
 from tasks.training.batches import TokenTable, form_rows, read_tokens
-from tasks.training.engine_choice import choose_engine, load_base
+from tasks.training.engine_choice import choose_engine
 from tasks.training.engines import Engine
+from tasks.training.frozen import load_base
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
