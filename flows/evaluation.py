@@ -2,6 +2,7 @@
 
 from prefect import flow
 
+from flows.cancellation import heed_server
 from flows.gpu_stages import bring_model, hand_over
 from schemas.artifacts import ModelRef, TokensRef
 from schemas.config import EvaluationConfig
@@ -18,5 +19,6 @@ def evaluate_on_pool(model: ModelRef, tokens: TokensRef, config: EvaluationConfi
         config: evaluation settings.
         parent_run_id: MLflow run of the pipeline.
     """
-    report = evaluate(bring_model(model), tokens, config, parent_run_id=parent_run_id)
+    with heed_server():
+        report = evaluate(bring_model(model), tokens, config, parent_run_id=parent_run_id)
     hand_over(parent_run_id, f"evaluate-{model.kind}", report)

@@ -4,15 +4,21 @@ A run on the pool hands its result over as a small tag on the pipeline's MLflow 
 share nothing but the two servers.
 """
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from platform import node
 from typing import Any, TypeVar
+from uuid import UUID
 
+import httpx
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelling
 
 from schemas.artifacts import AdapterRef, EvalReport, ModelRef, Ref, TokensRef
 from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
@@ -22,6 +28,7 @@ from tasks.ingestion.base_model import locate_base_model
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
 _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not started again
 _POLL_SECONDS = 2.0
+_AWAY_SECONDS = 5.0
 _RESULT_TAG = "sft.handed_over."
 
 R = TypeVar("R", bound=Ref)
@@ -104,7 +111,7 @@ def _run_on_pool(name: str, stage: str, kind: type[R], parameters: dict[str, Any
     for start in range(1, _MAX_STARTS + 1):
         # The key ties a child to this attempt of this run: asked twice it is the same child, after a retry a new one.
         key = f"{flow_run.id}-{stage}-{flow_run.run_count}-{start}"
-        child = _start(name, sent, key)
+        child = _follow(_start(name, sent, key))
         assert child.state is not None
         if child.state.is_completed():
             return _take(parent_run_id, stage, kind)
@@ -117,10 +124,39 @@ def _run_on_pool(name: str, stage: str, kind: type[R], parameters: dict[str, Any
     raise StageLostError(f"{where} was lost {_MAX_STARTS} times: see its log; a retry goes on from its last checkpoint")
 
 
-def _start(name: str, parameters: dict[str, Any], key: str) -> FlowRun:
+def _start(name: str, parameters: dict[str, Any], key: str) -> UUID:
+    """Start a run of a deployment and return its id; a server that is away is waited for."""
+    while True:
+        try:
+            child = run_deployment(name, parameters=parameters, idempotency_key=key, timeout=0)
+        except ObjectNotFound:
+            raise StageFailedError(f"deployment {name} is not known to the Prefect server: run `sft deploy`") from None
+        except httpx.TransportError as error:
+            _wait_for_server(error)
+            continue
+        assert isinstance(child, FlowRun)  # a coroutine only where the caller is one
+        return child.id
+
+
+def _follow(child_id: UUID) -> FlowRun:
+    """Wait for a run to end, and return it; when this run ends before, the other is cancelled: it would hold a GPU."""
     try:
-        child = run_deployment(name, parameters=parameters, idempotency_key=key, poll_interval=_POLL_SECONDS)
-    except ObjectNotFound:
-        raise StageFailedError(f"deployment {name} is not known to the Prefect server: run `sft deploy`") from None
-    assert isinstance(child, FlowRun)  # a coroutine only where the caller is one
-    return child
+        while True:
+            try:
+                with get_client(sync_client=True) as client:
+                    child = client.read_flow_run(child_id)
+            except httpx.TransportError as error:
+                _wait_for_server(error)
+                continue
+            if child.state is not None and child.state.is_final():
+                return child
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        with suppress(Exception), get_client(sync_client=True) as client:  # a server that is away does it later
+            client.set_flow_run_state(child_id, Cancelling(message="The pipeline run that wanted it has ended."))
+        raise
+
+
+def _wait_for_server(error: Exception) -> None:
+    get_run_logger().warning("The Prefect server does not answer (%s): waiting for it", error)
+    time.sleep(_AWAY_SECONDS)

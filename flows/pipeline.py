@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 
 from flows.accounting import build_report, describe_run, summarize_facts
 from flows.attempts import check_inputs, git_commit, open_attempt
+from flows.cancellation import heed_server
 from flows.champion import meet_champion
 from flows.gpu_stages import evaluate, train
 from schemas.artifacts import RunReport
@@ -48,7 +49,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
     config = _with_dataset(config, dataset_uri)
     seconds: dict[str, float] = {}
     title = describe_run(config)
-    with open_attempt(config, resume=resume, run_name=title) as run:
+    with heed_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
             base_model = locate_model(config.model)
             source = locate_dataset(config.data)

@@ -2,11 +2,14 @@
 
 from prefect import flow
 
+from flows.cancellation import heed_server
 from flows.gpu_stages import bring_model, hand_over
 from schemas.artifacts import ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage
 from tasks.training.task import train
+
+_WAIT_SECONDS = 120.0
 
 
 @flow(name="train", flow_run_name="train {base_model.name}")
@@ -22,7 +25,7 @@ def train_on_pool(
         seed: of order, dropout and the adapter's start.
         parent_run_id: MLflow run of the pipeline.
     """
-    # A run whose process was lost may still have its training alive here: two must not write its checkpoints.
-    with storage.hold_run(f"{parent_run_id}/train"):
+    # A run that the server gave up may still be alive here: two must not write its checkpoints, and that one will end.
+    with heed_server(), storage.hold_run(f"{parent_run_id}/train", wait_seconds=_WAIT_SECONDS):
         adapter = train(bring_model(base_model), tokens, config, seed=seed, parent_run_id=parent_run_id)
     hand_over(parent_run_id, "train", adapter)

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 
 _READ_BYTES = 1 << 20
 _MAX_READERS = 8
+_LOCK_SECONDS = 0.5
 
 
 def home() -> Path:
@@ -97,19 +99,25 @@ def run_folder(mlflow_run_id: str) -> Path:
 
 
 @contextmanager
-def hold_run(mlflow_run_id: str) -> Iterator[None]:
+def hold_run(mlflow_run_id: str, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock of a pipeline run; the kernel frees it however the process dies.
 
     Raises:
-        ValueError: a living process has the run.
+        ValueError: a living process has the run, and kept it for so long.
     """
+    deadline = time.monotonic() + wait_seconds
     with (run_folder(mlflow_run_id) / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"run {mlflow_run_id} is being worked on by another process on this machine: wait for it or stop it"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise ValueError(
+                        f"run {mlflow_run_id} is being worked on by another process on this machine: wait for it or "
+                        "stop it"
+                    ) from None
+                time.sleep(_LOCK_SECONDS)
         yield
 
 

@@ -41,6 +41,8 @@ def start_prefect(settings: ServiceSettings, urls: DatabaseUrls, credentials: Cr
     """Start the Prefect server."""
     environment = base_environment(settings) | {
         "PREFECT_API_DATABASE_CONNECTION_URL": urls.prefect,
+        # A GPU's place is a lease; kept in memory it would be lost with the server, and the run with its next renewal.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # Prefect copies its pages beside its code otherwise, which may be read-only.
         "PREFECT_UI_STATIC_DIRECTORY": str(settings.folder.parent / "prefect" / "ui"),
         # Where browsers find the API; behind a reverse proxy its address is given.

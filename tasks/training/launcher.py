@@ -9,18 +9,13 @@ there is nothing to give back, and a second import of the model libraries would 
 import gc
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
+from tasks.training.in_place import train_in_place
 from tasks.training.messages import NODE_RANK_VARIABLE, TrainingJob, write_job
-from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome, TrainingStopped
+from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 from tasks.training.supervision import Listeners, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -64,7 +59,7 @@ def run_training(
     if in_place is None:
         in_place = _belongs_here(job)
     if in_place:
-        return _run_in_place(job, on_step, on_eval)
+        return train_in_place(job, on_step, on_eval)
     job.run_folder.mkdir(parents=True, exist_ok=True)
     node = int(os.environ.get(NODE_RANK_VARIABLE, "0"))  # several machines may share the folder
     path, log = (
@@ -88,69 +83,6 @@ def _belongs_here(job: TrainingJob) -> bool:
     import torch
 
     return job.config.num_processes * job.config.num_nodes == 1 and not torch.cuda.is_available()
-
-
-def _run_in_place(
-    job: TrainingJob, on_step: Callable[[StepRecord], None], on_eval: Callable[[EvalRecord], None]
-) -> TrainingOutcome:
-    """Train in this process; a signal waits for the step border and the checkpoint."""
-    from tasks.training.loop import train_adapter
-
-    with _signals_that_wait() as pending:
-        try:
-            return train_adapter(
-                job.base_model,
-                job.tokens,
-                job.run_folder,
-                job.config,
-                seed=job.seed,
-                identity=job.identity,
-                on_step=on_step,
-                on_eval=on_eval,
-                should_stop=lambda: bool(pending.numbers),
-            )
-        except TrainingStopped:
-            logger.warning("Stopped by %s, after a checkpoint", signal.Signals(pending.numbers[0]).name)
-            raise
-
-
-@dataclass
-class _Pending:
-    """Signals that came and wait."""
-
-    numbers: list[int]
-
-
-@contextmanager
-def _signals_that_wait() -> Iterator[_Pending]:
-    """Hold the first Ctrl-C or termination back until the end of the body; the second one gets through at once.
-
-    Outside of the main thread, signals do not arrive, and there is nothing to hold back.
-    """
-    pending = _Pending([])
-    if threading.current_thread() is not threading.main_thread():
-        yield pending
-        return
-    earlier: dict[int, Any] = {}
-
-    def restore() -> None:
-        while earlier:
-            number, handler = earlier.popitem()
-            signal.signal(number, handler)
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        pending.numbers.append(number)
-        restore()
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        if signal.getsignal(number) is not None:  # None: not installed from Python, and could not be put back
-            earlier[number] = signal.signal(number, hold)
-    try:
-        yield pending
-    finally:
-        restore()
-        for number in pending.numbers[:1]:
-            signal.raise_signal(number)
 
 
 def _release_gpu() -> None:

@@ -77,8 +77,12 @@ def find_processes(job: TrainingJob) -> list[psutil.Process]:
 
 
 def at_step(number: int, act: Callable[[], None]) -> Callable[[StepRecord], None]:
+    """Return a callback that acts once: one that was interrupted is called again."""
+    acted: list[int] = []
+
     def on_step(record: StepRecord) -> None:
-        if record.step == number:
+        if record.step == number and not acted:
+            acted.append(number)
             act()
 
     return on_step
@@ -148,23 +152,30 @@ def test_signal_in_place_waits_for_the_checkpoint(
     earlier = signal.signal(number, cancel)
     try:
         job = make_job(base_model, tokens, tmp_path)
+        handlers: list[Any] = []
+
+        def act() -> None:
+            handlers.append(signal.getsignal(number))
+            signal.raise_signal(number)
+
         with pytest.raises(Cancelled):
-            run_training(job, on_step=at_step(7, lambda: signal.raise_signal(number)), in_place=True)
-        assert signal.getsignal(number) is cancel
+            run_training(job, on_step=at_step(7, act), in_place=True)
+        assert handlers == [cancel]  # Prefect takes a run with another handler for a crash
     finally:
         signal.signal(number, earlier)
-    assert list_checkpoints(job) == [7]
+    (step,) = list_checkpoints(job)
+    assert 7 <= step < NUM_STEPS
     assert same_adapter(run_training(job, in_place=True), undisturbed.outcome)
 
 
 def test_second_signal_in_place_does_not_wait(base_model: Path, tokens: Path, tmp_path: Path) -> None:
-    def twice() -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    def from_step_7(record: StepRecord) -> None:
+        if record.step >= 7:
+            signal.raise_signal(signal.SIGINT)
 
     job = make_job(base_model, tokens, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run_training(job, on_step=at_step(7, twice), in_place=True)
+        run_training(job, on_step=from_step_7, in_place=True)
     assert list_checkpoints(job) == []
 
 
