@@ -93,7 +93,7 @@ def _runs(service: Service, *flows: str) -> dict[str, dict[str, Any]]:
 
 
 def _await_new_run(service: Service, flow: str, before: set[str]) -> str:
-    wait_until(lambda: bool(set(_runs(service, flow)) - before), seconds=120)
+    wait_until(lambda: bool(set(_runs(service, flow)) - before), seconds=300)
     (run,) = set(_runs(service, flow)) - before
     return run
 
