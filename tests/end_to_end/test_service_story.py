@@ -34,7 +34,7 @@ pytestmark = [
 ]
 _PIPELINE, _NAME = "sft-pipeline/sft-pipeline", "served-model"
 _SECTIONS = ["Base model", "Dataset", "Tokenization", "Training", "Merge", "Evaluation", "Registry"]
-_RUN_SECONDS = 900  # a run takes one minute or two on a quiet machine
+_RUN_SECONDS = 1800  # a run takes one minute or two on a quiet machine
 
 
 @pytest.fixture(scope="module", autouse=True)
