@@ -284,8 +284,8 @@ class EvaluationConfig(Section):
 
     max_examples: int = Field(default=200, ge=1, title="Most held-out rows")
     """Rows evaluated, from the front of the held-out part."""
-    batch_size: int = Field(default=16, ge=1, title="Batch")
-    """Prompts generated at once."""
+    batch_size: Literal["auto"] | int = Field(default="auto", title="Batch")
+    """Prompts generated at once. auto: as many as the free memory of a GPU holds, up to 256; 16 on a CPU."""
     max_new_tokens: int = Field(default=128, ge=1, le=32768, title="Longest answer (tokens)")
     """Greedy decoding stops here at the latest."""
     questions: tuple[str, ...] = Field(default=(), title="Free questions")
@@ -294,6 +294,12 @@ class EvaluationConfig(Section):
     """For the paired confidence intervals."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, title="Confidence")
     """Level of the intervals."""
+
+    @model_validator(mode="after")
+    def _check_batch_holds_a_prompt(self) -> Self:
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: set auto, or at least 1")
+        return self
 
 
 class GateConfig(Section):

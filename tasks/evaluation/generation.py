@@ -1,17 +1,24 @@
-"""Greedy answers in left-padded batches: no randomness, and the same tokens whatever the batch.
+"""Greedy answers to many prompts: no randomness, and the same tokens whatever the batch."""
 
-Dimensions: `B` rows of a batch, `T` tokens of a row with its padding, `K` kept positions, `V` vocabulary.
-"""
-
-import inspect
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.evaluation.flat import UnsupportedModelError
+from tasks.evaluation.memory import shrink_until_it_fits
+from tasks.evaluation.padded import decode_padded
+from tasks.evaluation.slots import Prompt, SlotDecoder, check_slots, choose_num_slots
+
+PADDED_BATCH = 16
+"""Rows of a padded batch where the config leaves it open."""
 
 Progress = Callable[[int], None]
 """Called with the number of rows that have just been finished."""
+
+logger = logging.getLogger(__name__)
 
 
 def ignore_progress(num_rows: int) -> None:
@@ -24,12 +31,12 @@ def generate_greedy(
     *,
     stop_ids: frozenset[int],
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | Literal["auto"] = "auto",
     on_progress: Progress = ignore_progress,
 ) -> list[list[int]]:
     """Continue each prompt with its most likely tokens until a stop id, the limit, or the end of the context.
 
-    Prompts of similar length share a batch, so that padding is small. Logits are taken as they are: no penalty,
+    Prompts of similar length go together, so that little is done for nothing. Logits are taken as they are: no penalty,
     temperature or suppressed token of the model's generation config plays a part.
 
     Args:
@@ -37,101 +44,85 @@ def generate_greedy(
         prompts: token ids; none may be empty.
         stop_ids: ids that end an answer.
         max_new_tokens: most tokens of an answer.
-        batch_size: prompts decoded at once.
-        on_progress: called after each batch.
+        batch_size: prompts decoded at once; auto: as many as the free memory of a GPU holds, 16 on a CPU. Where it
+            turns out to be too many for the memory, half as many go on.
+        on_progress: called from time to time with the rows that have been finished since.
 
     Returns:
         The new tokens of each prompt, without the stop id; empty where the model stops at once.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    # Longest first: a batch that does not fit into memory fails at the start and not at the end.
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        decoded = _decode_batch(model, [prompts[row] for row in rows], stop_ids, max_new_tokens)
-        for row, tokens in zip(rows, decoded, strict=True):
-            answers[row] = tokens
-        on_progress(len(rows))
-    return answers
+    rooms = [min(max_new_tokens, context_length(model) - len(prompt)) for prompt in prompts]
+    answers: dict[int, list[int]] = {row: [] for row, room in enumerate(rooms) if room <= 0}
+    if answers:
+        on_progress(len(answers))
+    # Longest first: what does not fit into memory fails at the start and not at the end.
+    order = sorted(set(range(len(prompts))) - set(answers), key=lambda row: -len(prompts[row]))
+    waiting = [Prompt(row, prompts[row], rooms[row]) for row in order]
+    if waiting:
+        _decode(model, waiting, answers, stop_ids, batch_size, on_progress)
+    return [answers[row] for row in range(len(prompts))]
 
 
-@torch.inference_mode()
-def _decode_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], max_new_tokens: int
-) -> list[list[int]]:
-    """Decode one batch; a row that has ended leaves it, so that the others get cheaper."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    room = [min(max_new_tokens, context_length(model) - len(prompt)) for prompt in prompts]
-    rows = [row for row in range(len(prompts)) if room[row] > 0]
-    if not rows:
-        return answers
-    input_ids, mask, positions = pad_left([prompts[row] for row in rows], model.device)
-    cache = None
-    while True:
-        logits, cache = forward(model, input_ids, mask, positions, cache=cache, use_cache=True, keep=1)
-        tokens = logits[:, -1].argmax(dim=-1).tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            if token not in stop_ids:
-                answers[row].append(token)
-        # Indices into the present batch of the rows that go on.
-        alive = [
-            at
-            for at, (row, token) in enumerate(zip(rows, tokens, strict=True))
-            if token not in stop_ids and len(answers[row]) < room[row]
-        ]
-        if not alive:
-            return answers
-        if len(alive) < len(rows):
-            index = torch.tensor(alive, device=model.device)
-            cache.reorder_cache(index)
-            mask, positions = mask[index], positions[index]
-            rows, tokens = [rows[at] for at in alive], [tokens[at] for at in alive]
-        input_ids = torch.tensor(tokens, device=model.device).unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return input_ids, attention mask and position_ids, each `[B, T]`, with the rows ending in the last column.
-
-    Positions count from 0 at each row's first token. The padding's id is 0 and never seen: the mask hides it.
-    """
-    assert all(rows), "an empty row has no last token to continue from"
-    width = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for at, row in enumerate(rows):
-        input_ids[at, width - len(row) :] = torch.tensor(row)
-        mask[at, width - len(row) :] = 1
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return input_ids.to(device), mask.to(device), positions.to(device)
-
-
-def forward(
+def _decode(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    cache: Any,
-    use_cache: bool,
-    keep: int,
-) -> tuple[torch.Tensor, Any]:
-    """Return the logits `[B, K, V]` of the last `keep` positions, and the cache.
+    prompts: Sequence[Prompt],
+    answers: dict[int, list[int]],
+    stop_ids: frozenset[int],
+    batch_size: int | Literal["auto"],
+    on_progress: Progress,
+) -> None:
+    """Put the answers by row into `answers`: in slots on a GPU where the model allows it, else in padded batches."""
+    if model.device.type == "cuda":
+        try:
+            bytes_per_token = check_slots(model)
+        except UnsupportedModelError as error:
+            logger.warning("Answers are made in padded batches, which is slower: %s", error)
+        else:
+            size = choose_num_slots(prompts, bytes_per_token, model.device) if batch_size == "auto" else batch_size
+            work = partial(decode_in_slots, model, prompts, answers, stop_ids, on_progress)
+            shrink_until_it_fits(work, min(size, len(prompts)), name="evaluation.batch_size")
+            return
+    size = PADDED_BATCH if batch_size == "auto" else batch_size
+    work = partial(decode_in_batches, model, prompts, answers, stop_ids, on_progress)
+    shrink_until_it_fits(work, min(size, len(prompts)), name="evaluation.batch_size")
 
-    `input_ids` and `positions` hold the new columns only, `mask` also those that are in the cache already.
-    """
-    # Some architectures have no positions to give (ALiBi) or cannot restrict the logits.
-    known = inspect.signature(model.forward).parameters
-    optional = {"position_ids": positions, "logits_to_keep": keep}
-    output = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=use_cache,
-        **{name: value for name, value in optional.items() if name in known},
+
+def decode_in_slots(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    answers: dict[int, list[int]],
+    stop_ids: frozenset[int],
+    on_progress: Progress,
+    num_slots: int,
+) -> None:
+    """Put the answers that are still missing, by row, into `answers`; slots that fall free are taken again."""
+    missing = [prompt for prompt in prompts if prompt.row not in answers]
+    decoder = SlotDecoder(
+        model,
+        num_slots=num_slots,
+        slot_length=max(len(prompt.tokens) + prompt.room for prompt in missing),
+        longest_answer=max(prompt.room for prompt in missing),
+        stop_ids=stop_ids,
     )
-    return output.logits[:, -keep:], output.past_key_values if use_cache else None
+    decoder.decode(missing, answers, on_progress)
+
+
+def decode_in_batches(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    answers: dict[int, list[int]],
+    stop_ids: frozenset[int],
+    on_progress: Progress,
+    batch_size: int,
+) -> None:
+    """Put the answers that are still missing, by row, into `answers`; one padded batch after the other."""
+    missing = [prompt for prompt in prompts if prompt.row not in answers]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        tokens, rooms = [prompt.tokens for prompt in batch], [prompt.room for prompt in batch]
+        for prompt, answer in zip(batch, decode_padded(model, tokens, rooms, stop_ids), strict=True):
+            answers[prompt.row] = answer
+        on_progress(len(batch))
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.evaluation.generation import context_length, decode, forward, pad_left
+from tasks.evaluation.generation import context_length, decode
+from tasks.evaluation.padded import forward, pad_left
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the bytes of a character may come in several tokens
 

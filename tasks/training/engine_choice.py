@@ -3,36 +3,33 @@
 What is decided here is said in a line each, so that nobody has to guess why a training is slow.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
 from tasks.models import ModelError, load_model
-from tasks.training.batches import TokenTable, form_batch, form_flat_batch
+from tasks.training.batches import TokenTable
 from tasks.training.budget import fit_memory
 from tasks.training.distributed import gather
 from tasks.training.engines import Engine, FusedEngine, GeneralEngine
-from tasks.training.fused.attention import has_flash_attention
+from tasks.training.fused.attention import attend_one_by_one
 from tasks.training.fused.decoder import LOGITS_BYTES
 from tasks.training.fused.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
 from tasks.training.lora import collect_trained
-from tasks.training.loss import cut_trial, isolates_packed, sum_token_losses, supports_trained_only
+from tasks.training.loss import isolates_packed, supports_trained_only
 from tasks.training.records import TrainingError
 from tasks.training.sharding import is_sharded
+from tasks.training.trial import prove, try_model
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
-# The trial's gradient may differ by this part of its norm, and its loss by this part of it. In 16 bits, two ways
-# through a deep model of random weights differ by a tenth; one that forgets a norm or a scale, by about one.
-_TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.02)}
 
 
 def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -113,12 +110,11 @@ def _build_fused(
     Raises:
         UnknownDecoderError: the model is not known, or does not do what was thought.
     """
-    expected = _try_general(model, table, device, dtype)
+    expected = try_model(model, table, device, dtype)
     decoder = recognize_decoder(model)
     most_tokens = _count_step_tokens(table, rows, config)
+    decoder, notes = prove(model, decoder, table, expected, device, dtype)
     engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES)
-    _compare(model, engine, table, expected, dtype)
-    notes = []
     if config.base_weights == "fp8":
         engine = FusedEngine(quantize_decoder(decoder), device, CPU_TOKENS, 0, LOGITS_BYTES)
         del decoder
@@ -133,7 +129,7 @@ def _build_fused(
         needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes))
         tokens, kept, logits_bytes = (min(values) for values in zip(*needs, strict=True))
         engine = replace(engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes)
-        if not has_flash_attention(device, dtype):
+        if engine.decoder.attend is attend_one_by_one:
             notes.append(f"no FlashAttention for {dtype} here: examples are attended one by one, which is slower")
         if engine.decoder.ops.__name__.endswith("elementwise"):
             notes.append("Triton is missing: the work between the products is done in plain PyTorch, which is slower")
@@ -177,73 +173,3 @@ def _count_step_tokens(table: TokenTable, rows: Sequence[Sequence[int]], config:
     rows_per_step = config.micro_batch * config.gradient_accumulation_steps
     lengths = sorted((int(table.lengths[list(row)].sum()) for row in rows), reverse=True)
     return sum(lengths[:rows_per_step])
-
-
-def _try_general(
-    model: PeftModel, table: TokenTable, device: torch.device, dtype: torch.dtype
-) -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients of two short pieces by the model's own forward pass, with a made-up adapter."""
-    parameters = collect_trained(model)
-    trial = cut_trial(table, count=2)
-    model.eval()
-    with _made_up(parameters), torch.enable_grad():
-        loss = torch.zeros((), device=device)
-        context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-        with context:
-            for index in range(2):
-                loss = loss + sum_token_losses(model, form_batch(trial, [[index]]).move(device), trained_only=False)
-        loss.backward()
-        grads = _take_grads(parameters)
-    model.train()
-    return float(loss.item()), grads
-
-
-def _compare(
-    model: PeftModel,
-    engine: FusedEngine,
-    table: TokenTable,
-    expected: tuple[float, dict[str, Tensor]],
-    dtype: torch.dtype,
-) -> None:
-    """Raise UnknownDecoderError unless the fused engine gives the same loss and gradients."""
-    parameters = collect_trained(model)
-    with _made_up(parameters), torch.enable_grad():
-        loss = engine.sum_losses(form_flat_batch(cut_trial(table, count=2), [0, 1]))
-        loss.backward()
-        grads = _take_grads(parameters)
-    engine.decoder.refresh()
-    limit, loss_limit = _TOLERANCES[dtype]
-    differences = [(grads[name] - grad).double().norm() ** 2 for name, grad in expected[1].items()]
-    norms = [grad.double().norm() ** 2 for grad in expected[1].values()]
-    off = float((sum(differences) / sum(norms)) ** 0.5)
-    loss_off = abs(float(loss.item()) - expected[0]) / max(abs(expected[0]), 1e-12)
-    if not (off <= limit and loss_off <= loss_limit):
-        raise UnknownDecoderError(
-            f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by "
-            f"{loss_off:.2g} (limit {loss_limit:g})"
-        )
-
-
-@contextmanager
-def _made_up(parameters: dict[str, Any]) -> Iterator[None]:
-    """Fill the LoRA B matrices, which begin at zero and would hide half of a layer, for a while."""
-    matrices = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
-    saved = [matrix.detach().clone() for matrix in matrices]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for matrix in matrices:
-            matrix.copy_(0.02 * torch.randn(matrix.shape, generator=generator))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for matrix, values in zip(matrices, saved, strict=True):
-                matrix.copy_(values)
-
-
-def _take_grads(parameters: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the gradients and leave none."""
-    grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    for parameter in parameters.values():
-        parameter.grad = None
-    return grads

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from tasks.training.batches import Batch, TokenTable, form_flat_step, form_padded_step
+from tasks.training.fused.attention import name_attention
 from tasks.training.fused.decoder import Decoder, sum_losses
 from tasks.training.loss import sum_token_losses
 
@@ -136,4 +137,5 @@ class FusedEngine:
     def describe(self) -> str:
         """Say how it computes."""
         recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
-        return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}"
+        attention = name_attention(self.decoder.attend)
+        return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}, {attention}"

@@ -1,14 +1,10 @@
-"""What a training takes of the machine, and what is done when that is too much."""
+"""What a training takes of the machine, and how a shortage of memory is told from other errors."""
 
-import gc
 import time
-from dataclasses import replace
 from functools import lru_cache
 
 import psutil
 import torch
-
-from tasks.training.preparation import Setup
 
 
 class OutOfMemory(Exception):  # noqa: N818
@@ -20,23 +16,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def step_down(setup: Setup) -> Setup | None:
-    """Return the training with an engine that takes less memory, or None where there is none.
-
-    A step keeps its rows, so that the sum that is optimized stays the same.
-    """
-    engine = setup.engine.shrink()
-    return None if engine is None else replace(setup, engine=engine)
-
-
-def release_memory(setup: Setup) -> None:
-    """Drop what a step that failed has left."""
-    setup.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    if setup.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def read_memory(device: torch.device) -> int:

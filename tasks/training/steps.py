@@ -1,12 +1,15 @@
 """One step, one evaluation, one checkpoint of a training; again in smaller pieces where the memory is short."""
 
+import gc
 import logging
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+
+import torch
 
 from tasks.tokenization.masking import IGNORE_INDEX
 from tasks.training.batches import Batch, iterate_steps
@@ -17,9 +20,7 @@ from tasks.training.memory import (
     is_out_of_memory,
     read_memory,
     read_utilisation,
-    release_memory,
     reset_memory,
-    step_down,
 )
 from tasks.training.optimization import descend
 from tasks.training.preparation import Setup
@@ -138,6 +139,23 @@ def shrink(run: Run, shortage: str) -> None:
     )
     logger.warning(message)
     run.warnings.append(message)
+
+
+def step_down(setup: Setup) -> Setup | None:
+    """Return the training with an engine that takes less memory, or None where there is none.
+
+    A step keeps its rows, so that the sum that is optimized stays the same.
+    """
+    engine = setup.engine.shrink()
+    return None if engine is None else replace(setup, engine=engine)
+
+
+def release_memory(setup: Setup) -> None:
+    """Drop what a step that failed has left."""
+    setup.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def save(run: Run, writer: CheckpointWriter) -> None:

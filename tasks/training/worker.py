@@ -10,7 +10,9 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict
+from inspect import signature as read_signature
 from pathlib import Path
+from typing import Any
 
 from tasks.training.lifeline import Lifeline, LogSender, open_lifeline
 from tasks.training.messages import (
@@ -100,6 +102,9 @@ def _start_ranks(job: TrainingJob, path: Path) -> None:
         if config.num_nodes == 1
         else {"rdzv_backend": "static", "rdzv_endpoint": rendezvous}
     )
+    # PyTorch 2.11 does not know it yet, and waits for half a minute.
+    known = "shutdown_timeout" in read_signature(LaunchConfig).parameters
+    patience: dict[str, Any] = {"shutdown_timeout": _SHUTDOWN_SECONDS} if known else {}
     launch = LaunchConfig(
         min_nodes=config.num_nodes,
         max_nodes=config.num_nodes,
@@ -107,7 +112,7 @@ def _start_ranks(job: TrainingJob, path: Path) -> None:
         run_id=job.identity[:32] or "training",
         max_restarts=0,
         rdzv_configs={"rank": int(os.environ.get(NODE_RANK_VARIABLE, "0")), "timeout": _RENDEZVOUS_SECONDS},
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+        **patience,
         **place,
     )
     elastic_launch(launch, sys.executable)("-m", "tasks.training.worker", str(path))

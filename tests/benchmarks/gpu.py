@@ -10,7 +10,6 @@ one JSON object.
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -20,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks import trainers  # noqa: E402 (the file is run by its path, also by peers' interpreters)
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": {
         "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
@@ -41,6 +44,12 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b-fp8-lean": ("ours", "qwen2.5-7b", {**_LEAN, "gradient_checkpointing": True, "base_weights": "fp8"}, 9),
     "ours-7b-defaults": ("ours", "qwen2.5-7b", {}, 40),
     "ours-0.6b": ("ours", "qwen3-0.6b", {**_KEPT, "tokens_per_pack": 65536}, 15),
+    "ours-7b-two": (
+        "ours",
+        "qwen2.5-7b",
+        {**_KEPT, "micro_batch": 2, "gradient_checkpointing": False, "num_processes": 2},
+        13,
+    ),
     "unsloth-7b": ("unsloth", "qwen2.5-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 10),
     "unsloth-7b-lean": ("unsloth", "qwen2.5-7b", {"checkpointing": "unsloth", "batch": 8, "accumulation": 2}, 8),
     "unsloth-0.6b": ("unsloth", "qwen3-0.6b", {"checkpointing": False, "batch": 16, "accumulation": 2}, 12),
@@ -56,10 +65,10 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("7B, FP8 base, checkpointing", "ours-7b-fp8-lean", "unsloth-7b-lean", 1.7, 24.0),
     ("7B, defaults", "ours-7b-defaults", "llamafactory-7b-recipe", 11.0, None),
     ("0.6B, bf16", "ours-0.6b", "unsloth-0.6b", 1.5, None),
+    ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),
 ]
-NUM_ROWS = 3000
 
 
 def main() -> None:
@@ -72,35 +81,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         who, shape, settings, steps = RUNS[options.one]
-        run = {"ours": run_ours, "unsloth": run_unsloth, "trl": run_trl, "llamafactory": run_llamafactory}[who]
-        print("RESULT", json.dumps(run(options.work / shape, settings, steps)), flush=True)
+        print("RESULT", json.dumps(getattr(trainers, f"run_{who}")(options.work / shape, settings, steps)), flush=True)
         os._exit(0)  # some trainers hang in their own endings
     paths = dict(entry.split("=", 1) for entry in options.peer)
     for shape in sorted({RUNS[name][1] for name in options.only}):
         prepare(options.work / shape, shape)
-    results = {name: call(name, options.work, paths.get(RUNS[name][0]), options.limit) for name in options.only}
+    names = [name for name in options.only if RUNS[name][2].get("num_processes", 1) <= max(1, count_gpus())]
+    results = {name: call(name, options.work, paths.get(RUNS[name][0]), options.limit) for name in names}
     report(results)
 
 
-def draw_lengths() -> list[tuple[int, int]]:
-    """Draw prompt and answer lengths: lognormal, medians 60 and 180, sigmas 0.8 and 0.9, 2,048 tokens together."""
-    import numpy as np
+def count_gpus() -> int:
+    """Return how many GPUs there are."""
+    import torch
 
-    generator = np.random.default_rng(0)
-    prompts = np.clip(generator.lognormal(math.log(60), 0.8, NUM_ROWS), 8, 1024).astype(int)
-    answers = np.clip(generator.lognormal(math.log(180), 0.9, NUM_ROWS), 4, 1536).astype(int)
-    return [(int(p), int(min(a, 2048 - p))) for p, a in zip(prompts, answers, strict=True)]
-
-
-def draw_rows() -> list[dict[str, list[int]]]:
-    """Give every row its ids and the mask of its answer."""
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-    return [
-        {"input_ids": generator.integers(10, 150_000, p + a).tolist(), "completion_mask": [0] * p + [1] * a}
-        for p, a in draw_lengths()
-    ]
+    return torch.cuda.device_count()
 
 
 def prepare(folder: Path, shape: str) -> None:
@@ -119,7 +114,7 @@ def prepare(folder: Path, shape: str) -> None:
         settings.pop("model_type"), **settings, max_position_embeddings=32768, dtype="bfloat16", **special
     )
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "model", max_shard_size="4GB")
@@ -129,7 +124,7 @@ def prepare(folder: Path, shape: str) -> None:
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
     tokenizer.save_pretrained(folder / "model")
-    rows = draw_rows()
+    rows = trainers.draw_rows()
     (folder / "tokens").mkdir()
     lists = pa.list_(pa.int32())
     labels = [
@@ -194,193 +189,6 @@ def report(results: dict[str, dict[str, Any]]) -> None:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(json.dumps({"device": device, "torch": torch.__version__, "runs": results, "table": rows}))
-
-
-def summarize(times: list[float], tokens: list[int], skip: int) -> dict[str, Any]:
-    """Return the rate after the first `skip` steps, and the memory at its highest."""
-    import torch
-
-    seconds = times[-1] - times[skip - 1]
-    return {
-        "tokens_per_second": round(sum(tokens[skip:]) / seconds),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-        "tokens_per_step": round(sum(tokens[skip:]) / len(tokens[skip:])),
-    }
-
-
-def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run the training stage's own function."""
-    import logging
-    import shutil
-
-    from schemas.config import TrainingConfig
-    from tasks.training.loop import train_adapter
-
-    logging.basicConfig(level=logging.INFO)
-    times: list[float] = []
-    tokens: list[int] = []
-
-    def note(record: Any) -> None:
-        times.append(time.perf_counter())
-        tokens.append(record.num_tokens)
-        print(record, flush=True)
-
-    config = TrainingConfig(**settings, max_steps=steps, checkpoint_every_steps=10_000)
-    run = folder / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    started = time.perf_counter()
-    outcome = train_adapter(
-        folder / "model", folder / "tokens", run, config, seed=0, identity="benchmark", on_step=note
-    )
-    shutil.rmtree(run, ignore_errors=True)
-    return {
-        **summarize(times, tokens, max(2, steps // 4)),
-        "first_step_seconds": round(times[0] - started, 1),
-        "final_loss": round(outcome.final_loss, 3),
-        "warnings": list(outcome.warnings),
-    }
-
-
-def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run TRL at its best: packing, Liger's kernels, FlashAttention."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, attn_implementation="flash_attention_2", device_map={"": 0}
-    )
-    adapter = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
-    config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), peft_config=adapter,
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-    )  # fmt: skip
-    return _time_trainer(trainer, steps)
-
-
-def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run Unsloth at its best: its own model, packing, no dropout."""
-    import torch
-    from unsloth import FastLanguageModel  # isort: skip
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    checkpointing = settings["checkpointing"]
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder / "model"), max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False,
-        use_gradient_checkpointing=checkpointing, use_exact_model_name=True,
-    )  # fmt: skip
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = FastLanguageModel.get_peft_model(
-        model, r=64, lora_alpha=128, lora_dropout=0.0, bias="none", target_modules=names,
-        use_gradient_checkpointing=checkpointing, random_state=0, max_seq_length=2048,
-    )  # fmt: skip
-    arguments = _trainer_settings(folder, settings, steps)
-    arguments.pop("gradient_checkpointing")
-    config = SFTConfig(**arguments, bf16=True, optim="adamw_torch_fused")
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), processing_class=tokenizer
-    )
-    return _time_trainer(trainer, steps)
-
-
-def _trainer_settings(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Return what TRL and Unsloth, which stands on it, are told alike."""
-    return {
-        "output_dir": str(folder / "trainer"),
-        "per_device_train_batch_size": settings["batch"],
-        "gradient_accumulation_steps": settings["accumulation"],
-        "max_steps": steps,
-        "learning_rate": 1e-4,
-        "gradient_checkpointing": bool(settings["checkpointing"]),
-        "max_length": 2048,
-        "packing": True,
-        "completion_only_loss": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-
-
-def _time_trainer(trainer: Any, steps: int) -> dict[str, Any]:
-    """Train, with a clock at the end of each step and a count of the tokens that go in."""
-    import torch
-    from transformers import TrainerCallback
-
-    counts: list[Any] = [0]
-    times: list[float] = []
-    tokens: list[int] = []
-    inner = trainer.training_step
-
-    def counting_step(model: Any, inputs: dict[str, Any], *rest: Any, **further: Any) -> Any:
-        mask: Any = inputs.get("attention_mask")
-        is_padded = mask is not None and mask.dim() == 2
-        counts[0] = counts[0] + ((mask != 0).sum() if is_padded else inputs["input_ids"].numel())
-        return inner(model, inputs, *rest, **further)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **further: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
-            tokens.append(int(counts[0]))
-            counts[0] = 0
-            print("step", len(times), tokens[-1], flush=True)
-
-    trainer.training_step = counting_step
-    trainer.add_callback(Clock())
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    trainer.train()
-    skip = max(3, steps // 4)
-    return {**summarize(times, tokens, skip), "first_step_seconds": round(times[0] - started, 1)}
-
-
-def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run LLaMA-Factory's documented LoRA recipe through its own entry, on rows of the same lengths as text."""
-    import torch
-    from transformers import Trainer, TrainerCallback
-
-    data = folder / "llamafactory"
-    data.mkdir(exist_ok=True)
-    # A word is a token for this tokenizer, whatever the word; the empty template adds nothing.
-    rows = [{"instruction": "word " * p, "input": "", "output": "word " * a} for p, a in draw_lengths()]
-    (data / "rows.json").write_text(json.dumps(rows))
-    (data / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
-    config = {
-        "model_name_or_path": str(folder / "model"), "stage": "sft", "do_train": True, "finetuning_type": "lora",
-        "lora_rank": 64, "lora_alpha": 128, "lora_target": "all", "dataset": "rows", "dataset_dir": str(data),
-        "template": "empty", "cutoff_len": 2048, "overwrite_cache": True, "output_dir": str(data / "out"),
-        "logging_steps": 1, "save_strategy": "no", "plot_loss": False, "report_to": "none", "max_steps": steps,
-        "per_device_train_batch_size": settings["batch"], "gradient_accumulation_steps": settings["accumulation"],
-        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "bf16": True, "preprocessing_num_workers": 1,
-    }  # fmt: skip
-    (data / "config.json").write_text(json.dumps(config))  # JSON is YAML too
-    counts: list[Any] = [0]
-    times: list[float] = []
-    tokens: list[int] = []
-    inner = Trainer.training_step
-
-    def counting_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **further: Any) -> Any:
-        counts[0] = counts[0] + (inputs["attention_mask"] != 0).sum()
-        return inner(self, model, inputs, *rest, **further)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **further: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
-            tokens.append(int(counts[0]))
-            counts[0] = 0
-            print("step", len(times), tokens[-1], flush=True)
-
-    Trainer.training_step = counting_step  # type: ignore[method-assign]
-    from llamafactory.train.tuner import run_exp
-
-    started = time.perf_counter()
-    run_exp(args=config, callbacks=[Clock()])
-    return {**summarize(times, tokens, max(3, steps // 4)), "first_step_seconds": round(times[0] - started, 1)}
 
 
 if __name__ == "__main__":

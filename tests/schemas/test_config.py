@@ -48,6 +48,7 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
         ),
         ({"data": {"source": "a", "eval_split": "test"}}, "eval_split is 'test', but there is no eval_source"),
         ({"training": {"packing": True, "tokens_per_pack": 64}}, "training.tokens_per_pack is 64"),
+        ({"evaluation": {"batch_size": 0}}, "batch_size is 0: set auto, or at least 1"),
     ],
 )
 def test_errors_name_field_value_limit_and_way_out(change: dict[str, Any], words: str) -> None:

@@ -4,16 +4,24 @@ Dimensions: `T` tokens of all examples, `D` head size.
 """
 
 import inspect
-from collections.abc import Sequence
+import logging
+import os
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# Hopper and Blackwell of data centers, first number of the compute capability.
+_FLASH4_CAPABILITIES = (9, 10)
+# Its gradients were compared with the exact ones at these sizes; at 16 they are wrong.
+_FLASH4_HEAD_SIZES = (64, 128, 256)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,42 +42,115 @@ class Segments:
         return Segments(self.borders.to(device, non_blocking=True), self.lengths)
 
 
+class Attention(Protocol):
+    """Causal attention within each segment."""
+
+    def __call__(
+        self, queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+    ) -> Tensor:
+        """Return [T, heads, D].
+
+        Args:
+            queries: [T, num_query, D]
+            keys: [T, num_key_value, D]; each serves num_query / num_key_value queries.
+            values: likewise.
+            segments: end to end, all of T.
+            scale: of the scores.
+            window: a token sees this many tokens, itself included; None: all before it.
+        """
+        ...
+
+
+def find_attentions(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Attention, ...]:
+    """Return the kinds of attention that there are for a device, a dtype and a head size, the fastest first.
+
+    They are FlashAttention 4 where the package flash-attn-4 is installed, PyTorch's own FlashAttention 2, and one call
+    for each segment, which is exact on any device.
+    """
+    found: list[Attention] = []
+    if device.type == "cuda" and dtype in _FLASH_DTYPES:
+        is_known = torch.cuda.get_device_capability(device)[0] in _FLASH4_CAPABILITIES
+        if is_known and head_size in _FLASH4_HEAD_SIZES and _find_flash4() is not None:
+            found.append(attend_flash4)
+        if _find_varlen() is not None:
+            found.append(attend_varlen)
+    return *found, attend_one_by_one
+
+
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
 ) -> Tensor:
-    """Return causal attention [T, heads, D] within each segment.
-
-    Args:
-        queries: [T, num_query, D]
-        keys: [T, num_key_value, D]; each serves num_query / num_key_value queries.
-        values: likewise.
-        segments: end to end, all of T.
-        scale: of the scores.
-        window: a token sees this many tokens, itself included; None: all before it.
-    """
-    if queries.is_cuda and queries.dtype in _FLASH_DTYPES and _find_varlen() is not None:
-        function, options = _find_varlen()  # type: ignore[misc]
-        if "enable_gqa" in options:
-            options = {**options, "enable_gqa": queries.shape[1] != keys.shape[1]}
-        left = -1 if window is None else window - 1
-        return function(
-            queries,
-            keys,
-            values,
-            segments.borders,
-            segments.borders,
-            segments.longest,
-            segments.longest,
-            scale=scale,
-            window_size=(left, 0),
-            **options,
-        )
-    return _attend_one_by_one(queries, keys, values, segments.lengths, scale=scale, window=window)
+    """Attend with what PyTorch itself brings for these tensors: nothing to compile, and nothing to prove."""
+    has_flash = queries.is_cuda and queries.dtype in _FLASH_DTYPES and _find_varlen() is not None
+    kind = attend_varlen if has_flash else attend_one_by_one
+    return kind(queries, keys, values, segments, scale=scale, window=window)
 
 
-def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether PyTorch's own FlashAttention takes this device and dtype; else segments are attended one by one."""
-    return device.type == "cuda" and dtype in _FLASH_DTYPES and _find_varlen() is not None
+def name_attention(kind: Attention) -> str:
+    """Return what people call it."""
+    names: dict[Attention, str] = {attend_flash4: "FlashAttention 4", attend_varlen: "PyTorch's FlashAttention"}
+    return names.get(kind, "one call for each example")
+
+
+def attend_flash4(
+    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+) -> Tensor:
+    """Attend through FlashAttention 4, which compiles its kernels in seconds at their first use and keeps them."""
+    function = _find_flash4()
+    assert function is not None
+    result: Tensor | tuple[Tensor, ...] = function(
+        queries,
+        keys,
+        values,
+        cu_seqlens_q=segments.borders,
+        cu_seqlens_k=segments.borders,
+        max_seqlen_q=segments.longest,
+        max_seqlen_k=segments.longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(None if window is None else window - 1, None),
+    )
+    return result[0] if isinstance(result, tuple) else result
+
+
+def attend_varlen(
+    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+) -> Tensor:
+    """Attend through PyTorch's own FlashAttention."""
+    found = _find_varlen()
+    assert found is not None
+    function, options = found
+    if "enable_gqa" in options:
+        options = {**options, "enable_gqa": queries.shape[1] != keys.shape[1]}
+    result: Tensor = function(
+        queries,
+        keys,
+        values,
+        segments.borders,
+        segments.borders,
+        segments.longest,
+        segments.longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
+    return result
+
+
+@cache
+def _find_flash4() -> Any | None:
+    """Return FlashAttention 4 for examples of several lengths; None where it is not installed or does not import."""
+    # Compiled kernels are code: they are kept where only this user writes.
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(home / "sft-pipeline" / "flash-attention"))
+    try:
+        from flash_attn.cute.interface import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        if not isinstance(error, ModuleNotFoundError):
+            logger.warning("flash-attn-4 is installed but does not import (%s)", error)
+        return None
+    return flash_attn_varlen_func
 
 
 @cache
@@ -85,11 +166,11 @@ def _find_varlen() -> tuple[Any, dict[str, Any]] | None:
     return varlen_attn, {"enable_gqa": True} if "enable_gqa" in names else {}
 
 
-def _attend_one_by_one(
-    queries: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], *, scale: float, window: int | None
+def attend_one_by_one(
+    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
 ) -> Tensor:
     """Attend in each segment by itself: exact on any device, and no work between segments."""
-    parts = [states.transpose(0, 1).split(list(lengths), dim=1) for states in (queries, keys, values)]
+    parts = [states.transpose(0, 1).split(list(segments.lengths), dim=1) for states in (queries, keys, values)]
     results = []
     for query, key, value in zip(*parts, strict=True):
         length = query.shape[1]

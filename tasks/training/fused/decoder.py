@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tasks.training.fused import elementwise
 from tasks.training.fused.adapters import refresh
-from tasks.training.fused.attention import Segments, attend
+from tasks.training.fused.attention import Attention, Segments
 from tasks.training.fused.blocks import (
     GatedProject,
     HeadLoss,
@@ -77,6 +77,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     norm: Norm
     head: nn.Linear
+    attend: Attention
     ops: ModuleType
     """`elementwise`, or `kernels` on a GPU with Triton."""
 
@@ -118,7 +119,7 @@ def sum_losses(
     ropes = {layer.rope: decoder.angles(stream, positions, layer.rope) for layer in decoder.layers}
     for number, layer in enumerate(decoder.layers):
         select = trained if number == len(decoder.layers) - 1 else None
-        run = partial(_run_layer, layer, decoder.ops, segments, *ropes[layer.rope], select)
+        run = partial(_run_layer, layer, decoder.ops, decoder.attend, segments, *ropes[layer.rope], select)
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
             contexts = partial(_open_contexts, is_unused=layer.gate_out_norm is None)
@@ -159,6 +160,7 @@ class _Head:
 def _run_layer(
     layer: Layer,
     ops: ModuleType,
+    attend: Attention,
     segments: Segments,
     cos: Tensor,
     sin: Tensor,
@@ -172,6 +174,7 @@ def _run_layer(
     Args:
         layer: its parts.
         ops: of the work between the products.
+        attend: the attention.
         segments: the examples' borders.
         cos: of the positions' angles.
         sin: likewise.

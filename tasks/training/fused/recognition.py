@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tasks.training.fused.adapters import Part
+from tasks.training.fused.attention import find_attentions
 from tasks.training.fused.blocks import Norm
 from tasks.training.fused.decoder import Decoder, Layer, choose_operations
 from tasks.training.fused.elementwise import Heads
@@ -63,12 +64,14 @@ def recognize_decoder(model: PeftModel) -> Decoder:
     plans = [_read_layer(layer, activation) for layer in layers]  # all of them, before the first weight moves
     embedding = base.get_input_embeddings()
     dtype, device = embedding.weight.dtype, embedding.weight.device
+    decoder_layers = tuple(plan() for plan in plans)
     return Decoder(
         embed=embedding,
         angles=_read_angles(inner.rotary_emb, by_type=type(layers[0]).__name__ == "Gemma3DecoderLayer"),
-        layers=tuple(plan() for plan in plans),
+        layers=decoder_layers,
         norm=_read_norm(inner.norm),
         head=base.get_output_embeddings(),
+        attend=find_attentions(device, dtype, decoder_layers[0].heads.size)[0],
         ops=choose_operations(device, dtype),
     )
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from tasks.evaluation.generation import decode, find_stop_ids, generate_greedy, pad_left, render_questions
+from tasks.evaluation.generation import decode, find_stop_ids, generate_greedy, render_questions
+from tasks.evaluation.padded import pad_left
 from tasks.models import load_model, load_tokenizer
 
 

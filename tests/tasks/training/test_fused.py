@@ -15,7 +15,7 @@ from schemas.config import TrainingConfig
 from tasks.tokenization.masking import Example
 from tasks.training.batches import Batch, TokenTable, form_flat_batch, form_flat_step
 from tasks.training.engines import FusedEngine
-from tasks.training.fused.attention import Segments, attend
+from tasks.training.fused.attention import Segments, attend_one_by_one
 from tasks.training.fused.decoder import LOGITS_BYTES
 from tasks.training.fused.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
 from tasks.training.lora import attach_adapter, collect_trained
@@ -239,8 +239,8 @@ def test_example_above_the_budget_goes_alone() -> None:
 def test_segments_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     queries, keys, values = torch.randn(3, 10, 2, 8)
-    together = attend(queries, keys, values, _lay((4, 6)), scale=0.3, window=None)
-    alone = attend(queries[4:], keys[4:], values[4:], _lay((6,)), scale=0.3, window=None)
+    together = attend_one_by_one(queries, keys, values, _lay((4, 6)), scale=0.3, window=None)
+    alone = attend_one_by_one(queries[4:], keys[4:], values[4:], _lay((6,)), scale=0.3, window=None)
     torch.testing.assert_close(together[4:], alone)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tasks.training.batches import form_flat_batch
 from tasks.training.budget import fit_memory
 from tasks.training.engines import FusedEngine
 from tasks.training.fused import elementwise
+from tasks.training.fused.attention import Segments, attend_one_by_one, find_attentions
 from tasks.training.fused.decoder import LOGITS_BYTES
 from tasks.training.fused.elementwise import Heads, Quantized
 from tasks.training.fused.recognition import recognize_decoder
@@ -129,6 +131,27 @@ def test_cross_entropy_kernel(kernels: ModuleType) -> None:
     assert not logits[::10].any()
 
 
+@pytest.mark.parametrize(
+    ("heads", "window"), [(Heads(14, 2, 128), None), (Heads(4, 1, 256), 100), (Heads(4, 4, 64), 7)]
+)
+def test_every_attention_is_the_exact_one(heads: Heads, window: int | None) -> None:
+    lengths = (1, 300, 2048, 5, 129)
+    borders = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
+    segments = Segments(borders, lengths)
+    counts = (heads.num_query, heads.num_key_value, heads.num_key_value)
+    inputs = [draw(sum(lengths), count, heads.size).requires_grad_() for count in counts]
+    grad = draw(sum(lengths), heads.num_query, heads.size)
+    options: dict[str, Any] = {"scale": heads.size**-0.5, "window": window}
+    doubles = [states.detach().double().requires_grad_() for states in inputs]
+    exact = attend_one_by_one(doubles[0], doubles[1], doubles[2], segments, **options)
+    exact_grads = torch.autograd.grad(exact, doubles, grad.double())
+    for kind in find_attentions(torch.device("cuda"), torch.bfloat16, heads.size):
+        result = kind(inputs[0], inputs[1], inputs[2], segments, **options)
+        assert_same(result, exact.to(result.dtype), 0.02)
+        for given, wanted in zip(torch.autograd.grad(result, inputs, grad), exact_grads, strict=True):
+            assert measure_difference(given, wanted) < 0.01
+
+
 def test_quantized_rows_keep_an_outlier_to_themselves(kernels: ModuleType) -> None:
     values = draw(64, 1000)
     values[3, 5], values[7] = 1e4, 0.0
@@ -170,7 +193,8 @@ def test_fp8_is_near(family: str) -> None:
         model = build(family, torch.bfloat16, "cuda")
         fused_loss, fused = compute_fused(model, form_flat_batch(table, range(5)), recomputed=recomputed, fp8=True)
         assert fused_loss == pytest.approx(loss, rel=0.02)
-        assert measure_difference(fused.cpu(), exact) < 0.2
+        # Three bits of mantissa, in matrices of 64 columns; a lost scale or norm would make it about one.
+        assert measure_difference(fused.cpu(), exact) < 0.3
 
 
 @pytest.mark.parametrize(("lengths", "untrained"), [((5,), ()), ((64,), ()), ((5, 9), (0, 1)), ((1500, 3), ())])

@@ -8,10 +8,10 @@ import torch
 
 from schemas.config import TrainingConfig
 from tasks.training.checkpoints import Progress
-from tasks.training.memory import is_out_of_memory, step_down
+from tasks.training.memory import is_out_of_memory
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
-from tasks.training.steps import Run, do_step, evaluate, iterate
+from tasks.training.steps import Run, do_step, evaluate, iterate, step_down
 
 CONFIG = TrainingConfig(
     rank=4, alpha=8, learning_rate=1e-2, micro_batch=6, gradient_accumulation_steps=2, engine="general"
@@ -90,8 +90,8 @@ def test_fused_engine_recomputes_before_it_halves(base_model: Path, tokens: Path
         words.append((engine.describe(), sum(batch.num_trained_tokens for batch in batches)))
         setup = step_down(setup)
     assert [text for text, _ in words] == [
-        "fused engine, up to 249 tokens a forward pass",
-        "fused engine, up to 249 tokens a forward pass, 2 layers recomputed",
+        "fused engine, up to 249 tokens a forward pass, one call for each example",
+        "fused engine, up to 249 tokens a forward pass, 2 layers recomputed, one call for each example",
     ]
     assert words[0][1] == words[1][1] > 0
 

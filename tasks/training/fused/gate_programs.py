@@ -1,0 +1,110 @@
+"""Triton programs of the gated layer's activation, by blocks of a row, or by whole rows with a float8 copy."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activate(values, ACTIVATION: tl.constexpr) -> Any:
+    """Return the activation and its slope."""
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(values)
+        return values * sigmoid, sigmoid * (1 + values * (1 - sigmoid))
+    inner = 0.7978845608028654 * (values + 0.044715 * values * values * values)
+    tanh = 2 * tl.sigmoid(2 * inner) - 1
+    inner_slope = 0.7978845608028654 * (1 + 0.134145 * values * values)
+    return 0.5 * values * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * values * (1 - tanh * tanh) * inner_slope
+
+
+@triton.jit
+def gate_program(
+    gate_up, out, gate_stride, out_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+) -> Any:  # fmt: skip
+    """Store activation(left half) * right half of a block."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    left = tl.load(gate_up + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(gate_up + row * gate_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activate(left, ACTIVATION)
+    tl.store(out + row * out_stride + columns, (value * right).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_backward_program(
+    grad, gate_up, out, grad_stride, gate_stride, out_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+) -> Any:  # fmt: skip
+    """Store the gradient of both halves, and the gated values in the place of their own gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    left = tl.load(gate_up + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(gate_up + row * gate_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    incoming = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activate(left, ACTIVATION)
+    tl.store(out + row * out_stride + columns, (incoming * right * slope).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + width + columns, (incoming * value).to(out.dtype.element_ty), mask=inside)
+    tl.store(grad + row * grad_stride + columns, (value * right).to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_rows_program(
+    gate_up, out, quantized, scales, gate_stride, out_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+) -> Any:  # fmt: skip
+    """`gate_program` for a whole row; the row is still in the cache when its largest value is known."""
+    row = tl.program_id(0).to(tl.int64)
+    gate_up += row * gate_stride
+    out += row * out_stride
+    highest = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        left = tl.load(gate_up + columns, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(gate_up + width + columns, mask=inside, other=0.0).to(tl.float32)
+        value, _ = _activate(left, ACTIVATION)
+        result = (value * right).to(out.dtype.element_ty)
+        tl.store(out + columns, result, mask=inside)
+        highest = tl.maximum(highest, tl.abs(result.to(tl.float32)))
+    _requantize(out, quantized + row * width, scales + row, highest, width, BLOCK)
+
+
+@triton.jit
+def gate_backward_rows_program(
+    grad, gate_up, out, quantized, scales, grad_stride, gate_stride, out_stride, width,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """`gate_backward_program` for a whole row; the row is still in the cache when its largest value is known."""
+    row = tl.program_id(0).to(tl.int64)
+    gate_up += row * gate_stride
+    out += row * out_stride
+    grad += row * grad_stride
+    highest = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        left = tl.load(gate_up + columns, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(gate_up + width + columns, mask=inside, other=0.0).to(tl.float32)
+        incoming = tl.load(grad + columns, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _activate(left, ACTIVATION)
+        left_grad = (incoming * right * slope).to(out.dtype.element_ty)
+        right_grad = (incoming * value).to(out.dtype.element_ty)
+        tl.store(out + columns, left_grad, mask=inside)
+        tl.store(out + width + columns, right_grad, mask=inside)
+        tl.store(grad + columns, (value * right).to(grad.dtype.element_ty), mask=inside)
+        larger = tl.maximum(tl.abs(left_grad.to(tl.float32)), tl.abs(right_grad.to(tl.float32)))
+        highest = tl.maximum(highest, larger)
+    _requantize(out, quantized + row * (2 * width), scales + row, highest, 2 * width, BLOCK)
+
+
+@triton.jit
+def _requantize(stored, quantized, scale_out, highest, width, BLOCK: tl.constexpr) -> Any:
+    """Read back a row that this program has stored, and store it in float8."""
+    scale = tl.maximum(tl.max(highest, axis=0) / 448.0, 1e-12)
+    tl.store(scale_out, scale)
+    tl.debug_barrier()  # all threads' parts of the row are stored
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(stored + columns, mask=columns < width, other=0.0).to(tl.float32)
+        tl.store(quantized + columns, (values / scale).to(quantized.dtype.element_ty), mask=columns < width)

@@ -1,0 +1,225 @@
+"""The trainers that `gpu` runs, ours and the peers: each trains on the same rows and returns its rate and memory."""
+
+import json
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+NUM_ROWS = 3000
+
+
+def draw_lengths() -> list[tuple[int, int]]:
+    """Draw prompt and answer lengths: lognormal, medians 60 and 180, sigmas 0.8 and 0.9, 2,048 tokens together."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    prompts = np.clip(generator.lognormal(math.log(60), 0.8, NUM_ROWS), 8, 1024).astype(int)
+    answers = np.clip(generator.lognormal(math.log(180), 0.9, NUM_ROWS), 4, 1536).astype(int)
+    return [(int(p), int(min(a, 2048 - p))) for p, a in zip(prompts, answers, strict=True)]
+
+
+def draw_rows() -> list[dict[str, list[int]]]:
+    """Give every row its ids and the mask of its answer."""
+    import numpy as np
+
+    generator = np.random.default_rng(1)
+    return [
+        {"input_ids": generator.integers(10, 150_000, p + a).tolist(), "completion_mask": [0] * p + [1] * a}
+        for p, a in draw_lengths()
+    ]
+
+
+def summarize(times: list[float], tokens: list[int], skip: int) -> dict[str, Any]:
+    """Return the rate after the first `skip` steps, and the memory at its highest."""
+    import torch
+
+    seconds = times[-1] - times[skip - 1]
+    return {
+        "tokens_per_second": round(sum(tokens[skip:]) / seconds),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "tokens_per_step": round(sum(tokens[skip:]) / len(tokens[skip:])),
+    }
+
+
+def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run the training stage's own functions: in this process, or in one for each GPU."""
+    from schemas.config import TrainingConfig
+    from tasks.training.launcher import run_training
+    from tasks.training.messages import TrainingJob
+
+    times: list[float] = []
+    tokens: list[int] = []
+    lines: list[str] = []
+
+    def note(record: Any) -> None:
+        times.append(time.perf_counter())
+        tokens.append(record.num_tokens)
+        print(record, flush=True)
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger().addHandler(Lines())
+    config = TrainingConfig(**settings, max_steps=steps, checkpoint_every_steps=10_000)
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    job = TrainingJob(folder / "model", folder / "tokens", run, config, seed=0, identity="benchmark")
+    started = time.perf_counter()
+    outcome = run_training(job, on_step=note, in_place=config.num_processes == 1)
+    shutil.rmtree(run, ignore_errors=True)
+    return {
+        **summarize(times, tokens, max(2, steps // 4)),
+        "peak_gib": round(outcome.peak_memory_bytes / 2**30, 1),
+        "first_step_seconds": round(times[0] - started, 1),
+        "final_loss": round(outcome.final_loss, 3),
+        "engine": next((line for line in lines if line.startswith("Training with")), ""),
+        "warnings": list(outcome.warnings),
+    }
+
+
+def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run TRL at its best: packing, Liger's kernels, FlashAttention."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.bfloat16, attn_implementation="flash_attention_2", device_map={"": 0}
+    )
+    adapter = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), peft_config=adapter,
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )  # fmt: skip
+    return _time_trainer(trainer, steps)
+
+
+def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run Unsloth at its best: its own model, packing, no dropout."""
+    import torch
+    from unsloth import FastLanguageModel  # isort: skip
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    checkpointing = settings["checkpointing"]
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder / "model"), max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False,
+        use_gradient_checkpointing=checkpointing, use_exact_model_name=True,
+    )  # fmt: skip
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=64, lora_alpha=128, lora_dropout=0.0, bias="none", target_modules=names,
+        use_gradient_checkpointing=checkpointing, random_state=0, max_seq_length=2048,
+    )  # fmt: skip
+    arguments = _trainer_settings(folder, settings, steps)
+    arguments.pop("gradient_checkpointing")
+    config = SFTConfig(**arguments, bf16=True, optim="adamw_torch_fused")
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), processing_class=tokenizer
+    )
+    return _time_trainer(trainer, steps)
+
+
+def _trainer_settings(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return what TRL and Unsloth, which stands on it, are told alike."""
+    return {
+        "output_dir": str(folder / "trainer"),
+        "per_device_train_batch_size": settings["batch"],
+        "gradient_accumulation_steps": settings["accumulation"],
+        "max_steps": steps,
+        "learning_rate": 1e-4,
+        "gradient_checkpointing": bool(settings["checkpointing"]),
+        "max_length": 2048,
+        "packing": True,
+        "completion_only_loss": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
+def _time_trainer(trainer: Any, steps: int) -> dict[str, Any]:
+    """Train, with a clock at the end of each step and a count of the tokens that go in."""
+    import torch
+    from transformers import TrainerCallback
+
+    counts: list[Any] = [0]
+    times: list[float] = []
+    tokens: list[int] = []
+    inner = trainer.training_step
+
+    def counting_step(model: Any, inputs: dict[str, Any], *rest: Any, **further: Any) -> Any:
+        mask: Any = inputs.get("attention_mask")
+        is_padded = mask is not None and mask.dim() == 2
+        counts[0] = counts[0] + ((mask != 0).sum() if is_padded else inputs["input_ids"].numel())
+        return inner(model, inputs, *rest, **further)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **further: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            tokens.append(int(counts[0]))
+            counts[0] = 0
+            print("step", len(times), tokens[-1], flush=True)
+
+    trainer.training_step = counting_step
+    trainer.add_callback(Clock())
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    trainer.train()
+    skip = max(3, steps // 4)
+    return {**summarize(times, tokens, skip), "first_step_seconds": round(times[0] - started, 1)}
+
+
+def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run LLaMA-Factory's documented LoRA recipe through its own entry, on rows of the same lengths as text."""
+    import torch
+    from transformers import Trainer, TrainerCallback
+
+    data = folder / "llamafactory"
+    data.mkdir(exist_ok=True)
+    # A word is a token for this tokenizer, whatever the word; the empty template adds nothing.
+    rows = [{"instruction": "word " * p, "input": "", "output": "word " * a} for p, a in draw_lengths()]
+    (data / "rows.json").write_text(json.dumps(rows))
+    (data / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    config = {
+        "model_name_or_path": str(folder / "model"), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "lora_rank": 64, "lora_alpha": 128, "lora_target": "all", "dataset": "rows", "dataset_dir": str(data),
+        "template": "empty", "cutoff_len": 2048, "overwrite_cache": True, "output_dir": str(data / "out"),
+        "logging_steps": 1, "save_strategy": "no", "plot_loss": False, "report_to": "none", "max_steps": steps,
+        "per_device_train_batch_size": settings["batch"], "gradient_accumulation_steps": settings["accumulation"],
+        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(), "preprocessing_num_workers": 1,
+    }  # fmt: skip
+    (data / "config.json").write_text(json.dumps(config))  # JSON is YAML too
+    counts: list[Any] = [0]
+    times: list[float] = []
+    tokens: list[int] = []
+    inner = Trainer.training_step
+
+    def counting_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **further: Any) -> Any:
+        counts[0] = counts[0] + (inputs["attention_mask"] != 0).sum()
+        return inner(self, model, inputs, *rest, **further)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **further: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            tokens.append(int(counts[0]))
+            counts[0] = 0
+            print("step", len(times), tokens[-1], flush=True)
+
+    Trainer.training_step = counting_step  # type: ignore[method-assign]
+    from llamafactory.train.tuner import run_exp
+
+    started = time.perf_counter()
+    run_exp(args=config, callbacks=[Clock()])
+    return {**summarize(times, tokens, max(3, steps // 4)), "first_step_seconds": round(times[0] - started, 1)}
