@@ -145,6 +145,8 @@ def _write_auth_config(settings: ServiceSettings, urls: DatabaseUrls) -> Path:
         "default_permission": "READ",
         "database_uri": urls.mlflow_users.replace("%", "%%"),  # the file's own escape
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        # A password costs 60 ms and more to check, and clients send it with every call, of which a run makes hundreds.
+        "auth_cache_ttl_seconds": "60",
     }
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

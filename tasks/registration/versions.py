@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
 from tasks import tracking
@@ -34,8 +36,13 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
     assert folder.name == Path(tracking.MODEL_SUBFOLDER).name, folder
     tracking.client()
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-        info = mlflow.pyfunc.log_model(
+        # As mlflow.pyfunc.log_model does it, but for its trial request, which loads the weights again and answers.
+        info = Model.log(
+            artifact_path=None,
             name="merged_model",
+            flavor=SimpleNamespace(save_model=_save_model),
+            flavor_name="pyfunc",
+            validate_serving_input=False,
             python_model=str(_SERVING_CODE),
             artifacts={"model": str(folder)},
             signature=ModelSignature(inputs=CHAT_MODEL_INPUT_SCHEMA, outputs=CHAT_MODEL_OUTPUT_SCHEMA),
@@ -44,6 +51,11 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
             metadata={"task": "llm/v1/chat"},
         )
     return f"models:/{info.model_id}"
+
+
+def _save_model(*, validate_serving_input: bool, **settings: Any) -> None:
+    """Write the files of a model; the first setting is for the caller."""
+    mlflow.pyfunc.save_model(**settings)
 
 
 @tracking.tracking_time()

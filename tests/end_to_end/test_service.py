@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -41,3 +42,15 @@ def test_a_wrong_setting_is_refused_before_anything_starts(service: Service, tmp
         service.start(_PIPELINE, {"config": wrong})
     assert caught.value.response.status_code == 409
     assert "rnak" in caught.value.response.text
+
+
+def test_pipeline_runs_wait_in_a_line_of_their_own(service: Service) -> None:
+    limits = {queue["name"]: queue["concurrency_limit"] for queue in _queues(service)}
+    assert limits == {"default": None, "runs": 4}
+    line = {name: service.deployment(f"{name}/{name}")["work_queue_name"] for name in ("sft-pipeline", "rollback")}
+    assert line == {"sft-pipeline": "runs", "rollback": "default"}
+
+
+def _queues(service: Service) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = service.prefect("POST", "/work_pools/cpu/queues/filter", {})
+    return found

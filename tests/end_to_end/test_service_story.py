@@ -34,7 +34,7 @@ pytestmark = [
 ]
 _PIPELINE, _NAME = "sft-pipeline/sft-pipeline", "served-model"
 _SECTIONS = ["Base model", "Dataset", "Tokenization", "Training", "Merge", "Evaluation", "Registry"]
-_RUN_SECONDS = 900  # a run takes one minute or two on a quiet machine
+_RUN_SECONDS = 1800  # a run takes one minute or two on a quiet machine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +93,7 @@ def _runs(service: Service, *flows: str) -> dict[str, dict[str, Any]]:
 
 
 def _await_new_run(service: Service, flow: str, before: set[str]) -> str:
-    wait_until(lambda: bool(set(_runs(service, flow)) - before), seconds=120)
+    wait_until(lambda: bool(set(_runs(service, flow)) - before), seconds=300)
     (run,) = set(_runs(service, flow)) - before
     return run
 

@@ -88,6 +88,14 @@ def test_a_version_carries_signature_example_and_metrics(logged: tuple[str, str]
     assert {metric.key: metric.value for metric in metrics} == {"nll": 1.5}
 
 
+def test_no_weights_are_loaded_to_log_a_model(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Any] = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *arguments, **_: loads.append(arguments))
+    run = tracking.client().create_run(tracking.open_experiment("weights"))
+    versions.log_merged_model(model_folder, str(run.info.run_id), question="hi")
+    assert loads == []
+
+
 def test_the_folder_of_a_version_loads_with_plain_transformers(logged: tuple[str, str], model_folder: Path) -> None:
     version = _register(logged, "plain", "run-1")
     local = Path(mlflow.artifacts.download_artifacts(f"models:/plain/{version}")) / tracking.MODEL_SUBFOLDER
