@@ -25,7 +25,7 @@ DEMO = ROOT / "deploy" / "demo"
 WANTED = 1.5
 # Steps of a turn: those that do not count, and those that do.
 SKIPPED = 3
-STEPS = {"demo": 40, "125m": 4}
+STEPS = {"demo": 20, "125m": 4}
 RANK, ALPHA = 64, 128
 TURNS = ("ours", "trl", "trl-tuned")
 
