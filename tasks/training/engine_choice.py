@@ -15,7 +15,7 @@ from schemas.config import TrainingConfig
 from tasks.training.batches import TokenTable
 from tasks.training.budget import fit_memory
 from tasks.training.distributed import gather
-from tasks.training.engines import Engine, FusedEngine, GeneralEngine
+from tasks.training.engines import Engine, FusedEngine, GeneralEngine, recompute_layers
 from tasks.training.fused.attention import attend_one_by_one
 from tasks.training.fused.decoder import LOGITS_BYTES
 from tasks.training.fused.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
@@ -113,7 +113,7 @@ def _build_general(
 ) -> tuple[GeneralEngine, tuple[str, ...]]:
     """Try out which short cuts the model's own forward pass allows."""
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
     notes = [f"the general engine trains, which is slower than the fused one: {reason}"]
     model.eval()
     place = next(model.parameters()).device  # the CPU still, where the base is going to be divided
@@ -128,7 +128,11 @@ def _build_general(
         )
     if not trained_only:
         notes.append("this model's output head cannot be computed at chosen positions alone: training is slower")
-    return GeneralEngine(model, device, dtype, config.micro_batch, trained_only, keeps_packs), tuple(notes)
+    may_recompute = config.gradient_checkpointing is None and model.get_base_model().supports_gradient_checkpointing
+    return (
+        GeneralEngine(model, device, dtype, config.micro_batch, trained_only, keeps_packs, may_recompute),
+        tuple(notes),
+    )
 
 
 def _count_step_tokens(table: TokenTable, rows: Sequence[Sequence[int]], config: TrainingConfig) -> int:

@@ -59,6 +59,8 @@ class GeneralEngine:
     """Whether the head can be computed at the trained positions alone."""
     keeps_packs: bool = True
     """Whether examples in one row stay apart; where not, a pack's examples get rows of their own."""
+    may_recompute: bool = False
+    """Whether the model can compute its layers again in the backward pass, and does not yet."""
 
     def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
         """Pad rows side by side."""
@@ -76,17 +78,26 @@ class GeneralEngine:
         """Nothing is copied."""
 
     def shrink(self) -> "GeneralEngine | None":
-        """Halve the micro batch."""
+        """Recompute all layers, then halve the micro batch."""
+        if self.may_recompute:
+            recompute_layers(self.model)
+            return replace(self, may_recompute=False)
         return replace(self, micro_batch=self.micro_batch // 2) if self.micro_batch > 1 else None
 
     def describe(self) -> str:
         """Say how it computes."""
-        return f"general engine, {self.micro_batch} row(s) a forward pass"
+        recomputed = ", layers recomputed" if self.model.is_gradient_checkpointing else ""
+        return f"general engine, {self.micro_batch} row(s) a forward pass{recomputed}"
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def recompute_layers(model: PeftModel) -> None:
+    """Have a model keep only its layers' inputs, and run them again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @dataclass(frozen=True)

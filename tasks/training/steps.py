@@ -126,7 +126,8 @@ def shrink(run: Run, shortage: str) -> None:
         TrainingError: they are as small as they get.
     """
     release_memory(run.setup)
-    before, smaller = run.setup.engine, step_down(run.setup)
+    before = run.setup.engine.describe()
+    smaller = step_down(run.setup)
     if smaller is None:
         raise TrainingError(
             f"step {run.progress.step + 1}: out of memory with the smallest forward pass ({shortage}): set "
@@ -134,7 +135,7 @@ def shrink(run: Run, shortage: str) -> None:
         )
     run.setup = smaller
     message = (
-        f"step {run.progress.step + 1}: out of memory with the {before.describe()} ({shortage}): went on with the "
+        f"step {run.progress.step + 1}: out of memory with the {before} ({shortage}): went on with the "
         f"{smaller.engine.describe()}, the same rows a step"
     )
     logger.warning(message)

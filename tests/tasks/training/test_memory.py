@@ -51,14 +51,15 @@ def test_step_that_does_not_fit_is_done_in_smaller_pieces(base_model: Path, toke
     assert [record.loss for record in found] == pytest.approx([record.loss for record in wanted], abs=1e-5)
     assert [record.grad_norm for record in found] == pytest.approx([r.grad_norm for r in wanted], rel=1e-5)
     assert (values_of(tight.setup) - values_of(roomy.setup)).abs().max() < 1e-5
-    # 6 rows, then 3, then 1: the third holds.
-    assert tight.setup.engine.describe() == "general engine, 1 row(s) a forward pass"
-    assert tight.warnings == [
-        "step 1: out of memory with the general engine, 6 row(s) a forward pass (CUDA out of memory. Tried to allocate "
-        "6 GiB.): went on with the general engine, 3 row(s) a forward pass, the same rows a step",
-        "step 1: out of memory with the general engine, 3 row(s) a forward pass (CUDA out of memory. Tried to allocate "
-        "3 GiB.): went on with the general engine, 1 row(s) a forward pass, the same rows a step",
+    # Recomputed, then 3 rows, then 1: the last holds.
+    assert tight.setup.engine.describe() == "general engine, 1 row(s) a forward pass, layers recomputed"
+    assert tight.setup.model.is_gradient_checkpointing
+    assert not roomy.setup.model.is_gradient_checkpointing
+    where = "general engine, {} row(s) a forward pass"
+    assert [text.partition("): went on with the ")[2] for text in tight.warnings] == [
+        f"{where.format(rows)}, layers recomputed, the same rows a step" for rows in (6, 3, 1)
     ]
+    assert tight.warnings[0].startswith(f"step 1: out of memory with the {where.format(6)} (CUDA out of memory. Tried")
     assert roomy.warnings == []
 
 
