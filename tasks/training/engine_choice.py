@@ -128,7 +128,8 @@ def _build_general(
         )
     if not trained_only:
         notes.append("this model's output head cannot be computed at chosen positions alone: training is slower")
-    may_recompute = config.gradient_checkpointing is None and model.get_base_model().supports_gradient_checkpointing
+    base: Any = model.get_base_model()
+    may_recompute = config.gradient_checkpointing is None and bool(base.supports_gradient_checkpointing)
     return (
         GeneralEngine(model, device, dtype, config.micro_batch, trained_only, keeps_packs, may_recompute),
         tuple(notes),

@@ -99,14 +99,30 @@ def train_adapter(
         on_steps: list[OnStep] = [record, on_step] if record else [on_step]
         on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
         _run_steps(run, on_steps, on_evals, writer, should_stop)
-    progress = run.progress
-    adapter_step, adapter = progress.step, run_folder / "adapter"
-    if config.early_stopping_patience is not None and progress.best_step is not None:
-        adapter_step = progress.best_step
+    adapter_step = _save_chosen(run, run_folder)
+    return _describe(run, run_folder / "adapter", adapter_step=adapter_step, resumed_from_step=resumed_from_step)
+
+
+def _save_chosen(run: Run, run_folder: Path) -> int:
+    """Save the last adapter, or with early stopping the best one; return its step."""
+    setup, progress = run.setup, run.progress
+    step = progress.step
+    if setup.config.early_stopping_patience is not None and progress.best_step is not None:
+        step = progress.best_step
     if is_leader():
-        if adapter_step != progress.step:
-            write_trained(setup.model, read_trained(name_checkpoint(saved, adapter_step)))
-        save_adapter(setup.model, adapter)
+        if step != progress.step:
+            write_trained(setup.model, read_trained(name_checkpoint(run_folder / "checkpoints", step)))
+        save_adapter(setup.model, run_folder / "adapter")
+    return step
+
+
+def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: int | None) -> TrainingOutcome:
+    """Return what came out of the training."""
+    setup, progress = run.setup, run.progress
+    efficiency = 1.0
+    if setup.config.packing:
+        tokens_per_pack = choose_pack_tokens(setup.table, setup.config)
+        efficiency = packing_efficiency(setup.table.lengths.tolist(), setup.rows, tokens_per_pack)
     return TrainingOutcome(
         adapter=adapter,
         num_steps=progress.step,
@@ -116,11 +132,7 @@ def train_adapter(
         resumed_from_step=resumed_from_step,
         num_examples=len(setup.table.example_ids),
         num_packs=len(setup.rows),
-        packing_efficiency=(
-            packing_efficiency(setup.table.lengths.tolist(), setup.rows, choose_pack_tokens(setup.table, config))
-            if config.packing
-            else 1.0
-        ),
+        packing_efficiency=efficiency,
         num_trained_tokens=progress.num_trained_tokens,
         num_trainable_parameters=sum(p.numel() for p in setup.parameters.values()),
         tokens_per_second=progress.num_tokens / max(progress.train_seconds, 1e-9),
