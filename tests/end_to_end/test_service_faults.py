@@ -78,8 +78,7 @@ def test_servers_that_are_gone_for_a_while_cost_no_step(service: Service, traini
     for name in (MLFLOW, PREFECT):
         processes.stop(service.folder, name)
     time.sleep(_AWAY_SECONDS)
-    for name in (MLFLOW, PREFECT):
-        service.bring_back(name)
+    service.bring_back(MLFLOW, PREFECT)
     # The server knows again who holds the GPU: a lease that it had forgotten would end the run.
     if service.run(run)["state"]["name"] == "Running":
         lease = service.run(run)["state"]["state_details"]["deployment_concurrency_lease_id"]

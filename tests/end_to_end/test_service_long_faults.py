@@ -155,8 +155,7 @@ def test_servers_gone_between_two_stages_cost_the_pipeline_nothing(
     for name in (PREFECT, MLFLOW):
         processes.stop(service.folder, name)
     time.sleep(AWAY_SECONDS)
-    for name in (MLFLOW, PREFECT):
-        service.bring_back(name)
+    service.bring_back(MLFLOW, PREFECT)
     service.wait(pipeline, {"Completed"}, seconds=2 * SECONDS)
     assert trainings.slots_taken() == 0
 
