@@ -21,7 +21,10 @@ from tasks import storage, tracking
 from tests.end_to_end.service import Service, small_config, wait_until
 from tests.end_to_end.trainings import SECONDS, Trainings, prepared_trainings
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("SFT_SERVICE_TESTS" not in os.environ, reason="takes minutes: set SFT_SERVICE_TESTS=1"),
+]
 _AWAY_SECONDS = float(os.environ.get("SFT_AWAY_SECONDS", "10"))
 _ENDLESS = 100_000  # steps: a training that does not end before what is done to it
 _LONG = 400  # as long as that, and still to be trained to its end afterwards: ten seconds and more
