@@ -56,18 +56,19 @@ class Service:
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def bring_back(self, name: str) -> None:
-        """Start one server or worker again, as `sft serve` does, without deploying anew."""
+    def bring_back(self, *names: str) -> None:
+        """Start servers or workers again, as `sft serve` does, without deploying anew."""
         with pytest.MonkeyPatch.context() as patch:
             for variable, value in self.environment.items():
                 patch.setenv(variable, value)
             settings = read_settings()
             login = load_credentials(self.folder)
-            if name in servers.POOLS:
-                servers.start_worker(settings, name, self.client, limit=1)
-                return
-            begin = {servers.PREFECT: servers.start_prefect, servers.MLFLOW: servers.start_mlflow}[name]
-            begin(settings, prepare_databases(settings), login)
+            begin = {servers.PREFECT: servers.start_prefect, servers.MLFLOW: servers.start_mlflow}
+            for name in names:
+                if name in servers.POOLS:
+                    servers.start_worker(settings, name, self.client, limit=1)
+                else:
+                    begin[name](settings, prepare_databases(settings), login)
             servers.wait_for_servers(settings, login)
 
     def prefect(self, method: str, path: str, values: Any = None, **options: Any) -> Any:

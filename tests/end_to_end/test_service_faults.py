@@ -21,7 +21,10 @@ from tasks import storage, tracking
 from tests.end_to_end.service import Service, small_config, wait_until
 from tests.end_to_end.trainings import SECONDS, Trainings, prepared_trainings
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("SFT_SERVICE_TESTS" not in os.environ, reason="takes minutes: set SFT_SERVICE_TESTS=1"),
+]
 _AWAY_SECONDS = float(os.environ.get("SFT_AWAY_SECONDS", "10"))
 _ENDLESS = 100_000  # steps: a training that does not end before what is done to it
 _LONG = 400  # as long as that, and still to be trained to its end afterwards: ten seconds and more
@@ -78,8 +81,7 @@ def test_servers_that_are_gone_for_a_while_cost_no_step(service: Service, traini
     for name in (MLFLOW, PREFECT):
         processes.stop(service.folder, name)
     time.sleep(_AWAY_SECONDS)
-    for name in (MLFLOW, PREFECT):
-        service.bring_back(name)
+    service.bring_back(MLFLOW, PREFECT)
     # The server knows again who holds the GPU: a lease that it had forgotten would end the run.
     if service.run(run)["state"]["name"] == "Running":
         lease = service.run(run)["state"]["state_details"]["deployment_concurrency_lease_id"]
