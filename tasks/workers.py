@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from typing import Any, ParamSpec, TypeVar
 
 _PRELOADED = ["tasks.preloading"]
@@ -27,13 +26,6 @@ _pool: ProcessPoolExecutor | None = None
 def count_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def warm_up() -> None:
-    """Let the fork server import what workers need, while this process does something else."""
-    with _lock, _hidden_main():
-        _prepare_context()
-        forkserver.ensure_running()
 
 
 def submit(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "Future[R]":

@@ -107,13 +107,23 @@ def measure_size(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sizes = {}
     for rows in (options.rows // 10, options.rows):
         source = write_rows(folder / f"{rows}.jsonl", options.texts, rows)
+        used = count_cpu_seconds()
         with watch_memory() as peaks:
             seconds = time_ours(source, options, folder)
-        sizes[rows] = {"rows_per_second": round(rows / seconds["ours"], 1), "seconds": seconds, **peaks}
+        rate, used = rows / seconds["ours"], count_cpu_seconds() - used
+        sizes[rows] = {"rows_per_second": round(rate, 1), "cpu_seconds": round(used, 1), "seconds": seconds, **peaks}
         print(f"{rows:,} rows: {rows / seconds['ours']:,.0f} a second, {peaks}", flush=True)
         source.unlink()
     small, large = (size["rows_per_second"] for size in sizes.values())
-    return {"sizes": sizes, "linearity": round(large / small, 3)}
+    small_cpu, large_cpu = (size["cpu_seconds"] / rows for rows, size in sizes.items())
+    ratios = {"linearity": round(large / small, 3), "linearity_of_cpu_seconds": round(small_cpu / large_cpu, 3)}
+    return {"sizes": sizes, **ratios}
+
+
+def count_cpu_seconds() -> float:
+    """Return what this process and its workers have used so far; unlike time, it hardly depends on the load."""
+    me = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
 
 
 def write_rows(path: Path, texts: Path, num_rows: int) -> Path:

@@ -28,6 +28,7 @@ SIDE: dict[str, Any] = {
     "num_examples": 16,
     "num_truncated": 1,
     "num_literals": 3,
+    "num_rendered_anew": 0,
     "total_tokens": 2000,
     "trained_tokens": 500,
     "share_trained": 0.25,
