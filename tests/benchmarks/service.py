@@ -4,7 +4,7 @@ Everything is real: both servers on a PostgreSQL server of its own, a CPU and a 
 the demo's base model and data. So that many runs end in minutes on two cores, a run trains a few steps and answers a
 few held-out rows; rows, tables, model files and artifacts have the demo's size.
 
-What is counted, for each stage of each run that completed:
+What is counted, for each stage that completed:
 
 - `overhead`: seconds of the task from Prefect's Running to Completed, less the stage's own work, which is what its
   MLflow run says (`stage/seconds` less `stage/tracking_seconds`). Registration is tracking from end to end. So it holds
@@ -107,7 +107,7 @@ def measure(service: Service, runs: list[dict[str, Any]]) -> dict[str, Any]:
     bad = sum(run["state_type"] in ("FAILED", "CRASHED", "CANCELLED") for run in runs)
     numbers = [int(version.version) for version in versions]
     done = [run for run in runs if run["state_type"] == "COMPLETED"]
-    spans = _collect_spans(service, {run["id"] for run in done})
+    spans = _collect_spans(service, {run["id"] for run in runs})
     return {
         "ok": bad == 0 and max(owners.values(), default=0) <= 1 and len(set(numbers)) == len(numbers),
         "runs": len(runs),
@@ -130,7 +130,7 @@ def _collect_spans(service: Service, wanted: set[str]) -> dict[str, Spans]:
     children = {run["parent_task_run_id"]: run for run in flow_runs.values() if run["parent_task_run_id"]}
     found: dict[str, Spans] = defaultdict(lambda: defaultdict(list))
     for run_id, work in _read_work(wanted):
-        steps = sorted((task for task in tasks[run_id] if task["start_time"]), key=lambda task: task["start_time"])
+        steps = sorted((task for task in tasks[run_id] if task["end_time"]), key=lambda task: task["start_time"])
         ended: float | None = None
         for step in steps:
             begin, end = _moment(step["start_time"]), _moment(step["end_time"])
@@ -142,7 +142,7 @@ def _collect_spans(service: Service, wanted: set[str]) -> dict[str, Spans]:
                 if ended is not None:
                     found[stage]["between"].append(begin - ended)
             else:
-                (inner,) = (task for task in tasks[child["id"]] if task["start_time"])
+                (inner,) = (task for task in tasks[child["id"]] if task["end_time"])
                 for kind, value in _child_spans(service, child, inner):
                     found[stage][kind].append(value)
                 if stage in work and inner["state_name"] != "Cached":

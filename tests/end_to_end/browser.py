@@ -1,6 +1,7 @@
 """A real browser on the pages of a served pipeline."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ def open_form(page: Any, service: Service, deployment: str) -> None:
 
 def field(page: Any, label: str) -> Any:
     """Return the input under the label that begins with this text."""
-    return page.locator("label", has_text=label).first.locator("xpath=following::*[self::input or self::textarea][1]")
+    begins = re.compile(rf"^\s*{re.escape(label)}")
+    return page.locator("label", has_text=begins).first.locator("xpath=following::*[self::input or self::textarea][1]")
 
 
 def open_model(page: Any, service: Service, name: str) -> None:
