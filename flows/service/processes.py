@@ -20,6 +20,7 @@ import psutil
 from flows.service.settings import ServiceError
 
 _MARK = "SFT_SERVICE"
+_RUN = "PREFECT__FLOW_RUN_ID"  # what a worker tells the process of a run
 _TIME_SLACK_SECONDS = 1.0
 _END_SECONDS = 40.0  # Prefect gives a run 30 s to end by itself
 _LOG_TAIL_LINES = 15
@@ -84,9 +85,14 @@ def wait_until(answers: Callable[[], bool], folder: Path, name: str, *, seconds:
 
 
 def stop(folder: Path, name: str) -> None:
-    """End one process and its descendants: ask, wait, then kill."""
+    """End one process and its descendants: ask, wait, then kill.
+
+    A worker that is asked kills its runs at once; so they are asked first, and can keep what they have and say so.
+    """
     process = find(folder, name)
     if process is not None:
+        runs = [child for child in process.children() if _is_run(child)]
+        _end(runs, runs)
         _end([process], [*process.children(recursive=True), process])
     _record_file(folder, name).unlink(missing_ok=True)
 
@@ -126,6 +132,13 @@ def only_one(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _is_run(process: psutil.Process) -> bool:
+    try:
+        return _RUN in process.environ()
+    except psutil.Error:  # gone meanwhile
+        return False
 
 
 def _end(ask: Sequence[psutil.Process], wait_for: Sequence[psutil.Process]) -> None:

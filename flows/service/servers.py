@@ -15,7 +15,9 @@ from flows.service.settings import ServiceError, ServiceSettings, is_loopback
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT, MLFLOW, CPU_WORKER, GPU_WORKER = "prefect-server", "mlflow-server", "cpu-worker", "gpu-worker"
-STOP_ORDER = (CPU_WORKER, GPU_WORKER, PREFECT, MLFLOW)
+# The GPU's worker first: a pipeline that ends before its stage cancels it, and a stage that is asked to end once more
+# does not wait for its checkpoint.
+STOP_ORDER = (GPU_WORKER, CPU_WORKER, PREFECT, MLFLOW)
 POOLS = {CPU_WORKER: "cpu", GPU_WORKER: "gpu"}
 _START_SECONDS = 180.0  # on a busy machine of two cores; a quiet one takes ten
 # Of the caller's own: a service must not be steered by what a shell happens to have set for its clients.

@@ -1,7 +1,8 @@
 """Processes are really killed, servers really gone, disks really full; a training loses nothing and holds no GPU.
 
 Most runs here are those of the deployment `train`, with data that is prepared once. SFT_AWAY_SECONDS sets how long
-servers are away. Faults that take minutes until somebody notices are in test_service_long_faults.py.
+servers are away. SFT_SERVICE_TESTS=1 brings in the first test, `faults` all of them, `all` those of
+test_service_long_faults.py too, which take minutes until somebody notices.
 """
 
 import os
@@ -25,6 +26,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("SFT_SERVICE_TESTS" not in os.environ, reason="takes minutes: set SFT_SERVICE_TESTS=1"),
 ]
+_minutes = pytest.mark.skipif(
+    os.environ.get("SFT_SERVICE_TESTS") not in ("faults", "all"),
+    reason="takes minutes more: set SFT_SERVICE_TESTS=faults",
+)
 _AWAY_SECONDS = float(os.environ.get("SFT_AWAY_SECONDS", "10"))
 _ENDLESS = 100_000  # steps: a training that does not end before what is done to it
 _LONG = 400  # as long as that, and still to be trained to its end afterwards: ten seconds and more
@@ -74,6 +79,7 @@ def test_a_cancelled_run_frees_the_gpu_and_goes_on_later(service: Service, train
     assert trainings.slots_taken() == 0
 
 
+@_minutes
 def test_servers_that_are_gone_for_a_while_cost_no_step(service: Service, trainings: Trainings) -> None:
     parent = trainings.open()
     run = trainings.start(parent, 200)
@@ -91,6 +97,7 @@ def test_servers_that_are_gone_for_a_while_cost_no_step(service: Service, traini
     assert trainings.slots_taken() == 0
 
 
+@_minutes
 def test_a_full_disk_fails_the_training_and_a_retry_goes_on_from_the_last_checkpoint(
     service: Service, trainings: Trainings
 ) -> None:
@@ -124,6 +131,7 @@ def pipeline_config(tmp_path: Path) -> dict[str, Any]:
     return {**config, "name": tmp_path.name, "training": {**config["training"], "max_steps": _LONG, "num_epochs": 1000}}
 
 
+@_minutes
 def test_a_pipeline_starts_a_killed_stage_again_takes_it_along_when_cancelled_and_goes_on_later(
     service: Service, trainings: Trainings, pipeline_config: dict[str, Any]
 ) -> None:

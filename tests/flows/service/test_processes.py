@@ -23,6 +23,24 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"],
 pathlib.Path("child").write_text(str(child.pid))
 time.sleep(300)
 """
+# A worker that kills its run as soon as it is asked to end, as Prefect's does; the run keeps what it has when asked.
+_WORKER = """
+import os, pathlib, signal, subprocess, sys, time
+run = '''
+import pathlib, signal, sys, time
+def keep(*_):
+    time.sleep(0.5)
+    pathlib.Path("kept").write_text("yes")
+    sys.exit()
+signal.signal(signal.SIGTERM, keep)
+pathlib.Path("ready").write_text("yes")
+time.sleep(300)
+'''
+child = subprocess.Popen([sys.executable, "-c", run], env={**os.environ, "PREFECT__FLOW_RUN_ID": "1"})
+signal.signal(signal.SIGTERM, lambda *_: (child.kill(), sys.exit()))
+child.wait()
+time.sleep(300)
+"""
 
 
 @pytest.fixture
@@ -63,6 +81,13 @@ def test_stopped_leaves_nothing_running(folder: Path) -> None:
     assert not any(process.is_running() for process in started)
     assert processes.names(folder) == []
     assert processes.stop_all(folder, ("worker", "server")) == 0
+
+
+def test_a_run_is_asked_before_its_worker(folder: Path) -> None:
+    _start(folder, "worker", [sys.executable, "-c", _WORKER])
+    _wait_for_file(folder / "ready")
+    processes.stop(folder, "worker")
+    assert (folder / "kept").is_file()
 
 
 def test_what_a_killed_worker_left_behind_is_stopped_too(folder: Path) -> None:
