@@ -99,15 +99,15 @@ def live(work: Callable[..., Any], arguments: tuple[Any, ...], number: int, port
 
 
 def on_two_ranks(work: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
-    """Do something on two ranks. They are forked from a process that has the libraries imported and nothing started."""
+    """Do something on two ranks. Each is a process that imports the libraries anew."""
     folder.mkdir()
-    context, port = multiprocessing.get_context("forkserver"), find_port()
-    context.set_forkserver_preload([__name__])
+    # Not the fork server: there is one for all, and that of the data's workers has no torch.
+    context, port = multiprocessing.get_context("spawn"), find_port()
     ranks = [context.Process(target=live, args=(work, arguments, number, port, folder)) for number in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=120)
         process.kill()
     return [pickle.loads((folder / f"rank-{number}").read_bytes()) for number in range(2)]
 
