@@ -149,40 +149,56 @@ def _trainer_settings(folder: Path, settings: dict[str, Any], steps: int) -> dic
 def _time_trainer(trainer: Any, steps: int) -> dict[str, Any]:
     """Train, with a clock at the end of each step and a count of the tokens that go in."""
     import torch
-    from transformers import TrainerCallback
 
-    counts: list[Any] = [0]
-    times: list[float] = []
-    tokens: list[int] = []
+    clock = _build_clock()
     inner = trainer.training_step
 
     def counting_step(model: Any, inputs: dict[str, Any], *rest: Any, **further: Any) -> Any:
-        mask: Any = inputs.get("attention_mask")
-        is_padded = mask is not None and mask.dim() == 2
-        counts[0] = counts[0] + ((mask != 0).sum() if is_padded else inputs["input_ids"].numel())
+        clock.count(inputs)
         return inner(model, inputs, *rest, **further)
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **further: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
-            tokens.append(int(counts[0]))
-            counts[0] = 0
-            print("step", len(times), tokens[-1], flush=True)
-
     trainer.training_step = counting_step
-    trainer.add_callback(Clock())
+    trainer.add_callback(clock)
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     trainer.train()
-    skip = max(3, steps // 4)
-    return {**summarize(times, tokens, skip), "first_step_seconds": round(times[0] - started, 1)}
+    return clock.tell(started, steps)
+
+
+def _build_clock() -> Any:
+    """Return a callback of transformers' trainers that takes the time of each step and counts what went into it."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.pending: Any = 0  # stays on the device until the step's end
+            self.times: list[float] = []
+            self.tokens: list[int] = []
+
+        def count(self, inputs: dict[str, Any]) -> None:
+            mask: Any = inputs.get("attention_mask")
+            is_padded = mask is not None and mask.dim() == 2
+            self.pending = self.pending + ((mask != 0).sum() if is_padded else inputs["input_ids"].numel())
+
+        def on_step_end(self, *arguments: Any, **further: Any) -> None:
+            torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+            self.tokens.append(int(self.pending))
+            self.pending = 0
+            print("step", len(self.times), self.tokens[-1], flush=True)
+
+        def tell(self, started: float, steps: int) -> dict[str, Any]:
+            first = round(self.times[0] - started, 1)
+            return {**summarize(self.times, self.tokens, max(3, steps // 4)), "first_step_seconds": first}
+
+    return Clock()
 
 
 def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """Run LLaMA-Factory's documented LoRA recipe through its own entry, on rows of the same lengths as text."""
     import torch
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     data = folder / "llamafactory"
     data.mkdir(exist_ok=True)
@@ -200,26 +216,16 @@ def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict
         "use_cpu": not torch.cuda.is_available(), "preprocessing_num_workers": 1,
     }  # fmt: skip
     (data / "config.json").write_text(json.dumps(config))  # JSON is YAML too
-    counts: list[Any] = [0]
-    times: list[float] = []
-    tokens: list[int] = []
+    clock = _build_clock()
     inner = Trainer.training_step
 
     def counting_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **further: Any) -> Any:
-        counts[0] = counts[0] + (inputs["attention_mask"] != 0).sum()
+        clock.count(inputs)
         return inner(self, model, inputs, *rest, **further)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **further: Any) -> None:
-            torch.cuda.synchronize()
-            times.append(time.perf_counter())
-            tokens.append(int(counts[0]))
-            counts[0] = 0
-            print("step", len(times), tokens[-1], flush=True)
 
     Trainer.training_step = counting_step  # type: ignore[method-assign]
     from llamafactory.train.tuner import run_exp
 
     started = time.perf_counter()
-    run_exp(args=config, callbacks=[Clock()])
-    return {**summarize(times, tokens, max(3, steps // 4)), "first_step_seconds": round(times[0] - started, 1)}
+    run_exp(args=config, callbacks=[clock])
+    return clock.tell(started, steps)
