@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tasks import garbage
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -55,7 +57,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # Without one, transformers makes an empty tokenizer of the model's class and says nothing.
         raise ModelError(f"{folder}: no tokenizer lies here: one of {', '.join(_VOCABULARY_FILES)} is wanted")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        with garbage.paused():
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{folder}: no tokenizer loads from here ({error}): tokenizer.json is wanted") from error
     return tokenizer

@@ -1,7 +1,7 @@
 """Rows out of files, one at a time: JSON, JSONL, CSV, TSV, Parquet and Arrow.
 
 JSON is never parsed through Arrow, which would merge the objects of all rows into one struct and give each the
-others' keys as nulls. orjson parses what it takes as `json` does; the rest, and every error, is `json`'s.
+others' keys as nulls. Every error is `json`'s.
 """
 
 import csv
@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import orjson
-
 from tasks.ingestion.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
 from tasks.ingestion.files import SourceFile
 from tasks.ingestion.rejects import DataError, RowError
+from tasks.jsontext import NotFast, parse_fast
 
 UTF8_BOM = b"\xef\xbb\xbf"
 # UTF-32 first: its little-endian mark begins with UTF-16's.
@@ -26,9 +25,6 @@ OTHER_BOMS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-# orjson makes integers beyond 64 bits floats, and leaves NaN and half surrogates to json by refusing them.
-ZEROS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
-LONG_NUMBER = b"0" * 19
 
 
 def read_rows(file: SourceFile, span: Span = WHOLE) -> Iterator[RawRow]:
@@ -92,8 +88,8 @@ def _read_json(path: Path) -> Iterator[RawRow]:
     """Read a list of rows, one object (a single row), or in truth one object a line."""
     data = path.read_bytes()
     try:
-        value = _parse_fast(data)
-    except orjson.JSONDecodeError:
+        value = parse_fast(data)
+    except NotFast:
         del data
         value = _parse_exactly(path)
     if value is NOT_ONE_VALUE:
@@ -104,13 +100,6 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 NO_VALUE, NOT_ONE_VALUE = object(), object()
-
-
-def _parse_fast(data: bytes) -> Any:
-    """Parse JSON as json.loads does, and refuse what orjson would take otherwise."""
-    if LONG_NUMBER in data.translate(ZEROS):
-        raise orjson.JSONDecodeError("a long number", "", 0)
-    return orjson.loads(data)
 
 
 def _parse_exactly(path: Path) -> Any:
@@ -156,10 +145,10 @@ def _read_json_lines(path: Path, span: Span) -> Iterator[RawRow]:
                 start += len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
                 data = data.removeprefix(UTF8_BOM)
             try:
-                yield RawRow(line, _parse_fast(data))
+                yield RawRow(line, parse_fast(data))
                 num_rows += 1
                 continue
-            except orjson.JSONDecodeError:
+            except NotFast:
                 text = _decode(path, data, start, line).strip()
             if not text:
                 continue

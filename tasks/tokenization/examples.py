@@ -12,14 +12,12 @@ import polars as pl
 from schemas.config import TokenizationConfig
 from tasks import workers
 from tasks.models import load_tokenizer
-from tasks.tokenization.encoding import encode
-from tasks.tokenization.errors import MaskError
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
-from tasks.tokenization.rendering import open_chat, plain_messages, render
 from tasks.tokenization.reporting import MaskReport
-from tasks.tokenization.shards import find_groups, plan_shards, tokenize_shard, work_on_shard
+from tasks.tokenization.saving import check_saved, probe, save_tokenizer
+from tasks.tokenization.shards import find_groups, plan_shards, probe_tokenizer, tokenize_shard, work_on_shard
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
-from tasks.tokenization.templates import PreparedTokenizer, TemplateError
+from tasks.tokenization.templates import PreparedTokenizer
 
 PARTS = ("train", "eval")
 
@@ -70,7 +68,8 @@ def tokenize_dataset(
         TokenizationError: nothing can be trained on, or too many examples had to be cut or rejected for length.
         TemplateError: the tokenizer does not survive being saved and loaded.
     """
-    save_tokenizer(prepared, folder / "tokenizer")
+    saved = folder / "tokenizer"
+    save_tokenizer(prepared, saved)
     plans = {part: plan_shards(dataset / f"{part}.parquet", rows_per_shard) for part in PARTS}
     shards = {part: [folder / "shards" / part / str(n) for n in range(len(plan))] for part, plan in plans.items()}
     places = [
@@ -79,11 +78,13 @@ def tokenize_dataset(
         for row_groups, shard in zip(plans[part], shards[part], strict=True)
     ]
     if len(places) == len(PARTS):
+        check_saved(prepared, saved, probe(load_tokenizer(saved)))
         for table, row_groups, masks, shard in places:
             tokenize_shard(table, row_groups, prepared, masks, shard)
     else:
-        saved = folder / "tokenizer"
+        loaded = workers.submit(probe_tokenizer, saved, None)  # which that worker keeps for its shards
         workers.call_each(work_on_shard, [(place[0], place[1], saved, None, *place[2:]) for place in places])
+        check_saved(prepared, saved, loaded.result())
     counts = join_shards(shards, prepared, folder, config)
     shutil.rmtree(folder / "shards")
     return counts
@@ -133,32 +134,6 @@ def join_shards(
     )
     _check_budgets(counts, train, folder / "rejects.parquet", config)
     return counts
-
-
-def save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
-    """Save the tokenizer, and prove that what loads from there gives the same prompts.
-
-    Raises:
-        TemplateError: it does not.
-    """
-    prepared.tokenizer.save_pretrained(str(folder))
-    stops = {"eos_token_id": list(prepared.stop_token_ids), "pad_token_id": prepared.tokenizer.pad_token_id}
-    if prepared.tokenizer.bos_token_id is not None:
-        stops["bos_token_id"] = prepared.tokenizer.bos_token_id
-    (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
-    loaded = load_tokenizer(folder)
-    probe = plain_messages([{"role": "user", "content": " Ein Beispiel,\n\n  例子 🙂 1234 "}])
-    texts = [str(probe[0]["content"])]
-    try:
-        texts.append(render(open_chat(prepared.tokenizer), probe, None, add_generation_prompt=True))
-        again = render(open_chat(loaded), probe, None, add_generation_prompt=True)
-    except MaskError:
-        again = texts[-1]
-    if again != texts[-1] or any(encode(loaded, text) != encode(prepared.tokenizer, text) for text in texts):
-        raise TemplateError(
-            f"{folder}: the tokenizer gives other ids after being saved and loaded: its folder lacks config.json or "
-            "tokenizer.json, so that another tokenizer class is chosen; add the model's config.json"
-        )
 
 
 def _write_report(path: Path, prepared: PreparedTokenizer, reports: Mapping[str, MaskReport]) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
+from tasks import garbage
 from tasks.tokenization.assembly import open_assembler
 from tasks.tokenization.groups import tokenize_group
+from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 
 # A shard is a task with a result of its own: few rows keep all cores busy, many keep the tasks few.
@@ -71,8 +73,12 @@ def work_on_shard(
     folder: Path,
 ) -> None:
     """Make a shard as `tokenize_shard` does, in a process that may have no tokenizer yet."""
-    prepared = _prepare(tokenizer_folder, chat_template, tuple(_find_states(tokenizer_folder, chat_template)))
-    tokenize_shard(table, row_groups, prepared, config, folder)
+    tokenize_shard(table, row_groups, _open(tokenizer_folder, chat_template), config, folder)
+
+
+def probe_tokenizer(folder: Path, chat_template: str | None) -> Probe:
+    """Load a tokenizer in a process that may have none yet, and return what it makes of a message."""
+    return probe(_open(folder, chat_template).tokenizer)
 
 
 def find_groups(shards: Sequence[Path]) -> list[Path]:
@@ -80,10 +86,16 @@ def find_groups(shards: Sequence[Path]) -> list[Path]:
     return [group for shard in shards for group in sorted(shard.iterdir())]
 
 
+def _open(folder: Path, chat_template: str | None) -> PreparedTokenizer:
+    return _prepare(folder, chat_template, tuple(_find_states(folder, chat_template)))
+
+
 @lru_cache(maxsize=1)
 def _prepare(folder: Path, chat_template: str | None, states: tuple[tuple[str, int, int], ...]) -> PreparedTokenizer:
     """Open a tokenizer; `states` are there for the cache: a folder's files may change under their names."""
-    return prepare_tokenizer(folder, chat_template)
+    prepared = prepare_tokenizer(folder, chat_template)
+    garbage.keep()
+    return prepared
 
 
 def _find_states(folder: Path, chat_template: str | None) -> Iterator[tuple[str, int, int]]:

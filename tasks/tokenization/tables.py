@@ -1,6 +1,5 @@
 """Tables in and out: conversations of a dataset read in batches, examples laid out as Arrow columns."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from schemas.records import Conversations, Examples
+from tasks.jsontext import parse
 from tasks.tokenization.masking import IGNORE_INDEX, Conversation, Example
 
-_ROWS_PER_BATCH = 1000
+_ROWS_PER_BATCH = 2500
 EXAMPLE_SCHEMA = pa.schema(
     [
         ("example_id", pa.large_string()),
@@ -56,8 +56,8 @@ def read_rows(path: Path, row_group: int) -> Iterator[list[Row]]:
         for example_id, source, line, messages, tools in frame.select(
             "example_id", "source", "line", "messages", "tools"
         ).iter_rows():
-            definitions = json.loads(tools) if tools else None
-            conversation = Conversation(json.loads(messages), definitions or None)
+            definitions = parse(tools) if tools else None
+            conversation = Conversation(parse(messages), definitions or None)
             rows.append(Row(example_id, source, line, messages, conversation))
         yield rows
 

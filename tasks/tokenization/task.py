@@ -19,10 +19,10 @@ from tasks.tokenization.examples import (
     TokenCounts,
     config_of,
     join_shards,
-    save_tokenizer,
     tokenize_dataset,
 )
-from tasks.tokenization.shards import plan_shards, work_on_shard
+from tasks.tokenization.saving import check_saved, save_tokenizer
+from tasks.tokenization.shards import plan_shards, probe_tokenizer, work_on_shard
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 
 
@@ -100,8 +100,11 @@ def _make_tokens(
     plans = {part: plan_shards(dataset / f"{part}.parquet") for part in PARTS}
     if max(map(len, plans.values())) == 1:
         return tokenize_dataset(dataset, prepared, folder, config)
-    save_tokenizer(prepared, folder / "tokenizer")
+    saved = folder / "tokenizer"
+    save_tokenizer(prepared, saved)
+    loaded = workers.submit(probe_tokenizer, saved, None)
     shards = _map_shards(plans, config, parent_run_id=run_id, **source)
+    check_saved(prepared, saved, loaded.result())
     return join_shards(shards, prepared, folder, config)
 
 

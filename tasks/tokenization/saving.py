@@ -1,0 +1,57 @@
+"""The tokenizer that will ship, saved, and proven by what loads from where it was saved."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from tasks.tokenization.encoding import encode
+from tasks.tokenization.errors import MaskError
+from tasks.tokenization.rendering import open_chat, plain_messages, render
+from tasks.tokenization.templates import PreparedTokenizer, TemplateError
+
+_MESSAGE = " Ein Beispiel,\n\n  例子 🙂 1234 "
+
+
+class Probe(NamedTuple):
+    """What a tokenizer makes of a message."""
+
+    ids: list[int]
+    """Of its content."""
+    prompt: str
+    """As it would be served; empty where the template refuses it."""
+    prompt_ids: list[int]
+
+
+def save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
+    """Save a tokenizer with the ids that end a generation; `check_saved` comes before anyone takes it."""
+    prepared.tokenizer.save_pretrained(str(folder))
+    stops = {"eos_token_id": list(prepared.stop_token_ids), "pad_token_id": prepared.tokenizer.pad_token_id}
+    if prepared.tokenizer.bos_token_id is not None:
+        stops["bos_token_id"] = prepared.tokenizer.bos_token_id
+    (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
+
+
+def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
+    """Return what a tokenizer makes of a message that leaves no two of them alike."""
+    messages = plain_messages([{"role": "user", "content": _MESSAGE}])
+    content = str(messages[0]["content"])
+    try:
+        prompt = render(open_chat(tokenizer), messages, None, add_generation_prompt=True)
+    except MaskError:
+        prompt = ""
+    return Probe(encode(tokenizer, content), prompt, encode(tokenizer, prompt))
+
+
+def check_saved(prepared: PreparedTokenizer, folder: Path, loaded: Probe) -> None:
+    """Prove that what was loaded from a folder gives the prompts of the tokenizer that was saved there.
+
+    Raises:
+        TemplateError: it does not.
+    """
+    if loaded != probe(prepared.tokenizer):
+        raise TemplateError(
+            f"{folder}: the tokenizer gives other ids after being saved and loaded: its folder lacks config.json or "
+            "tokenizer.json, so that another tokenizer class is chosen; add the model's config.json"
+        )
