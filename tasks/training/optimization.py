@@ -37,18 +37,32 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     zero = torch.zeros((), device=setup.device)
     loss_sum, num_short = sum_gradients(setup.parameters.values(), sum(loss_sums, zero), zero + bool(shortage))
     grad_norm = torch.nn.utils.clip_grad_norm_(setup.parameters.values(), setup.config.max_grad_norm)
-    # The step's only wait for the device: all its numbers at once.
+    is_fine = torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (num_short == 0)
+    if not shortage:  # where the memory is full, there is no room for the optimizer's first step either
+        _move(setup.optimizer, learning_rate, is_fine)
+    # The step's only wait for the device: all its numbers at once, with everything queued behind them.
     *sums, total, norm, short = torch.stack([*loss_sums, loss_sum, grad_norm, num_short]).tolist()
     if short:
         raise OutOfMemory(shortage or "on another rank")
     if not (math.isfinite(total) and math.isfinite(norm)):
         own = [batch for batch, _ in mine[: len(sums)]]
         raise _explain(setup, own, sums, norm, learning_rate, step=step)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = learning_rate
-    setup.optimizer.step()
-    setup.optimizer.zero_grad(set_to_none=True)
     return total / num_trained_tokens, norm
+
+
+def _move(optimizer: torch.optim.Optimizer, learning_rate: float, is_fine: Tensor) -> None:
+    """Do the optimizer's step without waiting for whether it may be done; where not, it changes nothing.
+
+    Args:
+        optimizer: AdamW in its fused form, which asks for `found_inf` on the device, as a gradient scaler sets it.
+        learning_rate: of the step.
+        is_fine: whether it may be done.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.found_inf = (~is_fine).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _accumulate(

@@ -1,18 +1,22 @@
+import copy
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.testing import assert_close
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
 from tasks.training.checkpoints import CheckpointError
 from tasks.training.loop import EvalRecord, StepRecord, TrainingError, TrainingOutcome, train_adapter
+from tasks.training.optimization import descend
+from tasks.training.preparation import prepare_training
 from tasks.training.validation import count_evals_since_best, find_overfitting
 from tests.tasks.training.conftest import build_model, draw_examples, write_split
 
@@ -172,6 +176,24 @@ def test_loss_that_is_not_finite_names_step_and_example(tmp_path: Path) -> None:
     assert message.count("train-") == 1
     assert str(pickle.loads(pickle.dumps(caught.value))) == message
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("engine", ["general", "fused"])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, engine: Literal["general", "fused"]) -> None:
+    write_split(tmp_path / "train.parquet", [([3, 4, 5, 6], 2), ([3, 4, 5, 6], 2), ([3, 4, 50, 6], 2)])
+    model = build_poisoned(tmp_path / "model", 50)
+    config = TrainingConfig(micro_batch=1, rank=4, engine=engine, weight_decay=0.5)
+    setup = prepare_training(model, tmp_path, config, seed=0)
+    fine, poisoned = (setup.engine.form_step(setup.table, [[index]]) for index in (0, 2))
+    descend(setup, fine, 1e-2, step=1)
+    before = copy.deepcopy((list(setup.parameters.values()), setup.optimizer.state_dict()["state"]))
+    with pytest.raises(TrainingError, match="step 2: the loss is not finite"):
+        descend(setup, poisoned, 1e-2, step=2)
+    after = (list(setup.parameters.values()), setup.optimizer.state_dict()["state"])
+    assert_close(after, before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in setup.parameters.values())
+    descend(setup, fine, 1e-2, step=2)
+    assert not torch.equal(next(iter(setup.parameters.values())), before[0][0])
 
 
 def test_held_out_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
