@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
+from prefect.transactions import CommitMode, Transaction, transaction
 from pydantic import BaseModel
 
 from schemas.artifacts import Ref
@@ -44,6 +46,14 @@ def stage_cache(stage: str, *uses: str) -> CacheKeyFnPolicy:
         uses: further folders under tasks/ whose code the stage calls.
     """
     return CacheKeyFnPolicy(cache_key_fn=_key_function((stage, *uses)))
+
+
+def keep_at_once() -> AbstractContextManager[Transaction]:
+    """Return a context in which tasks keep their results when they end.
+
+    Inside a task Prefect otherwise keeps them when that one ends: killed before, it would do all of them again.
+    """
+    return transaction(commit_mode=CommitMode.EAGER)
 
 
 def _key_function(stages: tuple[str, ...]) -> Callable[[TaskRunContext, dict[str, Any]], str]:

@@ -12,7 +12,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
 from tasks import storage, tracking, workers
-from tasks.caching import stage_cache
+from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.base_model import locate_base_model
 from tasks.ingestion.dataset import build_dataset, check_sides_wanted
 from tasks.ingestion.readings import finish_shard, is_small
@@ -80,7 +80,8 @@ def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> S
     publish = not isinstance(flow_run.task_runner, ThreadPoolTaskRunner)
     settings: dict[str, Any] = {"source_digest": source.digest, "publish": publish, "parent_run_id": parent_run_id}
     apart: dict[str, Any] = {name: unmapped(value) for name, value in settings.items()}
-    refs: list[Ref] = read_shard.map(shards, list(range(len(shards))), **apart).result()
+    with keep_at_once():
+        refs: list[Ref] = read_shard.map(shards, list(range(len(shards))), **apart).result()
     for number, ref in enumerate(refs):
         if not publish and storage.cached_folder(ref.digest) is None:  # somebody cleaned up
             refs[number] = read_shard.with_options(refresh_cache=True)(shards[number], number, **settings)

@@ -11,7 +11,7 @@ from prefect import get_run_logger, task, unmapped
 from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
 from tasks import storage, tracking, workers
-from tasks.caching import stage_cache
+from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.models import read_context_length
 from tasks.tokenization.examples import (
@@ -166,13 +166,14 @@ def _map_shards(
 ) -> dict[str, list[Path]]:
     """Map the shards over the flow's task runner, all parts at once; return their folders."""
     constant: dict[str, Any] = {name: unmapped(value) for name, value in common.items()}
-    futures = {
-        part: tokenize_shard.map(
-            config=unmapped(config_of(part, config)), part=unmapped(part), row_groups=list(plan), **constant
-        )
-        for part, plan in plans.items()
-    }
-    return {part: [tracking.resolve(ref) for ref in listed.result()] for part, listed in futures.items()}
+    with keep_at_once():
+        futures = {
+            part: tokenize_shard.map(
+                config=unmapped(config_of(part, config)), part=unmapped(part), row_groups=list(plan), **constant
+            )
+            for part, plan in plans.items()
+        }
+        return {part: [tracking.resolve(ref) for ref in listed.result()] for part, listed in futures.items()}
 
 
 def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> Path:

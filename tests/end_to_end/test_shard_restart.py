@@ -29,13 +29,22 @@ pytestmark = [
 ]
 _TIMEOUT_SECONDS = 400
 GROUP_ROWS = 50
-# `sft run` as it is, with shards that are small enough for a test: of both stages about a dozen.
+# `sft run` as it is, with shards that are small enough for a test: of both stages about a dozen. One begins a
+# second after another, so that the kill comes among them on any machine.
 PROGRAM = f"""
+import threading, time
 from flows.console import prepare_environment
 prepare_environment(cache=True)
 from flows.cli import main
+from tasks import workers
 from tasks.ingestion import tables, task
 from tasks.tokenization import shards
+call, turn = workers.call, threading.Lock()
+def call_slowly(*args):
+    with turn:
+        time.sleep(1)
+    return call(*args)
+workers.call = call_slowly
 task.SHARD_BYTES, tables.GROUP_ROWS, shards.FEWEST_ROWS_PER_SHARD = 6000, {GROUP_ROWS}, {GROUP_ROWS}
 main()
 """
