@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import polars as pl
 import psutil
@@ -17,7 +18,8 @@ import pytest
 from schemas.artifacts import DatasetRef, ModelRef
 from schemas.config import TokenizationConfig
 from tasks import workers
-from tasks.tokenization.examples import tokenize_dataset
+from tasks.tokenization import shards
+from tasks.tokenization.examples import TokenizationError, tokenize_dataset
 from tasks.tokenization.shards import plan_shards, work_on_shard
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
@@ -144,43 +146,53 @@ def test_workers_end_with_the_process_that_made_them_however_it_dies() -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_shard_is_found_again(
-    tmp_path: Path, dataset: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_finished_shards_are_found_again_after_the_whole_has_failed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefect import flow, unmapped
+    from prefect import flow, runtime
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.testing.utilities import prefect_test_harness
 
     from tasks import tracking
-    from tasks.tokenization.task import tokenize_shard
+    from tasks.tokenization.task import tokenize
 
     monkeypatch.setenv("SFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PREFECT_LOCAL_STORAGE_PATH", str(tmp_path / "results"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(shards, "FEWEST_ROWS_PER_SHARD", 10)
     experiment = tracking.client().create_experiment("shards", artifact_location=(tmp_path / "artifacts").as_uri())
     run_id = tracking.client().create_run(experiment).info.run_id
-    rows: dict[str, Any] = {"rows_in": 100, "rows_train": 90, "rows_eval": 1, "rows_rejected": {}}
-    data = DatasetRef(uri=str(dataset), digest="d", source_digest="s", rows_duplicate=0, rows_leaked=0, **rows)
+    folder = write(tmp_path / "data", [*CONVERSATIONS[:19], say("u:q", "a:" + "word " * 99)], [say("u:Hello", "a:Hi")])
+    pl.read_parquet(folder / "train.parquet").write_parquet(folder / "train.parquet", row_group_size=10)
+    rows: dict[str, Any] = {"rows_in": 21, "rows_train": 20, "rows_eval": 1, "rows_rejected": {}}
+    data = DatasetRef(uri=str(folder), digest="d", source_digest="s", rows_duplicate=0, rows_leaked=0, **rows)
+    flow_runs: list[str | None] = []
 
     @flow
-    def tokenize_some(shards: list[list[int]]) -> list[str]:
-        states = tokenize_shard.map(
-            unmapped(data),
-            unmapped(ModelRef(uri=str(model), digest="m", name="m")),
-            unmapped(TokenizationConfig()),
-            part=unmapped("train"),
-            row_groups=shards,
-            chat_template=unmapped(None),
-            template_file_digest=unmapped(None),
-            parent_run_id=unmapped(run_id),
-            return_state=True,
-        )
-        for state in states:
-            assert list(tracking.resolve(state.result()).glob("*/examples.arrow"))
-        return [str(state.name) for state in states]
+    def tokenize_all() -> None:
+        flow_runs.append(runtime.flow_run.get_id())
+        config = TokenizationConfig(max_length=64, max_truncated_fraction=0.0)
+        base_model = ModelRef(uri=str(model), digest="m", name="m")
+        tokenize(data, base_model, config, chat_template=None, template_file_digest=None, parent_run_id=run_id)
+
+    def run() -> list[str]:
+        with pytest.raises(TokenizationError, match=r"1 of 18 training examples"):
+            tokenize_all()
+        with get_client(sync_client=True) as client:
+            chosen = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(flow_runs[-1]))]))
+            deadline = time.monotonic() + 30
+            while True:  # the server hears of tasks a little later
+                tasks = client.read_task_runs(flow_run_filter=chosen)
+                states = sorted(str(each.state_name) for each in tasks if each.task_key.startswith("tokenize_shard"))
+                if len(states) == 3 and "Running" not in states:
+                    return states
+                assert time.monotonic() < deadline, states
+                time.sleep(0.2)
 
     try:
         with prefect_test_harness(server_startup_timeout=120):
-            assert tokenize_some([[0, 1, 2]]) == ["Completed"]
-            assert tokenize_some([[0, 1, 2], [3, 4]]) == ["Cached", "Completed"]
+            assert run() == ["Completed", "Completed", "Completed"]
+            assert run() == ["Cached", "Cached", "Cached"]
     finally:
         workers.stop()
