@@ -209,10 +209,11 @@ def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict
     config = {
         "model_name_or_path": str(folder / "model"), "stage": "sft", "do_train": True, "finetuning_type": "lora",
         "lora_rank": 64, "lora_alpha": 128, "lora_target": "all", "lora_dropout": settings["dropout"],
-        "dataset": "rows", "dataset_dir": str(data), "template": "empty", "cutoff_len": 2048, "overwrite_cache": True, "output_dir": str(data / "out"),
-        "logging_steps": 1, "save_strategy": "no", "plot_loss": False, "report_to": "none", "max_steps": steps,
+        "dataset": "rows", "dataset_dir": str(data), "template": "empty", "cutoff_len": 2048, "overwrite_cache": True,
+        "output_dir": str(data / f"out-{settings['dropout']}"), "logging_steps": 1, "save_strategy": "no",
+        "plot_loss": False, "report_to": "none", "max_steps": steps, "learning_rate": 1e-4,
         "per_device_train_batch_size": settings["batch"], "gradient_accumulation_steps": settings["accumulation"],
-        "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "bf16": torch.cuda.is_available(),
+        "lr_scheduler_type": "cosine", "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(), "preprocessing_num_workers": 1,
     }  # fmt: skip
     (data / "config.json").write_text(json.dumps(config))  # JSON is YAML too
