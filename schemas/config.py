@@ -236,8 +236,9 @@ class TrainingConfig(Section):
     """Training processes on each machine, one a GPU; the rows of a step are dealt to them."""
     num_nodes: int = Field(default=1, ge=1, le=1024, title="Machines")
     """Machines that train together; each runs the same command with SFT_RENDEZVOUS and SFT_NODE_RANK set."""
-    strategy: Literal["ddp", "fsdp"] = Field(default="ddp", title="Several processes")
-    """ddp: each holds the whole base model; fsdp: its frozen weights are divided among them."""
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(default="ddp", title="Several processes")
+    """ddp: each holds everything; fsdp: the frozen weights are divided among them; zero2, zero3 (DeepSpeed, an extra):
+    gradients and optimizer are divided, with zero3 all weights too. All but ddp train with the general engine."""
 
     @model_validator(mode="after")
     def _check_every_process_gets_work(self) -> Self:
@@ -260,6 +261,22 @@ class TrainingConfig(Section):
         if self.base_weights == "fp8" and self.precision == "fp32":
             raise ValueError(
                 "base_weights is fp8 and precision is fp32: 8-bit weights go with bf16: set precision auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        if self.strategy == "ddp" or self.num_processes * self.num_nodes == 1:
+            return self
+        if self.base_weights != "full":
+            raise ValueError(
+                f"base_weights is {self.base_weights} and strategy is {self.strategy}: packed weights are whole on "
+                "every process: set base_weights full, or strategy ddp"
+            )
+        if self.engine == "fused":
+            raise ValueError(
+                f"engine is fused and strategy is {self.strategy}, which only the general engine does: set engine "
+                "auto, or strategy ddp"
             )
         return self
 

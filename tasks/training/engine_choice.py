@@ -45,7 +45,7 @@ def choose_engine(
     """
     reason = "training.engine is general"
     if is_sharded(config):
-        reason = "training.strategy is fsdp"
+        reason = f"training.strategy is {config.strategy}"
     elif config.engine != "general":
         try:
             return _build_fused(model, table, rows, config, device=device, dtype=dtype)

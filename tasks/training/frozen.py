@@ -33,8 +33,8 @@ def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, devic
         raise TrainingError("training.base_weights is nf4, which needs a GPU: set it to full")
     if is_sharded(config):
         raise TrainingError(
-            "training.base_weights is nf4 and training.strategy is fsdp: packed weights cannot be divided: set "
-            "base_weights to full, or strategy to ddp"
+            f"training.base_weights is nf4 and training.strategy is {config.strategy}: packed weights cannot be "
+            "divided: set base_weights to full, or strategy to ddp"
         )
     return load_4_bit(folder, dtype=dtype, device=device)
 

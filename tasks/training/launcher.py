@@ -11,11 +11,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+from schemas.config import TrainingConfig
 from tasks.training.in_place import train_in_place
 from tasks.training.messages import NODE_RANK_VARIABLE, TrainingJob, write_job
-from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
+from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome
 from tasks.training.supervision import Listeners, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -51,11 +53,13 @@ def run_training(
         silence_seconds: a process that does not beat for so long is killed.
 
     Raises:
-        TrainingError: the data or the config cannot be trained on, or a loss or gradient is not finite.
+        TrainingError: the data or the config cannot be trained on, the config's strategy is not installed, or a loss or
+            gradient is not finite.
         CheckpointError: the run folder holds checkpoints of another run.
         TrainingCrash: a process died or fell silent.
         TrainingStopped: somebody stopped the processes from outside.
     """
+    _check_strategy(job.config)
     if in_place is None:
         in_place = _belongs_here(job)
     if in_place:
@@ -76,6 +80,16 @@ def run_training(
         except BaseException:
             supervisor.stop(stop_seconds)
             raise
+
+
+def _check_strategy(config: TrainingConfig) -> None:
+    """Raise TrainingError where DeepSpeed is wanted and not installed, before any process loads a model."""
+    is_wanted = config.strategy in ("zero2", "zero3") and config.num_processes * config.num_nodes > 1
+    if is_wanted and find_spec("deepspeed") is None:
+        raise TrainingError(
+            f"training.strategy is {config.strategy}, which needs DeepSpeed: pip install 'sft-pipeline[deepspeed]' on "
+            "the machine that trains, or set training.strategy to fsdp"
+        )
 
 
 def _belongs_here(job: TrainingJob) -> bool:

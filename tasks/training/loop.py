@@ -7,9 +7,11 @@ about what is optimized. `reference.py` is the same training in the plainest for
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.tokenization.packing import packing_efficiency
@@ -24,12 +26,12 @@ from tasks.training.checkpoints import (
 )
 from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import agree, ask_leader, gather, is_leader, world_size
-from tasks.training.lora import save_adapter, write_trained
+from tasks.training.lora import save_adapter
 from tasks.training.memory import is_out_of_memory, read_memory
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import draw_apart
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
-from tasks.training.sharding import is_sharded, shard_base
+from tasks.training.sharding import is_sharded, is_zero, shard_base
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
 from tasks.training.throughput import count_useful_flop, measure_peak
 from tasks.training.validation import count_evals_since_best, find_overfitting
@@ -78,16 +80,20 @@ def train_adapter(
     """
     saved = run_folder / "checkpoints"
     checkpoint, warnings = ask_leader(lambda: find_checkpoint(saved, identity))
-    setup = _prepare(base_model, tokens, config, seed=seed)
+    with _naming_shortage(base_model):
+        setup = prepare_training(base_model, tokens, config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     draw_apart(seed, 0)
     if checkpoint is not None:
-        run.progress = restore_checkpoint(checkpoint, parameters=setup.parameters, optimizer=setup.optimizer)
+        parameters, optimizer = setup.optimizer.whole()
+        run.progress = restore_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer)
         run.saved_step = run.progress.step
         logger.info("Resuming from step %d of %d", run.progress.step, setup.num_steps)
     resumed_from_step = run.progress.step if checkpoint is not None else None
+    with _naming_shortage(base_model):
+        run.setup = _divide(setup)
 
     with_tensorboard = "tensorboard" in config.report_to and is_leader()
     with (
@@ -107,12 +113,13 @@ def _save_chosen(run: Run, run_folder: Path) -> int:
     """Save the last adapter, or with early stopping the best one; return its step."""
     setup, progress = run.setup, run.progress
     step = progress.step
+    trained: Mapping[str, Tensor] = setup.optimizer.whole()[0]
     if setup.config.early_stopping_patience is not None and progress.best_step is not None:
         step = progress.best_step
     if is_leader():
         if step != progress.step:
-            write_trained(setup.model, read_trained(name_checkpoint(run_folder / "checkpoints", step)))
-        save_adapter(setup.model, run_folder / "adapter")
+            trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
+        save_adapter(setup.model, run_folder / "adapter", trained)
     return step
 
 
@@ -134,19 +141,29 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         num_packs=len(setup.rows),
         packing_efficiency=efficiency,
         num_trained_tokens=progress.num_trained_tokens,
-        num_trainable_parameters=sum(p.numel() for p in setup.parameters.values()),
+        num_trainable_parameters=setup.num_trainable_parameters,
         tokens_per_second=progress.num_tokens / max(progress.train_seconds, 1e-9),
         peak_memory_bytes=max(gather(run.peak_memory_bytes)),
         warnings=(*run.warnings, *_collect_warnings(setup, progress)),
     )
 
 
-def _prepare(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: int) -> Setup:
-    """Prepare the training, with the base divided among the ranks where the config says so."""
+def _divide(setup: Setup) -> Setup:
+    """Divide the training among the ranks where the config says so."""
+    if is_zero(setup.config):
+        from tasks.training.zero import divide
+
+        return divide(setup)
+    if is_sharded(setup.config):
+        shard_base(setup.model, setup.device)
+    return setup
+
+
+@contextmanager
+def _naming_shortage(base_model: Path) -> Iterator[None]:
+    """Say what to do where the model does not fit into the memory."""
     try:
-        setup = prepare_training(base_model, tokens, config, seed=seed)
-        if is_sharded(config):
-            shard_base(setup.model, setup.device)
+        yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -154,7 +171,6 @@ def _prepare(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: in
             f"{base_model}: the base model and its adapter do not fit into the memory ({error}): lower "
             "training.rank, or set training.strategy to fsdp on several GPUs"
         ) from error
-    return setup
 
 
 def _estimate_peak(setup: Setup) -> float | None:

@@ -5,6 +5,7 @@ B starts at zero, so that the first forward pass is the base model's.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -64,23 +65,27 @@ def collect_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def write_trained(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Put values back into the trained parameters, in place."""
-    parameters = collect_trained(model)
-    assert parameters.keys() == values.keys(), sorted(parameters.keys() ^ values.keys())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+def save_adapter(model: PeftModel, folder: Path, trained: Mapping[str, Tensor] | None = None) -> Path:
+    """Write the adapter in PEFT's format (fp32 safetensors), whole or not at all; return the folder.
 
-
-def save_adapter(model: PeftModel, folder: Path) -> Path:
-    """Write the adapter in PEFT's format (fp32 safetensors), whole or not at all; return the folder."""
+    Args:
+        model: says what belongs to the adapter.
+        folder: is replaced where there is one.
+        trained: values by the names of `collect_trained`; those that the model holds when None.
+    """
     partial = folder.parent / f".partial-{folder.name}"
     shutil.rmtree(partial, ignore_errors=True)
     # The base's own embedding belongs to the base; an embedding that was trained is saved in any case.
-    model.save_pretrained(str(partial), save_embedding_layers=False)
+    model.save_pretrained(str(partial), save_embedding_layers=False, state_dict=_name_values(model, trained or {}))
     publish_folder(partial, folder)
     return folder
+
+
+def _name_values(model: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's state with the given values for what is trained; a tied one has several names."""
+    names = {parameter: name for name, parameter in collect_trained(model).items() if name in trained}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {**model.state_dict(), **{name: trained[names[value]] for name, value in everything if value in names}}
 
 
 def _name_embeddings(model: PreTrainedModel) -> set[str]:

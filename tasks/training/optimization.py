@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tasks.training.batches import Batch
-from tasks.training.distributed import deal, gather, sum_gradients, world_size
+from tasks.training.distributed import deal, gather, world_size
 from tasks.training.memory import OutOfMemory, is_out_of_memory
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
@@ -35,11 +35,11 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     if shortage and world_size() == 1:
         raise OutOfMemory(shortage)
     zero = torch.zeros((), device=setup.device)
-    loss_sum, num_short = sum_gradients(setup.parameters.values(), sum(loss_sums, zero), zero + bool(shortage))
-    grad_norm = torch.nn.utils.clip_grad_norm_(setup.parameters.values(), setup.config.max_grad_norm)
+    loss_sum, num_short = setup.optimizer.sum(sum(loss_sums, zero), zero + bool(shortage))
+    grad_norm = setup.optimizer.clip()
     is_fine = torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (num_short == 0)
     if not shortage:  # where the memory is full, there is no room for the optimizer's first step either
-        _move(setup.optimizer, learning_rate, is_fine)
+        setup.optimizer.move(learning_rate, is_fine)
     # The step's only wait for the device: all its numbers at once, with everything queued behind them.
     *sums, total, norm, short = torch.stack([*loss_sums, loss_sum, grad_norm, num_short]).tolist()
     if short:
@@ -50,33 +50,18 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     return total / num_trained_tokens, norm
 
 
-def _move(optimizer: torch.optim.Optimizer, learning_rate: float, is_fine: Tensor) -> None:
-    """Do the optimizer's step without waiting for whether it may be done; where not, it changes nothing.
-
-    Args:
-        optimizer: AdamW in its fused form, which asks for `found_inf` on the device, as a gradient scaler sets it.
-        learning_rate: of the step.
-        is_fine: whether it may be done.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.found_inf = (~is_fine).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def _accumulate(
     setup: Setup, shares: list[tuple[Batch, float]], num_trained_tokens: int
 ) -> tuple[list[Tensor], str | None]:
     """Add up the gradient over micro batches; return their loss sums, and what was said where one did not fit."""
     loss_sums = []
     try:
-        for batch, weight in shares:
+        for number, (batch, weight) in enumerate(shares, start=1):
             loss_sum = weight * setup.engine.sum_losses(batch)
-            (loss_sum / num_trained_tokens).backward()
+            setup.optimizer.add(loss_sum / num_trained_tokens, is_last=number == len(shares))
             loss_sums.append(loss_sum.detach())
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a forward pass
+        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass
             raise
         # The words alone: the error itself holds on to what filled the memory.
         return loss_sums, str(error).partition("\n")[0]

@@ -20,6 +20,7 @@ from tasks.training.engine_choice import choose_engine
 from tasks.training.engines import Engine
 from tasks.training.frozen import load_base
 from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
 from tasks.training.sharding import is_sharded
@@ -37,7 +38,8 @@ class Setup:
     model: PeftModel
     parameters: dict[str, nn.Parameter]
     """What is trained, by name."""
-    optimizer: torch.optim.Optimizer
+    num_trainable_parameters: int
+    optimizer: AdapterOptimizer
     table: TokenTable
     eval_table: TokenTable | None
     """None without held-out examples."""
@@ -66,7 +68,8 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
     dtype = choose_dtype(config.precision, device)
     model = load_base(base_model, config, dtype=dtype, device=device)
     _check_vocabulary(model, table, eval_table)
-    # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there.
+    # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there, and
+    # the adapter with it while the model is tried out.
     adapted = attach_adapter(model, config, seed=seed)
     if not is_sharded(config):
         adapted = adapted.to(device)
@@ -74,6 +77,8 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
     rows = form_rows(table, config)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
     engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(device)
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -83,7 +88,8 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
         seed=seed,
         model=adapted,
         parameters=parameters,
-        optimizer=optimizer,
+        num_trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        optimizer=WholeOptimizer(parameters, optimizer, config.max_grad_norm),
         table=table,
         eval_table=eval_table,
         rows=rows,

@@ -1,4 +1,4 @@
-"""The frozen base divided among the ranks (FSDP2), for models that are too large for one GPU.
+"""The frozen base divided among the ranks (FSDP2), for models that are too large for one GPU; for ZeRO see `zero`.
 
 Each rank keeps its part of every frozen weight and gathers a layer's others just before it is used. The adapter is
 small and stays whole on every rank, so that gradients, clipping, optimizer and checkpoints are the same as without.
@@ -16,21 +16,25 @@ from tasks.training.distributed import world_size
 
 
 def is_sharded(config: TrainingConfig) -> bool:
-    """Say whether a forward pass is a collective, which every rank has to do as often."""
-    return config.strategy == "fsdp" and world_size() > 1
+    """Say whether a forward or a backward pass is a collective, which every rank has to do as often."""
+    return config.strategy != "ddp" and world_size() > 1
+
+
+def is_zero(config: TrainingConfig) -> bool:
+    """Say whether DeepSpeed divides the training among the ranks."""
+    return config.strategy in ("zero2", "zero3") and world_size() > 1
 
 
 def shard_base(model: PeftModel, device: torch.device) -> None:
     """Divide the frozen weights among the ranks, in place: one group a decoder layer, and one for the rest.
 
     Args:
-        model: wherever it is; each rank's part goes to the device, so that a model on the CPU never has to fit there.
+        model: its base wherever it is: each rank's part goes to the device, on which the whole never has to fit; what
+            is trained on the device.
         device: of this rank.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for parameter in trained:
-        parameter.data = parameter.data.to(device)
     base: Any = model.get_base_model()
     names = set(base._no_split_modules or ())
     for module in base.modules():

@@ -153,7 +153,8 @@ def step_down(setup: Setup) -> Setup | None:
 
 def release_memory(setup: Setup) -> None:
     """Drop what a step that failed has left."""
-    setup.optimizer.zero_grad(set_to_none=True)
+    for parameter in setup.parameters.values():
+        parameter.grad = None
     gc.collect()
     if setup.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -162,12 +163,8 @@ def release_memory(setup: Setup) -> None:
 def save(run: Run, writer: CheckpointWriter) -> None:
     """Copy the training's state and begin to write it."""
     check_same(run.setup.parameters, step=run.progress.step)
-    snapshot = take_snapshot(
-        parameters=run.setup.parameters,
-        optimizer=run.setup.optimizer,
-        progress=run.progress,
-        identity=run.identity,
-    )
+    parameters, optimizer = run.setup.optimizer.whole()
+    snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=run.progress, identity=run.identity)
     if snapshot is not None:
         writer.write(snapshot)
     run.saved_step = run.progress.step

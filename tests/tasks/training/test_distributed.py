@@ -69,6 +69,7 @@ class Curves:
         self.losses = [record.loss for record in steps]
         self.norms = [record.grad_norm for record in steps]
         self.eval_losses = [record.loss for record in evaluations]
+        self.evaluations = evaluations
         self.tokens = [record.num_trained_tokens for record in steps]
         self.adapter = load_file(outcome.adapter / "adapter_model.safetensors")
         self.outcome = outcome

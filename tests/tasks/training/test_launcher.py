@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,7 @@ def test_beats_keep_a_busy_process_alive(tmp_path: Path) -> None:
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
 
 
 def free_bytes() -> int:
@@ -386,9 +388,15 @@ def test_gpu_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert torch.equal(load_file(path / "trained.safetensors")["p0"], kept.cpu())
 
 
+by_every_strategy = pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+)
+
+
 @pytest.mark.gpu
 @needs_two_gpus
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@by_every_strategy
 def test_two_gpus_have_the_curve_of_one(base_model: Path, tokens: Path, tmp_path: Path, strategy: str) -> None:
     exact = CONFIG.model_copy(update={"dropout": 0.0, "precision": "fp32"})
     one = Told(replace(make_job(base_model, tokens, tmp_path / "one"), config=exact))
@@ -396,6 +404,22 @@ def test_two_gpus_have_the_curve_of_one(base_model: Path, tokens: Path, tmp_path
     two = Told(replace(make_job(base_model, tokens, tmp_path / "two"), config=spread))
     assert [record.loss for record in two.steps] == pytest.approx([record.loss for record in one.steps], abs=1e-3)
     assert [r.loss for r in two.evaluations] == pytest.approx([r.loss for r in one.evaluations], abs=1e-3)
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+@by_every_strategy
+def test_two_gpus_have_the_curve_of_one_within_bf16_noise(
+    base_model: Path, tokens: Path, tmp_path: Path, strategy: str
+) -> None:
+    rounded = CONFIG.model_copy(update={"dropout": 0.0, "precision": "bf16", "engine": "general", "num_epochs": 3})
+    one = Told(replace(make_job(base_model, tokens, tmp_path / "one"), config=rounded))
+    spread = rounded.model_copy(update={"num_processes": 2, "strategy": strategy})
+    two = Told(replace(make_job(base_model, tokens, tmp_path / "two"), config=spread))
+    # A gradient that is twice too large would leave AdamW's curve as it is, and no norm.
+    assert [record.grad_norm for record in two.steps] == pytest.approx([r.grad_norm for r in one.steps], rel=0.1)
+    assert [record.loss for record in two.steps] == pytest.approx([record.loss for record in one.steps], abs=0.02)
+    assert [r.loss for r in two.evaluations] == pytest.approx([r.loss for r in one.evaluations], abs=0.02)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,70 @@
+"""The optimizer of what is trained, whole on every rank or divided among them: what a step asks of either.
+
+In a step: `add` for every micro batch, then `sum`, `clip` and `move` once.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tasks.training.distributed import sum_gradients
+
+
+class AdapterOptimizer(Protocol):
+    """Gradients, clipping, AdamW and its state, for all ranks together."""
+
+    def add(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add a micro batch's gradient to this rank's of the step; `is_last` for the step's last one."""
+        ...
+
+    def sum(self, *figures: Tensor) -> list[Tensor]:
+        """Sum the gradient and scalar figures over the ranks; return the figures."""
+        ...
+
+    def clip(self) -> Tensor:
+        """Return the gradient's global norm; the gradient that `move` applies is scaled down to the largest one."""
+        ...
+
+    def move(self, learning_rate: float, is_fine: Tensor) -> None:
+        """Take the step, which changes nothing where the tensor says that it is not fine, and forget the gradient."""
+        ...
+
+    def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        """Return what is trained and its optimizer as one process would hold them; every rank has to ask."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeOptimizer:
+    """Every rank holds all of it, and does the same."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+
+    def add(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add to the parameters' own gradients."""
+        loss.backward()
+
+    def sum(self, *figures: Tensor) -> list[Tensor]:
+        """Sum all in one collective."""
+        return sum_gradients(self.parameters.values(), *figures)
+
+    def clip(self) -> Tensor:
+        """Scale the gradient down at once."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+
+    def move(self, learning_rate: float, is_fine: Tensor) -> None:
+        """Queue PyTorch's step on the device, without waiting for whether it may be done."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # AdamW in its fused form asks for this on the device, as a gradient scaler sets it.
+        self.optimizer.found_inf = (~is_fine).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        """Return the things themselves."""
+        return self.parameters, self.optimizer
