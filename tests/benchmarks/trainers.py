@@ -208,9 +208,9 @@ def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict
     (data / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
     config = {
         "model_name_or_path": str(folder / "model"), "stage": "sft", "do_train": True, "finetuning_type": "lora",
-        "lora_rank": 64, "lora_alpha": 128, "lora_target": "all", "lora_dropout": settings["dropout"],
+        "lora_rank": 64, "lora_alpha": 128, "lora_target": "all",
         "dataset": "rows", "dataset_dir": str(data), "template": "empty", "cutoff_len": 2048, "overwrite_cache": True,
-        "output_dir": str(data / f"out-{settings['dropout']}"), "logging_steps": 1, "save_strategy": "no",
+        "output_dir": str(data / "out"), "logging_steps": 1, "save_strategy": "no",
         "plot_loss": False, "report_to": "none", "max_steps": steps, "learning_rate": 1e-4,
         "per_device_train_batch_size": settings["batch"], "gradient_accumulation_steps": settings["accumulation"],
         "lr_scheduler_type": "cosine", "bf16": torch.cuda.is_available(),
