@@ -168,7 +168,8 @@ def _next_start(steps: list[dict[str, Any]], step: dict[str, Any], end: float) -
 def _stage_of(step: dict[str, Any], child: dict[str, Any] | None) -> str:
     """Return a task's stage by the name it has in MLflow."""
     if child is None:
-        return str(step["task_key"]).rsplit("-", 1)[0]
+        name = str(step["task_key"]).rsplit("-", 1)[0]
+        return {"compare_models": "compare"}.get(name, name)
     parameters = child["parameters"]
     return "train" if "seed" in parameters else f"evaluate-{parameters['model']['kind']}"
 
@@ -180,7 +181,7 @@ def _read_work(wanted: set[str]) -> Iterator[tuple[str, dict[str, float]]]:
     runs = client.search_runs([experiment.experiment_id], max_results=5000) if experiment else []
     for parent in runs:
         flow_run = parent.data.tags.get("sft.prefect_flow_run")
-        if flow_run not in wanted:
+        if flow_run not in wanted or tracking.PARENT_TAG in parent.data.tags:  # a stage may name its flow run too
             continue
         stages = [run for run in runs if run.data.tags.get(tracking.PARENT_TAG) == parent.info.run_id]
         work = {
