@@ -25,7 +25,6 @@ _LIBRARIES = (
     "pandera",
     "polars",
     "pyarrow",
-    "rouge-score",
     "sacrebleu",
     "tokenizers",
     "torch",
