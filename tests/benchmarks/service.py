@@ -18,6 +18,7 @@ The last line is one JSON object. Exit code 1: a run failed, or two runs registe
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -131,9 +132,13 @@ def _collect_spans(service: Service, wanted: set[str]) -> dict[str, Spans]:
     found: dict[str, Spans] = defaultdict(lambda: defaultdict(list))
     for run_id, work in _read_work(wanted):
         steps = sorted((task for task in tasks[run_id] if task["end_time"]), key=lambda task: task["start_time"])
+        # What stands for a run on the pool begins when the pool has it: its turn and its start come after.
+        begins = [
+            _moment(children[step["id"]]["created"] if step["id"] in children else step["start_time"]) for step in steps
+        ]
         ended: float | None = None
-        for step in steps:
-            begin, end = _moment(step["start_time"]), _moment(step["end_time"])
+        for at, step in enumerate(steps):
+            begin, end = begins[at], _moment(step["end_time"])
             child = children.get(step["id"])
             stage = _stage_of(step, child)
             if child is None:
@@ -148,7 +153,7 @@ def _collect_spans(service: Service, wanted: set[str]) -> dict[str, Spans]:
                 if stage in work and inner["state_name"] != "Cached":
                     inside = _moment(inner["end_time"]) - _moment(inner["start_time"])
                     found[stage]["overhead"].append(inside - work[stage])
-                found[stage]["back"].append(_next_start(steps, step, end) - _moment(child["end_time"]))
+                found[stage]["back"].append(min(begins[at + 1 :], default=end) - _moment(child["end_time"]))
             ended = max(ended or end, end)
     return found
 
@@ -158,11 +163,6 @@ def _child_spans(service: Service, child: dict[str, Any], inner: dict[str, Any])
     taken = min(_moment(state["timestamp"]) for state in states if state["type"] == "PENDING")
     yield "line", taken - _moment(child["created"])
     yield "start", _moment(inner["start_time"]) - taken
-
-
-def _next_start(steps: list[dict[str, Any]], step: dict[str, Any], end: float) -> float:
-    later = [_moment(other["start_time"]) for other in steps if other["start_time"] > step["start_time"]]
-    return min(later, default=end)
 
 
 def _stage_of(step: dict[str, Any], child: dict[str, Any] | None) -> str:
@@ -214,7 +214,7 @@ def _summarize(values: list[float]) -> dict[str, float]:
     return {
         "n": len(ordered),
         "median": round(statistics.median(ordered), 2),
-        "p90": round(ordered[int(0.9 * (len(ordered) - 1))], 2),
+        "p90": round(ordered[math.ceil(0.9 * (len(ordered) - 1))], 2),
         "max": round(ordered[-1], 2),
     }
 
