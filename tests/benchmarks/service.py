@@ -8,7 +8,9 @@ What is counted, for each stage that completed:
 
 - `overhead`: seconds of the task from Prefect's Running to Completed, less the stage's own work, which is what its
   MLflow run says (`stage/seconds` less `stage/tracking_seconds`). Registration is tracking from end to end. So it holds
-  the states at Prefect, the MLflow run, metrics, files going up and coming down, and digests.
+  the states at Prefect, the MLflow run, metrics, files going up and coming down, and digests. What a stage imports is
+  imported before it begins (`start`, and the pipeline's own beginning), but for a training on a CPU: it imports torch
+  within its own work.
 - `between`: from one task's end to the next one's start in the pipeline's own process.
 - for a stage on the GPU pool also `line` (from asking for it to a worker's taking it: its turn, and up to 2 s until the
   worker asks again), `start` (a Python process and its imports) and `back` (from its end until the pipeline goes on).
