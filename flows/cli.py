@@ -48,6 +48,7 @@ def run(
     from flows.temporary_server import starting_server
 
     with starting_server():
+        from flows import stages  # noqa: F401  takes as long as the server
         from flows.pipeline import sft_pipeline
         from flows.terminal import quiet_prefect, show_outcome, write_failure
     if not verbose:

@@ -6,7 +6,6 @@ from flows.cancellation import heed_server
 from flows.gpu_stages import bring_model, hand_over
 from schemas.artifacts import ModelRef, TokensRef
 from schemas.config import EvaluationConfig
-from tasks.evaluation.task import evaluate
 
 
 @flow(name="evaluate", flow_run_name="evaluate {model.name}")
@@ -19,6 +18,8 @@ def evaluate_on_pool(model: ModelRef, tokens: TokensRef, config: EvaluationConfi
         config: evaluation settings.
         parent_run_id: MLflow run of the pipeline.
     """
+    from tasks.evaluation.task import evaluate  # not at the top: a worker imports this module to cancel a run
+
     with heed_server():
         report = evaluate(bring_model(model), tokens, config, parent_run_id=parent_run_id)
     hand_over(parent_run_id, f"evaluate-{model.kind}", report)

@@ -19,12 +19,7 @@ from schemas.artifacts import RunReport
 from schemas.config import RunConfig
 from schemas.loading import override_config
 from tasks import tracking
-from tasks.evaluation.task import compare_models
-from tasks.ingestion.task import ingest, locate_dataset, locate_model
-from tasks.merging.task import merge
-from tasks.registration.task import register
 from tasks.storage import digest_file
-from tasks.tokenization.task import tokenize
 
 
 def _flow_run_name() -> str:
@@ -49,16 +44,18 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
     config = _with_dataset(config, dataset_uri)
     seconds: dict[str, float] = {}
     title = describe_run(config)
+    from flows import stages  # not at the top: see there
+
     with heed_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
-            base_model = locate_model(config.model)
-            source = locate_dataset(config.data)
+            base_model = stages.locate_model(config.model)
+            source = stages.locate_dataset(config.data)
             check_inputs(run, source, base_model)
         with _clock(seconds, "ingest"):
-            dataset = ingest(source, config.data, seed=config.seed, parent_run_id=run)
+            dataset = stages.ingest(source, config.data, seed=config.seed, parent_run_id=run)
         with _clock(seconds, "tokenize"):
             template = config.model.chat_template
-            tokens = tokenize(
+            tokens = stages.tokenize(
                 dataset,
                 base_model,
                 config.tokenization,
@@ -71,13 +68,13 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
         with _clock(seconds, "train"):
             adapter = train(base_model, tokens, config.training, seed=config.seed, parent_run_id=run)
         with _clock(seconds, "merge"):
-            merged = merge(base_model, adapter, tokens, dataset, config.merge, parent_run_id=run)
+            merged = stages.merge(base_model, adapter, tokens, dataset, config.merge, parent_run_id=run)
         with _clock(seconds, "evaluate_merged"):
             after = evaluate(merged, tokens, config.evaluation, parent_run_id=run)
         with _clock(seconds, "evaluate_champion"):
             champion, held = meet_champion(config, tokens, after, run)
         with _clock(seconds, "compare"):
-            comparison = compare_models(
+            comparison = stages.compare_models(
                 before,
                 after,
                 config.evaluation,
@@ -91,7 +88,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
                 parent_run_id=run,
             )
         with _clock(seconds, "register"):
-            entry = register(
+            entry = stages.register(
                 merged,
                 comparison,
                 config.registry,

@@ -1,19 +1,20 @@
 """Publish a dataset: check it, keep it in MLflow as a version, and tell whoever waits for new data."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from flows.checking import Check, check_dataset
 from flows.events import announce
 from flows.promote import name_requester
 from schemas.artifacts import Published
 from schemas.config import DataConfig, ModelConfig, RunConfig
 from tasks import tracking
-from tasks.ingestion.sources import find_sources
 from tasks.registration.publication import PublicationError, make_name, publish_files
+
+if TYPE_CHECKING:
+    from flows.checking import Check
 
 EVENT = "dataset.published"
 
@@ -47,7 +48,7 @@ def publish(
     return published
 
 
-def publish_now(config: RunConfig, *, name: str, who: str) -> tuple[Published, Check]:
+def publish_now(config: RunConfig, *, name: str, who: str) -> tuple[Published, "Check"]:
     """Check `data.source` as a run would and keep its files.
 
     Args:
@@ -58,6 +59,9 @@ def publish_now(config: RunConfig, *, name: str, who: str) -> tuple[Published, C
     Raises:
         PublicationError: a budget is broken, or the dataset is an index of others.
     """
+    from flows.checking import check_dataset  # not at the top: a worker imports this module to cancel a run
+    from tasks.ingestion.sources import find_sources
+
     # The held-out dataset and the mixture of a config are datasets of their own.
     data, source = config.data.model_copy(update={"eval_source": None, "mixture": ()}), config.data.source
     sources = find_sources(data.datasets[0])

@@ -27,7 +27,6 @@ _LIBRARIES = (
     "pandera",
     "polars",
     "pyarrow",
-    "rouge-score",
     "sacrebleu",
     "tokenizers",
     "torch",

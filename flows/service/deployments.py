@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
 AUTOMATIONS_FILE = ROOT / "deploy" / "automations.yaml"
 # Pipeline runs wait most of their time for the GPU, and each holds about 0.8 GB meanwhile: the next ones wait in line.
+# On few cores more at once would only take each other's time: one a core, then.
 # Promotions and rollbacks are in the pool's default queue and start at once.
-_QUEUE, _RUNS_AT_ONCE = ("cpu", "runs"), 4
+_QUEUE, _RUNS_AT_ONCE = ("cpu", "runs"), min(4, os.cpu_count() or 1)
 _DEPLOY_SECONDS = 300
 _LOG_TAIL_LINES = 15
 

@@ -67,7 +67,9 @@ def start_mlflow(settings: ServiceSettings, urls: DatabaseUrls, credentials: Cre
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.mlflow_port)]
-    command += ["--serve-artifacts", "--workers", "1" if settings.database_url is None else "2"]
+    # One process: several of uvicorn's share a socket without TCP_NODELAY, and each answer then waits 40 ms and more
+    # for the client's acknowledgement, of which a run sees hundreds. Its threads take calls side by side all the same.
+    command += ["--serve-artifacts", "--workers", "1"]
     if not is_loopback(settings.host):
         names = {settings.public_host, settings.local_host, "localhost"}
         command += ["--allowed-hosts", ",".join(sorted(f"{name}:{settings.mlflow_port}" for name in names))]

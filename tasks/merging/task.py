@@ -54,9 +54,11 @@ def merge(
         probes = pl.read_parquet(tokens_folder / "eval.parquet")
         check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
         shown = {name: float(value) for name, value in check.model_dump().items()}
-        tracking.log_metrics(run_id, {f"merge/{name}": value for name, value in shown.items()})
         digest = storage.digest_folder(merged)
         uri = log_merged_model(merged, run_id, question=str(probes["question"][0]))
+        # After the model: MLflow would ask for the history of each metric that is there before.
+        measured = {f"merge/{name}": value for name, value in shown.items()}
+        tracking.log_metrics(run_id, measured, model_id=uri.removeprefix("models:/"))
         storage.keep_folder(merged, digest)
         ref = MergedRef(
             uri=uri,

@@ -125,32 +125,39 @@ def register(
             "sft.git_commit": git_commit,
             "sft.prefect_flow_run": str(flow_run.id or ""),
         }
-        # A resumed run may have registered already: the version is found again by its run.
-        version = find_version(config.name, RUN_TAG, parent_run_id) or create_version(
-            config.name, merged.uri, run_id=str(merged.mlflow_run_id), metrics=comparison.after, tags=tags
-        )
         links = _describe_links(parent_run_id)
-
-        def tell(decision: Verdict) -> Verdict:
-            said = {GATE_TAG: decision[0], REASONS_TAG: "; ".join(decision[1])}
-            text = describe_version(title, comparison, *decision, links)
-            update_version(config.name, version, tags=said, description=text)
-            tracking.set_tags(run_id, {**tags, **said, VERSION_TAG: f"{config.name}/{version}"})
-            return decision
-
-        decision = tell(judge(comparison.delta, config.gate, comparison.champion))
+        decision = judge(comparison.delta, config.gate, comparison.champion)
+        text = describe_version(title, comparison, *decision, links)
+        # A resumed run may have registered already: the version is found again by its run.
+        version = find_version(config.name, RUN_TAG, parent_run_id)
+        if version is None:
+            whole = {**tags, **_tags_of(decision)}
+            origin, metrics = str(merged.mlflow_run_id), comparison.after
+            version = create_version(
+                config.name, merged.uri, run_id=origin, metrics=metrics, tags=whole, description=text
+            )
+        else:
+            update_version(config.name, version, tags=_tags_of(decision), description=text)
         try:
             previous = _take_place(config.name, version, comparison.champion, decision)
         except OvertakenError as error:
-            decision, previous = tell(("refused", (str(error),))), None
+            decision, previous = ("refused", (str(error),)), None
+            text = describe_version(title, comparison, *decision, links)
+            update_version(config.name, version, tags=_tags_of(decision), description=text)
+        named = {VERSION_TAG: f"{config.name}/{version}"}
+        tracking.set_tags(run_id, {**tags, **_tags_of(decision), **named})
+        tracking.set_tags(parent_run_id, {**named, "sft.verdict": decision[0]})
         aliases = aliases_of(config.name, version)
-        tracking.set_tags(parent_run_id, {VERSION_TAG: f"{config.name}/{version}", "sft.verdict": decision[0]})
     verdict, reasons = decision
     get_run_logger().info("%s version %s: %s. %s", config.name, version, verdict, "; ".join(reasons))
     _show_verdict(config.name, version, verdict, reasons, links)
     return RegistryEntry(
         name=config.name, version=version, aliases=aliases, verdict=verdict, reasons=reasons, previous=previous
     )
+
+
+def _tags_of(decision: Verdict) -> dict[str, str]:
+    return {GATE_TAG: decision[0], REASONS_TAG: "; ".join(decision[1])}
 
 
 def _collect_tags(

@@ -60,22 +60,29 @@ def _save_model(*, validate_serving_input: bool, **settings: Any) -> None:
 
 @tracking.tracking_time()
 def create_version(
-    name: str, model_uri: str, *, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+    name: str,
+    model_uri: str,
+    *,
+    run_id: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    description: str = "",
 ) -> str:
-    """Register a logged model as a new version with its tags and metrics; return the version.
+    """Register a logged model as a new version with its tags, description and metrics; return the version.
 
     Aliases are given last and apart, so that an interrupted registration leaves a version that nobody is sent to.
     """
     client = tracking.client()
     model_id = model_uri.removeprefix("models:/")
-    for metric, value in metrics.items():
-        client.log_metric(run_id, metric, value, model_id=model_id)
+    tracking.log_metrics(run_id, metrics, model_id=model_id)
     try:
         client.create_registered_model(name)
     except mlflow.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    created = client.create_model_version(name, source=model_uri, run_id=run_id, tags=dict(tags), model_id=model_id)
+    created = client.create_model_version(
+        name, source=model_uri, run_id=run_id, tags=dict(tags), description=description, model_id=model_id
+    )
     return str(created.version)
 
 

@@ -48,11 +48,21 @@ def get_run(run_id: str) -> Run:
         raise ValueError(f"MLflow run {run_id!r} is not known at {tracking_uri()}: {error.message}") from None
 
 
+def experiment_of(run_id: str) -> str:
+    """Return a run's experiment, asked for once: it never changes."""
+    return _experiment_at(run_id, tracking_uri())
+
+
+@cache
+def _experiment_at(run_id: str, uri: str) -> str:
+    return str(get_run(run_id).info.experiment_id)
+
+
 def ui_link(run_id: str) -> str | None:
     """Return the run's page on the tracking server, or None when tracking is a local database."""
     if _page("") is None:
         return None
-    return _page(f"experiments/{get_run(run_id).info.experiment_id}/runs/{run_id}")
+    return _page(f"experiments/{experiment_of(run_id)}/runs/{run_id}")
 
 
 def experiment_link(experiment_id: str) -> str | None:

@@ -14,10 +14,11 @@ _SEND_SECONDS = 2.0
 
 
 @tracking_time()
-def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    """Log metrics of one step; MLflow keeps NaN and infinity as they are."""
+def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0, *, model_id: str | None = None) -> None:
+    """Log metrics of one step, also on a logged model; MLflow keeps NaN and infinity as they are."""
     now = int(time.time() * 1000)
-    client().log_batch(run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
+    listed = [Metric(name, float(value), now, step, model_id=model_id) for name, value in metrics.items()]
+    client().log_batch(run_id, metrics=listed)
 
 
 @contextmanager

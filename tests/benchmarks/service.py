@@ -8,7 +8,9 @@ What is counted, for each stage that completed:
 
 - `overhead`: seconds of the task from Prefect's Running to Completed, less the stage's own work, which is what its
   MLflow run says (`stage/seconds` less `stage/tracking_seconds`). Registration is tracking from end to end. So it holds
-  the states at Prefect, the MLflow run, metrics, files going up and coming down, and digests.
+  the states at Prefect, the MLflow run, metrics, files going up and coming down, and digests. What a stage imports is
+  imported before it begins (`start`, and the pipeline's own beginning), but for a training on a CPU: it imports torch
+  within its own work.
 - `between`: from one task's end to the next one's start in the pipeline's own process.
 - for a stage on the GPU pool also `line` (from asking for it to a worker's taking it: its turn, and up to 2 s until the
   worker asks again), `start` (a Python process and its imports) and `back` (from its end until the pipeline goes on).
@@ -18,6 +20,7 @@ The last line is one JSON object. Exit code 1: a run failed, or two runs registe
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -131,9 +134,13 @@ def _collect_spans(service: Service, wanted: set[str]) -> dict[str, Spans]:
     found: dict[str, Spans] = defaultdict(lambda: defaultdict(list))
     for run_id, work in _read_work(wanted):
         steps = sorted((task for task in tasks[run_id] if task["end_time"]), key=lambda task: task["start_time"])
+        # What stands for a run on the pool begins when the pool has it: its turn and its start come after.
+        begins = [
+            _moment(children[step["id"]]["created"] if step["id"] in children else step["start_time"]) for step in steps
+        ]
         ended: float | None = None
-        for step in steps:
-            begin, end = _moment(step["start_time"]), _moment(step["end_time"])
+        for at, step in enumerate(steps):
+            begin, end = begins[at], _moment(step["end_time"])
             child = children.get(step["id"])
             stage = _stage_of(step, child)
             if child is None:
@@ -148,7 +155,7 @@ def _collect_spans(service: Service, wanted: set[str]) -> dict[str, Spans]:
                 if stage in work and inner["state_name"] != "Cached":
                     inside = _moment(inner["end_time"]) - _moment(inner["start_time"])
                     found[stage]["overhead"].append(inside - work[stage])
-                found[stage]["back"].append(_next_start(steps, step, end) - _moment(child["end_time"]))
+                found[stage]["back"].append(min(begins[at + 1 :], default=end) - _moment(child["end_time"]))
             ended = max(ended or end, end)
     return found
 
@@ -160,15 +167,11 @@ def _child_spans(service: Service, child: dict[str, Any], inner: dict[str, Any])
     yield "start", _moment(inner["start_time"]) - taken
 
 
-def _next_start(steps: list[dict[str, Any]], step: dict[str, Any], end: float) -> float:
-    later = [_moment(other["start_time"]) for other in steps if other["start_time"] > step["start_time"]]
-    return min(later, default=end)
-
-
 def _stage_of(step: dict[str, Any], child: dict[str, Any] | None) -> str:
     """Return a task's stage by the name it has in MLflow."""
     if child is None:
-        return str(step["task_key"]).rsplit("-", 1)[0]
+        name = str(step["task_key"]).rsplit("-", 1)[0]
+        return {"compare_models": "compare"}.get(name, name)
     parameters = child["parameters"]
     return "train" if "seed" in parameters else f"evaluate-{parameters['model']['kind']}"
 
@@ -180,7 +183,7 @@ def _read_work(wanted: set[str]) -> Iterator[tuple[str, dict[str, float]]]:
     runs = client.search_runs([experiment.experiment_id], max_results=5000) if experiment else []
     for parent in runs:
         flow_run = parent.data.tags.get("sft.prefect_flow_run")
-        if flow_run not in wanted:
+        if flow_run not in wanted or tracking.PARENT_TAG in parent.data.tags:  # a stage may name its flow run too
             continue
         stages = [run for run in runs if run.data.tags.get(tracking.PARENT_TAG) == parent.info.run_id]
         work = {
@@ -213,7 +216,7 @@ def _summarize(values: list[float]) -> dict[str, float]:
     return {
         "n": len(ordered),
         "median": round(statistics.median(ordered), 2),
-        "p90": round(ordered[int(0.9 * (len(ordered) - 1))], 2),
+        "p90": round(ordered[math.ceil(0.9 * (len(ordered) - 1))], 2),
         "max": round(ordered[-1], 2),
     }
 

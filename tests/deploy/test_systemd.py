@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.end_to_end.service import ROOT
 
@@ -30,4 +31,12 @@ def test_the_units_begin_what_the_command_begins() -> None:
     assert "prefect server start --host 127.0.0.1 --port 4200" in texts
     assert "mlflow server --host 127.0.0.1 --port 5000 --serve-artifacts" in texts
     assert "prefect worker start --type process --pool %i" in texts
+    assert "PREFECT_WORKER_QUERY_SECONDS=2\n" in texts
     assert "KillMode=mixed" in texts  # no training outlives its worker's unit
+
+
+def test_the_containers_workers_ask_for_work_as_often_as_those_of_the_command() -> None:
+    services = yaml.safe_load((ROOT / "deploy" / "docker" / "compose.yaml").read_text())["services"]
+    for name in ("cpu-worker", "gpu-worker"):
+        assert services[name]["environment"]["PREFECT_WORKER_QUERY_SECONDS"] == "2"
+        assert services[name]["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"

@@ -181,9 +181,11 @@ def running_postgres(password: str) -> Iterator[str]:
         command: list[str | Path] = [programs / "postgres", "-D", folder / "data", "-p", str(port), *options]
         with subprocess.Popen(command, user=owner, cwd=folder, stderr=subprocess.DEVNULL) as server:
             ready: list[str | Path] = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
-            wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, seconds=60)
-            yield f"127.0.0.1:{port}"
-            server.terminate()
+            try:
+                wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, seconds=60)
+                yield f"127.0.0.1:{port}"
+            finally:  # also when the body fails: leaving the block waits for it to end
+                server.terminate()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

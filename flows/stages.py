@@ -1,0 +1,13 @@
+"""The doors of the pipeline's stages. Who imports this module loads torch, transformers and all that stages work with.
+
+The flows import it in their bodies and not at the top: a worker imports a flow's module only to cancel a run, and must
+not load for seconds first what it never uses.
+"""
+
+from tasks.evaluation.task import compare_models
+from tasks.ingestion.task import ingest, locate_dataset, locate_model
+from tasks.merging.task import merge
+from tasks.registration.task import register
+from tasks.tokenization.task import tokenize
+
+__all__ = ["compare_models", "ingest", "locate_dataset", "locate_model", "merge", "register", "tokenize"]
