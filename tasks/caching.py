@@ -27,6 +27,7 @@ _LIBRARIES = (
     "pandera",
     "polars",
     "pyarrow",
+    "rouge-score",
     "sacrebleu",
     "tokenizers",
     "torch",

@@ -1,8 +1,7 @@
 """What an answer is worth: measures of one answer against one reference.
 
-chrF is that of `sacrebleu`. ROUGE-L is that of `rouge-score`, which the tests compare with, but for the splitting into
-words: the library's own keeps nothing but a-z and 0-9. It is computed here because the library imports nltk, which each
-process that evaluates would wait for longer than for torch.
+ROUGE-L and chrF are those of `rouge-score` and `sacrebleu`; only the splitting into words for ROUGE-L is ours,
+because the library's own keeps nothing but a-z and 0-9.
 """
 
 import unicodedata
@@ -64,6 +63,21 @@ def _is_unspaced(character: str) -> bool:
     return any(low <= code <= high for low, high in _UNSPACED_RANGES)
 
 
+class _Words:
+    """The form in which rouge-score takes a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split text into words."""
+        return split_words(text)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # not at the top: it imports nltk, which takes seconds
+
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
 @cache
 def _chrf() -> Any:
     return CHRF()
@@ -74,24 +88,9 @@ def rouge_l(answer: str, reference: str) -> float:
 
     A reference without any word (such as an emoji) has no subsequence: there it is exact_match.
     """
-    words, expected = split_words(answer), split_words(reference)
-    if not expected:
+    if not split_words(reference):
         return exact_match(answer, reference)
-    common = _count_common(words, expected)
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(words), common / len(expected)
-    return 2 * precision * recall / (precision + recall)
-
-
-def _count_common(words: Sequence[str], others: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, row by row of its table."""
-    row = [0] * (len(others) + 1)
-    for word in words:
-        diagonal = 0
-        for at, other in enumerate(others, start=1):
-            diagonal, row[at] = row[at], diagonal + 1 if word == other else max(row[at], row[at - 1])
-    return row[-1]
+    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
 
 
 def chrf(answer: str, reference: str) -> float:
