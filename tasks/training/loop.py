@@ -87,10 +87,7 @@ def train_adapter(
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     draw_apart(seed, 0)
     if checkpoint is not None:
-        parameters, optimizer = setup.optimizer.whole()
-        run.progress = restore_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer)
-        run.saved_step = run.progress.step
-        logger.info("Resuming from step %d of %d", run.progress.step, setup.num_steps)
+        _restore(run, checkpoint)
     resumed_from_step = run.progress.step if checkpoint is not None else None
     with _naming_shortage(base_model):
         run.setup = _divide(setup)
@@ -107,6 +104,14 @@ def train_adapter(
         _run_steps(run, on_steps, on_evals, writer, should_stop)
     adapter_step = _save_chosen(run, run_folder)
     return _describe(run, run_folder / "adapter", adapter_step=adapter_step, resumed_from_step=resumed_from_step)
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
+    """Put a checkpoint's state into a training that no rank holds only a part of yet."""
+    parameters, optimizer = run.setup.optimizer.whole()
+    run.progress = restore_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer)
+    run.saved_step = run.progress.step
+    logger.info("Resuming from step %d of %d", run.progress.step, run.setup.num_steps)
 
 
 def _save_chosen(run: Run, run_folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Tiny models with random weights, and tokens folders written by hand."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {
