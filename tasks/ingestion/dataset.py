@@ -2,31 +2,32 @@
 
 Three passes: shards of the files become conversations and rejects on disk (intake.py, by workers where there are
 several); duplicates, leaks, split and mixture are decided on an index of all rows, without their texts; the chosen
-rows are streamed into the tables.
+rows are streamed into the tables. In memory are some bytes of each row, whatever its length.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
-from tasks.ingestion.mixture import Division, divide, mix
+from tasks.ingestion.index import Index, Mask, read_taken
+from tasks.ingestion.mixture import Division, divide
 from tasks.ingestion.near_duplicates import Likest, find_near_duplicates
+from tasks.ingestion.order import read_chosen
 from tasks.ingestion.pieces import CONVERSATION_SCHEMA, REJECT_SCHEMA
 from tasks.ingestion.quality_report import describe_dataset
 from tasks.ingestion.readings import read_all
 from tasks.ingestion.rejects import DataError, Tally, check_budget, describe_rejects, join_tallies
-from tasks.ingestion.runs import Runs, join_runs, select_runs
+from tasks.ingestion.runs import join_runs
 from tasks.ingestion.shards import SHARD_BYTES, name_sources
 from tasks.ingestion.splits import EVAL
-from tasks.ingestion.tables import read_in_order, write_table
-from tasks.ingestion.takings import Takings, gather, read_taken, read_taken_runs
+from tasks.ingestion.tables import write_table
+from tasks.ingestion.takings import Takings, gather
 
 SHARDS_FOLDER = "shards"
 """Below the dataset's folder, until all is done."""
@@ -115,21 +116,21 @@ def check_sides_wanted(config: DataConfig) -> None:
 
 def _build(config: DataConfig, takings: Takings, folder: Path, seed: int) -> DatasetCounts:
     """Decide where the rows go, and write them."""
-    frames = (read_taken(piece, "rejects", seed) for piece in takings.pieces)
+    index = takings.rows
+    frames = (read_taken(piece, "rejects", seed) for piece in index.pieces)
     write_table(frames, REJECT_SCHEMA, Rejects, folder / "rejects.parquet")
     rejects = join_tallies(intake.rejects for intake in takings.intakes)
     num_rows = sum(intake.num_rows for intake in takings.intakes)
     where = ", ".join(dataset.source for dataset in config.datasets)
     check_budget(rejects, num_rows, config.max_rejected_fraction, where)
-    division = divide(takings.rows, takings.bounds, config, seed=seed)
+    division = divide(index, config)
     counts = _count(division, rejects, num_rows)
     _check_sides(counts, rejects, where, config)
-    held_out = (division.sides == EVAL).astype(np.uint32)
-    for side, times in (("train", division.times), ("eval", held_out)):
-        order = mix(takings.rows["example_id"], takings.bounds, times, seed)
-        rows = read_in_order(takings.pieces, order, seed, folder / SHARDS_FOLDER / side)
+    held_out = division.sides == EVAL
+    for side, times in (("train", division.times), ("eval", held_out.astype(np.uint8))):
+        rows = read_chosen(index, times, folder / SHARDS_FOLDER / side)
         write_table(rows, CONVERSATION_SCHEMA, Conversations, folder / f"{side}.parquet")
-    pairs = _find_pairs(takings, division, seed)
+    pairs = _find_pairs(index, division.times > 0, held_out)
     quality = describe_dataset(counts, takings, division, pairs, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")
     return counts
@@ -159,17 +160,9 @@ def _check_sides(counts: DatasetCounts, rejects: Tally, where: str, config: Data
     )
 
 
-def _find_pairs(takings: Takings, division: Division, seed: int) -> list[Likest]:
+def _find_pairs(index: Index, train: Mask, held_out: Mask) -> list[Likest]:
     """Return the near duplicates between the sides, by their places in the index."""
-    held_out = join_runs([runs for _, runs in _read_runs(takings, division.sides == EVAL, seed)])
-    places = np.flatnonzero(division.sides == EVAL)
-    pairs = find_near_duplicates(_read_runs(takings, division.times > 0, seed), held_out)
+    runs = join_runs([runs for _, runs in index.read_runs(held_out)])
+    pairs = find_near_duplicates(index.read_runs(train), runs)
+    places = np.flatnonzero(held_out)
     return [pair._replace(held_out=int(places[pair.held_out])) for pair in pairs]
-
-
-def _read_runs(takings: Takings, chosen: NDArray[np.bool_], seed: int) -> Iterator[tuple[NDArray[np.int64], Runs]]:
-    """Yield the places and the sets of the chosen rows, piece by piece."""
-    for piece in takings.pieces:
-        own = chosen[piece.start : piece.start + piece.num_rows]
-        if own.any():
-            yield piece.start + np.flatnonzero(own), select_runs(read_taken_runs(piece, seed), own)

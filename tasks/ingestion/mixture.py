@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from schemas.config import DataConfig, DatasetConfig
+from tasks.ingestion.index import Index, Mask
 from tasks.ingestion.rejects import DataError
 from tasks.ingestion.splits import (
     DUPLICATE,
@@ -24,15 +24,14 @@ from tasks.ingestion.splits import (
     Sides,
     choose,
     count_held_out,
-    find_first,
     hold_out,
     keep_all,
-    rank,
+    select,
     separate,
-    split_rows,
+    split_dataset,
 )
 
-Places = NDArray[np.int64]
+Times = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
@@ -41,64 +40,64 @@ class Division:
 
     datasets: tuple[DatasetConfig, ...]
     """A held-out one is the last."""
-    bounds: tuple[int, ...]
+    bounds: Sequence[int]
     """Where each dataset's rows begin; one entry more than there are datasets."""
     sides: Sides
-    times: NDArray[np.uint32]
+    times: Times
     """How often a row is trained."""
 
     def count(self, dataset: int | None = None) -> dict[str, int]:
         """Return the rows of each side, of one dataset or of all."""
         rows = slice(None) if dataset is None else slice(*self.bounds[dataset : dataset + 2])
         sides, times = self.sides[rows], self.times[rows]
-        taken = int(np.count_nonzero(times))
-        num_rows = np.bincount(sides, minlength=UNUSED + 1).tolist()
+        taken, total = int(np.count_nonzero(times)), int(times.sum(dtype=np.int64))
+        num_rows = {side: int(np.count_nonzero(sides == side)) for side in (TRAIN, EVAL, DUPLICATE, LEAKED, UNUSED)}
         return {
-            "rows_train": int(times.sum()),
+            "rows_train": total,
             "rows_eval": num_rows[EVAL],
             "rows_duplicate": num_rows[DUPLICATE],
             "rows_leaked": num_rows[LEAKED],
             # Read, and neither used nor wrong.
             "rows_left_out": num_rows[TRAIN] - taken + num_rows[UNUSED],
             # Copies that a weight above 1 made.
-            "rows_repeated": int(times.sum()) - taken,
+            "rows_repeated": total - taken,
             "rows_unused": num_rows[UNUSED],
         }
 
 
-def divide(rows: pl.DataFrame, bounds: Sequence[int], config: DataConfig, *, seed: int) -> Division:
+def divide(index: Index, config: DataConfig) -> Division:
     """Split each dataset by itself, keep them apart, and take the training rows.
 
     Args:
-        rows: the index of all datasets' rows, one dataset after the other.
-        bounds: where each dataset's rows begin, and where the last one's end.
+        index: of all datasets' rows; its seed is that of the split and of the choice of training rows.
         config: held-out part, weights and numbers.
-        seed: of the split and of the choice of training rows.
 
     Raises:
         DataError: a dataset has fewer training rows than `num_rows` wants.
     """
-    parts = [rows[low:high] for low, high in pairwise(bounds)]
     datasets = list(config.datasets)
+    sides = keep_all(index)
     if config.held_out_dataset is not None:
+        hold_out(index, sides, len(datasets), config.max_eval_rows, index.seed)
         datasets.append(config.held_out_dataset)
-        splits = [*map(keep_all, parts[:-1]), hold_out(parts[-1], config.max_eval_rows, seed)]
     else:
-        limits = _share_out(parts, config)
-        splits = [
-            split_rows(part, config.eval_fraction, limit, seed) for part, limit in zip(parts, limits, strict=True)
-        ]
-    sides = separate(rows, splits)
-    times = np.zeros(rows.height, dtype=np.uint32)
-    for dataset, (low, high) in zip(datasets, pairwise(bounds), strict=True):
-        places = low + np.flatnonzero(sides[low:high] == TRAIN)
-        times[places] = take(rows["example_id"].gather(places), dataset, seed)
-    return Division(tuple(datasets), tuple(bounds), sides, times)
+        sizes = [int(np.count_nonzero(select(index, sides, TRAIN, dataset=number))) for number in range(len(datasets))]
+        for number, num_rows in enumerate(_share_out(sizes, config)):
+            split_dataset(index, sides, number, num_rows, index.seed)
+    separate(index, sides)
+    times: Times = np.zeros(index.num_rows, dtype=np.uint8)
+    for number, dataset in enumerate(datasets):
+        times = times + take(index, select(index, sides, TRAIN, dataset=number), dataset, index.seed)
+    return Division(tuple(datasets), index.bounds, sides, times)
 
 
-def _share_out(parts: Sequence[pl.DataFrame], config: DataConfig) -> list[int]:
-    """Return the most rows that each dataset holds out: its share of data.max_eval_rows where all want more."""
-    sizes = [int(np.count_nonzero(find_first(part))) for part in parts]
+def _share_out(sizes: Sequence[int], config: DataConfig) -> list[int]:
+    """Return how many rows each dataset holds out: its share of data.max_eval_rows where all want more.
+
+    Args:
+        sizes: rows of each dataset, without copies.
+        config: the part that is held out, and the most rows.
+    """
     wanted = [count_held_out(size, config.eval_fraction, size) for size in sizes]
     total = sum(wanted)
     if total <= config.max_eval_rows:
@@ -108,8 +107,8 @@ def _share_out(parts: Sequence[pl.DataFrame], config: DataConfig) -> list[int]:
     return [high - low for low, high in pairwise(bounds)]
 
 
-def take(ids: pl.Series, dataset: DatasetConfig, seed: int) -> NDArray[np.uint32]:
-    """Return how often each training row is taken by the dataset's weight or number.
+def take(index: Index, rows: Mask, dataset: DatasetConfig, seed: int) -> Times:
+    """Return how often each row of the index is taken by the weight or number of the dataset with these rows.
 
     A weight w takes round(w * n) of n rows, at least one: each floor(w) times, and a seeded choice once more. The
     choice goes by the rank of the split, so that a larger weight takes what a smaller one takes, and more.
@@ -117,14 +116,15 @@ def take(ids: pl.Series, dataset: DatasetConfig, seed: int) -> NDArray[np.uint32
     Raises:
         DataError: there are fewer rows than `num_rows`.
     """
-    num_rows = dataset.num_rows
-    if num_rows is not None and num_rows > len(ids):
-        raise DataError(_describe_shortage(dataset, len(ids)))
-    if not len(ids):
-        return np.zeros(0, dtype=np.uint32)
-    wanted = num_rows if num_rows is not None else max(1, round(dataset.weight * len(ids)))
-    times, rest = divmod(wanted, len(ids))
-    return (times + choose(ids, rest, seed)).astype(np.uint32)
+    num_rows, size = dataset.num_rows, int(np.count_nonzero(rows))
+    if num_rows is not None and num_rows > size:
+        raise DataError(_describe_shortage(dataset, size))
+    if not size:
+        return np.zeros(len(rows), dtype=np.uint8)
+    wanted = num_rows if num_rows is not None else max(1, round(dataset.weight * size))
+    times, rest = divmod(wanted, size)
+    kind = np.min_scalar_type(times + 1)
+    return rows * kind.type(times) + choose(index, rows, rest, seed)
 
 
 def _describe_shortage(dataset: DatasetConfig, num_rows: int) -> str:
@@ -134,27 +134,3 @@ def _describe_shortage(dataset: DatasetConfig, num_rows: int) -> str:
         f"duplicates, the held-out part and leaks: lower num_rows to at most {num_rows}, or give a weight instead "
         "(a weight above 1 repeats rows)"
     )
-
-
-def mix(ids: pl.Series, bounds: Sequence[int], times: NDArray[np.uint32], seed: int) -> Places:
-    """Return the places of the taken rows in the order in which they are written.
-
-    One dataset's rows stay in their order; several are mixed by the rank of seed, copy and content. Whoever takes rows
-    from the front (an evaluation of the first ones, a preview) then sees every dataset.
-
-    Args:
-        ids: example_ids of all datasets' rows.
-        bounds: where each dataset's rows begin, and where the last one's end.
-        times: how often each row is taken.
-        seed: of the order.
-    """
-    order = np.repeat(np.arange(len(ids)), times)
-    if sum(bool(times[low:high].any()) for low, high in pairwise(bounds)) < 2:
-        return order
-    ranks = np.empty(len(order), dtype=np.uint64)
-    ends = np.cumsum(times, dtype=np.int64)
-    copies = np.arange(1, len(order) + 1) - np.repeat(ends - times, times)
-    for copy in range(1, int(times.max()) + 1):
-        places = np.flatnonzero(copies == copy)
-        ranks[places] = rank(ids.gather(order[places]), f"mix:{seed}:{copy}")
-    return order[np.argsort(ranks, kind="stable")]

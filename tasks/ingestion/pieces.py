@@ -1,8 +1,8 @@
 """What a shard leaves on disk: pieces of at most PIECE_ROWS conversations, and a summary.
 
 Of each piece there are `rows-N.arrow` (the columns of train.parquet), `index-N.arrow` (what duplicates, leaks, splits
-and statistics are found by: about 150 bytes a row, so that those of all shards fit into memory), `runs-N.npz` (what
-near duplicates are found by) and `rejects-N.arrow`.
+and statistics are found by: about 150 bytes a row), `runs-N.npz` (what near duplicates are found by) and
+`rejects-N.arrow`.
 """
 
 import json
@@ -107,7 +107,8 @@ def read_runs(folder: Path, number: int) -> Runs:
         return Runs(values["hashes"], values["bounds"])
 
 
-def read_frame(folder: Path, name: str, number: int) -> pl.DataFrame:
-    """Return the rows, index or rejects of a piece, in memory of its own."""
+def read_frame(folder: Path, name: str, number: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Return columns (all of them for None) of the rows, index or rejects of a piece, in memory of its own."""
     # Through bytes: what is mapped into memory counts as resident, and a piece may be deleted while its rows are used.
-    return pl.read_ipc((folder / f"{name}-{number}.arrow").read_bytes())
+    data = (folder / f"{name}-{number}.arrow").read_bytes()
+    return pl.read_ipc(data, columns=None if columns is None else list(columns))

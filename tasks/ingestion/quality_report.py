@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import polars as pl
-
+from tasks.ingestion.index import Index
 from tasks.ingestion.mixture import Division
 from tasks.ingestion.near_duplicates import THRESHOLD, Likest
-from tasks.ingestion.quality import PLACES_SHOWN, TEXT_PROBLEMS, check_quality, describe_rows, list_places
+from tasks.ingestion.quality import TEXT_PROBLEMS
 from tasks.ingestion.rejects import Tally
+from tasks.ingestion.row_statistics import PLACES_SHOWN, Noted, find_outliers, gather_statistics
 from tasks.ingestion.screening import KINDS, Screen
 from tasks.ingestion.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
 from tasks.ingestion.takings import Intake, Takings
@@ -40,16 +39,25 @@ def describe_dataset(
         rejects: of all datasets.
         screen: what was done about personal data.
     """
-    rows, intakes = takings.rows, takings.intakes
-    train, held_out = rows.filter(division.times > 0), rows.filter(division.sides == EVAL)
-    used = pl.concat([train, held_out])
-    checks = check_quality(used)
-    likest = _describe_pairs(rows, pairs[:PLACES_SHOWN])
-    shared = count_shared_prompts(train, held_out)
+    index, intakes = takings.rows, takings.intakes
+    train_rows, held_out_rows = division.times > 0, division.sides == EVAL
+    train, held_out = gather_statistics(index, train_rows), gather_statistics(index, held_out_rows)
+    outliers = find_outliers(index, train_rows, held_out_rows, train.lengths + held_out.lengths)
+    noted = {code: train.problems[code] + held_out.problems[code] for code in TEXT_PROBLEMS}
+    noted["length_outlier"] = outliers
+    checks = {code: _describe_noted(index, rows) for code, rows in noted.items()}
+    likest = _describe_pairs(index, pairs[:PLACES_SHOWN])
+    shared = count_shared_prompts(index, train_rows, held_out_rows)
     unused: Counter[str] = Counter()
     for intake in intakes:
         unused.update(intake.unused)
-    found = count_found(used)
+    found = {
+        kind: {
+            "num_found": train.num_found[kind] + held_out.num_found[kind],
+            **_describe_noted(index, train.found[kind] + held_out.found[kind]),
+        }
+        for kind in KINDS
+    }
     warnings = [warning for intake in intakes for warning in intake.warnings]
     warnings += [
         *_warn_of_checks(checks),
@@ -67,10 +75,10 @@ def describe_dataset(
         "screen": {"mode": screen, "found": found},
         "near_duplicates": {"threshold": THRESHOLD, "num_eval_rows": len(pairs), "pairs": likest},
         "num_shared_prompts": shared,
-        "duplicates": list_places(rows, np.flatnonzero(division.sides == DUPLICATE)),
-        "leaks": list_places(rows, np.flatnonzero(division.sides == LEAKED)),
+        "duplicates": index.name(index.find(division.sides == DUPLICATE, PLACES_SHOWN)),
+        "leaks": index.name(index.find(division.sides == LEAKED, PLACES_SHOWN)),
         "rejects": [reject._asdict() for reject in rejects.first],
-        "statistics": {"train": describe_rows(train), "eval": describe_rows(held_out)},
+        "statistics": {"train": train.describe(), "eval": held_out.describe()},
         "warnings": warnings,
     }
 
@@ -93,30 +101,14 @@ def describe_portion(intake: Intake, division: Division, number: int) -> dict[st
     }
 
 
-def count_found(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return, by kind of personal data and secrets, how often it is in how many rows, and the first places."""
-    places = np.flatnonzero(rows["found"] != "")
-    numbers: Counter[str] = Counter()
-    holders: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    for place, text in zip(places.tolist(), rows["found"].gather(places), strict=True):
-        kinds = text.split(",")
-        numbers.update(kinds)
-        for kind in set(kinds):
-            holders[kind].append(place)
-    return {
-        kind: {
-            "num_found": numbers[kind],
-            "num_rows": len(holders[kind]),
-            "places": list_places(rows, np.array(holders[kind], dtype=np.int64)),
-        }
-        for kind in KINDS
-    }
+def _describe_noted(index: Index, noted: Noted) -> dict[str, Any]:
+    """Return how many rows there are, and the first ones by name."""
+    return {"num_rows": noted.num_rows, "places": index.name(noted.places)}
 
 
-def _describe_pairs(rows: pl.DataFrame, pairs: Sequence[Likest]) -> list[dict[str, Any]]:
+def _describe_pairs(index: Index, pairs: Sequence[Likest]) -> list[dict[str, Any]]:
     """Return the places of both rows of each pair."""
-    held_out = list_places(rows, np.array([pair.held_out for pair in pairs], dtype=np.int64))
-    train = list_places(rows, np.array([pair.train for pair in pairs], dtype=np.int64))
+    held_out, train = index.name(pair.held_out for pair in pairs), index.name(pair.train for pair in pairs)
     return [
         {"eval_place": place, "train_place": other, "jaccard": pair.jaccard}
         for place, other, pair in zip(held_out, train, pairs, strict=True)

@@ -1,6 +1,5 @@
-"""What came out of all shards: the index of the rows in memory, the rest by name on disk."""
+"""What came out of all shards: what is said of each dataset, and where its rows are."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,28 +7,14 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-import polars as pl
-from numpy.typing import NDArray
 
 from schemas.config import DataConfig
 from tasks.ingestion.files import Source
-from tasks.ingestion.pieces import INDEX_SCHEMA, read_frame, read_runs, read_summary
+from tasks.ingestion.index import Index, Piece, read_taken
+from tasks.ingestion.pieces import read_frame, read_summary
+from tasks.ingestion.ranks import Ranks, find_border, first_bits, rank_places
 from tasks.ingestion.readers import raise_no_json
 from tasks.ingestion.rejects import DataError, Reject, Tally
-from tasks.ingestion.runs import Runs, select_runs
-
-
-class Piece(NamedTuple):
-    """A piece of a shard."""
-
-    folder: Path
-    number: int
-    start: int
-    """Where its rows begin in the index."""
-    num_rows: int
-    """Rows of it that are taken."""
-    limit: int | None
-    """The largest rank that is taken, where a source takes only some of its rows."""
 
 
 @dataclass
@@ -52,11 +37,7 @@ class Takings(NamedTuple):
 
     intakes: list[Intake]
     """By dataset; a held-out one is the last."""
-    rows: pl.DataFrame
-    """The index (see pieces.INDEX_SCHEMA); one dataset's rows after the other's."""
-    bounds: list[int]
-    """Where each dataset's rows begin in the index, and where the last one's end."""
-    pieces: list[Piece]
+    rows: Index
 
 
 def gather(config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequence[Path], *, seed: int) -> Takings:
@@ -75,7 +56,6 @@ def gather(config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequ
     held_out = config.held_out_dataset
     datasets = (*config.datasets, *([] if held_out is None else [held_out]))
     intakes: list[Intake] = []
-    frames = [pl.DataFrame(schema=INDEX_SCHEMA)]
     pieces: list[Piece] = []
     bounds = [0]
     for number, (dataset, own) in enumerate(zip(datasets, sources, strict=True)):
@@ -84,24 +64,10 @@ def gather(config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequ
         for place, source in enumerate(own):
             entries = [entry for entry in summaries if _name_source(entry[1]) == (number, place)]
             if entries:
-                _gather_source(intake, source, entries, frames, pieces, seed)
+                _gather_source(intake, source, entries, pieces, seed)
         bounds.append(pieces[-1].start + pieces[-1].num_rows if pieces else 0)
         assert intake.num_rows == bounds[-1] - bounds[-2] + intake.rejects.counts.total()
-    return Takings(intakes, pl.concat(frames, rechunk=True), bounds, pieces)
-
-
-def read_taken(piece: Piece, name: str, seed: int) -> pl.DataFrame:
-    """Return the rows, index or rejects of a piece, without those that are not taken."""
-    frame = read_frame(piece.folder, name, piece.number)
-    return frame if piece.limit is None else frame.filter(_rank(frame, seed) <= piece.limit)
-
-
-def read_taken_runs(piece: Piece, seed: int) -> Runs:
-    """Return the sets by which near duplicates are found of the rows of a piece that are taken."""
-    runs = read_runs(piece.folder, piece.number)
-    if piece.limit is None:
-        return runs
-    return select_runs(runs, _rank(read_frame(piece.folder, "index", piece.number), seed) <= piece.limit)
+    return Takings(intakes, Index(pieces, bounds, seed))
 
 
 Entries = Sequence[tuple[Path, dict[str, Any]]]
@@ -112,10 +78,8 @@ def _name_source(summary: dict[str, Any]) -> tuple[int, int]:
     return summary["parts"][0]["dataset"], summary["parts"][0]["source"]
 
 
-def _gather_source(
-    intake: Intake, source: Source, entries: Entries, frames: list[pl.DataFrame], pieces: list[Piece], seed: int
-) -> None:
-    """Add what came out of one source to its dataset, to the frames of the index and to the pieces."""
+def _gather_source(intake: Intake, source: Source, entries: Entries, pieces: list[Piece], seed: int) -> None:
+    """Add what came out of one source to its dataset and to the pieces."""
     parts = [part for _, summary in entries for part in summary["parts"]]
     num_rows = sum(part["num_rows"] for part in parts)
     if not num_rows:
@@ -138,9 +102,7 @@ def _gather_source(
         for number in range(summary["num_pieces"]):
             start = pieces[-1].start + pieces[-1].num_rows if pieces else 0
             piece = Piece(folder, number, start, 0, limit)
-            frame = read_taken(piece, "index", seed)
-            frames.append(frame)
-            pieces.append(piece._replace(num_rows=frame.height))
+            pieces.append(piece._replace(num_rows=read_taken(piece, "index", seed, ("line",)).height))
             intake.rejects.add(map(Reject._make, read_taken(piece, "rejects", seed).iter_rows()))
 
 
@@ -180,17 +142,14 @@ def _warn_of_files(label: str, files: Sequence[dict[str, Any]], parts: Sequence[
 
 def _find_limit(entries: Entries, num_samples: int, seed: int) -> int:
     """Return the rank up to which `num_samples` rows, rejects included, are taken; the others were not read."""
-    ranks = [
-        _rank(read_frame(folder, name, number), seed)
-        for folder, summary in entries
-        for number in range(summary["num_pieces"])
-        for name in ("index", "rejects")
-    ]
-    return int(np.sort(np.concatenate(ranks))[num_samples - 1])
+    border, left = find_border(_read_ranks(entries, seed), num_samples)
+    near = np.concatenate([ranks[first_bits(ranks) == border] for ranks in _read_ranks(entries, seed)])
+    return int(np.sort(near)[left - 1])
 
 
-def _rank(frame: pl.DataFrame, seed: int) -> NDArray[np.uint64]:
-    """Return the first 64 bits of the sha256 of seed and place of each row."""
-    places = frame.select("source", "line").iter_rows()
-    digests = [hashlib.sha256(f"{seed}:{source}:{line}".encode()).digest()[:8] for source, line in places]
-    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+def _read_ranks(entries: Entries, seed: int) -> Iterator[Ranks]:
+    """Yield the ranks of a source's rows, by their places."""
+    for folder, summary in entries:
+        for number in range(summary["num_pieces"]):
+            for name in ("index", "rejects"):
+                yield rank_places(read_frame(folder, name, number, ("source", "line")), seed)

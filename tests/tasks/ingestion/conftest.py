@@ -1,9 +1,14 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tasks.ingestion.identity import Conversation
+from tasks.ingestion.index import Index, Piece
+from tasks.ingestion.pieces import write_piece
 
 MATERIAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "material" / "datasets"
 
@@ -31,3 +36,15 @@ def write_lines(tmp_path: Path) -> WriteLines:
         return path
 
     return write
+
+
+def write_index(folder: Path, *datasets: Sequence[Conversation], rows_per_piece: int = 1000, seed: int = 0) -> Index:
+    """Write the pieces of some datasets, as the shards' readers do, and return the index of their rows."""
+    pieces: list[Piece] = []
+    for rows in datasets:
+        for start in range(0, len(rows), rows_per_piece):
+            some = rows[start : start + rows_per_piece]
+            first = pieces[-1].start + pieces[-1].num_rows if pieces else 0
+            write_piece(folder, len(pieces), some, [])
+            pieces.append(Piece(folder, len(pieces), first, len(some), None))
+    return Index(pieces, list(accumulate(map(len, datasets), initial=0)), seed)

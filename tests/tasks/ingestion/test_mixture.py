@@ -1,4 +1,3 @@
-import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -12,18 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import DataConfig, DatasetConfig
+from tasks.ingestion import order
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.mixture import mix, take
+from tasks.ingestion.identity import Conversation, make_conversation
+from tasks.ingestion.mixture import take
+from tasks.ingestion.order import read_chosen
 from tasks.ingestion.rejects import DataError
-from tests.tasks.ingestion.conftest import WriteLines
+from tests.tasks.ingestion.conftest import WriteLines, write_index
 
 
 def ask(name: str, number: int) -> dict[str, Any]:
     return {"prompt": f"{name} {number}", "completion": f"answer {number}"}
 
 
-def make_ids(num_rows: int) -> pl.Series:
-    return pl.Series([hashlib.md5(str(number).encode()).digest() for number in range(num_rows)], dtype=pl.Binary)
+def make_rows(name: str, num_rows: int) -> list[Conversation]:
+    texts = [
+        ({"role": "user", "content": f"{name} {n}"}, {"role": "assistant", "content": "x"}) for n in range(num_rows)
+    ]
+    return [make_conversation(list(messages), None, name, line) for line, messages in enumerate(texts, start=1)]
 
 
 def build(folder: Path, *, seed: int = 0, **settings: Any) -> DatasetCounts:
@@ -39,7 +44,17 @@ def read_quality(folder: Path) -> Any:
 
 
 def count_taken(size: int, seed: int = 0, **amount: Any) -> list[int]:
-    return take(make_ids(size), DatasetConfig(source="x", **amount), seed).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        index = write_index(Path(folder), make_rows("x", size))
+        return take(index, np.ones(size, dtype=np.bool_), DatasetConfig(source="x", **amount), seed).tolist()
+
+
+def list_written(folder: Path, *sizes: int, times: list[int], seed: int = 0) -> list[tuple[str, int]]:
+    """Return source and line of each row that is written, of datasets of some sizes."""
+    datasets = [make_rows("ab"[number], size) for number, size in enumerate(sizes)]
+    index = write_index(folder, *datasets, rows_per_piece=30, seed=seed)
+    frames = list(read_chosen(index, np.array(times, dtype=np.uint8), folder / "scratch"))
+    return [row for frame in frames for row in frame.select("source", "line").iter_rows()]
 
 
 def find_taken(size: int, seed: int = 0, **amount: Any) -> set[int]:
@@ -73,17 +88,26 @@ def test_number_of_rows_is_exact_or_refused() -> None:
         count_taken(0, num_rows=1)
 
 
-def test_mixed_rows_keep_their_number_and_every_dataset_is_in_the_front() -> None:
-    ids, times = make_ids(200), np.repeat(np.array([1, 2], dtype=np.uint32), 100)
-    mixed = mix(ids, [0, 100, 200], times, seed=0)
-    assert np.bincount(mixed).tolist() == [1] * 100 + [2] * 100
-    assert 10 <= int((mixed[:60] < 100).sum()) <= 30
-    assert not np.array_equal(mix(ids, [0, 100, 200], times, seed=1), mixed)
+def test_mixed_rows_keep_their_number_and_every_dataset_is_in_the_front(tmp_path: Path) -> None:
+    times = [1] * 100 + [2] * 100
+    mixed = list_written(tmp_path, 100, 100, times=times)
+    assert Counter(mixed) == {("a", n): 1 for n in range(1, 101)} | {("b", n): 2 for n in range(1, 101)}
+    assert 10 <= sum(source == "a" for source, _ in mixed[:60]) <= 30
+    assert list_written(tmp_path, 100, 100, times=times, seed=1) != mixed
 
 
-def test_one_dataset_keeps_its_order() -> None:
-    times = np.array([1, 0, 3, 1, 0, 0], dtype=np.uint32)
-    assert mix(make_ids(6), [0, 4, 6], times, seed=0).tolist() == [0, 2, 2, 2, 3]
+def test_mixed_rows_come_in_one_order_however_many_are_sorted_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = list_written(tmp_path, 90, 60, times=[1, 2, 0] * 50)
+    monkeypatch.setattr(order, "BUCKET_ROWS", 11)
+    assert list_written(tmp_path, 90, 60, times=[1, 2, 0] * 50) == mixed
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_one_dataset_keeps_its_order(tmp_path: Path) -> None:
+    lines = [line for _, line in list_written(tmp_path, 4, 2, times=[1, 0, 3, 1, 0, 0])]
+    assert lines == [1, 3, 3, 3, 4]
 
 
 def test_mixture_of_three_is_accounted_for_row_by_row(tmp_path: Path, write_lines: WriteLines) -> None:

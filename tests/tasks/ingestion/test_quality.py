@@ -1,7 +1,10 @@
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +12,16 @@ from hypothesis import strategies as st
 from tasks.ingestion.identity import Conversation, make_conversation
 from tasks.ingestion.near_duplicates import Likest, find_near_duplicates
 from tasks.ingestion.pieces import make_index
-from tasks.ingestion.quality import check_quality, describe_rows, find_text_problems
+from tasks.ingestion.quality import find_text_problems
+from tasks.ingestion.row_statistics import (
+    Noted,
+    RowStatistics,
+    describe_counts,
+    find_fences,
+    find_outliers,
+)
 from tasks.ingestion.runs import hash_runs
+from tests.tasks.ingestion.conftest import write_index
 
 
 def make(prompt: str, answer: str, line: int = 1) -> Conversation:
@@ -36,28 +47,56 @@ def test_text_problems(text: str, problems: tuple[str, ...]) -> None:
 
 def test_problems_are_counted_with_their_places_and_the_rows_are_kept_as_they_are() -> None:
     rows = [make("a", "b"), make("cafÃ©", "b", 2), make("a", "\x07", 3), make("schÃ¶n", "\x07", 4)]
-    checks = check_quality(make_index(rows))
-    assert checks["mojibake"] == {"num_rows": 2, "places": ["rows.json:2", "rows.json:4"]}
-    assert checks["control_characters"] == {"num_rows": 2, "places": ["rows.json:3", "rows.json:4"]}
-    assert checks["replacement_characters"] == {"num_rows": 0, "places": []}
+    problems = count(rows).problems
+    assert problems["mojibake"] == Noted(2, [1, 3])
+    assert problems["control_characters"] == Noted(2, [2, 3])
+    assert problems["replacement_characters"] == Noted(0, [])
     assert '"cafÃ©"' in rows[1].messages
 
 
-def test_length_outliers_are_far_from_the_others() -> None:
+def test_length_outliers_are_far_from_the_others_and_the_trained_ones_come_first(tmp_path: Path) -> None:
     rows = [make("x" * (40 + line), "y", line) for line in range(1, 31)]
-    assert check_quality(make_index(rows))["length_outlier"]["num_rows"] == 0
-    checks = check_quality(make_index([*rows, make("x" * 5000, "y", 31), make("x", "y", 32)]))
-    assert checks["length_outlier"] == {"num_rows": 2, "places": ["rows.json:31", "rows.json:32"]}
+    assert find_among(tmp_path, rows, range(30)) == Noted(0, [])
+    more = [make("x" * 5000, "y", 31), *rows, make("x", "y", 32)]
+    assert find_among(tmp_path, more, range(1, 32)) == Noted(2, [31, 0])
+    assert find_among(tmp_path, more[20:], range(12)) == Noted(0, [])
+
+
+def find_among(folder: Path, rows: Sequence[Conversation], trained: Iterable[int]) -> Noted:
+    index = write_index(folder, rows, rows_per_piece=10)
+    train = np.isin(np.arange(len(rows)), list(trained))
+    return find_outliers(index, train, ~train, count(rows).lengths)
 
 
 def test_statistics_of_a_side() -> None:
     messages = [("user", "abc"), ("assistant", "de"), ("user", "f"), ("assistant", "ghij")]
     long = make_conversation([{"role": role, "content": text} for role, text in messages], [{"x": 1}], "s", 1)
-    statistics = describe_rows(make_index([long, make("ab", "c")]))
+    statistics = count([long, make("ab", "c")]).describe()
     assert (statistics["num_rows"], statistics["num_multi_turn"], statistics["num_with_tools"]) == (2, 1, 1)
     assert statistics["prompt_characters"]["total"] == 6
     assert (statistics["answer_characters"]["min"], statistics["answer_characters"]["max"]) == (1, 6)
-    assert describe_rows(make_index([]))["turns"]["max"] is None
+    assert RowStatistics().describe()["turns"]["max"] is None
+
+
+def count(rows: Sequence[Conversation]) -> RowStatistics:
+    statistics = RowStatistics()
+    statistics.add(np.arange(len(rows)), make_index(rows))
+    return statistics
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=40))
+def test_percentiles_of_counted_values_are_those_of_the_values(values: list[int]) -> None:
+    described, series = describe_counts(Counter(values)), pl.Series(values)
+    for part in (10, 50, 90, 99):
+        assert described[f"p{part}"] == series.quantile(part / 100, "nearest")
+    assert (described["min"], described["max"], described["total"]) == (min(values), max(values), sum(values))
+
+
+@given(st.lists(st.integers(0, 60), min_size=20, max_size=60))
+def test_fences_of_counted_lengths_are_those_of_the_lengths(lengths: list[int]) -> None:
+    low, high = np.quantile(np.log1p(lengths), [0.25, 0.75])
+    reach = max(3 * (high - low), np.log(2))
+    assert find_fences(Counter(lengths)) == pytest.approx((low - reach, high + reach), rel=1e-12)
 
 
 WORDS = [

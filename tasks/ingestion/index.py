@@ -1,0 +1,106 @@
+"""The index of all rows: on disk, and read piece by piece, so that memory does not grow with the rows.
+
+What is kept in memory of a row are a few bytes in arrays (a side, a number of copies); whatever else has to be known
+of the rows is asked for by columns, once more where it does not fit at once.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tasks.ingestion.pieces import read_frame, read_runs
+from tasks.ingestion.ranks import rank_places
+from tasks.ingestion.runs import Runs, select_runs
+
+Mask = NDArray[np.bool_]
+"""One entry for each row of the index."""
+Places = NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """A piece of a shard."""
+
+    folder: Path
+    number: int
+    start: int
+    """Where its rows begin in the index."""
+    num_rows: int
+    """Rows of it that are taken."""
+    limit: int | None
+    """The largest rank that is taken, where a source takes only some of its rows."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is known of all datasets' rows without their texts; one dataset's rows after the other's."""
+
+    pieces: Sequence[Piece]
+    """In the order of the rows; none holds rows of two datasets."""
+    bounds: Sequence[int]
+    """Where each dataset's rows begin, and where the last one's end."""
+    seed: int
+    """Of the choice of rows, where a source takes only some."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all datasets."""
+        return self.bounds[-1]
+
+    def read(self, *columns: str, rows: Mask) -> Iterator[tuple[Places, pl.DataFrame]]:
+        """Yield columns (see pieces.INDEX_SCHEMA) of some rows, piece by piece, with the rows' places.
+
+        Which rows of a piece are meant is looked up when it is read.
+        """
+        for piece, own in self._divide(rows):
+            yield piece.start + np.flatnonzero(own), read_taken(piece, "index", self.seed, columns).filter(own)
+
+    def read_runs(self, rows: Mask) -> Iterator[tuple[Places, Runs]]:
+        """Yield the sets by which near duplicates are found of some rows, piece by piece, with the rows' places."""
+        for piece, own in self._divide(rows):
+            runs = read_runs(piece.folder, piece.number)
+            if piece.limit is not None:
+                ranks = rank_places(read_frame(piece.folder, "index", piece.number), self.seed)
+                runs = select_runs(runs, ranks <= piece.limit)
+            yield piece.start + np.flatnonzero(own), select_runs(runs, own)
+
+    def name(self, places: Iterable[int]) -> list[str]:
+        """Return source and line of a few rows."""
+        places = list(places)
+        starts = [piece.start for piece in self.pieces]
+        owners = np.searchsorted(starts, places, side="right") - 1
+        names: dict[int, str] = {}
+        for owner in np.unique(owners).tolist():
+            piece = self.pieces[owner]
+            frame = read_taken(piece, "index", self.seed, ("source", "line"))
+            for place, own in zip(places, owners.tolist(), strict=True):
+                if own == owner:
+                    source, line = frame.row(place - piece.start)
+                    names[place] = f"{source}:{line}"
+        return [names[place] for place in places]
+
+    def find(self, rows: Mask, number: int) -> list[int]:
+        """Return the places of the first so many of these rows."""
+        places = (piece.start + place for piece, own in self._divide(rows) for place in np.flatnonzero(own).tolist())
+        return list(islice(places, number))
+
+    def _divide(self, rows: Mask) -> Iterator[tuple[Piece, Mask]]:
+        """Yield the pieces that hold some of these rows, and which of theirs these are."""
+        for piece in self.pieces:
+            own = rows[piece.start : piece.start + piece.num_rows]
+            if own.any():
+                yield piece, own
+
+
+def read_taken(piece: Piece, name: str, seed: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Return the rows, index or rejects of a piece, without those that are not taken; all columns for None."""
+    if piece.limit is None:
+        return read_frame(piece.folder, name, piece.number, columns)
+    frame = read_frame(piece.folder, name, piece.number)
+    taken = frame.filter(rank_places(frame, seed) <= piece.limit)
+    return taken if columns is None else taken.select(columns)
