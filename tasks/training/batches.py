@@ -1,4 +1,4 @@
-"""Examples in memory, and the micro batches of every optimizer step.
+"""The rows that are trained on, and the micro batches of every optimizer step.
 
 Dimensions: `B` rows of a micro batch, `S` tokens of its longest row, `T` tokens of an example, `N` examples.
 
@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.tokenization.masking import IGNORE_INDEX
-from tasks.tokenization.packing import pack
+from tasks.tokenization.packfiles import TokenTable, open_packs, open_table, write_examples, write_packs
 from tasks.training.fused.attention import Segments
 from tasks.training.records import TrainingError
 
@@ -30,24 +27,6 @@ MIN_PACK_TOKENS = 2048
 MIN_STEPS_PER_EPOCH = 50
 # Tokens of a flat batch: the matrix products like their sides round, and float8 ones want multiples of 16.
 FLAT_MULTIPLE = 64
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """All examples of a split, end to end: example i is at offsets[i]:offsets[i + 1]."""
-
-    example_ids: list[str]
-    offsets: NDArray[np.int64]
-    """[N + 1]"""
-    input_ids: NDArray[np.int32]
-    """[sum of T]"""
-    targets: NDArray[np.int32]
-    """[sum of T]; the token that each position has to predict: the labels, one to the left; IGNORE_INDEX where none."""
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, [N]."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -86,38 +65,36 @@ class Batch:
 FormStep = Callable[[TokenTable, Sequence[Sequence[int]]], list[Batch]]
 
 
-def read_tokens(path: Path) -> TokenTable:
-    """Read a split of a tokens folder.
+def lay_out(split: Path, folder: Path, config: TrainingConfig) -> None:
+    """Write the examples of a split of a tokens folder as they are trained on, and what stands in each row.
+
+    Args:
+        split: train.parquet or eval.parquet.
+        folder: for `open_rows`; made when missing.
+        config: whether a row is a pack, and of how many tokens.
 
     Raises:
-        TrainingError: an example has nothing to learn, or input_ids and labels differ in length.
+        TrainingError: an example has nothing to learn, is longer than a pack, or has not as many labels as input_ids.
     """
-    columns = pq.read_table(path, columns=["example_id", "input_ids", "labels"])
-    example_ids = columns["example_id"].to_pylist()
-    input_ids, lengths = _flatten(columns["input_ids"])
-    labels, label_lengths = _flatten(columns["labels"])
-    wrong = np.flatnonzero(lengths != label_lengths)
-    if wrong.size:
-        raise TrainingError(f"{path}: {_name(example_ids, wrong)}: as many labels as input_ids are wanted")
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    targets = np.full_like(labels, IGNORE_INDEX)
-    targets[:-1] = labels[1:]
-    targets[(offsets[1:] - 1)[lengths > 0]] = IGNORE_INDEX
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(targets != IGNORE_INDEX)])
-    empty = np.flatnonzero(before[offsets[1:]] == before[offsets[:-1]])
-    if empty.size:
+    try:
+        write_examples(split, folder)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    table = open_table(folder)
+    tokens_per_pack = choose_pack_tokens(table, config) if config.packing else None
+    longest = int(table.lengths.max(initial=0))
+    if tokens_per_pack is not None and longest > tokens_per_pack:
         raise TrainingError(
-            f"{path}: {_name(example_ids, empty)}: no trained token (every label after the first token is "
-            f"{IGNORE_INDEX}): remove these rows, or give them an answer"
+            f"training.tokens_per_pack is {tokens_per_pack}, but example "
+            f"{table.example_ids[int(table.lengths.argmax())]} has {longest} tokens: raise tokens_per_pack, or lower "
+            "tokenization.max_length"
         )
-    return TokenTable(example_ids, offsets, input_ids, targets)
+    write_packs(folder, tokens_per_pack)
 
 
-def form_rows(table: TokenTable, config: TrainingConfig) -> list[list[int]]:
-    """Return the rows, each a list of indices of examples: packs when packing, else one example a row."""
-    if not config.packing:
-        return [[index] for index in range(len(table.example_ids))]
-    return pack(table.lengths.tolist(), choose_pack_tokens(table, config))
+def open_rows(folder: Path) -> tuple[TokenTable, Sequence[Sequence[int]]]:
+    """Map what `lay_out` wrote: the examples, and the rows, each the numbers of its examples."""
+    return open_table(folder), open_packs(folder)
 
 
 def choose_pack_tokens(table: TokenTable, config: TrainingConfig) -> int:
@@ -152,7 +129,7 @@ def iterate_steps(
 
     Args:
         table: the examples.
-        rows: from `form_rows`.
+        rows: from `open_rows`.
         config: rows a step.
         seed: of the order.
         first: step.
@@ -270,18 +247,3 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
         num_tokens=num_tokens,
         num_trained_tokens=int((targets != IGNORE_INDEX).sum()),
     )
-
-
-def _flatten(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Put the lists of an Arrow column end to end; return them and their lengths."""
-    lists = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    lengths = [np.diff(np.asarray(chunk.offsets)) for chunk in column.chunks]
-    if not lists:
-        return np.empty(0, np.int32), np.empty(0, np.int64)
-    return np.concatenate(lists).astype(np.int32), np.concatenate(lengths).astype(np.int64)
-
-
-def _name(example_ids: list[str], indices: NDArray[np.int64]) -> str:
-    """Name the first few examples and count the rest."""
-    shown = ", ".join(example_ids[index] for index in indices[:3])
-    return f"{indices.size} example(s), such as {shown}" if indices.size > 1 else f"example {shown}"

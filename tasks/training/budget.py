@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tasks.training.batches import Batch, TokenTable, form_flat_batch
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import Batch, form_flat_batch
 from tasks.training.engines import FusedEngine
 
 LARGEST_FORWARD = 65536

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tasks.training.batches import Batch, TokenTable
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import Batch
 from tasks.training.records import TrainingError
 
 T = TypeVar("T")
@@ -55,6 +56,11 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number among them."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def machine() -> int:
+    """Return the number of the machine that this rank is on."""
+    return int(os.environ.get("GROUP_RANK", "0"))
 
 
 def is_leader() -> bool:
@@ -126,6 +132,24 @@ def ask_leader(work: Callable[[], T]) -> T:
         raise answer[1]
     result: T = answer[0]
     return result
+
+
+def ask_machines(work: Callable[[], None]) -> None:
+    """Have one rank of each machine do something, after all ranks came here; when it is done, go on together.
+
+    Raises:
+        Exception: on every rank, what one of them raised.
+    """
+    gather(None)
+    failure = None
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    for found in gather(failure):
+        if found is not None:
+            raise found
 
 
 def check_same(parameters: Mapping[str, nn.Parameter], *, step: int) -> None:

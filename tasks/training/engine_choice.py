@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from schemas.config import TrainingConfig
-from tasks.training.batches import TokenTable
+from tasks.tokenization.packfiles import TokenTable
 from tasks.training.budget import fit_memory
 from tasks.training.distributed import gather
 from tasks.training.engines import Engine, FusedEngine, GeneralEngine, recompute_layers

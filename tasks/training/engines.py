@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tasks.training.batches import Batch, TokenTable, form_flat_step, form_padded_step
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import Batch, form_flat_step, form_padded_step
 from tasks.training.fused.attention import name_attention
 from tasks.training.fused.decoder import Decoder, sum_losses
 from tasks.training.loss import sum_token_losses

@@ -25,7 +25,7 @@ from tasks.training.checkpoints import (
     restore_checkpoint,
 )
 from tasks.training.curves import open_tensorboard
-from tasks.training.distributed import agree, ask_leader, gather, is_leader, world_size
+from tasks.training.distributed import agree, ask_leader, gather, is_leader, machine, world_size
 from tasks.training.lora import save_adapter
 from tasks.training.memory import is_out_of_memory, read_memory
 from tasks.training.preparation import Setup, prepare_training
@@ -81,7 +81,7 @@ def train_adapter(
     saved = run_folder / "checkpoints"
     checkpoint, warnings = ask_leader(lambda: find_checkpoint(saved, identity))
     with _naming_shortage(base_model):
-        setup = prepare_training(base_model, tokens, config, seed=seed)
+        setup = prepare_training(base_model, tokens, run_folder / f"examples-{machine()}", config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)

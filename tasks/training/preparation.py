@@ -2,6 +2,8 @@
 
 import math
 import random
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
-from tasks.training.batches import TokenTable, form_rows, read_tokens
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import lay_out, open_rows
+from tasks.training.distributed import ask_machines
 from tasks.training.engine_choice import choose_engine
 from tasks.training.engines import Engine
 from tasks.training.frozen import load_base
@@ -43,7 +47,7 @@ class Setup:
     table: TokenTable
     eval_table: TokenTable | None
     """None without held-out examples."""
-    rows: list[list[int]]
+    rows: Sequence[Sequence[int]]
     """Indices of examples: packs when packing, else one a row."""
     steps_per_epoch: int
     num_steps: int
@@ -56,14 +60,21 @@ class Setup:
     dtype: torch.dtype
 
 
-def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, seed: int) -> Setup:
-    """Read the examples, load the model with a fresh adapter, and seed torch, numpy and Python.
+def prepare_training(base_model: Path, tokens: Path, folder: Path, config: TrainingConfig, *, seed: int) -> Setup:
+    """Lay the examples out, load the model with a fresh adapter, and seed torch, numpy and Python.
+
+    Args:
+        base_model: folder of the base model.
+        tokens: with train.parquet and eval.parquet.
+        folder: where examples are laid out for all ranks of this machine; deleted again.
+        config: the training section.
+        seed: of the adapter's start, and of what comes after.
 
     Raises:
         TrainingError: no examples, an example with nothing to learn, an unknown module, ids outside the vocabulary,
             early stopping without held-out examples, or an engine or kind of weights that cannot be had here.
     """
-    table, eval_table = _read_splits(tokens, config)
+    table, rows, eval_table = _read_splits(tokens, folder, config)
     device = choose_device()
     dtype = choose_dtype(config.precision, device)
     model = load_base(base_model, config, dtype=dtype, device=device)
@@ -74,7 +85,6 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
     if not is_sharded(config):
         adapted = adapted.to(device)
     parameters = collect_trained(adapted)
-    rows = form_rows(table, config)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
     engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
     for parameter in parameters.values():
@@ -107,26 +117,31 @@ def prepare_training(base_model: Path, tokens: Path, config: TrainingConfig, *, 
     return setup
 
 
-def _read_splits(tokens: Path, config: TrainingConfig) -> tuple[TokenTable, TokenTable | None]:
-    """Read both splits; the held-out one is None when it is empty or absent."""
-    table = read_tokens(tokens / "train.parquet")
-    if not table.example_ids:
-        raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
-    longest = int(table.lengths.max())
-    if config.packing and config.tokens_per_pack != "auto" and longest > config.tokens_per_pack:
-        raise TrainingError(
-            f"training.tokens_per_pack is {config.tokens_per_pack}, but example "
-            f"{table.example_ids[int(table.lengths.argmax())]} has {longest} tokens: raise tokens_per_pack, or lower "
-            "tokenization.max_length"
-        )
+def _read_splits(
+    tokens: Path, folder: Path, config: TrainingConfig
+) -> tuple[TokenTable, Sequence[Sequence[int]], TokenTable | None]:
+    """Return the training examples, their rows, and the held-out examples or None, mapped from disk on every rank."""
     path = tokens / "eval.parquet"
     num_eval = pq.read_metadata(path).num_rows if path.exists() else 0
+    if not pq.read_metadata(tokens / "train.parquet").num_rows:
+        raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
     if not num_eval and config.early_stopping_patience is not None:
         raise TrainingError(
             f"training.early_stopping_patience is {config.early_stopping_patience}, but {path} has no held-out "
             "examples to stop by: set data.eval_fraction or data.eval_source, or leave early stopping out"
         )
-    return table, read_tokens(path) if num_eval else None
+
+    def write() -> None:
+        lay_out(tokens / "train.parquet", folder / "train", config)
+        if num_eval:
+            lay_out(path, folder / "eval", config.model_copy(update={"packing": False}))
+
+    try:
+        ask_machines(write)
+        table, rows = open_rows(folder / "train")
+        return table, rows, open_rows(folder / "eval")[0] if num_eval else None
+    finally:
+        ask_machines(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _check_vocabulary(model: PreTrainedModel, *tables: TokenTable | None) -> None:

@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tasks.training.batches import TokenTable, form_batch, form_flat_batch
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import form_batch, form_flat_batch
 from tasks.training.engines import FusedEngine
 from tasks.training.fused.attention import find_attentions, name_attention, warm_up
 from tasks.training.fused.decoder import LOGITS_BYTES, Decoder

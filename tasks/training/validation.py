@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tasks.training.batches import TokenTable
+from tasks.tokenization.packfiles import TokenTable
 from tasks.training.engines import Engine
 from tasks.training.records import EvalRecord
 

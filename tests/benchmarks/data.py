@@ -172,7 +172,7 @@ def time_ours(source: Path, options: argparse.Namespace, folder: Path) -> dict[s
     from tasks import storage
     from tasks.ingestion.dataset import build_dataset
     from tasks.tokenization.examples import tokenize_dataset
-    from tasks.tokenization.packfiles import write_packs
+    from tasks.tokenization.packfiles import open_packs, write_examples, write_packs
     from tasks.tokenization.templates import prepare_tokenizer
 
     home = Path(tempfile.mkdtemp(dir=folder))
@@ -186,10 +186,11 @@ def time_ours(source: Path, options: argparse.Namespace, folder: Path) -> dict[s
     tokens = tokenize_dataset(home / "dataset", prepared, home / "tokens", config)
     storage.digest_folder(home / "tokens")
     stamps.append(time.perf_counter())
-    packs = write_packs(home / "tokens" / "train.parquet", TOKENS_PER_PACK, home / "packs.arrow")
+    write_examples(home / "tokens" / "train.parquet", home / "packs")
+    write_packs(home / "packs", TOKENS_PER_PACK)
     stamps.append(time.perf_counter())
     assert counts.rows_train == tokens.rows_train + sum(tokens.rows_rejected.values())
-    assert packs.num_examples == tokens.num_examples
+    assert sum(map(len, open_packs(home / "packs"))) == tokens.num_examples
     shutil.rmtree(home)
     names = ("ingestion", "tokenization", "packing")
     seconds = {name: stop - start for name, start, stop in zip(names, stamps, stamps[1:], strict=False)}

@@ -208,8 +208,9 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
     import torch
     from peft import PeftModel
 
+    from schemas.config import TrainingConfig
     from tasks.models import choose_device, load_model
-    from tasks.training.batches import read_tokens
+    from tasks.training.batches import lay_out, open_rows
     from tasks.training.engines import GeneralEngine
     from tasks.training.validation import compute_eval_loss
 
@@ -218,7 +219,8 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     engine = GeneralEngine(model, device, torch.bfloat16, 16, trained_only=False)
-    return compute_eval_loss(model, engine, read_tokens(options.work / "tokens" / "eval.parquet"), micro_batch=16)
+    lay_out(options.work / "tokens" / "eval.parquet", options.work / "eval", TrainingConfig())
+    return compute_eval_loss(model, engine, open_rows(options.work / "eval")[0], micro_batch=16)
 
 
 def report(options: argparse.Namespace, result: dict[str, Any]) -> None:

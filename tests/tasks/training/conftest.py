@@ -1,5 +1,6 @@
 """Tiny models with random weights, and tokens folders written by hand."""
 
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from schemas.config import TrainingConfig
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import lay_out, open_rows
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
 
@@ -103,6 +108,13 @@ def write_tokens(folder: Path, *, num_train: int = 40, num_eval: int = 8, **leng
     write_split(folder / "train.parquet", draw_examples(num_train, seed=1, **lengths))
     write_split(folder / "eval.parquet", draw_examples(num_eval, seed=2, **lengths), prefix="eval")
     return folder
+
+
+def read_tokens(split: Path, **training: Any) -> tuple[TokenTable, Sequence[Sequence[int]]]:
+    """Lay a split out as a training with these settings does; return its examples and rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        lay_out(split, Path(folder), TrainingConfig(**training))
+        return open_rows(Path(folder))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from schemas.config import TrainingConfig
-from tasks.training.batches import form_batch, read_tokens
+from tasks.training.batches import form_batch
 from tasks.training.checkpoints import Progress
 from tasks.training.distributed import ask_leader, check_same, deal, gather, join_team, share_table, sum_gradients
 from tasks.training.launcher import run_training
@@ -29,7 +29,7 @@ from tasks.training.preparation import prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingStopped
 from tasks.training.sharding import is_sharded, shard_base
 from tasks.training.steps import Run, do_step, iterate
-from tests.tasks.training.conftest import write_tokens
+from tests.tasks.training.conftest import read_tokens, write_tokens
 from tests.tasks.training.test_launcher import at_step, find_processes, list_checkpoints
 
 # 44 examples in steps of 6: the last step of an epoch has 2, which is one micro batch, and none for the second rank.
@@ -120,7 +120,7 @@ def train_together(
     config = CONFIG.model_copy(update={"strategy": strategy})
     steps: list[StepRecord] = []
     evaluations: list[EvalRecord] = []
-    setup = prepare_training(base_model, tokens, config, seed=5)
+    setup = prepare_training(base_model, tokens, folder / "examples", config, seed=5)
     if is_sharded(config):
         shard_base(setup.model, setup.device)
     frozen: list[Any] = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
@@ -178,10 +178,10 @@ def test_two_ranks_with_dropout_go_on_exactly(base_model: Path, many_tokens: Pat
     assert farthest(*adapters) == 0.0
 
 
-def step_with_little_memory(number: int, base_model: Path, tokens: Path) -> tuple[float, list[str], int]:
+def step_with_little_memory(number: int, base_model: Path, tokens: Path, folder: Path) -> tuple[float, list[str], int]:
     """Do one step, for which the second rank's memory holds one row."""
     config = CONFIG.model_copy(update={"engine": "general"})
-    run = Run(prepare_training(base_model, tokens, config, seed=5), Progress(), "x")
+    run = Run(prepare_training(base_model, tokens, folder, config, seed=5), Progress(), "x")
 
     def refuse(module: Any, arguments: Any, options: dict[str, Any]) -> None:
         if number == 1 and options["input_ids"].shape[0] > 1:
@@ -195,7 +195,9 @@ def step_with_little_memory(number: int, base_model: Path, tokens: Path) -> tupl
 def test_shortage_of_one_rank_makes_all_smaller(
     base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves
 ) -> None:
-    first, second = on_two_ranks(step_with_little_memory, base_model, many_tokens, folder=tmp_path / "ranks")
+    first, second = on_two_ranks(
+        step_with_little_memory, base_model, many_tokens, tmp_path / "examples", folder=tmp_path / "ranks"
+    )
     assert first[0] == second[0] == pytest.approx(alone.losses[0], abs=1e-5)
     assert first[2] == second[2] == 1
     assert "(on another rank)" in first[1][0]
@@ -300,7 +302,7 @@ def test_several_machines_need_an_address(base_model: Path, many_tokens: Path, t
 
 
 def test_alone_everything_is_ones_own(many_tokens: Path) -> None:
-    table = read_tokens(many_tokens / "train.parquet")
+    table, _ = read_tokens(many_tokens / "train.parquet")
     batches = [form_batch(table, [[0], [1]]), form_batch(table, [[2]])]
     assert deal(batches, is_even=True) == deal(batches, is_even=False) == [(batches[0], 1.0), (batches[1], 1.0)]
     ((whole, counts),) = share_table(table)
@@ -313,7 +315,7 @@ def test_alone_everything_is_ones_own(many_tokens: Path) -> None:
 
 
 def test_shares_of_three_ranks_hold_each_example_once(many_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = read_tokens(many_tokens / "eval.parquet")
+    table, _ = read_tokens(many_tokens / "eval.parquet")
     batches = [form_batch(table, [[index]]) for index in range(7)]
     counted: list[str] = []
     dealt: list[str] = []

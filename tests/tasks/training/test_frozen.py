@@ -8,13 +8,13 @@ import torch
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
-from tasks.training.batches import form_batch, read_tokens
+from tasks.training.batches import form_batch
 from tasks.training.frozen import load_4_bit, load_base
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.loss import sum_token_losses
 from tasks.training.records import TrainingError
 from tasks.training.throughput import count_useful_flop
-from tests.tasks.training.conftest import build_model
+from tests.tasks.training.conftest import build_model, read_tokens
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(rank=8, alpha=16, base_weights="nf4")
@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_the_weights_it_stands_for(llama: Path, 
                 error = (stands_for - module.weight).norm() / module.weight.norm()
                 assert 0.05 < error < 0.12, name  # NF4 of normal values: about 0.09
                 module.weight.copy_(stands_for)
-    batch = form_batch(read_tokens(tokens / "train.parquet"), [[0], [1], [2]])
+    batch = form_batch(read_tokens(tokens / "train.parquet")[0], [[0], [1], [2]])
     results = []
     for base in (full, in_4_bits):
         model = attach_adapter(base, CONFIG, seed=0)

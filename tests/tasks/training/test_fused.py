@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.config import TrainingConfig
 from tasks.tokenization.masking import Example
-from tasks.training.batches import Batch, TokenTable, form_flat_batch, form_flat_step
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines import FusedEngine
 from tasks.training.fused.attention import Segments, attend_one_by_one
 from tasks.training.fused.decoder import LOGITS_BYTES

@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, engine: Liter
     write_split(tmp_path / "train.parquet", [([3, 4, 5, 6], 2), ([3, 4, 5, 6], 2), ([3, 4, 50, 6], 2)])
     model = build_poisoned(tmp_path / "model", 50)
     config = TrainingConfig(micro_batch=1, rank=4, engine=engine, weight_decay=0.5)
-    setup = prepare_training(model, tmp_path, config, seed=0)
+    setup = prepare_training(model, tmp_path, tmp_path / "examples", config, seed=0)
     fine, poisoned = (setup.engine.form_step(setup.table, [[index]]) for index in (0, 2))
     descend(setup, fine, 1e-2, step=1)
     before = copy.deepcopy((list(setup.parameters.values()), setup.optimizer.whole()[1].state_dict()["state"]))

@@ -9,10 +9,11 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
-from tasks.training.batches import Batch, TokenTable, form_batch, form_rows, read_tokens
+from tasks.tokenization.packfiles import TokenTable
+from tasks.training.batches import Batch, form_batch
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.loss import isolates_packed, sum_token_losses, supports_trained_only
-from tests.tasks.training.conftest import KINDS, build_model, draw_examples, write_split
+from tests.tasks.training.conftest import KINDS, build_model, draw_examples, read_tokens, write_split
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def adapted(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 @pytest.fixture
 def table(tmp_path: Path) -> TokenTable:
     write_split(tmp_path / "train.parquet", draw_examples(12, seed=7, shortest=3, longest=30))
-    return read_tokens(tmp_path / "train.parquet")
+    return read_tokens(tmp_path / "train.parquet")[0]
 
 
 def differentiate(
@@ -63,8 +64,8 @@ def assert_same(
     assert max(float(gradient.abs().max()) for gradient in left[1].values()) > 1e-2  # there is something to compare
 
 
-def test_packed_and_unpacked_agree(adapted: Any, table: TokenTable) -> None:
-    rows = form_rows(table, TrainingConfig(packing=True, tokens_per_pack=48))
+def test_packed_and_unpacked_agree(adapted: Any, table: TokenTable, tmp_path: Path) -> None:
+    _, rows = read_tokens(tmp_path / "train.parquet", packing=True, tokens_per_pack=48)
     assert max(len(row) for row in rows) >= 3
     packed = differentiate(adapted, [form_batch(table, rows[:2]), form_batch(table, rows[2:])])
     alone = differentiate(adapted, [form_batch(table, [[i]]) for i in range(12)])

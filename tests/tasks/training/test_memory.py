@@ -20,7 +20,7 @@ CONFIG = TrainingConfig(
 
 def prepare(base_model: Path, tokens: Path, *, most_rows: int | None = None) -> Run:
     """Prepare a training on a machine whose memory holds so many rows."""
-    setup = prepare_training(base_model, tokens, CONFIG, seed=5)
+    setup = prepare_training(base_model, tokens, tokens / "examples", CONFIG, seed=5)
 
     def refuse(module: Any, arguments: Any, options: dict[str, Any]) -> None:
         rows = options["input_ids"].shape[0]
@@ -82,8 +82,9 @@ def test_one_row_that_does_not_fit_is_an_error_with_remedies(base_model: Path, t
     assert all(parameter.grad is None for parameter in run.setup.parameters.values())
 
 
-def test_fused_engine_recomputes_before_it_halves(base_model: Path, tokens: Path) -> None:
-    setup: Setup | None = prepare_training(base_model, tokens, CONFIG.model_copy(update={"engine": "fused"}), seed=5)
+def test_fused_engine_recomputes_before_it_halves(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"engine": "fused"})
+    setup: Setup | None = prepare_training(base_model, tokens, tmp_path, config, seed=5)
     words = []
     while setup is not None:
         engine = setup.engine

@@ -11,13 +11,13 @@ import torch
 from schemas.config import TrainingConfig
 from tasks.models import load_model
 from tasks.tokenization.masking import Example
-from tasks.training.batches import form_rows, iterate_steps, read_tokens
+from tasks.training.batches import iterate_steps
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.records import EvalRecord, StepRecord
 from tasks.training.reference import average_loss, fine_tune, learning_rate, main, plan_steps, sum_losses
 from tasks.training.schedule import compute_learning_rate
-from tests.tasks.training.conftest import KINDS, build_model, build_tokenizer, write_tokens
+from tests.tasks.training.conftest import KINDS, build_model, build_tokenizer, read_tokens, write_tokens
 
 
 def read_examples(tokens: Path, split: str = "train") -> dict[str, Example]:
@@ -51,8 +51,8 @@ def test_real_loop_has_the_same_losses_over_20_steps(tmp_path: Path, kind: str, 
     )  # fmt: skip
 
     examples = read_examples(tokens)
-    table = read_tokens(tokens / "train.parquet")
-    batches = iterate_steps(table, form_rows(table, config), config, seed=7, first=0, last=20)
+    table, rows = read_tokens(tokens / "train.parquet", packing=packing, tokens_per_pack=40)
+    batches = iterate_steps(table, rows, config, seed=7, first=0, last=20)
     steps = [[examples[name] for batch in step for name in batch.example_ids] for step in batches]
     model: Any = attach_adapter(load_model(base_model), config, seed=7).train()
     rates = [learning_rate(step, 20, config) for step in range(20)]
