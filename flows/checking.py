@@ -5,17 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
 from tasks.ingestion.base_model import locate_tokenizer
 from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.reject_groups import group_rejects
 from tasks.registration.publication import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
-
-_PLACES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         prepared = prepare_tokenizer(locate_tokenizer(model), model.chat_template)
         patient = tokenization.model_copy(update={"max_truncated_fraction": 1.0})
         tokens = tokenize_dataset(folder / "dataset", prepared, folder / "tokens", patient)
-        rejects = pl.concat([pl.read_parquet(folder / part / "rejects.parquet") for part in ("dataset", "tokens")])
+        rejects = group_rejects(folder / part / "rejects.parquet" for part in ("dataset", "tokens"))
         quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         masks = json.loads((folder / "tokens" / "masks.json").read_text(encoding="utf-8"))["train"]
     return Check(
@@ -65,10 +62,10 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
             "held out": tokens.rows_eval,
             "duplicates": counts.rows_duplicate,
             "leaked": counts.rows_leaked,
-            "rejected": rejects.height,
+            "rejected": sum(group.count for group in rejects),
         },
-        rejected=dict(rejects["reason"].value_counts(sort=True).iter_rows()),
-        places=_list_places(rejects),
+        rejected={group.reason: group.count for group in rejects},
+        places={group.reason: [_describe_place(row) for row in group.rows] for group in rejects},
         warnings=(*quality["warnings"], *tokens.warnings),
         notes=prepared.notes,
         masks=masks,
@@ -96,10 +93,5 @@ def _find_problems(
     return problems
 
 
-def _list_places(rejects: pl.DataFrame) -> dict[str, list[str]]:
-    listed: dict[str, list[str]] = {}
-    for reason, source, line, detail in rejects.select("reason", "source", "line", "detail").iter_rows():
-        places = listed.setdefault(reason, [])
-        if len(places) < _PLACES_SHOWN:
-            places.append(f"{Path(source).name}:{line}  {detail}")
-    return listed
+def _describe_place(row: dict[str, Any]) -> str:
+    return f"{Path(row['source']).name}:{row['line']}  {row['detail']}"

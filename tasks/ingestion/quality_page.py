@@ -1,14 +1,13 @@
 """The quality page that a person reads: one HTML file about a dataset, without anything from outside."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tasks.ingestion.rejects import REASONS
+from tasks.ingestion.reject_groups import group_rejects
 from tasks.ingestion.screening import KINDS, redact_text
 
 FILE_NAME = "quality.html"
@@ -41,18 +40,8 @@ class Bar:
     percent: float
 
 
-@dataclass(frozen=True)
-class RejectGroup:
-    """The rejects of one reason."""
-
-    reason: str
-    meaning: str
-    count: int
-    rows: list[dict[str, Any]]
-
-
 def write_quality_page(
-    folder: Path, quality: dict[str, Any], rejects: pl.DataFrame, masks: dict[str, Any] | None, *, title: str
+    folder: Path, quality: dict[str, Any], rejects: Iterable[Path], masks: dict[str, Any] | None, *, title: str
 ) -> Path:
     """Write quality.html into a folder, which is made where it is missing.
 
@@ -62,7 +51,7 @@ def write_quality_page(
     Args:
         folder: where to write.
         quality: quality.json.
-        rejects: rejects.parquet of ingestion, or of ingestion and tokenization together.
+        rejects: rejects.parquet of ingestion, and where there is one, of tokenization.
         masks: masks.json of tokenization; None leaves out tokens and masks.
         title: heading of the page.
 
@@ -133,15 +122,6 @@ def slice_rows(rows: Mapping[str, int]) -> list[Slice]:
     """Return the parts of the accounting bar."""
     total = max(1, sum(rows.values()))
     return [Slice(name, count, 100 * count / total, COLORS[name]) for name, count in rows.items()]
-
-
-def group_rejects(rejects: pl.DataFrame) -> list[RejectGroup]:
-    """Return the reasons, the most frequent first, each with its first rows."""
-    groups = []
-    for reason, count in rejects["reason"].value_counts(sort=True).iter_rows():
-        rows = rejects.filter(pl.col("reason") == reason).head(SAMPLES_SHOWN).to_dicts()
-        groups.append(RejectGroup(reason, REASONS.get(reason, ""), count, rows))
-    return groups
 
 
 def describe_lengths(masks: Mapping[str, Any]) -> dict[str, list[Bar]]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from prefect import get_run_logger, task, unmapped
 
 from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
@@ -180,5 +179,5 @@ def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> 
     """Write the page on rows and masks that a person reads before trusting the training."""
     quality = json.loads((dataset / "quality.json").read_text(encoding="utf-8"))
     masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))
-    rejects = pl.concat([pl.read_parquet(place / "rejects.parquet") for place in (dataset, tokens)])
+    rejects = [place / "rejects.parquet" for place in (dataset, tokens)]
     return write_quality_page(folder, quality, rejects, masks, title=f"Rows and masks {title}")

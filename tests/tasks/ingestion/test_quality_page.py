@@ -14,10 +14,10 @@ from tasks.ingestion.quality_page import (
     clip_text,
     count_rows,
     draw_bars,
-    group_rejects,
     state_verdict,
     write_quality_page,
 )
+from tasks.ingestion.reject_groups import group_rejects
 from tests.tasks.ingestion.conftest import WriteLines
 
 MARKUP = "<script>alert('x')</script><img src=x onerror=y>"
@@ -56,9 +56,9 @@ def folder(tmp_path: Path, write_lines: WriteLines) -> Path:
     return tmp_path / "out"
 
 
-def read(folder: Path) -> tuple[dict[str, Any], pl.DataFrame]:
+def read(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
-    return quality, pl.read_parquet(folder / "rejects.parquet")
+    return quality, [folder / "rejects.parquet"]
 
 
 class Page(HTMLParser):
@@ -167,13 +167,19 @@ def test_verdict_is_good_only_where_nothing_is_to_be_looked_at() -> None:
     assert state_verdict(quality, {**rows, "held out": 0})[0] == "worse"
 
 
-def test_rejects_are_grouped_the_most_frequent_first_and_cut() -> None:
-    rejects = pl.DataFrame({"reason": ["b", "a", "a", "a", "a"], "line": [1, 2, 3, 4, 5]})
-    groups = group_rejects(rejects)
+def test_rejects_are_grouped_the_most_frequent_first_and_the_first_rows_are_kept(tmp_path: Path) -> None:
+    for name, reasons in (("a", "baaaa"), ("b", "aca"), ("none", "")):
+        rejects = pl.DataFrame({"reason": list(reasons), "line": range(len(reasons))}, schema=["reason", "line"])
+        rejects.cast({"reason": pl.String, "line": pl.Int64}).write_parquet(tmp_path / name, row_group_size=2)
+    groups = group_rejects(tmp_path / name for name in ("a", "none", "b"))
     assert [(group.reason, group.count, [row["line"] for row in group.rows]) for group in groups] == [
-        ("a", 4, [2, 3, 4]),
-        ("b", 1, [1]),
+        ("a", 6, [1, 2, 3, 4, 0]),
+        ("b", 1, [0]),
+        ("c", 1, [1]),
     ]
+
+
+def test_long_texts_are_cut_and_bars_are_as_high_as_their_count() -> None:
     assert clip_text("x" * 1000) == "x" * 800 + " … (1,000 characters)"
     assert [(bar.label, bar.percent) for bar in draw_bars({"0-15": 2, "16-31": 8})] == [("0–15", 25), ("16–31", 100)]
     assert draw_bars({}) == []
