@@ -1,13 +1,20 @@
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tasks.ingestion import json_files, json_lists
 from tasks.ingestion.columnar import RawRow
 from tasks.ingestion.files import SourceFile
+from tasks.ingestion.json_lists import read_list
 from tasks.ingestion.readers import read_rows
 from tasks.ingestion.rejects import DataError, RowError
 
@@ -64,6 +71,65 @@ def test_broken_json_is_named_by_line_and_column(tmp_path: Path) -> None:
         read_bytes(tmp_path, "json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]')
 
 
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["é", "\\", '"', "]", "🙂"]),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=4), values, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(JSON, max_size=8),
+    read_bytes_at_once=st.integers(1, 40),
+    indent=st.sampled_from([None, 0, 2]),
+    is_ascii=st.booleans(),
+    bom=st.booleans(),
+)
+def test_list_read_in_parts_is_the_list(
+    values: list[Any], read_bytes_at_once: int, indent: int | None, is_ascii: bool, bom: bool
+) -> None:
+    text = json.dumps(values, indent=indent, ensure_ascii=is_ascii)
+    data = (b"\xef\xbb\xbf" if bom else b"") + text.encode("utf-8", "surrogatepass") + b" \n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lists, "READ_BYTES", read_bytes_at_once)
+        read = list(read_list(io.BytesIO(data), lambda *_: pytest.fail("it is UTF-8")))
+    assert json.dumps(read) == json.dumps(json.loads(text))
+
+
+@pytest.mark.parametrize("read_bytes_at_once", [1, 7, 100])
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', r"broken JSON on line 3, column 1 \(Expecting ',' delimiter"),
+        (b'[{"a": 1},\n{"a": 2}\n', r"broken JSON on line 3, column 1 \(Expecting ',' delimiter"),
+        (b'[{"a": 1},\n{"a": 2}] x', r"broken JSON on line 2, column 11 \(Extra data\) near .*x'"),
+        (b'[{"a": 1},\n {"a": tru}]', r"broken JSON on line 2, column 8 \(Expecting value"),
+        (b'[{"a": 1}, ', r"broken JSON on line 1, column 12 \(Expecting value"),
+        (b'[{"a": "b}]', r"broken JSON on line 1, column 8 \(Unterminated string"),
+        (b'[{"a": 1},\n{"a": "caf\xe9"}]', r"not UTF-8: byte 22 \(offset 21\) is 0xE9, on line 2"),
+        (b'\xef\xbb\xbf[{"a": "\xc4\xe3"}]', r"not UTF-8: byte 12 \(offset 11\) is 0xC4, on line 1"),
+        (b"[" * 100_000, r"nested too deeply"),
+    ],
+)
+def test_what_is_wrong_in_a_long_list_is_named_by_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, where: str, read_bytes_at_once: int
+) -> None:
+    monkeypatch.setattr(json_files, "PARSED_WHOLE_BYTES", 0)
+    monkeypatch.setattr(json_lists, "READ_BYTES", read_bytes_at_once)
+    with pytest.raises(DataError, match=where):
+        read_bytes(tmp_path, "json", data)
+
+
+def test_long_json_may_be_a_list_one_object_or_a_value_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "PARSED_WHOLE_BYTES", 0)
+    assert read_bytes(tmp_path, "json", b' [ {"a": 1},\n {"a": 2} ] ') == [(1, {"a": 1}), (2, {"a": 2})]
+    assert read_bytes(tmp_path, "json", b"[]") == []
+    assert read_bytes(tmp_path, "json", b'{"a":\n1}') == [(1, {"a": 1})]
+    assert read_bytes(tmp_path, "json", b'{"a": 1}\n\n{"a": 2}\n') == [(1, {"a": 1}), (3, {"a": 2})]
+    assert read_bytes(tmp_path, "json", b"[1]\n[2]") == [(1, [1]), (2, [2])]
+
+
 def test_broken_line_is_a_row_with_a_problem_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
@@ -97,6 +163,12 @@ def test_csv_values_stay_text_over_lines_and_beyond_the_default_size(tmp_path: P
         (2, {"q": "1e3", "a": long.decode()}),
     ]
     assert read_bytes(tmp_path, "tsv", b"q\ta\n1,2\t3\n") == [(1, {"q": "1,2", "a": "3"})]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_lines_end_in_any_way(tmp_path: Path, end: str) -> None:
+    data = end.join(["\ufeffa,b", "1,2", f'"x{end}y",4', ""]).encode()
+    assert read_bytes(tmp_path, "csv", data) == [(1, {"a": "1", "b": "2"}), (2, {"a": f"x{end}y", "b": "4"})]
 
 
 def test_csv_row_with_another_number_of_values_is_a_problem_of_that_row(tmp_path: Path) -> None:
@@ -152,3 +224,28 @@ def test_broken_binary_files_are_named(tmp_path: Path, kind: str, data: bytes) -
 def test_json_objects_gain_no_keys_from_their_neighbours(tmp_path: Path) -> None:
     rows = [{"arguments": {"city": "Bern"}}, {"arguments": {"text": "hi", "to": None}}]
     assert [value for _, value in read_bytes(tmp_path, "json", json.dumps(rows).encode())] == rows
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from tasks.ingestion.files import SourceFile
+from tasks.ingestion.readers import read_rows
+path = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(sum(1 for _ in read_rows(SourceFile(path, path.name, path.suffix[1:]))))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("name", ["list.json", "lines.json", "rows.jsonl", "rows.csv"])
+def test_a_long_file_is_never_in_memory_as_a_whole(tmp_path: Path, name: str) -> None:
+    path, text = tmp_path / name, "many words " * 90
+    row = f"0,{text}\n" if name == "rows.csv" else json.dumps({"a": 0, "b": text})
+    between = {"list.json": ",\n", "rows.csv": ""}.get(name, "\n")
+    body = between.join([row] * 30_000)
+    path.write_text({"list.json": f"[{body}]", "rows.csv": f"a,b\n{body}"}.get(name, body))
+    assert path.stat().st_size > 28 << 20
+    num_rows, kilobytes = subprocess.check_output([sys.executable, "-c", MEASURE, str(path)], text=True).split()
+    assert int(num_rows) == 30_000
+    assert int(kilobytes) < 16 << 10

@@ -1,0 +1,120 @@
+"""A file that is one JSON list, read element by element, so that memory does not grow with the list."""
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NoReturn
+
+READ_BYTES = 1 << 20
+_SPACE = " \t\r\n"
+# Where a value is cut off, json finds that out so near to the end, or within a string that does not end.
+_LONGEST_LITERAL = len("-Infinity")
+
+
+class ListError(ValueError):
+    """What is wrong, with its place: `line` and `column` from 1, `near` the text around it."""
+
+    def __init__(self, what: str, line: int, column: int, near: str) -> None:
+        super().__init__(what, line, column, near)
+        self.what, self.line, self.column, self.near = what, line, column, near
+
+
+def read_list(file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn]) -> Iterator[Any]:
+    """Yield the elements as json.loads would give them.
+
+    Args:
+        file: UTF-8 that begins with a list, after a byte order mark or none.
+        decode: raises the error of bytes that are not UTF-8, with their offset in the file and their line.
+
+    Raises:
+        ListError: it is no JSON, or something comes after the list.
+        RecursionError: an element is nested too deeply.
+    """
+    window = _Window(file, decode)
+    window.expect("[")
+    if window.peek() == "]":
+        window.expect("]")
+    else:
+        while True:
+            yield window.read_value()
+            if window.peek() != ",":
+                window.expect("]", "Expecting ',' delimiter")
+                break
+            window.expect(",")
+    if window.peek():
+        window.fail("Extra data", window.place)
+
+
+class _Window:
+    """The part of the text that is being looked at."""
+
+    def __init__(self, file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn]) -> None:
+        self.place = 0
+        self._file = file
+        self._explain = decode
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._scan = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._line, self._column = 1, 1
+        self._offset = 0
+
+    def peek(self) -> str:
+        """Go to the next character that is no space, and return it; nothing at the end."""
+        while True:
+            while self.place < len(self._text) and self._text[self.place] in _SPACE:
+                self.place += 1
+            if self.place < len(self._text):
+                return self._text[self.place]
+            if not self._fill():
+                return ""
+
+    def expect(self, character: str, otherwise: str = "Expecting value") -> None:
+        """Go past a character."""
+        if self.peek() != character:
+            self.fail(otherwise, self.place)
+        self.place += 1
+
+    def read_value(self) -> Any:
+        """Return the value that begins here, and go past it."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._scan(self._text, self.place)
+            except json.JSONDecodeError as error:
+                is_near = error.pos >= len(self._text) - _LONGEST_LITERAL
+                distance = error.pos - self.place
+                if (is_near or error.msg.startswith("Unterminated string")) and self._fill():
+                    continue
+                self.fail(error.msg, self.place + distance)
+            # A number may go on.
+            if end == len(self._text) and self._fill():
+                continue
+            self.place = end
+            return value
+
+    def fail(self, what: str, place: int) -> NoReturn:
+        """Say what is wrong at a place of the text."""
+        line, column = self._locate(place)
+        raise ListError(what, line, column, self._text[max(0, place - 30) : place + 30].replace("\n", "⏎"))
+
+    def _locate(self, place: int) -> tuple[int, int]:
+        """Return line and column of a place of the text, from 1."""
+        num_lines = self._text.count("\n", 0, place)
+        if not num_lines:
+            return self._line, self._column + place
+        return self._line + num_lines, place - self._text.rfind("\n", 0, place)
+
+    def _fill(self) -> bool:
+        """Forget what was gone past, and read as much again as is left, at least READ_BYTES; False at the end."""
+        self._line, self._column = self._locate(self.place)
+        self._text, self.place = self._text[self.place :], 0
+        data = self._file.read(max(READ_BYTES, len(self._text)))
+        try:
+            self._text += self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            # The decoder kept the beginning of a character of the last reading.
+            held = len(error.object) - len(data)
+            line, _ = self._locate(len(self._text))
+            self._explain(error.object, self._offset - held, line)
+        self._offset += len(data)
+        return bool(data)
