@@ -60,7 +60,7 @@ def publish_now(config: RunConfig, *, name: str, who: str) -> tuple[Published, "
         PublicationError: a budget is broken, or the dataset is an index of others.
     """
     from flows.checking import check_dataset  # not at the top: a worker imports this module to cancel a run
-    from tasks.ingestion.sources import find_sources
+    from tasks.ingestion.reading.sources import find_sources
 
     # The held-out dataset and the mixture of a config are datasets of their own.
     data, source = config.data.model_copy(update={"eval_source": None, "mixture": ()}), config.data.source

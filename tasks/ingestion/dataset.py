@@ -15,19 +15,19 @@ import numpy as np
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
-from tasks.ingestion.index import Index, Mask, read_taken
-from tasks.ingestion.mixture import Division, divide
-from tasks.ingestion.near_duplicates import Likest, find_near_duplicates
-from tasks.ingestion.order import read_chosen
 from tasks.ingestion.pieces import CONVERSATION_SCHEMA, REJECT_SCHEMA
 from tasks.ingestion.quality_report import describe_dataset
 from tasks.ingestion.readings import read_all
 from tasks.ingestion.rejects import DataError, Tally, check_budget, describe_rejects, join_tallies
-from tasks.ingestion.runs import join_runs
 from tasks.ingestion.shards import SHARD_BYTES, name_sources
-from tasks.ingestion.splits import EVAL
+from tasks.ingestion.splitting.index import Index, Mask, read_taken
+from tasks.ingestion.splitting.mixture import Division, divide
+from tasks.ingestion.splitting.near_duplicates import Likest, find_near_duplicates
+from tasks.ingestion.splitting.order import read_chosen
+from tasks.ingestion.splitting.runs import join_runs
+from tasks.ingestion.splitting.splits import EVAL
+from tasks.ingestion.splitting.takings import Takings, gather
 from tasks.ingestion.tables import write_table
-from tasks.ingestion.takings import Takings, gather
 
 SHARDS_FOLDER = "shards"
 """Below the dataset's folder, until all is done."""

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tasks.ingestion.identity import Conversation
-from tasks.ingestion.quality import TEXT_PROBLEMS
 from tasks.ingestion.rejects import Reject
-from tasks.ingestion.runs import Runs, hash_runs
+from tasks.ingestion.rows.identity import Conversation
+from tasks.ingestion.rows.quality import TEXT_PROBLEMS
+from tasks.ingestion.splitting.runs import Runs, hash_runs
 
 PIECE_ROWS = 20_000
 SUMMARY_NAME = "summary.json"

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks.ingestion.reject_groups import group_rejects
-from tasks.ingestion.screening import KINDS, redact_text
+from tasks.ingestion.rows.screening import KINDS, redact_text
 
 FILE_NAME = "quality.html"
 SAMPLES_SHOWN = 3

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tasks.ingestion.index import Index
-from tasks.ingestion.mixture import Division
-from tasks.ingestion.near_duplicates import THRESHOLD, Likest
-from tasks.ingestion.quality import TEXT_PROBLEMS
 from tasks.ingestion.rejects import Tally
 from tasks.ingestion.row_statistics import PLACES_SHOWN, Noted, find_outliers, gather_statistics
-from tasks.ingestion.screening import KINDS, Screen
-from tasks.ingestion.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
-from tasks.ingestion.takings import Intake, Takings
+from tasks.ingestion.rows.quality import TEXT_PROBLEMS
+from tasks.ingestion.rows.screening import KINDS, Screen
+from tasks.ingestion.splitting.index import Index
+from tasks.ingestion.splitting.mixture import Division
+from tasks.ingestion.splitting.near_duplicates import THRESHOLD, Likest
+from tasks.ingestion.splitting.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
+from tasks.ingestion.splitting.takings import Intake, Takings
 
 if TYPE_CHECKING:
     from tasks.ingestion.dataset import DatasetCounts

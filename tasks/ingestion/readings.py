@@ -8,9 +8,9 @@ from pathlib import Path
 
 from schemas.config import DataConfig
 from tasks import workers
-from tasks.ingestion.files import Source
 from tasks.ingestion.intake import read_shard
 from tasks.ingestion.pieces import SUMMARY_NAME
+from tasks.ingestion.reading.files import Source
 from tasks.ingestion.shards import SHARD_BYTES, Shard, join_parts, plan_parts, plan_shards
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tasks.ingestion.screening import Screen, redact_text
+from tasks.ingestion.rows.screening import Screen, redact_text
 
 REASONS: dict[str, str] = {
     "broken_json": "the line is not JSON",

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.index import Index, Mask, Places
 from tasks.ingestion.pieces import PROBLEM_BITS
-from tasks.ingestion.screening import KINDS
+from tasks.ingestion.rows.screening import KINDS
+from tasks.ingestion.splitting.index import Index, Mask, Places
 
 PLACES_SHOWN = 10
 MIN_ROWS_FOR_OUTLIERS = 20

@@ -15,10 +15,10 @@ from tasks import storage, tracking, workers
 from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.base_model import locate_base_model
 from tasks.ingestion.dataset import build_dataset, check_sides_wanted
+from tasks.ingestion.reading.sources import digest_source
 from tasks.ingestion.readings import finish_shard, is_small
 from tasks.ingestion.rejects import DataError
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
-from tasks.ingestion.sources import digest_source
 from tasks.registration.publication import bring_sources, pin_sources
 
 

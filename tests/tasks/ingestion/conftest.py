@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.identity import Conversation
-from tasks.ingestion.index import Index, Piece
 from tasks.ingestion.pieces import write_piece
+from tasks.ingestion.rows.identity import Conversation
+from tasks.ingestion.splitting.index import Index, Piece
 
 MATERIAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "material" / "datasets"
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.identity import Conversation, make_conversation, normalize_text
 from tasks.ingestion.rejects import RowError
+from tasks.ingestion.rows.identity import Conversation, make_conversation, normalize_text
 
 
 def make(*texts: str, system: str | None = None, tools: Any = None) -> Conversation:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.messages import check_messages, read_messages
 from tasks.ingestion.rejects import RowError
+from tasks.ingestion.rows.messages import check_messages, read_messages
 
 
 def roles(text: str) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion import order
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.identity import Conversation, make_conversation
-from tasks.ingestion.mixture import take
-from tasks.ingestion.order import read_chosen
 from tasks.ingestion.rejects import DataError
+from tasks.ingestion.rows.identity import Conversation, make_conversation
+from tasks.ingestion.splitting import order
+from tasks.ingestion.splitting.mixture import take
+from tasks.ingestion.splitting.order import read_chosen
 from tests.tasks.ingestion.conftest import WriteLines, write_index
 
 

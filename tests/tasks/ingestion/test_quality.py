@@ -9,10 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.ingestion.identity import Conversation, make_conversation
-from tasks.ingestion.near_duplicates import Likest, find_near_duplicates
 from tasks.ingestion.pieces import make_index
-from tasks.ingestion.quality import find_text_problems
 from tasks.ingestion.row_statistics import (
     Noted,
     RowStatistics,
@@ -20,7 +17,10 @@ from tasks.ingestion.row_statistics import (
     find_fences,
     find_outliers,
 )
-from tasks.ingestion.runs import hash_runs
+from tasks.ingestion.rows.identity import Conversation, make_conversation
+from tasks.ingestion.rows.quality import find_text_problems
+from tasks.ingestion.splitting.near_duplicates import Likest, find_near_duplicates
+from tasks.ingestion.splitting.runs import hash_runs
 from tests.tasks.ingestion.conftest import write_index
 
 

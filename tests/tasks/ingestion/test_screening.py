@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from schemas.config import DataConfig
 from tasks.ingestion.dataset import build_dataset
-from tasks.ingestion.identity import make_conversation
-from tasks.ingestion.screening import find_spans, may_hold_any, redact_text, screen_values
+from tasks.ingestion.rows.identity import make_conversation
+from tasks.ingestion.rows.screening import find_spans, may_hold_any, redact_text, screen_values
 from tests.tasks.ingestion.conftest import WriteLines
 
 BODY = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.ingestion import splits
-from tasks.ingestion.identity import Conversation, make_conversation
-from tasks.ingestion.splits import (
+from tasks.ingestion.rows.identity import Conversation, make_conversation
+from tasks.ingestion.splitting import splits
+from tasks.ingestion.splitting.splits import (
     DUPLICATE,
     EVAL,
     LEAKED,

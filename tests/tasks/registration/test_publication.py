@@ -7,7 +7,7 @@ import pytest
 from schemas.artifacts import Published
 from schemas.config import DataConfig
 from tasks import tracking
-from tasks.ingestion.sources import digest_source
+from tasks.ingestion.reading.sources import digest_source
 from tasks.registration import publication
 
 pytestmark = pytest.mark.usefixtures("tracked")

@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
-from tasks.ingestion.hub import find_on_hub
-from tasks.ingestion.llamafactory import read_index, split_index_name
+from tasks.ingestion.reading.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
+from tasks.ingestion.reading.hub import find_on_hub
+from tasks.ingestion.reading.llamafactory import read_index, split_index_name
 from tasks.ingestion.rejects import DataError
 
 

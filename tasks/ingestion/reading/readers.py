@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.ingestion.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
-from tasks.ingestion.encodings import read_text_lines
-from tasks.ingestion.files import SourceFile
-from tasks.ingestion.json_files import read_json, read_json_lines
+from tasks.ingestion.reading.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
+from tasks.ingestion.reading.encodings import read_text_lines
+from tasks.ingestion.reading.files import SourceFile
+from tasks.ingestion.reading.json_files import read_json, read_json_lines
 from tasks.ingestion.rejects import DataError, RowError
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.ingestion.formats import Reading
+from tasks.ingestion.reading.formats import Reading
 from tasks.ingestion.rejects import DataError
 
 KINDS: dict[str, str] = {

@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.index import Index, Places, read_taken
-from tasks.ingestion.mixture import Times
-from tasks.ingestion.ranks import rank_ids
+from tasks.ingestion.splitting.index import Index, Places, read_taken
+from tasks.ingestion.splitting.mixture import Times
+from tasks.ingestion.splitting.ranks import rank_ids
 from tasks.ingestion.tables import copy_rows
 
 BUCKET_ROWS = 50_000

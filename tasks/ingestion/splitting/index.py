@@ -15,8 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tasks.ingestion.pieces import read_frame, read_runs
-from tasks.ingestion.ranks import rank_places
-from tasks.ingestion.runs import Runs, select_runs
+from tasks.ingestion.splitting.ranks import rank_places
+from tasks.ingestion.splitting.runs import Runs, select_runs
 
 Mask = NDArray[np.bool_]
 """One entry for each row of the index."""

@@ -9,6 +9,8 @@ READ_BYTES = 1 << 20
 _SPACE = " \t\r\n"
 # Where a value is cut off, json finds that out so near to the end, or within a string that does not end.
 _LONGEST_LITERAL = len("-Infinity")
+# A number that is cut off is one too, but for its last characters.
+_LONGEST_REST = len("e+")
 
 
 class ListError(ValueError):
@@ -81,15 +83,15 @@ class _Window:
             try:
                 value, end = self._scan(self._text, self.place)
             except json.JSONDecodeError as error:
-                is_near = error.pos >= len(self._text) - _LONGEST_LITERAL
-                distance = error.pos - self.place
-                if (is_near or error.msg.startswith("Unterminated string")) and self._fill():
+                is_cut = error.pos >= len(self._text) - _LONGEST_LITERAL or error.msg.startswith("Unterminated string")
+                length = error.pos - self.place
+                if is_cut and self._fill():
                     continue
-                self.fail(error.msg, self.place + distance)
-            # A number may go on.
-            if end == len(self._text) and self._fill():
+                self.fail(error.msg, self.place + length)
+            is_cut, length = end >= len(self._text) - _LONGEST_REST, end - self.place
+            if is_cut and self._fill():
                 continue
-            self.place = end
+            self.place += length
             return value
 
     def fail(self, what: str, place: int) -> NoReturn:

@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.index import Index, Mask, Places
-from tasks.ingestion.ranks import Ranks, find_border, first_bits, rank_ids
+from tasks.ingestion.splitting.index import Index, Mask, Places
+from tasks.ingestion.splitting.ranks import Ranks, find_border, first_bits, rank_ids
 
 TRAIN, EVAL, DUPLICATE, LEAKED, UNUSED = range(5)
 """UNUSED: of a separate held-out dataset beyond the most that are evaluated; neither evaluated nor trained."""

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tasks.ingestion.files import Source, SourceFile
+from tasks.ingestion.reading.files import Source, SourceFile
 from tasks.ingestion.rejects import DataError
 
 COMMIT = re.compile("[0-9a-f]{40}")

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from tasks.ingestion.messages import Message
-from tasks.ingestion.quality import find_text_problems
 from tasks.ingestion.rejects import RowError
-from tasks.ingestion.screening import Screen, may_hold_any, screen_values
+from tasks.ingestion.rows.messages import Message
+from tasks.ingestion.rows.quality import find_text_problems
+from tasks.ingestion.rows.screening import Screen, may_hold_any, screen_values
 
 ID_DIGITS = 32
 KEY_BYTES = 16

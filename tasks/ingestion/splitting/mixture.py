@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.index import Index, Mask
 from tasks.ingestion.rejects import DataError
-from tasks.ingestion.splits import (
+from tasks.ingestion.splitting.index import Index, Mask
+from tasks.ingestion.splitting.splits import (
     DUPLICATE,
     EVAL,
     LEAKED,

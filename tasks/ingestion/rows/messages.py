@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.ingestion.rejects import RowError
-from tasks.ingestion.toolcalls import read_function_call_text, read_tool_calls
+from tasks.ingestion.rows.toolcalls import read_function_call_text, read_tool_calls
 
 Message = dict[str, Any]
 FUNCTION_CALL = "function_call"

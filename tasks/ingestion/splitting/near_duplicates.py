@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.ingestion.runs import HASH_BITS, Runs, select_runs
+from tasks.ingestion.splitting.runs import HASH_BITS, Runs, select_runs
 
 THRESHOLD = 0.8
 # How much of a hash is looked at first.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tasks.ingestion.messages import DEFAULT_TAGS, Tags
 from tasks.ingestion.rejects import DataError
+from tasks.ingestion.rows.messages import DEFAULT_TAGS, Tags
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tasks.ingestion.columnar import WHOLE, RawRow, Span
-from tasks.ingestion.encodings import UTF8_BOM, check_start, decode, read_text
-from tasks.ingestion.json_lists import READ_BYTES, ListError, read_list
+from tasks.ingestion.reading.columnar import WHOLE, RawRow, Span
+from tasks.ingestion.reading.encodings import UTF8_BOM, check_start, decode, read_text
+from tasks.ingestion.reading.json_lists import READ_BYTES, ListError, read_list
 from tasks.ingestion.rejects import DataError, RowError
 from tasks.jsontext import NotFast, parse_fast
 

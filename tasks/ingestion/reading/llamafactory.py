@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.ingestion.files import Source, SourceFile, find_in_folder, kind_of_file
-from tasks.ingestion.formats import Reading
-from tasks.ingestion.hub import find_on_hub
-from tasks.ingestion.messages import DEFAULT_TAGS, FUNCTION_CALL, ROLES, Tags
+from tasks.ingestion.reading.files import Source, SourceFile, find_in_folder, kind_of_file
+from tasks.ingestion.reading.formats import Reading
+from tasks.ingestion.reading.hub import find_on_hub
 from tasks.ingestion.rejects import DataError
+from tasks.ingestion.rows.messages import DEFAULT_TAGS, FUNCTION_CALL, ROLES, Tags
 
 INDEX_NAME = "dataset_info.json"
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
