@@ -10,8 +10,10 @@ import os
 import platform
 import re
 from datetime import UTC, datetime
+from functools import partial
 
 from mlflow.entities import RunStatus
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from schemas.artifacts import Move
@@ -39,9 +41,13 @@ def describe_user() -> str:
 
 def read_moves(name: str) -> list[Move]:
     """Return all moves of a registered model, the oldest first."""
-    tags = get_model(name).tags
+    return list_moves(get_model(name))
+
+
+def list_moves(model: RegisteredModel) -> list[Move]:
+    """Return all moves that a registered model had when it was read, the oldest first."""
     return sorted(
-        (Move.model_validate_json(value) for key, value in tags.items() if key.startswith(_TAG)),
+        (Move.model_validate_json(value) for key, value in model.tags.items() if key.startswith(_TAG)),
         key=lambda move: move.number,
     )
 
@@ -62,7 +68,14 @@ def list_former_champions(moves: list[Move]) -> list[str]:
 
 def record_move(move: Move) -> None:
     """Write a move to the registered model and as a run of its own."""
-    tracking.client().set_registered_model_tag(move.name, f"{_TAG}{move.number:06d}", move.model_dump_json())
+    value = move.model_dump_json()
+    tracking.at_once(
+        partial(tracking.client().set_registered_model_tag, move.name, f"{_TAG}{move.number:06d}", value),
+        partial(_record_run, move),
+    )
+
+
+def _record_run(move: Move) -> None:
     client = tracking.client()
     title = f"{move.name}: {describe_move(move)}"
     run = client.create_run(
@@ -72,8 +85,11 @@ def record_move(move: Move) -> None:
         | {f"sft.evidence.{key}": value for key, value in move.evidence.items()}
         | {MLFLOW_RUN_NOTE: f"**{title}** by {move.who}: {move.why}"},
     )
-    client.log_dict(run.info.run_id, move.model_dump(mode="json"), "move.json")
-    tracking.end_run(run.info.run_id, RunStatus.to_string(RunStatus.FINISHED))
+    run_id = str(run.info.run_id)
+    tracking.at_once(
+        partial(client.log_dict, run_id, move.model_dump(mode="json"), "move.json"),
+        partial(tracking.end_run, run_id, RunStatus.to_string(RunStatus.FINISHED)),
+    )
 
 
 def describe_move(move: Move) -> str:
@@ -85,15 +101,14 @@ def describe_move(move: Move) -> str:
     return f"champion {words} {to}" + (f" from version {move.version_from}" if move.version_from else "")
 
 
-def show_moves(name: str, moves: list[Move]) -> None:
-    """Write the latest moves into the description of the registered model; what a person wrote there stays."""
-    client = tracking.client()
-    text = client.get_registered_model(name).description or ""
+def show_moves(model: RegisteredModel, moves: list[Move]) -> None:
+    """Write the latest moves into the description of a registered model; what a person wrote there stays."""
+    text = model.description or ""
     kept = re.sub(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}[^\n]*", "", text, flags=re.DOTALL).rstrip()
     for num_rows in range(min(_ROWS_SHOWN, len(moves)), -1, -1):
         whole = f"{kept}\n\n{_moves_table(moves[len(moves) - num_rows :])}".lstrip()
         if len(whole) <= _MAX_DESCRIPTION:
-            client.update_registered_model(name, description=whole)
+            tracking.client().update_registered_model(model.name, description=whole)
             return
 
 

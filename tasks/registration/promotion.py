@@ -7,7 +7,7 @@ two who decide at the same time one wins, and the other is told by whom it was o
 from collections.abc import Callable
 from functools import partial
 
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 from schemas.artifacts import Move
 from tasks import tracking
@@ -22,8 +22,8 @@ from tasks.registration.versions import (
     REASONS_TAG,
     RUN_TAG,
     drop_alias,
+    get_model,
     get_version,
-    read_alias,
     set_alias,
 )
 
@@ -66,14 +66,62 @@ def promote_version(name: str, version: str, *, expected: str | None, who: str, 
     """
     candidate = get_version(name, version)
     with lock.hold(name, holder=who) as check:
-        moves = _take_stock(name, expected, who)
-        _check_candidate(candidate, force=force, why=why)
-        if version == expected:
-            raise PromotionError(f"{name} version {version} is champion already: there is nothing to do")
-        move = _compose(name, "promote", candidate, expected, moves, who=who, why=why, forced=force)
-        _carry_out(move, previous=expected, moves=moves, check=check)
-        if ROLLED_BACK_TAG in candidate.tags:
-            tracking.client().delete_model_version_tag(name, version, ROLLED_BACK_TAG)
+        return _promote(candidate, get_model(name), check, expected=expected, who=who, why=why, force=force)
+
+
+def place_version(candidate: ModelVersion, *, is_promoted: bool, expected: str | None, who: str, why: str) -> bool:
+    """Make a new version `challenger`, unless a newer one is, and champion where the gate promoted it.
+
+    Both under one hold of the lock, so that no third finds it between them.
+
+    Args:
+        candidate: as it was registered, with its tags.
+        is_promoted: what the gate said.
+        expected: champion that the gate compared with; None for no champion.
+        who: recorded.
+        why: recorded.
+
+    Returns:
+        Whether the alias champion moved: a resumed run may find that it did before.
+
+    Raises:
+        OvertakenError: the champion is another one by now; the version is challenger all the same.
+        PromotionError: the version gets no alias.
+    """
+    _check_parity(candidate)
+    name, version = candidate.name, str(candidate.version)
+    with lock.hold(name, holder=who) as check:
+        model = get_model(name)
+        challenger = _alias(model, CHALLENGER)
+        if challenger is None or int(challenger) < int(version):
+            check()
+            set_alias(name, CHALLENGER, version)
+        if not is_promoted or _alias(model, CHAMPION) == version:
+            return False
+        _promote(candidate, model, check, expected=expected, who=who, why=why)
+    return True
+
+
+def _promote(
+    candidate: ModelVersion,
+    model: RegisteredModel,
+    check: Callable[[], None],
+    *,
+    expected: str | None,
+    who: str,
+    why: str,
+    force: bool = False,
+) -> Move:
+    """Move the alias champion to a candidate; the model was read under the lock."""
+    name, version = candidate.name, str(candidate.version)
+    moves = _take_stock(model, expected, who)
+    _check_candidate(candidate, force=force, why=why)
+    if version == expected:
+        raise PromotionError(f"{name} version {version} is champion already: there is nothing to do")
+    move = _compose(name, "promote", candidate, expected, moves, who=who, why=why, forced=force)
+    _carry_out(move, model, previous=expected, moves=moves, check=check)
+    if ROLLED_BACK_TAG in candidate.tags:
+        tracking.client().delete_model_version_tag(name, version, ROLLED_BACK_TAG)
     return move
 
 
@@ -87,8 +135,9 @@ def rollback_champion(name: str, *, expected: str | None, who: str, why: str) ->
         PromotionError: there is nothing to go back to.
     """
     with lock.hold(name, holder=who) as check:
-        moves = _take_stock(name, expected, who)
-        target = read_alias(name, PREVIOUS)
+        model = get_model(name)
+        moves = _take_stock(model, expected, who)
+        target = _alias(model, PREVIOUS)
         if expected is None or target is None or target == expected:
             champion = f"version {expected}" if expected else "no version"
             raise PromotionError(
@@ -101,27 +150,20 @@ def rollback_champion(name: str, *, expected: str | None, who: str, why: str) ->
             _check_parity(candidate)
         move = _compose(name, "rollback", candidate, expected, moves, who=who, why=why, forced=False)
         former = [entry for entry in audit.list_former_champions([*moves, move]) if _exists(name, entry)]
-        _carry_out(move, previous=former[-1] if former else None, moves=moves, check=check)
+        _carry_out(move, model, previous=former[-1] if former else None, moves=moves, check=check)
         mark = f"{move.when} by {who}: {why or 'no reason given'}"
         tracking.client().set_model_version_tag(name, expected, ROLLED_BACK_TAG, mark)
     return move
 
 
-def nominate(name: str, version: str, *, who: str) -> None:
-    """Point `challenger` at a version that passed its checks, unless a newer one is there already."""
-    candidate = get_version(name, version)
-    _check_parity(candidate)
-    with lock.hold(name, holder=who) as check:
-        present = read_alias(name, CHALLENGER)
-        if present is None or int(present) < int(version):
-            check()
-            set_alias(name, CHALLENGER, version)
+def _alias(model: RegisteredModel, alias: str) -> str | None:
+    version = model.aliases.get(alias)
+    return None if version is None else str(version)
 
 
-def _take_stock(name: str, expected: str | None, who: str) -> list[Move]:
+def _take_stock(model: RegisteredModel, expected: str | None, who: str) -> list[Move]:
     """Return the trail, after a champion that it does not know was entered; refuse when the champion changed."""
-    moves = audit.read_moves(name)
-    champion = read_alias(name, CHAMPION)
+    name, moves, champion = model.name, audit.list_moves(model), _alias(model, CHAMPION)
     known = moves[-1].version_to if moves else None
     if champion != known:
         found = Move(
@@ -199,24 +241,27 @@ def _compose(
     )
 
 
-def _carry_out(move: Move, *, previous: str | None, moves: list[Move], check: Callable[[], None]) -> None:
+def _carry_out(
+    move: Move, model: RegisteredModel, *, previous: str | None, moves: list[Move], check: Callable[[], None]
+) -> None:
     """Record the move, then move the aliases, champion last; make sure that it stands."""
     name, target = move.name, str(move.version_to)
-    steps = [
-        partial(audit.record_move, move),
-        partial(set_alias, name, PREVIOUS, previous) if previous else partial(drop_alias, name, PREVIOUS),
-        partial(set_alias, name, CHAMPION, target),
-    ]
-    for step in steps:
+    steps = [partial(audit.record_move, move)]
+    if previous is not None:
+        steps.append(partial(set_alias, name, PREVIOUS, previous))
+    elif PREVIOUS in model.aliases:
+        steps.append(partial(drop_alias, name, PREVIOUS))
+    for step in (*steps, partial(set_alias, name, CHAMPION, target)):
         check()
         step()
-    found = read_alias(name, CHAMPION)
+    now = get_model(name)
+    found = _alias(now, CHAMPION)
     if found != target:
         raise OvertakenError(
             f"{name}: champion was set to version {target} and is version {found} now: somebody moves it by other "
             "means at this moment; look at the registry"
         )
-    audit.show_moves(name, [*moves, move])
+    audit.show_moves(now, [*moves, move])
 
 
 def _exists(name: str, version: str) -> bool:

@@ -1,11 +1,14 @@
 """The door of registration: a merged model becomes a version, and the gate decides what it may be called."""
 
+from functools import partial
 from pathlib import Path
 
+from mlflow.entities.model_registry import ModelVersion
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_UI_URL
 
 from schemas.artifacts import (
     Champion,
@@ -24,7 +27,7 @@ from tasks import storage, tracking
 from tasks.registration.audit import describe_user
 from tasks.registration.description import describe_version
 from tasks.registration.gate import Verdict, judge
-from tasks.registration.promotion import OvertakenError, nominate, promote_version
+from tasks.registration.promotion import OvertakenError, place_version
 from tasks.registration.versions import (
     CHAMPION,
     GATE_TAG,
@@ -129,25 +132,28 @@ def register(
         decision = judge(comparison.delta, config.gate, comparison.champion)
         text = describe_version(title, comparison, *decision, links)
         # A resumed run may have registered already: the version is found again by its run.
-        version = find_version(config.name, RUN_TAG, parent_run_id)
-        if version is None:
+        entry = find_version(config.name, RUN_TAG, parent_run_id)
+        if entry is None:
             whole = {**tags, **_tags_of(decision)}
             origin, metrics = str(merged.mlflow_run_id), comparison.after
-            version = create_version(
+            entry = create_version(
                 config.name, merged.uri, run_id=origin, metrics=metrics, tags=whole, description=text
             )
         else:
-            update_version(config.name, version, tags=_tags_of(decision), description=text)
+            entry = update_version(entry, tags=_tags_of(decision), description=text)
         try:
-            previous = _take_place(config.name, version, comparison.champion, decision)
+            previous = _take_place(entry, comparison.champion, decision)
         except OvertakenError as error:
             decision, previous = ("refused", (str(error),)), None
             text = describe_version(title, comparison, *decision, links)
-            update_version(config.name, version, tags=_tags_of(decision), description=text)
+            update_version(entry, tags=_tags_of(decision), description=text)
+        version = str(entry.version)
         named = {VERSION_TAG: f"{config.name}/{version}"}
-        tracking.set_tags(run_id, {**tags, **_tags_of(decision), **named})
-        tracking.set_tags(parent_run_id, {**named, "sft.verdict": decision[0]})
-        aliases = aliases_of(config.name, version)
+        *_, aliases = tracking.at_once(
+            partial(tracking.set_tags, run_id, {**tags, **_tags_of(decision), **named}),
+            partial(tracking.set_tags, parent_run_id, {**named, "sft.verdict": decision[0]}),
+            partial(aliases_of, config.name, version),
+        )
     verdict, reasons = decision
     get_run_logger().info("%s version %s: %s. %s", config.name, version, verdict, "; ".join(reasons))
     _show_verdict(config.name, version, verdict, reasons, links)
@@ -187,27 +193,31 @@ def _collect_tags(
     }
 
 
-def _take_place(name: str, version: str, champion: ChampionReport | None, decision: Verdict) -> str | None:
+def _take_place(entry: ModelVersion, champion: ChampionReport | None, decision: Verdict) -> str | None:
     """Give the version its aliases; return the champion that it took the place of.
 
     Raises:
         OvertakenError: the champion is not the one any more that it was compared with.
     """
-    who = f"pipeline run by {describe_user()}"
-    nominate(name, version, who=who)
-    if decision[0] == "refused" or read_alias(name, CHAMPION) == version:
-        return None
+    verdict, reasons = decision
     previous = champion.version if champion else None
-    promote_version(name, version, expected=previous, who=who, why="; ".join(decision[1]))
-    return previous
+    moved = place_version(
+        entry,
+        is_promoted=verdict == "promoted",
+        expected=previous,
+        who=f"pipeline run by {describe_user()}",
+        why="; ".join(reasons),
+    )
+    return previous if moved else None
 
 
 def _describe_links(parent_run_id: str) -> str:
     """Return a line of Markdown that leads to the run in MLflow and in Prefect."""
     address = tracking.ui_link(parent_run_id)
     run = f"[MLflow run]({address})" if address else f"MLflow run `{parent_run_id}`"
-    page = tracking.get_run(parent_run_id).data.tags.get("sft.prefect_url")
-    return f"{run}, [Prefect run]({page})" if page else f"{run}, Prefect run `{flow_run.id}`"
+    if PREFECT_UI_URL.value():  # a temporary server has no pages
+        return f"{run}, [Prefect run]({flow_run.ui_url})"
+    return f"{run}, Prefect run `{flow_run.id}`"
 
 
 def _show_verdict(name: str, version: str, verdict: str, reasons: tuple[str, ...], links: str) -> None:

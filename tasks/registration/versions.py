@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,37 +68,51 @@ def create_version(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
     description: str = "",
-) -> str:
-    """Register a logged model as a new version with its tags, description and metrics; return the version.
+) -> ModelVersion:
+    """Register a logged model as a new version with its tags, description and metrics.
 
     Aliases are given last and apart, so that an interrupted registration leaves a version that nobody is sent to.
     """
-    client = tracking.client()
     model_id = model_uri.removeprefix("models:/")
-    tracking.log_metrics(run_id, metrics, model_id=model_id)
-    try:
-        client.create_registered_model(name)
-    except mlflow.MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    created = client.create_model_version(
-        name, source=model_uri, run_id=run_id, tags=dict(tags), description=description, model_id=model_id
+    measure = partial(tracking.log_metrics, run_id, metrics, model_id=model_id)
+    create = partial(
+        tracking.client().create_model_version,
+        name,
+        source=model_uri,
+        run_id=run_id,
+        tags=dict(tags),
+        description=description,
+        model_id=model_id,
     )
-    return str(created.version)
+    try:
+        created: ModelVersion = tracking.at_once(create, measure)[0]
+        return created
+    except mlflow.MlflowException as error:
+        # The second: people may add to what is theirs, and what does not exist is nobody's.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
+            raise
+    try:
+        tracking.client().create_registered_model(name)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it in between
+            raise
+    return create()
 
 
 @tracking.tracking_time()
-def update_version(name: str, number: str, *, tags: Mapping[str, str], description: str) -> None:
-    """Set tags and description of a version."""
+def update_version(entry: ModelVersion, *, tags: Mapping[str, str], description: str) -> ModelVersion:
+    """Set tags and description of a version; return it as it is then."""
+    name, number = entry.name, str(entry.version)
     for tag, value in tags.items():
         tracking.client().set_model_version_tag(name, number, tag, value)
-    tracking.client().update_model_version(name, number, description=description)
+    return tracking.client().update_model_version(name, number, description=description)
 
 
-def find_version(name: str, tag: str, value: str) -> str | None:
+def find_version(name: str, tag: str, value: str) -> ModelVersion | None:
     """Return the newest version that carries this tag, or None."""
-    found = tracking.client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
-    return next((str(entry.version) for entry in found if entry.tags.get(tag) == value), None)
+    query = f"name = '{name}' AND tags.`{tag}` = '{value}'"
+    found = tracking.client().search_model_versions(query, order_by=["version_number DESC"], max_results=1)
+    return found[0] if found else None
 
 
 def find_by_address(address: str, *, default_alias: str) -> tuple[str, str]:
@@ -164,9 +179,8 @@ def read_alias(name: str, alias: str) -> str | None:
 
 
 def drop_alias(name: str, alias: str) -> None:
-    """Take an alias away, if it is there."""
-    if read_alias(name, alias) is not None:
-        tracking.client().delete_registered_model_alias(name, alias)
+    """Take an alias away."""
+    tracking.client().delete_registered_model_alias(name, alias)
 
 
 def set_alias(name: str, alias: str, number: str) -> None:

@@ -13,6 +13,7 @@ from tasks.tracking.artifacts import (
     publish,
     resolve,
 )
+from tasks.tracking.calls import at_once
 from tasks.tracking.connection import client, experiment_link, get_run, tracking_uri, ui_link, version_link
 from tasks.tracking.curves import log_metrics, metric_log, training_curves
 from tasks.tracking.runs import (
@@ -40,6 +41,7 @@ __all__ = [
     "PARENT_TAG",
     "STAGE_TAG",
     "ArtifactError",
+    "at_once",
     "client",
     "create_parent_run",
     "end_run",

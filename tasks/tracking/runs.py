@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from schemas.artifacts import DatasetRef, Ref, RunReport
 from schemas.config import RunConfig
 from tasks import storage
 from tasks.tracking.artifacts import log_dataset
+from tasks.tracking.calls import at_once
 from tasks.tracking.connection import client, experiment_of, get_run, tracking_uri, version_link
 from tasks.tracking.curves import log_metrics
 from tasks.tracking.stopwatch import stopwatch, tracking_time
@@ -181,10 +183,15 @@ def _find_stage_run(parent_run_id: str, stage: str) -> Run | None:
 
 def finish_parent(run_id: str, report: RunReport, dataset: DatasetRef, stages: Mapping[str, Ref]) -> None:
     """Log the report and the dataset on the parent run, and name the runs whose cached results it used."""
-    client().log_dict(run_id, report.model_dump(mode="json"), "run_report.json")
-    prefect_page = get_run(run_id).data.tags.get("sft.prefect_url")
-    client().set_tag(run_id, MLFLOW_RUN_NOTE, _describe(report, prefect_page))
-    log_dataset(
+    parent, *owners = at_once(
+        *(partial(get_run, known) for known in (run_id, *(str(ref.mlflow_run_id) for ref in stages.values())))
+    )
+    tags = {MLFLOW_RUN_NOTE: _describe(report, parent.data.tags.get("sft.prefect_url"))}
+    for (stage, ref), owner in zip(stages.items(), owners, strict=True):
+        if owner.data.tags.get(PARENT_TAG) != run_id:
+            tags[f"sft.reused.{stage}"] = str(ref.mlflow_run_id)
+    record = partial(
+        log_dataset,
         run_id,
         name="dataset",
         digest=dataset.digest,
@@ -192,10 +199,8 @@ def finish_parent(run_id: str, report: RunReport, dataset: DatasetRef, stages: M
         profile=report.dataset.model_dump(mode="json"),
         context="training",
     )
-    for stage, ref in stages.items():
-        owner = get_run(str(ref.mlflow_run_id)).data.tags.get(PARENT_TAG)
-        if owner != run_id:
-            client().set_tag(run_id, f"sft.reused.{stage}", ref.mlflow_run_id)
+    write = partial(client().log_dict, run_id, report.model_dump(mode="json"), "run_report.json")
+    at_once(partial(set_tags, run_id, tags), record, write)
 
 
 def _describe(report: RunReport, prefect_page: str | None) -> str:

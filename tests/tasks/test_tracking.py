@@ -1,6 +1,7 @@
 """One parent run, one child run a stage, and artifacts that are what their digest says."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,3 +134,19 @@ def test_a_stage_says_how_much_of_it_was_tracking(parent: str) -> None:
     metrics = tracking.get_run(run_id).data.metrics
     assert 0.5 <= metrics["stage/tracking_seconds"] < 1.0
     assert metrics["stage/seconds"] >= metrics["stage/tracking_seconds"] + 0.3
+
+
+def test_calls_to_a_server_meet_and_their_first_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    meeting = threading.Barrier(2)
+    assert sorted(tracking.at_once(*(lambda: meeting.wait(timeout=30) for _ in range(2)))) == [0, 1]
+    assert tracking.at_once(lambda: "a", lambda: "b", lambda: "c") == ["a", "b", "c"]
+    done: list[str] = []
+    with pytest.raises(ZeroDivisionError):
+        tracking.at_once(lambda: 1 / 0, lambda: done.append("all the same"))
+    assert done == ["all the same"]
+
+
+def test_calls_to_a_local_database_follow_each_other() -> None:
+    threads = tracking.at_once(threading.get_ident, threading.get_ident)
+    assert threads == [threading.get_ident()] * 2

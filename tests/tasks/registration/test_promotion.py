@@ -25,6 +25,11 @@ def _rollback(name: str, *, expected: str | None) -> None:
     promotion.rollback_champion(name, expected=expected, who="bob", why="it swears")
 
 
+def _place(name: str, version: str, *, is_promoted: bool) -> bool:
+    candidate = versions.get_version(name, version)
+    return promotion.place_version(candidate, is_promoted=is_promoted, expected=None, who="ann", why="it is better")
+
+
 def _aliases(name: str) -> dict[str, str]:
     found = tracking.client().get_registered_model(name).aliases
     return {alias: str(version) for alias, version in found.items()}
@@ -67,7 +72,7 @@ def test_a_version_without_a_passed_parity_check_gets_no_alias_for_any_reason(ma
         with pytest.raises(promotion.PromotionError, match="carries no passed parity check"):
             _promote("unproven", version, expected=None, force=True, why="I want it")
         with pytest.raises(promotion.PromotionError, match="carries no passed parity check"):
-            promotion.nominate("unproven", version, who="ann")
+            _place("unproven", version, is_promoted=False)
     assert _aliases("unproven") == {}
 
 
@@ -150,7 +155,7 @@ def test_challenger_is_the_newest_version_also_when_an_older_one_arrives_later(m
     for _ in range(2):
         make_version("newest")
     for version in ("2", "1"):
-        promotion.nominate("newest", version, who="ann")
+        assert not _place("newest", version, is_promoted=False)
     assert _aliases("newest") == {"challenger": "2"}
 
 

@@ -58,8 +58,8 @@ def address(folder: Path, tracking_home: Path, tmp_path_factory: pytest.TempPath
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         run = tracking.client().create_run(tracking.open_experiment("serving"), run_name="serving")
         uri = versions.log_merged_model(folder, str(run.info.run_id), question="hi")
-        number = versions.create_version("served-bos", uri, run_id=str(run.info.run_id), metrics={}, tags={})
-        versions.set_alias("served-bos", "champion", number)
+        entry = versions.create_version("served-bos", uri, run_id=str(run.info.run_id), metrics={}, tags={})
+        versions.set_alias("served-bos", "champion", str(entry.version))
         environment = {
             **os.environ,
             "MLFLOW_TRACKING_URI": tracking.tracking_uri(),

@@ -46,25 +46,26 @@ def test_a_champion_is_asked_only_rows_in_its_own_tokens_and_template(tokens: To
 def test_a_promoted_version_takes_the_place_of_the_champion_it_was_compared_with(make_version: MakeVersion) -> None:
     for _ in range(2):
         make_version("placed")
-    assert task._take_place("placed", "1", None, _PROMOTED) is None
-    assert task._take_place("placed", "2", _COMPARED_WITH_1, _PROMOTED) == "1"
+    assert task._take_place(versions.get_version("placed", "1"), None, _PROMOTED) is None
+    assert task._take_place(versions.get_version("placed", "2"), _COMPARED_WITH_1, _PROMOTED) == "1"
     assert versions.aliases_of("placed", "2") == ("challenger", "champion")
     assert versions.aliases_of("placed", "1") == ("previous",)
-    assert task._take_place("placed", "2", _COMPARED_WITH_1, _PROMOTED) is None  # a resumed run finds it done
+    # A resumed run finds it done.
+    assert task._take_place(versions.get_version("placed", "2"), _COMPARED_WITH_1, _PROMOTED) is None
 
 
 def test_a_refused_version_is_challenger_only(make_version: MakeVersion) -> None:
     make_version("refused", gate="refused")
-    assert task._take_place("refused", "1", None, _REFUSED) is None
+    assert task._take_place(versions.get_version("refused", "1"), None, _REFUSED) is None
     assert versions.aliases_of("refused", "1") == ("challenger",)
 
 
 def test_a_run_that_was_overtaken_while_it_worked_moves_nothing(make_version: MakeVersion) -> None:
     for _ in range(3):
         make_version("late")
-    task._take_place("late", "1", None, _PROMOTED)
-    task._take_place("late", "2", _COMPARED_WITH_1, _PROMOTED)
+    task._take_place(versions.get_version("late", "1"), None, _PROMOTED)
+    task._take_place(versions.get_version("late", "2"), _COMPARED_WITH_1, _PROMOTED)
     with pytest.raises(promotion.OvertakenError, match="version 2 is champion now, and not version 1"):
-        task._take_place("late", "3", _COMPARED_WITH_1, _PROMOTED)
+        task._take_place(versions.get_version("late", "3"), _COMPARED_WITH_1, _PROMOTED)
     assert versions.aliases_of("late", "2") == ("champion",)
     assert versions.aliases_of("late", "3") == ("challenger",)

@@ -62,13 +62,16 @@ def logged(model_folder: Path, tracking_home: Path) -> tuple[str, str]:
 
 
 def _register(logged: tuple[str, str], name: str, tag: str) -> str:
-    return versions.create_version(name, logged[1], run_id=logged[0], metrics={"nll": 1.5}, tags={"sft.run": tag})
+    entry = versions.create_version(name, logged[1], run_id=logged[0], metrics={"nll": 1.5}, tags={"sft.run": tag})
+    return str(entry.version)
 
 
 def test_versions_count_up_and_are_found_by_their_run(logged: tuple[str, str]) -> None:
     assert _register(logged, "counted", "run-1") == "1"
     assert _register(logged, "counted", "run-2") == "2"
-    assert versions.find_version("counted", "sft.run", "run-1") == "1"
+    found = versions.find_version("counted", "sft.run", "run-1")
+    assert found is not None
+    assert str(found.version) == "1"
     assert versions.find_version("counted", "sft.run", "run-3") is None
     versions.set_alias("counted", "champion", "1")
     versions.set_alias("counted", "challenger", "2")

@@ -1,0 +1,23 @@
+"""Calls to the tracking server that do not wait for each other."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+from tasks.tracking.connection import tracking_uri
+from tasks.tracking.stopwatch import tracking_time
+
+
+@tracking_time()
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Make these calls side by side; return their results in order, or raise the first error of these.
+
+    Each is an exchange with a server that is mostly waited for. A local database answers at once and lets one write at
+    a time, so that there they follow each other.
+    """
+    if tracking_uri().startswith("sqlite:"):
+        return [call() for call in calls]
+    with ThreadPoolExecutor(len(calls), thread_name_prefix="tracking") as pool:
+        futures = [pool.submit(copy_context().run, call) for call in calls]
+    return [future.result() for future in futures]
