@@ -1,12 +1,8 @@
 """Several ranks optimize the same sum as one: real processes over gloo."""
 
-import multiprocessing
 import os
-import pickle
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +17,7 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch
 from tasks.training.checkpoints import Progress
-from tasks.training.distributed import ask_leader, check_same, deal, gather, join_team, share_table, sum_gradients
+from tasks.training.distributed import ask_leader, check_same, deal, gather, share_table, sum_gradients
 from tasks.training.launcher import run_training
 from tasks.training.loop import train_adapter
 from tasks.training.messages import TrainingJob, write_job
@@ -30,6 +26,7 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, Traini
 from tasks.training.sharding import is_sharded, shard_base
 from tasks.training.steps import Run, do_step, iterate
 from tests.tasks.training.conftest import read_tokens, write_tokens
+from tests.tasks.training.ranks import find_port, on_two_ranks
 from tests.tasks.training.test_launcher import at_step, find_processes, list_checkpoints
 
 # 44 examples in steps of 6: the last step of an epoch has 2, which is one micro batch, and none for the second rank.
@@ -78,39 +75,6 @@ class Curves:
 def farthest(one: dict[str, Any], other: dict[str, Any]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-def find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def live(work: Callable[..., Any], arguments: tuple[Any, ...], number: int, port: int, folder: Path) -> None:
-    """Be one of two ranks."""
-    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    try:
-        with join_team():
-            result = work(number, *arguments)
-    except Exception as error:
-        result = error
-    (folder / f"rank-{number}").write_bytes(pickle.dumps(result))
-
-
-def on_two_ranks(work: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
-    """Do something on two ranks. Each is a process that imports the libraries anew."""
-    folder.mkdir()
-    # Not the fork server: there is one for all, and that of the data's workers has no torch.
-    context, port = multiprocessing.get_context("spawn"), find_port()
-    ranks = [context.Process(target=live, args=(work, arguments, number, port, folder)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-        process.kill()
-    return [pickle.loads((folder / f"rank-{number}").read_bytes()) for number in range(2)]
 
 
 def train_together(

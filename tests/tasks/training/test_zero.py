@@ -18,7 +18,8 @@ from tasks.training.loop import train_adapter
 from tasks.training.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
 from tests.tasks.training.conftest import needs_deepspeed, write_tokens
-from tests.tasks.training.test_distributed import CONFIG, Curves, farthest, on_two_ranks
+from tests.tasks.training.ranks import on_two_ranks
+from tests.tasks.training.test_distributed import CONFIG, Curves, farthest
 
 # Every step is clipped, and decays what is trained. 44 examples: the eighth step has two, one for each rank.
 EXACT = CONFIG.model_copy(update={"weight_decay": 0.1, "max_grad_norm": 0.3, "engine": "general", "num_epochs": 1.5})
