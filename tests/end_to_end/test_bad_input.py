@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL
 
 from tasks import tracking
 from tests.end_to_end.conftest import ROOT, RunPipeline
@@ -103,12 +104,15 @@ def test_the_command_prints_an_unknown_key_and_fails(command_environment: dict[s
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("run_pipeline")
 def test_the_command_prints_a_missing_dataset_once_and_writes_the_failure(
     command_environment: dict[str, str], tmp_path: Path
 ) -> None:
+    # The session's Prefect server spares the command the start of one of its own.
+    environment = {**command_environment, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{base_model: {ROOT}/deploy/demo/base_model}}\ndata: {{source: ./nowhere.jsonl}}\n")
-    done = _sft(command_environment, str(config), "--report", str(tmp_path / "report.json"))
+    done = _sft(environment, str(config), "--report", str(tmp_path / "report.json"))
     assert done.returncode == 1
     assert done.stderr.count("nowhere.jsonl") <= 2
     assert "Traceback" not in done.stderr

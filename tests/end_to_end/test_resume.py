@@ -6,29 +6,32 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file
 
+from flows.attempts import ResumeError
 from schemas.artifacts import AdapterRef
 from tasks import tracking
-from tests.end_to_end.conftest import ROOT
+from tests.end_to_end.conftest import BASE_MODEL, ROOT, RunPipeline
 
 pytestmark = pytest.mark.slow
 _TIMEOUT_SECONDS = 240
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path) -> dict[str, Any]:
     rows = [{"prompt": f"Say {n}.", "completion": f"The number {n} comes after {n - 1}."} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
+    return {
         "name": tmp_path.name,
-        "model": {"base_model": str(ROOT / "deploy" / "demo" / "base_model")},
+        "model": {"base_model": str(BASE_MODEL)},
         "data": {"source": str(tmp_path / "rows.jsonl")},
         "training": {
             "rank": 4,
@@ -42,25 +45,27 @@ def config(tmp_path: Path) -> Path:
         "evaluation": {"max_new_tokens": 8, "num_resamples": 100},
         "registry": {"name": "resumed"},
     }
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(values))  # JSON is YAML
-    return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the commands have it here: another number of threads adds in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "flows.cli", "run", str(config), *arguments]
 
 
-def _run(environment: dict[str, str], config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = _command(config, *arguments)
-    return subprocess.run(
+def _report(environment: dict[str, str], config: Path) -> dict[str, Any]:
+    path = config.with_name("report.json")
+    command = _command(config, "--report", str(path))
+    done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS
     )
-
-
-def _report(environment: dict[str, str], config: Path, *arguments: str) -> dict[str, Any]:
-    path = config.with_name("report.json")
-    done = _run(environment, config, "--report", str(path), *arguments)
     assert done.returncode == 0, done.stderr
     values: dict[str, Any] = json.loads(path.read_text())
     return values
@@ -88,38 +93,41 @@ def _kill_after_first_checkpoint(environment: dict[str, str], config: Path) -> s
     return new[0].name
 
 
-def _adapter(environment: dict[str, str], run_id: str) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SFT_HOME", environment["SFT_HOME"])
-        ref = tracking.recall(run_id, "train", AdapterRef)
-        assert ref is not None
-        return load_file(tracking.resolve(ref) / "adapter_model.safetensors")
+def _adapter(run_id: str) -> dict[str, Any]:
+    ref = tracking.recall(run_id, "train", AdapterRef)
+    assert ref is not None
+    return load_file(tracking.resolve(ref) / "adapter_model.safetensors")
 
 
-@pytest.mark.usefixtures("run_pipeline")
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_in_the_same_run_and_ends_with_the_same_adapter(
-    command_environment: dict[str, str], config: Path
+    command_environment: dict[str, str],
+    config: dict[str, Any],
+    run_pipeline: RunPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    killed = _kill_after_first_checkpoint(command_environment, config)
-    # The session's Prefect server spares the commands below the start of one of their own.
-    environment = {**command_environment, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    environment = {**command_environment, "OMP_NUM_THREADS": "1"}
+    killed = _kill_after_first_checkpoint(environment, path)
+    monkeypatch.setenv("SFT_HOME", environment["SFT_HOME"])
     # Other data under the interrupted run is refused, and so is another config.
-    rows = config.with_name("rows.jsonl")
+    rows = tmp_path / "rows.jsonl"
     original = rows.read_text()
     rows.write_text(original.replace("The number 7 ", "The number seven "))
-    refused = _run(environment, config)
-    assert refused.returncode == 1
-    assert f"the dataset changed since run {killed} began" in refused.stderr
+    with pytest.raises(ResumeError, match=f"the dataset changed since run {killed} began"):
+        run_pipeline(config)
     rows.write_text(original)
-    refused = _run(environment, config, "--resume", killed, "--set", "training.rank=8")
-    assert refused.returncode == 1
-    assert "training.rank: 4 -> 8" in refused.stderr
-    # The refusals left the run as it was: the plain command finds it by its config, and goes on.
-    resumed = _report(environment, config)
+    with pytest.raises(ResumeError, match=r"training\.rank: 4 -> 8"):
+        run_pipeline({**config, "training": {**config["training"], "rank": 8}}, resume=killed)
+    # The refusals left the run as it was: the plain command finds it by its config, and goes on. The session's Prefect
+    # server spares it the start of one of its own.
+    resumed = _report({**environment, "PREFECT_API_URL": str(PREFECT_API_URL.value())}, path)
     assert resumed["mlflow_run_id"] == killed
-    undisturbed = _report(environment, config, "--resume", "never")
-    assert undisturbed["mlflow_run_id"] != killed
-    one, other = _adapter(environment, killed), _adapter(environment, undisturbed["mlflow_run_id"])
+    undisturbed = run_pipeline(config, resume="never")
+    assert undisturbed.mlflow_run_id != killed
+    one, other = _adapter(killed), _adapter(undisturbed.mlflow_run_id)
     assert one.keys() == other.keys()
     assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-6
-    assert resumed["training"]["steps"] == undisturbed["training"]["steps"]
+    assert resumed["training"]["steps"] == undisturbed.training.steps
