@@ -23,6 +23,7 @@ from prefect.states import Cancelling
 from schemas.artifacts import AdapterRef, EvalReport, ModelRef, Ref, TokensRef
 from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
 from tasks import tracking
+from tasks.caching import is_cached
 from tasks.ingestion.base_model import locate_base_model
 
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
@@ -55,12 +56,12 @@ def train(
 
 
 def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, parent_run_id: str) -> EvalReport:
-    """Evaluate on the GPU pool, or here."""
-    if deployment.id is None:
-        from tasks.evaluation import task as evaluation
+    """Evaluate on the GPU pool, or here; what is cached on this machine waits for no turn and no process."""
+    from tasks.evaluation.task import evaluate
 
-        return evaluation.evaluate(model, tokens, config, parent_run_id=parent_run_id)
     plain = ModelRef.model_validate(model.model_dump(include=set(ModelRef.model_fields)))  # without the merge's proof
+    if deployment.id is None or is_cached(evaluate, model=plain, tokens=tokens, config=config):
+        return evaluate(plain, tokens, config, parent_run_id=parent_run_id)
     parameters = {"model": plain, "tokens": tokens, "config": config}
     return _run_on_pool(EVALUATE, f"evaluate-{model.kind}", EvalReport, parameters, parent_run_id)
 

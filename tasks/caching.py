@@ -8,8 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect import Task
+from prefect.cache_policies import CacheKeyFnPolicy, CachePolicy
 from prefect.context import TaskRunContext
+from prefect.results import ResultStore, get_result_store
+from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 from prefect.transactions import CommitMode, Transaction, transaction
 from pydantic import BaseModel
 
@@ -46,6 +49,18 @@ def stage_cache(stage: str, *uses: str) -> CacheKeyFnPolicy:
         uses: further folders under tasks/ whose code the stage calls.
     """
     return CacheKeyFnPolicy(cache_key_fn=_key_function((stage, *uses)))
+
+
+def is_cached(task: Task[..., Any], **inputs: Any) -> bool:
+    """Tell whether this machine has kept a task's result for these inputs, so that calling it does no work."""
+    if PREFECT_TASKS_REFRESH_CACHE.value() or not isinstance(task.cache_policy, CachePolicy):
+        return False
+    known: dict[str, Any] = {"task": task}  # all that a key of ours looks at
+    context = TaskRunContext.model_construct(**known)
+    key = task.cache_policy.compute_key(task_ctx=context, inputs=inputs, flow_parameters={})
+    store = get_result_store().update_for_task(task)
+    assert isinstance(store, ResultStore)  # a coroutine only where the caller is one
+    return key is not None and store.exists(key)
 
 
 def keep_at_once() -> AbstractContextManager[Transaction]:

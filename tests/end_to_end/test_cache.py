@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prefect import flow, task
+from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
 
 from schemas.artifacts import RunReport
 from tasks import tracking
-from tests.end_to_end.conftest import RunPipeline
+from tasks.caching import is_cached, stage_cache
+from tests.end_to_end.conftest import BASE_MODEL, RunPipeline
 
 pytestmark = pytest.mark.slow
 _ROWS = [{"prompt": f"Say {n}.", "completion": f"The number {n}."} for n in range(24)]
@@ -22,42 +25,58 @@ def _reused(report: RunReport) -> set[str]:
 
 @pytest.fixture
 def run(run_pipeline: RunPipeline, tmp_path: Path) -> Callable[..., RunReport]:
-    def run(rows: list[dict[str, str]], template: str | None = None) -> RunReport:
+    def run(rows: list[dict[str, str]], template: str) -> RunReport:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        settings = {"data": {"source": str(path)}, "training": _QUICK, "registry": {"name": "cached"}}
-        if template is not None:
-            (tmp_path / "t.jinja").write_text(template)
-            settings["model"] = {
-                "base_model": str(Path(__file__).resolve().parents[2] / "deploy" / "demo" / "base_model"),
-                "chat_template": str(tmp_path / "t.jinja"),
-            }
-        return run_pipeline(settings)
+        (tmp_path / "t.jinja").write_text(template)
+        model = {"base_model": str(BASE_MODEL), "chat_template": str(tmp_path / "t.jinja")}
+        return run_pipeline(
+            {"model": model, "data": {"source": str(path)}, "training": _QUICK, "registry": {"name": "cached"}}
+        )
 
     return run
 
 
-def test_an_unchanged_run_reuses_three_stages_and_a_changed_row_none(run: Callable[..., RunReport]) -> None:
-    first = run(_ROWS)
-    again = run(_ROWS)
+def test_an_unchanged_run_reuses_three_stages_another_template_keeps_the_rows_and_other_rows_keep_nothing(
+    run: Callable[..., RunReport],
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    first = run(_ROWS, template)
+    again = run(_ROWS, template)
     assert _reused(first) == set()
     assert _reused(again) == {"ingest", "tokenize", "evaluate-base"}
     assert again.mlflow_run_id != first.mlflow_run_id
     assert again.evaluation.before == first.evaluation.before
     assert again.training.final_loss == first.training.final_loss
-    changed = run([*_ROWS[:-1], {"prompt": "Say 23.", "completion": "The number twenty-three."}])
+    other = template.replace("\n{{ m.content }}", "\n:{{ m.content }}")
+    assert _reused(run(_ROWS, other)) == {"ingest"}
+    changed = run([*_ROWS[:-1], {"prompt": "Say 23.", "completion": "The number twenty-three."}], other)
     assert _reused(changed) == set()
 
 
-def test_a_changed_template_keeps_the_rows_only(run: Callable[..., RunReport]) -> None:
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    rows = [{**row, "prompt": row["prompt"] + "!"} for row in _ROWS]
-    run(rows, template)
-    assert _reused(run(rows, template)) == {"ingest", "tokenize", "evaluate-base"}
-    assert _reused(run(rows, template.replace("\n{{ m.content }}", "\n:{{ m.content }}"))) == {"ingest"}
+@task(cache_policy=stage_cache("tokenization"), persist_result=True)
+def double(number: int, parent_run_id: str) -> int:
+    """Return twice the number; the second parameter is no part of the key."""
+    return 2 * number
+
+
+@flow
+def look() -> list[bool]:
+    """Look for a result before it is there and after, for another one, and where nothing cached is wanted."""
+    found = [is_cached(double, number=2)]
+    double(2, "run")
+    found += [is_cached(double, number=2), is_cached(double, number=3)]
+    with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: True}):
+        found.append(is_cached(double, number=2))
+    return found
+
+
+@pytest.mark.usefixtures("run_pipeline")
+def test_a_cached_result_is_known_before_it_is_asked_for() -> None:
+    assert look() == [False, True, False, False]
 
 
 def test_a_changed_line_of_a_stage_changes_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
