@@ -1,8 +1,9 @@
-"""All tests, in two processes side by side: those of the running service mostly wait, and let the others compute.
+"""All tests, in groups of which two run side by side: those of the running service mostly wait, and let others compute.
 
-`python -m tests.together [pytest's options]`. What the service's tests print comes in one piece at the end. One of them
-that fails is run once more, alone: beside the others a server may answer too late. The others get no second chance:
-what fails there for having company is broken. The exit code is 0 only when everything has passed.
+`python -m tests.together [pytest's options]`. Each group is a pytest of its own, and whoever is done takes the next.
+What is run in the background prints in one piece at the end. A test of the service that fails is run once more, alone:
+beside the others a server may answer too late. The others get no second chance: what fails there for having company is
+broken. The exit code is 0 only when everything has passed.
 """
 
 import os
@@ -10,40 +11,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _FOLDER = Path(__file__).resolve().parent
-SERVICE = sorted([*(_FOLDER / "end_to_end").glob("test_service*.py"), _FOLDER / "end_to_end" / "test_s3.py"])
-_FAILED = 1  # pytest's exit code where tests ran and some failed
+_RUNS = _FOLDER / "end_to_end"
+SERVICE = sorted([*_RUNS.glob("test_service*.py"), _RUNS / "test_s3.py"])
+_COMMANDS = sorted([*_RUNS.glob("test_shard*.py"), _RUNS / "test_bad_input.py", _RUNS / "test_resume.py"])
+_PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS})
+GROUPS = {
+    # The longest first.
+    "stages": [f"--ignore={_RUNS}", str(_FOLDER)],
+    "service": [str(path) for path in SERVICE],
+    "pipelines": [str(path) for path in _PIPELINES],
+    "commands": [str(path) for path in _COMMANDS],
+}
+_FAILED, _NONE_CHOSEN = 1, 5  # pytest's exit codes: some tests failed; there was none to run
+_LOOK_SECONDS = 0.2
+
+
+@dataclass
+class _Place:
+    """Where one group runs at a time."""
+
+    output: IO[bytes] | None
+    """Of what runs here; None lets it through."""
+    name: str = ""
+    process: subprocess.Popen[bytes] | None = None
 
 
 def main() -> int:
-    """Run both and return the exit code."""
+    """Run the groups and return the exit code."""
     options, began = sys.argv[1:], time.monotonic()
-    others = [*(f"--ignore={path}" for path in SERVICE), str(_FOLDER)]
-    service = [str(path) for path in SERVICE]
     with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile() as output:
         commands = {
             name: [sys.executable, "-m", "pytest", "-o", f"cache_dir={caches}/{name}", *options, *paths]
-            for name, paths in (("others", others), ("service", service))
+            for name, paths in GROUPS.items()
         }
-        environment = {**os.environ, "SFT_SERVICE_TESTS": os.environ.get("SFT_SERVICE_TESTS", "1")}
-        aside = subprocess.Popen(commands["service"], env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            codes = {"others": subprocess.run(commands["others"], check=False).returncode}
-            print(f"The tests of the service go on; {time.monotonic() - began:.0f} s so far", flush=True)
-            codes["service"] = aside.wait()
-        except KeyboardInterrupt:
-            aside.wait()  # interrupted as well, it stops its servers
-            raise
+        codes = _run_groups(commands, (_Place(None), _Place(output)), began)
         output.seek(0)
         sys.stdout.write(output.read().decode(errors="replace"))
-        print(f"Both took {time.monotonic() - began:.0f} s", flush=True)
+        print(f"All groups took {time.monotonic() - began:.0f} s", flush=True)
         if codes["service"] == _FAILED:
             print("Once more, alone: what failed among the service's tests", flush=True)
-            again = subprocess.run([*commands["service"], "--last-failed"], env=environment, check=False)
+            again = subprocess.run([*commands["service"], "--last-failed"], env=_environment(), check=False)
             codes["service"] = again.returncode
-    return max(codes.values())
+    chosen = [code for code in codes.values() if code != _NONE_CHOSEN]
+    return max(chosen, default=_NONE_CHOSEN)
+
+
+def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], began: float) -> dict[str, int]:
+    """Run all groups, in each place one after another, and return their exit codes."""
+    waiting, codes = list(commands), dict[str, int]()
+    try:
+        while len(codes) < len(commands):
+            for place in places:
+                if place.process is not None and (code := place.process.poll()) is not None:
+                    codes[place.name], place.process = code, None
+                    print(f"\n{place.name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
+                if place.process is None and waiting:
+                    place.name = waiting.pop(0)
+                    place.process = subprocess.Popen(
+                        commands[place.name], env=_environment(), stdout=place.output, stderr=place.output
+                    )
+            time.sleep(_LOOK_SECONDS)
+    except KeyboardInterrupt:
+        for place in places:
+            if place.process is not None:
+                place.process.wait()  # interrupted as well, it stops its servers
+        raise
+    return codes
+
+
+def _environment() -> dict[str, str]:
+    """Return what the tests run with: the service's short ones too, and each group with its share of the cores."""
+    share = max(1, (os.cpu_count() or 1) // 2)
+    return {"SFT_SERVICE_TESTS": "1", "OMP_NUM_THREADS": str(share), **os.environ}
 
 
 if __name__ == "__main__":
