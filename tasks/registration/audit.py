@@ -13,16 +13,34 @@ from datetime import UTC, datetime
 from functools import partial
 
 from mlflow.entities import RunStatus
-from mlflow.entities.model_registry import RegisteredModel
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from schemas.artifacts import Move
 from tasks import tracking
-from tasks.registration.versions import get_model
+from tasks.registration.versions import (
+    GATE_TAG,
+    MODEL_TAG,
+    PARITY_TAG,
+    REASONS_TAG,
+    ROLLED_BACK_TAG,
+    RUN_TAG,
+    get_model,
+)
 
 EXPERIMENT = "sft-registry"
 _TAG = "sft.move."
 _BEGIN, _END = "### Champions", "Each move with its evidence: tags `sft.move.…` here, and the experiment"
+_EVIDENCE = {
+    "mlflow_run": RUN_TAG,
+    "gate": GATE_TAG,
+    "reasons": REASONS_TAG,
+    "parity": PARITY_TAG,
+    "rolled_back": ROLLED_BACK_TAG,
+    "model_digest": MODEL_TAG,
+    "dataset_digest": "sft.dataset_digest",
+    "git_commit": "sft.git_commit",
+}
 _ROWS_SHOWN = 10
 _MAX_DESCRIPTION = 5000  # MLflow's column
 _MAX_CELL = 160
@@ -64,6 +82,34 @@ def list_former_champions(moves: list[Move]) -> list[str]:
         elif move.version_to is not None and stack[-1:] != [move.version_to]:
             stack.append(move.version_to)
     return stack[:-1]
+
+
+def compose_move(
+    action: str,
+    candidate: ModelVersion,
+    champion: str | None,
+    moves: list[Move],
+    *,
+    who: str,
+    why: str,
+    forced: bool,
+) -> Move:
+    """Return a move to a candidate as the next of the trail, with what speaks for it."""
+    tags = candidate.tags
+    return Move.model_validate(
+        {
+            "number": len(moves) + 1,
+            "action": action,
+            "name": candidate.name,
+            "version_from": champion,
+            "version_to": str(candidate.version),
+            "who": who,
+            "when": now(),
+            "why": why or "no reason given",
+            "forced": forced,
+            "evidence": {what: tags[tag] for what, tag in _EVIDENCE.items() if tags.get(tag)},
+        }
+    )
 
 
 def record_move(move: Move) -> None:

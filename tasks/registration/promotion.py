@@ -16,28 +16,15 @@ from tasks.registration.versions import (
     CHALLENGER,
     CHAMPION,
     GATE_TAG,
-    MODEL_TAG,
     PARITY_TAG,
     PREVIOUS,
     REASONS_TAG,
-    RUN_TAG,
+    ROLLED_BACK_TAG,
     drop_alias,
     get_model,
     get_version,
     set_alias,
 )
-
-ROLLED_BACK_TAG = "sft.rolled_back"
-_EVIDENCE = {
-    "mlflow_run": RUN_TAG,
-    "gate": GATE_TAG,
-    "reasons": REASONS_TAG,
-    "parity": PARITY_TAG,
-    "rolled_back": ROLLED_BACK_TAG,
-    "model_digest": MODEL_TAG,
-    "dataset_digest": "sft.dataset_digest",
-    "git_commit": "sft.git_commit",
-}
 
 
 class PromotionError(ValueError):
@@ -118,7 +105,7 @@ def _promote(
     _check_candidate(candidate, force=force, why=why)
     if version == expected:
         raise PromotionError(f"{name} version {version} is champion already: there is nothing to do")
-    move = _compose(name, "promote", candidate, expected, moves, who=who, why=why, forced=force)
+    move = audit.compose_move("promote", candidate, expected, moves, who=who, why=why, forced=force)
     _carry_out(move, model, previous=expected, moves=moves, check=check)
     if ROLLED_BACK_TAG in candidate.tags:
         tracking.client().delete_model_version_tag(name, version, ROLLED_BACK_TAG)
@@ -148,7 +135,7 @@ def rollback_champion(name: str, *, expected: str | None, who: str, why: str) ->
         candidate = get_version(name, target)
         if PARITY_TAG in candidate.tags:  # what was champion before there was such a tag can be gone back to
             _check_parity(candidate)
-        move = _compose(name, "rollback", candidate, expected, moves, who=who, why=why, forced=False)
+        move = audit.compose_move("rollback", candidate, expected, moves, who=who, why=why, forced=False)
         former = [entry for entry in audit.list_former_champions([*moves, move]) if _exists(name, entry)]
         _carry_out(move, model, previous=former[-1] if former else None, moves=moves, check=check)
         mark = f"{move.when} by {who}: {why or 'no reason given'}"
@@ -211,34 +198,6 @@ def _check_parity(candidate: ModelVersion) -> None:
             f"{candidate.name} version {candidate.version} carries no passed parity check (tag {PARITY_TAG}: "
             f"{candidate.tags.get(PARITY_TAG, 'missing')}), so that it gets no alias: register by a pipeline run"
         )
-
-
-def _compose(
-    name: str,
-    action: str,
-    candidate: ModelVersion,
-    champion: str | None,
-    moves: list[Move],
-    *,
-    who: str,
-    why: str,
-    forced: bool,
-) -> Move:
-    tags = candidate.tags
-    return Move.model_validate(
-        {
-            "number": len(moves) + 1,
-            "action": action,
-            "name": name,
-            "version_from": champion,
-            "version_to": str(candidate.version),
-            "who": who,
-            "when": audit.now(),
-            "why": why or "no reason given",
-            "forced": forced,
-            "evidence": {what: tags[tag] for what, tag in _EVIDENCE.items() if tags.get(tag)},
-        }
-    )
 
 
 def _carry_out(

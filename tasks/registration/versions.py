@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import mlflow.pyfunc  # by its name: MLflow itself puts it off until the first model is written, within a stage
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import Model, ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.utils import environment
 
 from tasks import tracking
 
@@ -22,6 +25,7 @@ CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 RUN_TAG, PARITY_TAG = "sft.run", "sft.parity"
 MODEL_TAG, VERSION_TAG = "sft.model_digest", "sft.version"
 GATE_TAG, REASONS_TAG = "sft.gate_verdict", "sft.gate_reasons"
+ROLLED_BACK_TAG = "sft.rolled_back"
 _ADDRESS = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[A-Za-z0-9_-]+))?")
 _SERVING_CODE = Path(__file__).with_name("serving.py")
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
@@ -56,7 +60,23 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
 
 def _save_model(*, validate_serving_input: bool, **settings: Any) -> None:
     """Write the files of a model; the first setting is for the caller."""
-    mlflow.pyfunc.save_model(**settings)
+    with _no_look_at_packages():
+        mlflow.pyfunc.save_model(**settings)
+
+
+@contextmanager
+def _no_look_at_packages() -> Iterator[None]:
+    """Spare MLflow the reading of what every installed package consists of, which takes a second of processor time.
+
+    It would compare our requirements with the installed versions, which they are read from.
+    """
+    module: Any = environment
+    check = module.warn_dependency_requirement_mismatches
+    module.warn_dependency_requirement_mismatches = lambda requirements: None
+    try:
+        yield
+    finally:
+        module.warn_dependency_requirement_mismatches = check
 
 
 @tracking.tracking_time()
