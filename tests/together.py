@@ -7,6 +7,7 @@ broken. The exit code is 0 only when everything has passed.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ class _Place:
 def main() -> int:
     """Run the groups and return the exit code."""
     options, began = sys.argv[1:], time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no group is left running
     with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile() as output:
         commands = {
             name: [sys.executable, "-m", "pytest", "-o", f"cache_dir={caches}/{name}", *options, *paths]
@@ -76,10 +78,12 @@ def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], bega
                         commands[place.name], env=_environment(), stdout=place.output, stderr=place.output
                     )
             time.sleep(_LOOK_SECONDS)
-    except KeyboardInterrupt:
+    except BaseException as end:
         for place in places:
             if place.process is not None:
-                place.process.wait()  # interrupted as well, it stops its servers
+                if not isinstance(end, KeyboardInterrupt):  # which reaches all that run in the terminal by itself
+                    place.process.send_signal(signal.SIGINT)
+                place.process.wait()  # it stops its servers first
         raise
     return codes
 

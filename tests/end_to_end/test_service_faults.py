@@ -46,10 +46,15 @@ def _gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+def _children(service: Service, pipeline: str, flow: str) -> list[dict[str, Any]]:
+    query = {"flow_runs": {"parent_flow_run_id": {"any_": [pipeline]}}, "flows": {"name": {"any_": [flow]}}}
+    found: list[dict[str, Any]] = service.prefect("POST", "/flow_runs/filter", query)
+    return found
+
+
 def _child(service: Service, pipeline: str, *states: str) -> str | None:
     """Return a training that a pipeline run has started and that is in one of these states."""
-    query = {"flow_runs": {"parent_flow_run_id": {"any_": [pipeline]}}, "flows": {"name": {"any_": ["train"]}}}
-    found = service.prefect("POST", "/flow_runs/filter", query)
+    found = _children(service, pipeline, "train")
     return next((str(run["id"]) for run in found if run["state"]["name"] in states), None)
 
 
@@ -153,6 +158,9 @@ def test_a_pipeline_starts_a_killed_stage_again_takes_it_along_when_cancelled_an
     again = service.start(_PIPELINE, {"config": pipeline_config})
     service.wait(again, {"Completed"}, seconds=2 * SECONDS)
     assert trainings.first_step_since(parent, since) == reached + 1
+    # What the first run knows of the base model is cached, and waits for no turn on the GPU.
+    assert [run["parameters"]["model"]["kind"] for run in _children(service, pipeline, "evaluate")] == ["base"]
+    assert [run["parameters"]["model"]["kind"] for run in _children(service, again, "evaluate")] == ["merged"]
     assert _wait_for_runs(pipeline_config["name"]) == [parent]  # all of it is one run in MLflow
     assert tracking.get_run(parent).info.status == "FINISHED"
 
