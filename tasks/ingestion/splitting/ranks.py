@@ -5,7 +5,7 @@ counted by their first bits, and kept only where they begin with those in which 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import polars as pl
@@ -18,17 +18,17 @@ Ranks = NDArray[np.uint64]
 
 def rank_ids(ids: Iterable[str], salt: str) -> Ranks:
     """Rank example_ids, in hexadecimal, by salt and id."""
-    return _rank(f"{salt}:{text}" for text in ids)
+    return _rank([f"{salt}:{text}" for text in ids])
 
 
 def rank_places(frame: pl.DataFrame, seed: int) -> Ranks:
     """Rank rows by seed, source and line."""
-    return _rank(f"{seed}:{source}:{line}" for source, line in frame.select("source", "line").iter_rows())
+    return _rank([f"{seed}:{source}:{line}" for source, line in frame.select("source", "line").iter_rows()])
 
 
-def _rank(texts: Iterable[str]) -> Ranks:
+def _rank(texts: Sequence[str]) -> Ranks:
     """Return the first 64 bits of each text's sha256."""
-    digests = b"".join([hashlib.sha256(text.encode()).digest()[:8] for text in texts])
+    digests = b"".join([hashlib.sha256(text.encode(), usedforsecurity=False).digest()[:8] for text in texts])
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
 

@@ -7,6 +7,7 @@ matters, and a row added later moves at most one other row across the border.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,8 @@ TRAIN, EVAL, DUPLICATE, LEAKED, UNUSED = range(5)
 KEY_BYTES = 16
 IDS_AT_ONCE = 1_000_000
 """example_ids that are compared with each other in memory: about 100 MB."""
+RANKS_KEPT = 2_000_000
+"""Where there are more, ranks are made twice: 16 bytes each."""
 KEYS_AT_ONCE = 200_000
 """Held-out conversations that are looked for at once."""
 
@@ -86,9 +89,11 @@ def choose(index: Index, rows: Mask, num_rows: int, seed: int) -> Mask:
     chosen = np.zeros(index.num_rows, dtype=np.bool_)
     if num_rows <= 0:
         return chosen
-    border, left = find_border((ranks for _, ranks in _read_ranks(index, rows, seed)), num_rows)
+    read = partial(_read_ranks, index, rows, seed)
+    kept = list(read()) if np.count_nonzero(rows) <= RANKS_KEPT else None
+    border, left = find_border((ranks for _, ranks in kept or read()), num_rows)
     near_places, near_ranks = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
-    for places, ranks in _read_ranks(index, rows, seed):
+    for places, ranks in kept or read():
         bits = first_bits(ranks)
         chosen[places[bits < border]] = True
         near_places.append(places[bits == border])

@@ -163,4 +163,5 @@ def test_how_much_is_looked_at_at_once_does_not_show(datasets: list[list[list[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "IDS_AT_ONCE", 4)
         patch.setattr(splits, "KEYS_AT_ONCE", 1)
+        patch.setattr(splits, "RANKS_KEPT", 0)
         assert split(*conversations, num_rows=3, rows_per_piece=rows_per_piece).tolist() == whole.tolist()
