@@ -8,6 +8,7 @@ rows are streamed into the tables. In memory are some bytes of each row, whateve
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,10 +128,12 @@ def _build(config: DataConfig, takings: Takings, folder: Path, seed: int) -> Dat
     counts = _count(division, rejects, num_rows)
     _check_sides(counts, rejects, where, config)
     held_out = division.sides == EVAL
-    for side, times in (("train", division.times), ("eval", held_out.astype(np.uint8))):
-        rows = read_chosen(index, times, folder / SHARDS_FOLDER / side)
-        write_table(rows, CONVERSATION_SCHEMA, Conversations, folder / f"{side}.parquet")
-    pairs = _find_pairs(index, division.times > 0, held_out)
+    with ThreadPoolExecutor(1) as pool:  # beside the writing: both leave the interpreter to others
+        found = pool.submit(_find_pairs, index, division.times > 0, held_out)
+        for side, times in (("train", division.times), ("eval", held_out.astype(np.uint8))):
+            rows = read_chosen(index, times, folder / SHARDS_FOLDER / side)
+            write_table(rows, CONVERSATION_SCHEMA, Conversations, folder / f"{side}.parquet")
+        pairs = found.result()
     quality = describe_dataset(counts, takings, division, pairs, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")
     return counts
