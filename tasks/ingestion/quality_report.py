@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tasks.ingestion.rejects import Tally
-from tasks.ingestion.row_statistics import PLACES_SHOWN, Noted, find_outliers, gather_statistics
+from tasks.ingestion.row_statistics import PLACES_SHOWN, Noted, RowStatistics, find_outliers, gather_statistics
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
 from tasks.ingestion.rows.screening import KINDS, Screen
 from tasks.ingestion.splitting.index import Index
@@ -43,21 +43,13 @@ def describe_dataset(
     train_rows, held_out_rows = division.times > 0, division.sides == EVAL
     train, held_out = gather_statistics(index, train_rows), gather_statistics(index, held_out_rows)
     outliers = find_outliers(index, train_rows, held_out_rows, train.lengths + held_out.lengths)
-    noted = {code: train.problems[code] + held_out.problems[code] for code in TEXT_PROBLEMS}
-    noted["length_outlier"] = outliers
-    checks = {code: _describe_noted(index, rows) for code, rows in noted.items()}
+    checks = _describe_checks(index, train, held_out, outliers)
     likest = _describe_pairs(index, pairs[:PLACES_SHOWN])
     shared = count_shared_prompts(index, train_rows, held_out_rows)
     unused: Counter[str] = Counter()
     for intake in intakes:
         unused.update(intake.unused)
-    found = {
-        kind: {
-            "num_found": train.num_found[kind] + held_out.num_found[kind],
-            **_describe_noted(index, train.found[kind] + held_out.found[kind]),
-        }
-        for kind in KINDS
-    }
+    found = _describe_found(index, train, held_out)
     warnings = [warning for intake in intakes for warning in intake.warnings]
     warnings += [
         *_warn_of_checks(checks),
@@ -98,6 +90,25 @@ def describe_portion(intake: Intake, division: Division, number: int) -> dict[st
         "rows_leaked": counts["rows_leaked"],
         "rows_left_out": counts["rows_left_out"],
         "rows_repeated": counts["rows_repeated"],
+    }
+
+
+def _describe_checks(
+    index: Index, train: RowStatistics, held_out: RowStatistics, outliers: Noted
+) -> dict[str, dict[str, Any]]:
+    """Return what looks wrong, by code."""
+    noted = {code: train.problems[code] + held_out.problems[code] for code in TEXT_PROBLEMS}
+    return {code: _describe_noted(index, rows) for code, rows in (noted | {"length_outlier": outliers}).items()}
+
+
+def _describe_found(index: Index, train: RowStatistics, held_out: RowStatistics) -> dict[str, dict[str, Any]]:
+    """Return the personal data and secrets, by kind: how often, in how many rows, and the first of these."""
+    return {
+        kind: {
+            "num_found": train.num_found[kind] + held_out.num_found[kind],
+            **_describe_noted(index, train.found[kind] + held_out.found[kind]),
+        }
+        for kind in KINDS
     }
 
 
