@@ -3,7 +3,7 @@
 from flows.gpu_stages import evaluate
 from schemas.artifacts import Champion, EvalReport, TokensRef
 from schemas.config import RunConfig
-from tasks.registration.task import find_champion
+from tasks.registry.task import find_champion
 
 
 def meet_champion(

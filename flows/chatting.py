@@ -21,7 +21,7 @@ from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
 from tasks.ingestion.base_model import locate_base_model
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
-from tasks.registration.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
+from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
 
 HELP = "/reset forgets the conversation, /help shows this, Ctrl-D ends"
 

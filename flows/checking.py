@@ -10,7 +10,7 @@ from tasks import storage
 from tasks.ingestion.base_model import locate_tokenizer
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.reject_groups import group_rejects
-from tasks.registration.publication import bring_sources
+from tasks.registry.publication import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 

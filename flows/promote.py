@@ -7,9 +7,9 @@ from prefect.runtime import flow_run
 from flows.events import AnnouncementError, announce
 from schemas.artifacts import Move
 from tasks import tracking
-from tasks.registration.audit import describe_move, describe_user
-from tasks.registration.promotion import promote_version
-from tasks.registration.versions import CHALLENGER, CHAMPION, find_by_address, read_alias
+from tasks.registry.audit import describe_move, describe_user
+from tasks.registry.promotion import promote_version
+from tasks.registry.versions import CHALLENGER, CHAMPION, find_by_address, read_alias
 
 
 @flow(name="promote", flow_run_name="promote {name}")

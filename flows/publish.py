@@ -11,7 +11,7 @@ from flows.promote import name_requester
 from schemas.artifacts import Published
 from schemas.config import DataConfig, ModelConfig, RunConfig
 from tasks import tracking
-from tasks.registration.publication import PublicationError, make_name, publish_files
+from tasks.registry.publication import PublicationError, make_name, publish_files
 
 if TYPE_CHECKING:
     from flows.checking import Check
@@ -60,7 +60,7 @@ def publish_now(config: RunConfig, *, name: str, who: str) -> tuple[Published, "
         PublicationError: a budget is broken, or the dataset is an index of others.
     """
     from flows.checking import check_dataset  # not at the top: a worker imports this module to cancel a run
-    from tasks.ingestion.reading.sources import find_sources
+    from tasks.ingestion.sources.sources import find_sources
 
     # The held-out dataset and the mixture of a config are datasets of their own.
     data, source = config.data.model_copy(update={"eval_source": None, "mixture": ()}), config.data.source

@@ -23,7 +23,7 @@ def promote(
     """Make a version champion, at once. The present champion becomes `previous`."""
     prepare_environment(cache=True)
     from flows.promote import promote_now
-    from tasks.registration.audit import describe_user
+    from tasks.registry.audit import describe_user
 
     try:
         move = promote_now(version, reason=reason, force=force, who=describe_user())
@@ -40,7 +40,7 @@ def rollback(
     """Go back to the champion before, at once."""
     prepare_environment(cache=True)
     from flows.rollback import rollback_now
-    from tasks.registration.audit import describe_user
+    from tasks.registry.audit import describe_user
 
     try:
         move = rollback_now(name, reason=reason, who=describe_user())
@@ -63,7 +63,7 @@ def publish(
     loaded = load_for_data(data, config, set_)
     prepare_environment(cache=True)
     from flows.publish import describe_event, describe_place, describe_publication, publish_now, tell
-    from tasks.registration.audit import describe_user
+    from tasks.registry.audit import describe_user
 
     try:
         published, _ = publish_now(loaded, name=name, who=describe_user())
@@ -110,7 +110,7 @@ def _report_move(move: Move) -> None:
     """Say what moved, and who was told."""
     from flows.events import AnnouncementError
     from flows.promote import tell
-    from tasks.registration.audit import describe_move
+    from tasks.registry.audit import describe_move
 
     console.print(f"[bold]{move.name}[/]: {describe_move(move)}", soft_wrap=True)
     console.print(f"Recorded as move {move.number} by {move.who}: ", end="")

@@ -4,8 +4,8 @@ from prefect import flow
 
 from flows.promote import name_requester, show_move
 from schemas.artifacts import Move
-from tasks.registration.promotion import rollback_champion
-from tasks.registration.versions import CHAMPION, read_alias
+from tasks.registry.promotion import rollback_champion
+from tasks.registry.versions import CHAMPION, read_alias
 
 
 @flow(name="rollback", flow_run_name="roll {name} back")

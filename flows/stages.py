@@ -7,7 +7,7 @@ not load for seconds first what it never uses.
 from tasks.evaluation.task import compare_models
 from tasks.ingestion.task import ingest, locate_dataset, locate_model
 from tasks.merging.task import merge
-from tasks.registration.task import register
+from tasks.registry.task import register
 from tasks.tokenization.task import tokenize
 
 __all__ = ["compare_models", "ingest", "locate_dataset", "locate_model", "merge", "register", "tokenize"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from tasks.training.fused.attention import Segments, attend
+from tasks.decoder.attention import Segments, attend
 
 _NAME = "sft_flat"
 # What some models add to the scores; a layout knows nothing of it.

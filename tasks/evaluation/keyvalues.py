@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tasks.training.fused.attention import Segments, attend
+from tasks.decoder.attention import Segments, attend
 
 # Kernels that take a mask; the last one takes everything.
 _BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

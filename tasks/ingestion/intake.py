@@ -10,9 +10,6 @@ from typing import Any
 import polars as pl
 
 from tasks.ingestion.pieces import PIECE_ROWS, write_piece, write_summary
-from tasks.ingestion.reading.columnar import RawRow
-from tasks.ingestion.reading.formats import ROWS_LOOKED_AT, Layout, find_layout
-from tasks.ingestion.reading.readers import read_rows
 from tasks.ingestion.rejects import Reject, RowError, make_reject
 from tasks.ingestion.rows.conversations import convert_row
 from tasks.ingestion.rows.identity import Conversation, make_conversation, make_plain_conversation
@@ -20,6 +17,9 @@ from tasks.ingestion.rows.messages import Message, alternate_strictly
 from tasks.ingestion.rows.quality import ODD
 from tasks.ingestion.rows.screening import SUSPECT, Screen
 from tasks.ingestion.shards import Part, Shard
+from tasks.ingestion.sources.columnar import RawRow
+from tasks.ingestion.sources.formats import ROWS_LOOKED_AT, Layout, find_layout
+from tasks.ingestion.sources.readers import read_rows
 
 BLOCK_ROWS = 2000
 

@@ -10,8 +10,8 @@ from schemas.config import DataConfig
 from tasks import workers
 from tasks.ingestion.intake import read_shard
 from tasks.ingestion.pieces import SUMMARY_NAME
-from tasks.ingestion.reading.files import Source
 from tasks.ingestion.shards import SHARD_BYTES, Shard, join_parts, plan_parts, plan_shards
+from tasks.ingestion.sources.files import Source
 
 
 def read_all(

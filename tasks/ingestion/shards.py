@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from schemas.config import DataConfig
-from tasks.ingestion.reading.columnar import WHOLE, Span
-from tasks.ingestion.reading.files import Source, SourceFile
-from tasks.ingestion.reading.formats import ROWS_LOOKED_AT, Layout, Reading, find_layout
-from tasks.ingestion.reading.readers import read_rows
-from tasks.ingestion.reading.sources import find_sources
 from tasks.ingestion.rows.screening import Screen
+from tasks.ingestion.sources.columnar import WHOLE, Span
+from tasks.ingestion.sources.files import Source, SourceFile
+from tasks.ingestion.sources.formats import ROWS_LOOKED_AT, Layout, Reading, find_layout
+from tasks.ingestion.sources.readers import read_rows
+from tasks.ingestion.sources.sources import find_sources
 
 SHARD_BYTES = 16 << 20
 READ_BYTES = 1 << 20

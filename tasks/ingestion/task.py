@@ -15,11 +15,11 @@ from tasks import storage, tracking, workers
 from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.base_model import locate_base_model
 from tasks.ingestion.dataset import build_dataset, check_sides_wanted
-from tasks.ingestion.reading.sources import digest_source
 from tasks.ingestion.readings import finish_shard, is_small
 from tasks.ingestion.rejects import DataError
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
-from tasks.registration.publication import bring_sources, pin_sources
+from tasks.ingestion.sources.sources import digest_source
+from tasks.registry.publication import bring_sources, pin_sources
 
 
 @task(name="locate-model", task_run_name="locate {config.base_model}", persist_result=False)

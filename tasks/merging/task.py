@@ -11,7 +11,7 @@ from tasks import storage, tracking
 from tasks.evaluation.scoring import find_last_run
 from tasks.merging.parity import check_merge
 from tasks.merging.weights import merge_adapter
-from tasks.registration.versions import log_merged_model
+from tasks.registry.versions import log_merged_model
 
 
 @task(

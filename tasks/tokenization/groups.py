@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 
 from schemas.config import TokenizationConfig
 from schemas.records import Rejects
-from tasks.tokenization.assembly import Assembler
 from tasks.tokenization.errors import MaskError
+from tasks.tokenization.fast.assembly import Assembler
 from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.tables import (

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.pieces import Encoded, encode_turns
+from tasks.tokenization.fast.pieces import Encoded, encode_turns
 from tasks.tokenization.rendering import Chat, Message, Tool, open_chat, plain_messages
 from tasks.tokenization.truncation import cut_turn
 from tasks.tokenization.turns import Rendered, Turn, render_turns

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
 from tasks import garbage
-from tasks.tokenization.assembly import open_assembler
+from tasks.tokenization.fast.assembly import open_assembler
 from tasks.tokenization.groups import tokenize_group
 from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer

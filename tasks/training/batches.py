@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from schemas.config import TrainingConfig
+from tasks.decoder.attention import Segments
 from tasks.tokenization.masking import IGNORE_INDEX
-from tasks.tokenization.packfiles import TokenTable, open_packs, open_table, write_examples, write_packs
-from tasks.training.fused.attention import Segments
 from tasks.training.records import TrainingError
+from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
 
 MAX_PACK_TOKENS = 16384
 MIN_PACK_TOKENS = 2048

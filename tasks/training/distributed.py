@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.batches import Batch
 from tasks.training.records import TrainingError
+from tasks.training.token_table import TokenTable
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs is an error, and no run that never ends

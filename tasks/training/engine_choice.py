@@ -12,18 +12,18 @@ import torch
 from peft import PeftModel
 
 from schemas.config import TrainingConfig
-from tasks.tokenization.packfiles import TokenTable
-from tasks.training.budget import fit_memory
+from tasks.decoder.attention import attend_one_by_one
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
 from tasks.training.distributed import gather
 from tasks.training.engines import Engine, FusedEngine, GeneralEngine, recompute_layers
-from tasks.training.fused.attention import attend_one_by_one
-from tasks.training.fused.decoder import LOGITS_BYTES
-from tasks.training.fused.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
 from tasks.training.lora import collect_trained
 from tasks.training.loss import isolates_packed, supports_trained_only
+from tasks.training.memory_fit import fit_memory
 from tasks.training.records import TrainingError
+from tasks.training.self_check import prove, try_model
 from tasks.training.sharding import is_sharded
-from tasks.training.trial import prove, try_model
+from tasks.training.token_table import TokenTable
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048

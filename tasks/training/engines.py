@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tasks.tokenization.packfiles import TokenTable
+from tasks.decoder.attention import name_attention
+from tasks.decoder.decoder import Decoder, sum_losses
 from tasks.training.batches import Batch, form_flat_step, form_padded_step
-from tasks.training.fused.attention import name_attention
-from tasks.training.fused.decoder import Decoder, sum_losses
 from tasks.training.loss import sum_token_losses
+from tasks.training.token_table import TokenTable
 
 
 class Engine(Protocol):

@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import Tensor
 
 from schemas.config import TrainingConfig
-from tasks.tokenization.packing import packing_efficiency
 from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
     CheckpointError,
@@ -28,6 +27,7 @@ from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import agree, ask_leader, gather, is_leader, machine, world_size
 from tasks.training.lora import save_adapter
 from tasks.training.memory import is_out_of_memory, read_memory
+from tasks.training.packing import packing_efficiency
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import draw_apart
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped

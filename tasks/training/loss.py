@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 from tasks.tokenization.masking import IGNORE_INDEX
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.batches import Batch, form_batch
+from tasks.training.token_table import TokenTable
 
 # Positions of an example used to try out the short cuts: enough for attention to matter, cheap on any model.
 TRIAL_TOKENS = 24

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import ask_machines
 from tasks.training.engine_choice import choose_engine
@@ -28,6 +27,7 @@ from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
 from tasks.training.sharding import is_sharded
+from tasks.training.token_table import TokenTable
 
 # Evaluations of a run when the config does not say.
 NUM_EVALS = 10

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from schemas.artifacts import AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
-from tasks.training.launcher import run_training
-from tasks.training.messages import TrainingJob
+from tasks.training.process.launch import run_training
+from tasks.training.process.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
 _SHOW_SECONDS = 2.0

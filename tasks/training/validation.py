@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.engines import Engine
 from tasks.training.records import EvalRecord
+from tasks.training.token_table import TokenTable
 
 # Two rises of the evaluation loss within noise are no over-fitting: together they must be at least this part of it.
 MIN_RISE = 0.01

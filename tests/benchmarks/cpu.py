@@ -132,8 +132,8 @@ def call(who: str, shape: str, options: argparse.Namespace) -> float:
 def run_ours(folder: Path, steps: int) -> float:
     """Run the training stage's entry."""
     from schemas.config import TrainingConfig
-    from tasks.training.launcher import run_training
-    from tasks.training.messages import TrainingJob
+    from tasks.training.process.launch import run_training
+    from tasks.training.process.messages import TrainingJob
 
     records: list[Any] = []
     times: list[float] = []

@@ -47,8 +47,8 @@ def summarize(times: list[float], tokens: list[int], skip: int) -> dict[str, Any
 def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """Run the training stage's own functions: in this process, or in one for each GPU."""
     from schemas.config import TrainingConfig
-    from tasks.training.launcher import run_training
-    from tasks.training.messages import TrainingJob
+    from tasks.training.process.launch import run_training
+    from tasks.training.process.messages import TrainingJob
 
     times: list[float] = []
     tokens: list[int] = []

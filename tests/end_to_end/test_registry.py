@@ -14,7 +14,7 @@ from flows.publish import publish
 from flows.rollback import rollback
 from schemas.artifacts import ComparisonReport, Published, RunReport
 from tasks import tracking
-from tasks.registration.audit import read_moves
+from tasks.registry.audit import read_moves
 from tests.end_to_end.conftest import BASE_MODEL, RunPipeline
 
 pytestmark = pytest.mark.slow

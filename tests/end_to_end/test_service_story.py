@@ -23,7 +23,7 @@ import pytest
 
 from flows.service import processes
 from tasks import tracking
-from tasks.registration.audit import read_moves
+from tasks.registry.audit import read_moves
 from tests.end_to_end import browser
 from tests.end_to_end.service import BASE_MODEL, Service, free_port, small_config, wait_until
 

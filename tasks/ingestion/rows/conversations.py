@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tasks.ingestion.reading.formats import FORMATS, Layout
 from tasks.ingestion.rejects import RowError
 from tasks.ingestion.rows.messages import Message, check_messages, read_messages
 from tasks.ingestion.rows.toolcalls import name_schemas, read_tools
+from tasks.ingestion.sources.formats import FORMATS, Layout
 
 
 def convert_row(

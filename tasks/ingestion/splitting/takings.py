@@ -10,9 +10,9 @@ import numpy as np
 
 from schemas.config import DataConfig
 from tasks.ingestion.pieces import read_frame, read_summary
-from tasks.ingestion.reading.files import Source
-from tasks.ingestion.reading.json_files import raise_no_json
 from tasks.ingestion.rejects import DataError, Reject, Tally
+from tasks.ingestion.sources.files import Source
+from tasks.ingestion.sources.json_files import raise_no_json
 from tasks.ingestion.splitting.index import Index, Piece, read_taken
 from tasks.ingestion.splitting.ranks import Ranks, find_border, first_bits, rank_places
 

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.ingestion.intake import identify_rows
-from tasks.ingestion.reading.columnar import RawRow
-from tasks.ingestion.reading.files import SourceFile
-from tasks.ingestion.reading.readers import read_rows
 from tasks.ingestion.rejects import RowError
 from tasks.ingestion.rows.identity import make_conversation, make_plain_conversation, normalize_text
 from tasks.ingestion.rows.messages import read_messages
 from tasks.ingestion.rows.quality import ODD, find_text_problems
 from tasks.ingestion.rows.screening import SUSPECT, Screen, find_spans
+from tasks.ingestion.sources.columnar import RawRow
+from tasks.ingestion.sources.files import SourceFile
+from tasks.ingestion.sources.readers import read_rows
 
 BODY = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
 PERSONAL = ["ann@acme.org", "+41 44 668 18 00", "(650) 253-0000", "650-253-0000", "138 9634 7215", "请拨打13896347215"]

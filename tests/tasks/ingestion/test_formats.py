@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.reading.formats import Reading, find_layout
 from tasks.ingestion.rejects import DataError, RowError
 from tasks.ingestion.rows.conversations import convert_row
+from tasks.ingestion.sources.formats import Reading, find_layout
 
 
 def convert(row: Any, reading: Reading | None = None) -> list[tuple[str, str]]:

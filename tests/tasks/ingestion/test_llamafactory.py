@@ -7,9 +7,9 @@ import pytest
 
 from schemas.config import DataConfig, DatasetConfig
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.reading.sources import digest_source, find_sources
 from tasks.ingestion.rejects import DataError
 from tasks.ingestion.rows.messages import alternate_strictly
+from tasks.ingestion.sources.sources import digest_source, find_sources
 
 
 def write_index(folder: Path, index: Any, **files: Any) -> str:

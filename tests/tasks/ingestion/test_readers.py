@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.ingestion.reading import json_files, json_lists
-from tasks.ingestion.reading.columnar import RawRow
-from tasks.ingestion.reading.files import SourceFile
-from tasks.ingestion.reading.json_lists import read_list
-from tasks.ingestion.reading.readers import read_rows
 from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.sources import json_files, json_lists
+from tasks.ingestion.sources.columnar import RawRow
+from tasks.ingestion.sources.files import SourceFile
+from tasks.ingestion.sources.json_lists import read_list
+from tasks.ingestion.sources.readers import read_rows
 
 
 def read(path: Path, kind: str) -> list[RawRow]:
@@ -229,8 +229,8 @@ def test_json_objects_gain_no_keys_from_their_neighbours(tmp_path: Path) -> None
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from tasks.ingestion.reading.files import SourceFile
-from tasks.ingestion.reading.readers import read_rows
+from tasks.ingestion.sources.files import SourceFile
+from tasks.ingestion.sources.readers import read_rows
 path = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(sum(1 for _ in read_rows(SourceFile(path, path.name, path.suffix[1:]))))

@@ -6,8 +6,8 @@ import pytest
 
 from schemas.config import DataConfig, DatasetConfig
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.reading.sources import digest_source, find_sources, locate_eval_source, locate_source
 from tasks.ingestion.rejects import DataError
+from tasks.ingestion.sources.sources import digest_source, find_sources, locate_eval_source, locate_source
 
 
 def find_kinds(source: Path) -> dict[str, str]:

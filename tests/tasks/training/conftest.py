@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from schemas.config import TrainingConfig
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.batches import lay_out, open_rows
+from tasks.training.token_table import TokenTable
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import TrainingConfig
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.batches import form_batch, iterate_steps
 from tasks.training.records import TrainingError
+from tasks.training.token_table import TokenTable
 from tests.tasks.training.conftest import read_tokens, write_split
 
 THREE = [([5, 6, 7, 8], 2), ([9, 10, 11], 1), ([12, 13], 1)]

@@ -18,16 +18,16 @@ from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch
 from tasks.training.checkpoints import Progress
 from tasks.training.distributed import ask_leader, check_same, deal, gather, share_table, sum_gradients
-from tasks.training.launcher import run_training
 from tasks.training.loop import train_adapter
-from tasks.training.messages import TrainingJob, write_job
 from tasks.training.preparation import prepare_training
+from tasks.training.process.launch import run_training
+from tasks.training.process.messages import TrainingJob, write_job
 from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingStopped
 from tasks.training.sharding import is_sharded, shard_base
 from tasks.training.steps import Run, do_step, iterate
 from tests.tasks.training.conftest import read_tokens, write_tokens
+from tests.tasks.training.process.test_launch import at_step, find_processes, list_checkpoints
 from tests.tasks.training.ranks import find_port, on_two_ranks
-from tests.tasks.training.test_launcher import at_step, find_processes, list_checkpoints
 
 # 44 examples in steps of 6: the last step of an epoch has 2, which is one micro batch, and none for the second rank.
 CONFIG = TrainingConfig(
@@ -225,7 +225,7 @@ def test_two_machines_meet_at_an_address(base_model: Path, many_tokens: Path, tm
     path = tmp_path / "given.json"
     write_job(job, path)
     address = f"127.0.0.1:{find_port()}"
-    command = [sys.executable, "-m", "tasks.training.launcher", str(path)]
+    command = [sys.executable, "-m", "tasks.training.process.launch", str(path)]
     launchers = [
         subprocess.Popen(
             command,

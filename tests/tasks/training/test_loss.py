@@ -9,10 +9,10 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
-from tasks.tokenization.packfiles import TokenTable
 from tasks.training.batches import Batch, form_batch
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.loss import isolates_packed, sum_token_losses, supports_trained_only
+from tasks.training.token_table import TokenTable
 from tests.tasks.training.conftest import KINDS, build_model, draw_examples, read_tokens, write_split
 
 CPU = torch.device("cpu")

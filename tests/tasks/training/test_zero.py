@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from schemas.config import TrainingConfig
-from tasks.training.launcher import run_training
 from tasks.training.loop import train_adapter
-from tasks.training.messages import TrainingJob
+from tasks.training.process.launch import run_training
+from tasks.training.process.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
 from tests.tasks.training.conftest import needs_deepspeed, write_tokens
 from tests.tasks.training.ranks import on_two_ranks

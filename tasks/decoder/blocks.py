@@ -1,0 +1,261 @@
+"""The differentiable pieces of a decoder layer around its attention, with their gradients written out.
+
+Dimensions: `T` tokens, `H` hidden size, `I` intermediate size, `O` outputs of a group of projections, `R` its rank.
+
+Only the LoRA matrices are trained: gradients go to the input and to them, never to a frozen weight. What is cheap to
+compute again is not kept: the activation of the gated layer is made anew in the backward pass. A gradient is laid where
+the projection that made its tensor wants it (`source`, see `projections`).
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tasks.decoder.elementwise import Heads, Quantized
+from tasks.decoder.projections import AnyProjection
+
+_state = threading.local()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMS norm."""
+
+    weight: Tensor
+    """[H] fp32, the factor itself (Gemma's modules store it less one)."""
+    eps: float
+
+
+class Head(Protocol):
+    """The frozen output head."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return logits [N, V]."""
+        ...
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Return the gradient [N, H] of the rows."""
+        ...
+
+
+@contextmanager
+def last_output_unused() -> Iterator[None]:
+    """Let `GatedProject` leave its output unset: a layer that runs again for its gradient has no use for it."""
+    _state.is_unused = True
+    try:
+        yield
+    finally:
+        _state.is_unused = False
+
+
+class NormProject(torch.autograd.Function):
+    """(residual, delta) -> (residual + delta, projection(norm(residual + delta)))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        delta: Tensor | None,
+        source: AnyProjection | None,
+        norm: Norm,
+        projection: AnyProjection,
+        ops: ModuleType,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = projection.allocate_input(residual.shape[0])
+        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, inputs.values, inputs.quantized)
+        outputs = projection.forward(inputs)
+        ctx.save_for_backward(total, rstd, inputs.values, inputs.projected)
+        ctx.settings = source, norm, projection, ops
+        ctx.has_delta = delta is not None
+        return total, outputs
+
+    @staticmethod
+    def backward(ctx: Any, total_grad: Tensor | None, grad: Tensor) -> tuple[Any, ...]:
+        total, rstd, values, projected = ctx.saved_tensors
+        source, norm, projection, ops = ctx.settings
+        needs_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        small, input_grad = projection.backward(grad, needs_input=needs_input)
+        trained = projection.adapters.compute_grads(grad, small, values, projected)
+        if input_grad is None:
+            return None, None, None, None, None, None, *trained
+        result, quantized = _allocate_grad(source, total)
+        ops.norm_backward(input_grad, total, rstd, norm.weight, total_grad, result, quantized)
+        return result, result if ctx.has_delta else None, None, None, None, None, *trained
+
+
+class OutputNorm(torch.autograd.Function):
+    """Norm of a layer's output before it joins the stream (Gemma)."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor, source: AnyProjection, norm: Norm, ops: ModuleType) -> Tensor:
+        out = torch.empty_like(delta)
+        _, rstd = ops.add_norm(delta, None, norm.weight, norm.eps, out)
+        ctx.save_for_backward(delta, rstd)
+        ctx.settings = source, norm, ops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        delta, rstd = ctx.saved_tensors
+        source, norm, ops = ctx.settings
+        result, quantized = _allocate_grad(source, delta)
+        ops.norm_backward(grad, delta, rstd, norm.weight, None, result, quantized)
+        return result, None, None, None
+
+
+class Rotate(torch.autograd.Function):
+    """[T, heads * D] -> rotated queries and keys, and values, [T, heads, D] each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        source: AnyProjection,
+        heads: Heads,
+        cos: Tensor,
+        sin: Tensor,
+        norms: tuple[Norm | None, Norm | None],
+        ops: ModuleType,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = tuple(None if norm is None else norm.weight for norm in norms)
+        eps = next((norm.eps for norm in norms if norm is not None), 0.0)
+        has_norms = any(weight is not None for weight in weights)
+        ctx.save_for_backward(cos, sin, *([qkv] if has_norms else []))
+        ctx.settings = source, heads, weights, eps, ops
+        result: tuple[Tensor, Tensor, Tensor] = ops.rotate(qkv, heads, cos, sin, *weights, eps)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        cos, sin, *rest = ctx.saved_tensors
+        source, heads, weights, eps, ops = ctx.settings
+        # Too little work for a float8 copy on the way: the projection makes its own.
+        result = source.allocate_grad(grads[0].shape[0])[0]
+        ops.rotate_backward(grads, rest[0] if rest else None, heads, cos, sin, *weights, eps, result)
+        source.forget_grad()
+        return result, None, None, None, None, None, None
+
+
+class Project(torch.autograd.Function):
+    """X -> projection(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, projection: AnyProjection, *parameters: Tensor) -> Tensor:
+        inputs = projection.allocate_input(values.shape[0])
+        outputs = projection.forward_values(values, inputs)
+        # The attention keeps its output too: only the small product is kept apart from it.
+        ctx.save_for_backward(values, inputs.projected.clone())
+        ctx.projection = projection
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        values, projected = ctx.saved_tensors
+        small, input_grad = ctx.projection.backward(grad, needs_input=True)
+        return input_grad, None, *ctx.projection.adapters.compute_grads(grad, small, values, projected)
+
+
+class GatedProject(torch.autograd.Function):
+    """[T, 2 I] -> projection(activation(left half) * right half)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up: Tensor,
+        source: AnyProjection,
+        activation: str,
+        projection: AnyProjection,
+        ops: ModuleType,
+        *parameters: Tensor,
+    ) -> Tensor:
+        inputs = projection.allocate_input(gate_up.shape[0])
+        if getattr(_state, "is_unused", False):
+            ops.gate(gate_up, activation, inputs.values)
+            projection.project_small(inputs)
+            outputs = gate_up.new_empty(gate_up.shape[0], projection.adapters.joint_b.shape[0])
+        else:
+            ops.gate(gate_up, activation, inputs.values, inputs.quantized)
+            outputs = projection.forward(inputs)
+        ctx.save_for_backward(gate_up, inputs.projected.clone())
+        ctx.settings = source, activation, projection, ops
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gate_up, projected = ctx.saved_tensors
+        source, activation, projection, ops = ctx.settings
+        small, values = projection.backward(grad, needs_input=True)
+        result, quantized = _allocate_grad(source, gate_up)
+        ops.gate_backward(values, gate_up, activation, result, quantized)
+        # values now holds the gated layer's output, made anew.
+        return result, None, None, None, None, *projection.adapters.compute_grads(grad, small, values, projected)
+
+
+class Select(torch.autograd.Function):
+    """Rows of two tensors [T, …] at distinct positions [N]: nothing else of the last layer is read."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(positions)
+        ctx.num_tokens = first.shape[0]
+        return first.index_select(0, positions), second.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (positions,) = ctx.saved_tensors
+        spread = (grad.new_zeros(ctx.num_tokens, grad.shape[1]).index_copy_(0, positions, grad) for grad in grads)
+        return *spread, None
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of -log p(target) over rows [N, H]; logits exist for `chunk` of them at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        delta: Tensor,
+        source: AnyProjection | None,
+        targets: Tensor,
+        norm: Norm,
+        head: Head,
+        chunk: int,
+        ops: ModuleType,
+    ) -> Tensor:
+        """Make the gradient together with the loss, while the logits are there."""
+        normed = torch.empty_like(residual)
+        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, normed)
+        losses = []
+        for rows, row_targets in zip(normed.split(chunk), targets.split(chunk), strict=True):
+            logits = head.forward(rows)
+            losses.append(ops.cross_entropy(logits, row_targets).sum())
+            if any(ctx.needs_input_grad[:2]):
+                rows.copy_(head.backward(logits))
+            del logits
+        if any(ctx.needs_input_grad[:2]):
+            ops.norm_backward(normed, total, rstd, norm.weight, None, total)
+        ctx.save_for_backward(total)
+        ctx.source = source
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (rows,) = ctx.saved_tensors
+        result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
+        # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.
+        result.copy_(rows.to(grad.dtype) * grad)
+        if ctx.source is not None:
+            ctx.source.forget_grad()
+        return result, result, None, None, None, None, None, None
+
+
+def _allocate_grad(source: AnyProjection | None, like: Tensor) -> tuple[Tensor, Quantized | None]:
+    """Return room for the gradient of a tensor [T, width], where the projection that made the tensor wants it."""
+    return (torch.empty_like(like), None) if source is None else source.allocate_grad(like.shape[0])

@@ -1,0 +1,181 @@
+"""The functions of `elementwise` as Triton kernels, each one pass over its tensors. Imported where there is a GPU only.
+
+Dimensions: `T` tokens, `H` hidden size, `I` intermediate size, `D` head size, `N` rows of logits, `V` vocabulary.
+
+A program works on one token's row (or a block of it); all arithmetic is fp32, rounded once when stored. Row numbers are
+64-bit: T * V passes 2^31.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from tasks.decoder.elementwise import Heads, Quantized
+from tasks.decoder.gate_programs import (
+    gate_backward_program,
+    gate_backward_rows_program,
+    gate_program,
+    gate_rows_program,
+)
+from tasks.decoder.loss_programs import cross_entropy_program
+from tasks.decoder.rotation_programs import rotate_backward_program, rotate_program
+from tasks.decoder.row_programs import add_norm_program, norm_backward_program, quantize_rows_program
+
+_GATE_BLOCK = 1024
+_VOCABULARY_BLOCK = 8192
+_ROW_BLOCK = 4096
+
+
+def add_norm(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, quantized: Quantized | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `elementwise.add_norm`; with a float8 copy of what goes to `out`."""
+    num_tokens, width = residual.shape
+    total = residual if delta is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    rstd = torch.empty(num_tokens, dtype=torch.float32, device=residual.device)
+    block = triton.next_power_of_2(width)
+    other = residual if delta is None else delta
+    add_norm_program[(num_tokens,)](
+        residual, other, weight, total, out, rstd, *_side(quantized, rstd),
+        residual.stride(0), other.stride(0), total.stride(0), out.stride(0), width, eps,
+        HAS_DELTA=delta is not None, QUANTIZE=quantized is not None, BLOCK=block, num_warps=_count_warps(block),
+    )  # fmt: skip
+    return total, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    total: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual_grad: Tensor | None,
+    out: Tensor,
+    quantized: Quantized | None = None,
+) -> None:
+    """See `elementwise.norm_backward`; with a float8 copy of what goes to `out`."""
+    num_tokens, width = total.shape
+    block = triton.next_power_of_2(width)
+    other = grad if residual_grad is None else residual_grad
+    norm_backward_program[(num_tokens,)](
+        grad, total, rstd, weight, other, out, *_side(quantized, rstd),
+        grad.stride(0), total.stride(0), other.stride(0), out.stride(0), width,
+        HAS_RESIDUAL=residual_grad is not None, QUANTIZE=quantized is not None,
+        BLOCK=block, num_warps=_count_warps(block),
+    )  # fmt: skip
+
+
+def rotate(
+    qkv: Tensor,
+    heads: Heads,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `elementwise.rotate`."""
+    num_tokens = qkv.shape[0]
+    queries = qkv.new_empty(num_tokens, heads.num_query, heads.size)
+    keys = qkv.new_empty(num_tokens, heads.num_key_value, heads.size)
+    values = torch.empty_like(keys)
+    rotate_program[(num_tokens,)](
+        qkv, queries, keys, values, cos, sin,
+        _or(query_weight, cos), _or(key_weight, cos), qkv.stride(0), cos.stride(0), eps,
+        NUM_QUERY=heads.num_query, NUM_KEY=heads.num_key_value, HALF=heads.size // 2,
+        QUERY_BLOCK=triton.next_power_of_2(heads.num_query), KEY_BLOCK=triton.next_power_of_2(heads.num_key_value),
+        HALF_BLOCK=triton.next_power_of_2(heads.size // 2),
+        QUERY_NORM=query_weight is not None, KEY_NORM=key_weight is not None, num_warps=4,
+    )  # fmt: skip
+    return queries, keys, values
+
+
+def rotate_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    qkv: Tensor | None,
+    heads: Heads,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """See `elementwise.rotate_backward`."""
+    queries, keys, values = (grad.contiguous() for grad in grads)
+    before = out if qkv is None else qkv
+    rotate_backward_program[(out.shape[0],)](
+        queries, keys, values, before, out, cos, sin,
+        _or(query_weight, cos), _or(key_weight, cos), before.stride(0), out.stride(0), cos.stride(0), eps,
+        NUM_QUERY=heads.num_query, NUM_KEY=heads.num_key_value, HALF=heads.size // 2,
+        QUERY_BLOCK=triton.next_power_of_2(heads.num_query), KEY_BLOCK=triton.next_power_of_2(heads.num_key_value),
+        HALF_BLOCK=triton.next_power_of_2(heads.size // 2),
+        QUERY_NORM=query_weight is not None, KEY_NORM=key_weight is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def gate(gate_up: Tensor, activation: str, out: Tensor, quantized: Quantized | None = None) -> None:
+    """See `elementwise.gate`; with a float8 copy of what goes to `out`."""
+    num_tokens, width = out.shape
+    if quantized is None:
+        gate_program[(num_tokens, triton.cdiv(width, _GATE_BLOCK))](
+            gate_up, out, gate_up.stride(0), out.stride(0), width, ACTIVATION=activation, BLOCK=_GATE_BLOCK, num_warps=4
+        )
+        return
+    gate_rows_program[(num_tokens,)](
+        gate_up, out, quantized.values, quantized.scales, gate_up.stride(0), out.stride(0), width,
+        ACTIVATION=activation, BLOCK=_ROW_BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def gate_backward(
+    grad: Tensor, gate_up: Tensor, activation: str, out: Tensor, quantized: Quantized | None = None
+) -> None:
+    """See `elementwise.gate_backward`; with a float8 copy of what goes to `out`."""
+    num_tokens, width = grad.shape
+    if quantized is None:
+        gate_backward_program[(num_tokens, triton.cdiv(width, _GATE_BLOCK))](
+            grad, gate_up, out, grad.stride(0), gate_up.stride(0), out.stride(0), width,
+            ACTIVATION=activation, BLOCK=_GATE_BLOCK, num_warps=4,
+        )  # fmt: skip
+        return
+    gate_backward_rows_program[(num_tokens,)](
+        grad, gate_up, out, quantized.values, quantized.scales,
+        grad.stride(0), gate_up.stride(0), out.stride(0), width,
+        ACTIVATION=activation, BLOCK=_ROW_BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """See `elementwise.cross_entropy`."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    cross_entropy_program[(logits.shape[0],)](
+        logits, targets, losses, logits.stride(0), logits.shape[1], BLOCK=_VOCABULARY_BLOCK, num_warps=16
+    )
+    return losses
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values [T, H] in float8 (e4m3) and the scale of each row [T, 1] fp32: values ~ float8 * scale."""
+    num_rows, width = values.shape
+    quantized = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=values.device)
+    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=values.device)
+    block = min(triton.next_power_of_2(width), 8192)
+    quantize_rows_program[(num_rows,)](
+        values, quantized, scales, values.stride(0), width, BLOCK=block, num_warps=_count_warps(block)
+    )
+    return quantized, scales
+
+
+def _count_warps(block: int) -> int:
+    """Return warps a program: 8 elements a thread where rows are wide."""
+    return max(4, min(16, block // 512))
+
+
+def _side(quantized: Quantized | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a float8 copy goes, or any tensors in its place where the kernel does not write it."""
+    return (other, other) if quantized is None else quantized
+
+
+def _or(weight: Tensor | None, other: Tensor) -> Tensor:
+    """Return the weight, or any tensor in its place where the kernel does not read it."""
+    return other if weight is None else weight

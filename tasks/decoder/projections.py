@@ -1,0 +1,156 @@
+"""Frozen linear layers that share an input, with their LoRA matrices, as one product each way.
+
+Dimensions: `T` tokens, `H` inputs, `O` outputs of all layers of the group, `R` their ranks together.
+
+With y = x W' + x A' B' for the joint matrices of `adapters`, all layers of a group lie in one matrix
+
+    M = [ W  B ]   [O + R, H + R]        x~ = [ x  x A' ]  [T, H + R]
+        [ A  0 ]                         g~ = [ g  g B  ]  [T, O + R]
+
+so that the whole forward product is x~ M[:O]', and the whole input gradient g~ M[:, :H]: the adapter costs no pass over
+the outputs of its own. The small products x A' and g B fill the last columns of x~ and g~, which whoever makes x or g
+gets from here with that room.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tasks.decoder.adapters import AdapterGroup, Part, join_biases, lay_out
+from tasks.decoder.elementwise import Quantized
+
+
+class Input(NamedTuple):
+    """Room for a group's input."""
+
+    joint: Tensor
+    """[T, H + R]"""
+    values: Tensor
+    """x [T, H]: its first columns, written by whoever makes x."""
+    projected: Tensor
+    """x A' [T, R]: its last columns, written by the group."""
+    quantized: Quantized | None
+    """Where a float8 copy of x is wanted as well."""
+
+
+class AnyProjection(Protocol):
+    """What `Projection` and `quantized.QuantizedProjection` have in common."""
+
+    @property
+    def adapters(self) -> AdapterGroup:
+        """The trained matrices."""
+        ...
+
+    def allocate_input(self, num_tokens: int) -> Input:
+        """Return room for x."""
+        ...
+
+    def allocate_grad(self, num_tokens: int) -> tuple[Tensor, Quantized | None]:
+        """Return room for g [T, O], and where a float8 copy is wanted as well."""
+        ...
+
+    def forget_grad(self) -> None:
+        """Take back the wish for a float8 copy: whoever writes the gradient makes none."""
+        ...
+
+    def project_small(self, inputs: Input) -> None:
+        """Fill in x A'."""
+        ...
+
+    def forward_values(self, values: Tensor, inputs: Input) -> Tensor:
+        """Put x, which came without room, into its place, and go on as `forward`."""
+        ...
+
+    def forward(self, inputs: Input) -> Tensor:
+        """Fill in x A' and return y [T, O]."""
+        ...
+
+    def backward(self, grad: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+        """Return g B [T, R] and the gradient of x [T, H]; g [T, O] is best what `allocate_grad` gave."""
+        ...
+
+
+@dataclass
+class Projection:
+    """A group of linear layers in their own dtype; see the module's text."""
+
+    matrix: Tensor
+    """M"""
+    bias: Tensor | None
+    """[O]"""
+    adapters: AdapterGroup
+    num_in: int
+    """H"""
+    num_out: int
+    """O"""
+
+    def release(self) -> None:
+        """Let go of the weights; the group is of no use after it."""
+        self.matrix = self.matrix.new_empty(0)
+        self.adapters.joint_a = self.adapters.joint_b = self.matrix
+
+    def allocate_input(self, num_tokens: int) -> Input:
+        """Return room for x~."""
+        joint = self.matrix.new_empty(num_tokens, self.matrix.shape[1])
+        return Input(joint, joint[:, : self.num_in], joint[:, self.num_in :], None)
+
+    def allocate_grad(self, num_tokens: int) -> tuple[Tensor, None]:
+        """Return the first columns of room for g~."""
+        return self.matrix.new_empty(num_tokens, self.matrix.shape[0])[:, : self.num_out], None
+
+    def forget_grad(self) -> None:
+        """Nothing was wished."""
+
+    def forward_values(self, values: Tensor, inputs: Input) -> Tensor:
+        """Copy x into its place, and go on as `forward`."""
+        inputs.values.copy_(values)
+        return self.forward(inputs)
+
+    def project_small(self, inputs: Input) -> None:
+        """Fill in x A'."""
+        if inputs.projected.shape[1]:
+            torch.mm(inputs.values, self.adapters.joint_a.t(), out=inputs.projected)
+
+    def forward(self, inputs: Input) -> Tensor:
+        """Fill in x A' and return y [T, O]."""
+        self.project_small(inputs)
+        weight = self.matrix[: self.num_out].t()
+        return torch.mm(inputs.joint, weight) if self.bias is None else torch.addmm(self.bias, inputs.joint, weight)
+
+    def backward(self, grad: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+        """Return g B [T, R] and the gradient of x [T, H]."""
+        joint = self._find_room(grad)
+        small = joint[:, self.num_out :]
+        if small.shape[1]:
+            torch.mm(joint[:, : self.num_out], self.adapters.joint_b, out=small)
+        return small, torch.mm(joint, self.matrix[:, : self.num_in]) if needs_input else None
+
+    def _find_room(self, grad: Tensor) -> Tensor:
+        """Return g~ for g: the memory around it when it came from `allocate_grad`, else a copy."""
+        num_tokens, width = grad.shape[0], self.matrix.shape[0]
+        end = (grad.storage_offset() + num_tokens * width) * grad.element_size()
+        if grad.stride() == (width, 1) and grad.untyped_storage().nbytes() >= end:
+            return grad.as_strided((num_tokens, width), (width, 1))
+        joint = grad.new_empty(num_tokens, width)
+        joint[:, : self.num_out].copy_(grad)
+        return joint
+
+
+def build_projection(parts: Sequence[Part]) -> Projection:
+    """Lay the parts' weights into one matrix; the modules' weights become views of it, so that nothing lies twice."""
+    first = parts[0].module.weight
+    sizes = [part.module.weight.shape[0] for part in parts]
+    ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
+    num_in, num_out = first.shape[1], sum(sizes)
+    matrix = first.data.new_zeros(num_out + sum(ranks), num_in + sum(ranks))
+    bias = join_biases(parts)
+    outs = lay_out(sizes)
+    for part, out in zip(parts, outs, strict=True):
+        view = matrix[out, :num_in]
+        view.copy_(part.module.weight.data)
+        part.module.weight.data = view
+    adapters = AdapterGroup(tuple(parts), outs, lay_out(ranks), matrix[num_out:, :num_in], matrix[:num_out, num_in:])
+    return Projection(matrix, bias, adapters, num_in, num_out)

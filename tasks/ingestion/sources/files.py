@@ -1,0 +1,126 @@
+"""Files of a dataset: which of a folder's files hold rows, and of what kind each is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.ingestion.rejects import DataError
+from tasks.ingestion.sources.formats import Reading
+
+KINDS: dict[str, str] = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+}
+COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"})
+# What the datasets library writes beside its files, and LLaMA-Factory's index: descriptions, not rows.
+METADATA_NAMES = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+HELD_OUT_NAMES = frozenset({"test", "eval", "valid", "validation", "val", "dev", "heldout", "held_out", "held-out"})
+KNOWN = ", ".join(sorted(KINDS))
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of rows: where it is, what it is called in the tables, and how it is parsed."""
+
+    path: Path
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one dataset, in the order in which they are read."""
+
+    label: str
+    files: tuple[SourceFile, ...]
+    warnings: tuple[str, ...] = ()
+    reading: Reading | None = None
+    """How rows become conversations, where an index of datasets says it and not the config."""
+    num_samples: int | None = None
+    """Take this many rows, chosen by the seed."""
+    description: str = ""
+    """What else decides what is read; goes into the digest."""
+
+
+def _kind_of_name(path: Path) -> str | None:
+    """Return the kind that the file's endings tell (data.json.demo is JSON), or None."""
+    return next((KINDS[suffix] for suffix in reversed([s.lower() for s in path.suffixes]) if suffix in KINDS), None)
+
+
+def kind_of_file(path: Path) -> str:
+    """Return the kind by the name, else by the first bytes."""
+    if path.suffix.lower() in COMPRESSED:
+        raise DataError(f"{path}: compressed files are not read: unpack it and give the {KNOWN} file inside")
+    kind = _kind_of_name(path)
+    if kind is not None:
+        return kind
+    with path.open("rb") as handle:
+        head = handle.read(64)
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if head[:6] == b"ARROW1":
+        return "arrow"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{"):
+        return "json"
+    raise DataError(f"{path}: neither its name nor its first bytes tell what it is: known endings are {KNOWN}")
+
+
+def find_in_folder(folder: Path) -> Source:
+    """Take every file of a known kind below the folder, in the order of their relative paths."""
+    files, skipped = [], []
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        kind = None if path.suffix.lower() in COMPRESSED else _kind_of_name(path)
+        if kind is None or path.name in METADATA_NAMES:
+            skipped.append(relative.as_posix())
+        else:
+            files.append(SourceFile(path, relative.as_posix(), kind))
+    if not files:
+        raise DataError(f"{folder}: the folder holds no dataset file: known endings are {KNOWN}")
+    return Source(str(folder), tuple(files), _warn_of_folder(files, skipped))
+
+
+def _warn_of_folder(files: list[SourceFile], skipped: list[str]) -> tuple[str, ...]:
+    """Say which files were not read, and which look like held-out data among training data."""
+    warnings = []
+    if skipped:
+        shown = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
+        warnings.append(f"{len(skipped)} file(s) of the folder are not rows and were not read: {shown}")
+    held_out = [file.name for file in files if _names_held_out(file.name)]
+    if held_out and len(held_out) < len(files):
+        warnings.append(
+            f"{', '.join(held_out[:10])}: named like held-out data, but read with the rest of the folder; "
+            "give it as data.eval_source, and the training files as data.source, to keep it apart"
+        )
+    return tuple(warnings)
+
+
+def _names_held_out(name: str) -> bool:
+    """Tell whether a folder or the start of the file's name is a usual name of a held-out split."""
+    path = Path(name.lower())
+    parts = [*path.parts[:-1], path.name.split(".")[0], path.name.split(".")[0].split("-")[0]]
+    return any(part in HELD_OUT_NAMES for part in parts)
+
+
+def looks_like_a_path(source: str) -> bool:
+    """Tell a missing file from a hub name (`name` or `org/name`)."""
+    if "://" in source:
+        raise DataError(f"{source}: addresses are not read: download the file, or give a hub dataset as org/name")
+    suffixes = [suffix.lower() for suffix in Path(source).suffixes]
+    return (
+        "\\" in source
+        or source.startswith((".", "~", "/"))
+        or source.endswith("/")
+        or source.count("/") > 1
+        or any(suffix in KINDS or suffix in COMPRESSED for suffix in suffixes)
+    )

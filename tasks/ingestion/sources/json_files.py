@@ -1,0 +1,142 @@
+"""Rows out of JSON: a list, one object, or a value a line; every error is `json`'s."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span
+from tasks.ingestion.sources.encodings import UTF8_BOM, check_start, decode, read_text
+from tasks.ingestion.sources.json_lists import READ_BYTES, ListError, read_list
+from tasks.jsontext import NotFast, parse_fast
+
+PARSED_WHOLE_BYTES = 16 << 20
+"""A JSON file above this is read some rows at a time, which takes longer."""
+
+
+def read_json(path: Path) -> Iterator[RawRow]:
+    """Read a list of rows, one object (a single row), or in truth one object a line."""
+    if path.stat().st_size > PARSED_WHOLE_BYTES and (read := _choose_reading(path)) is not None:
+        yield from read
+        return
+    data = path.read_bytes()
+    try:
+        value = parse_fast(data)
+    except NotFast:
+        del data
+        value = _parse_exactly(path)
+    if value is NOT_ONE_VALUE:
+        yield from read_json_lines(path, WHOLE)
+    elif value is not NO_VALUE:
+        for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+            yield RawRow(number, row)
+
+
+def _choose_reading(path: Path) -> Iterator[RawRow] | None:
+    """Return the rows of a list or of lines, read some at a time; None for what is neither."""
+    with path.open("rb") as handle:
+        head = handle.read(READ_BYTES)
+    check_start(path, head)
+    head = head.removeprefix(UTF8_BOM).lstrip()
+    line, _, rest = head.partition(b"\n")
+    if rest.strip() and _parses(line.decode("utf-8", "replace")):
+        return read_json_lines(path, WHOLE)
+    return _read_json_list(path) if head.startswith(b"[") else None
+
+
+def _read_json_list(path: Path) -> Iterator[RawRow]:
+    """Read a list of rows, some at a time."""
+
+    def explain(data: bytes, offset: int, line: int) -> NoReturn:
+        decode(path, data, offset, line)
+        raise AssertionError(f"{path}: {data!r} is UTF-8")
+
+    try:
+        with path.open("rb") as handle:
+            yield from (RawRow(number, row) for number, row in enumerate(read_list(handle, explain), start=1))
+    except RecursionError:
+        raise _describe_nesting(path) from None
+    except ListError as error:
+        raise _describe_broken(path, error) from None
+
+
+NO_VALUE, NOT_ONE_VALUE = object(), object()
+
+
+def _parse_exactly(path: Path) -> Any:
+    """Parse a whole JSON file, or tell that it holds nothing, or several values."""
+    text = read_text(path)
+    if not text.strip():
+        return NO_VALUE
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise _describe_nesting(path) from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and _parses(text.lstrip().split("\n", 1)[0]):
+            return NOT_ONE_VALUE
+        near = text[max(0, error.pos - 30) : error.pos + 30].replace("\n", "⏎")
+        raise _describe_broken(path, ListError(error.msg, error.lineno, error.colno, near)) from None
+
+
+def _describe_nesting(path: Path) -> DataError:
+    return DataError(f"{path}: the JSON is nested too deeply to be read: flatten it")
+
+
+def _describe_broken(path: Path, error: ListError) -> DataError:
+    return DataError(
+        f"{path}: broken JSON on line {error.line}, column {error.column} ({error.what}) near {error.near!r}: "
+        "repair the file; where one row may be lost, save one object a line as .jsonl"
+    )
+
+
+def _parses(line: str) -> bool:
+    """Tell whether the line alone is JSON."""
+    try:
+        json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def read_json_lines(path: Path, span: Span) -> Iterator[RawRow]:
+    """Read one JSON value a line; blank lines are no rows. Only line feeds end a line."""
+    offset, num_rows, num_broken, first = span.start, 0, 0, ""
+    with path.open("rb") as handle:
+        handle.seek(span.start)
+        for line, data in enumerate(handle, start=span.first_row):
+            if span.stop is not None and offset >= span.stop:
+                break
+            start = offset
+            offset += len(data)
+            if start == 0:
+                check_start(path, data[:64])
+                start += len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
+                data = data.removeprefix(UTF8_BOM)
+            try:
+                yield RawRow(line, parse_fast(data))
+                num_rows += 1
+                continue
+            except NotFast:
+                text = decode(path, data, start, line).strip()
+            if not text:
+                continue
+            num_rows += 1
+            try:
+                yield RawRow(line, json.loads(text))
+            except (json.JSONDecodeError, RecursionError) as error:
+                num_broken += 1
+                where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+                first = first or f"broken JSON on line {line}, {where}"
+                yield RawRow(line, text, RowError("broken_json", f"broken JSON on line {line}, {where}"))
+    if span == WHOLE and num_rows and num_broken == num_rows:
+        raise_no_json(path, first)
+
+
+def raise_no_json(path: Path, first: str) -> NoReturn:
+    """Refuse a file of lines none of which is JSON; `first` says what is wrong with the first one."""
+    raise DataError(
+        f"{path}: no line is JSON ({first}): one JSON object a line is wanted; "
+        "a file that is one JSON list must be named .json"
+    )

@@ -1,0 +1,73 @@
+"""Rows out of files, one at a time: JSON, JSONL, CSV, TSV, Parquet and Arrow.
+
+JSON is never parsed through Arrow, which would merge the objects of all rows into one struct and give each the
+others' keys as nulls. Every error is `json`'s.
+"""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
+from tasks.ingestion.sources.encodings import read_text_lines
+from tasks.ingestion.sources.files import SourceFile
+from tasks.ingestion.sources.json_files import read_json, read_json_lines
+
+
+def read_rows(file: SourceFile, span: Span = WHOLE) -> Iterator[RawRow]:
+    """Yield the rows of a file; a row that cannot be parsed comes with its problem and its text as value.
+
+    Raises:
+        DataError: the file as a whole cannot be read: its encoding, its syntax, no row that parses.
+    """
+    assert span == WHOLE or file.kind in ("jsonl", "parquet", "arrow"), f"{file.path}: {span} of a {file.kind} file"
+    match file.kind:
+        case "json":
+            return read_json(file.path)
+        case "jsonl":
+            return read_json_lines(file.path, span)
+        case "csv":
+            return _read_csv(file.path, ",")
+        case "tsv":
+            return _read_csv(file.path, "\t")
+        case "parquet":
+            return read_parquet(file.path, span)
+        case _:
+            return read_arrow(file.path, span)
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:
+    """Read rows under a header; values stay text, and quoted ones may go over several lines."""
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a long answer
+    reader = csv.reader(read_text_lines(path), delimiter=delimiter, strict=True)
+    number, start = 0, 1
+    header: list[str] | None = None
+    try:
+        for values in reader:
+            start, at = reader.line_num + 1, start
+            if not values:
+                continue
+            if header is None:
+                header = _check_header(path, values)
+                continue
+            number += 1
+            if len(values) == len(header):
+                yield RawRow(number, dict(zip(header, values, strict=True)))
+            else:
+                detail = f"{len(values)} values under a header of {len(header)}, at line {at} of the file"
+                yield RawRow(number, values, RowError("wrong_column_count", detail))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}: broken CSV in the row that begins on line {start} ({error}): close its quotes, "
+            'and write a quote inside a value as ""'
+        ) from None
+
+
+def _check_header(path: Path, values: list[str]) -> list[str]:
+    """Refuse a header that names a column twice: one of the two would be lost."""
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise DataError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once: rename the columns")
+    return values

@@ -1,0 +1,65 @@
+"""Where a dataset's rows are: a file, a folder, LLaMA-Factory's index of datasets, or a dataset of the hub."""
+
+import hashlib
+from pathlib import Path
+
+from schemas.config import DataConfig, DatasetConfig
+from tasks.ingestion.rejects import DataError
+from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
+from tasks.ingestion.sources.hub import find_on_hub
+from tasks.ingestion.sources.llamafactory import read_index, split_index_name
+
+
+def locate_source(config: DataConfig) -> list[Path]:
+    """Return the files of all trained datasets, downloading those of the hub into the local hub cache first.
+
+    Raises:
+        DataError: nothing is there, or it is of no known kind.
+    """
+    return [file.path for dataset in config.datasets for source in find_sources(dataset) for file in source.files]
+
+
+def locate_eval_source(config: DataConfig) -> list[Path]:
+    """Return the files of `data.eval_source`; none when a part of the dataset is held out instead."""
+    if config.held_out_dataset is None:
+        return []
+    return [file.path for source in find_sources(config.held_out_dataset) for file in source.files]
+
+
+def digest_source(config: DataConfig) -> str:
+    """Return the sha256 (hex) over names and contents of all files, further and held-out datasets included.
+
+    Names are relative to the dataset, so that a moved dataset keeps its digest. Contents are streamed.
+    """
+    whole = hashlib.sha256()
+    for role, dataset in (*(("train", dataset) for dataset in config.datasets), ("eval", config.held_out_dataset)):
+        for source in find_sources(dataset) if dataset is not None else ():
+            whole.update(f"{role}\0{source.description}\n".encode())
+            for file in source.files:
+                with file.path.open("rb") as handle:
+                    content = hashlib.file_digest(handle, "sha256").hexdigest()
+                whole.update(f"{file.name}\0{content}\n".encode())
+    return whole.hexdigest()
+
+
+def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
+    """Resolve a dataset: an index of datasets gives one source for each it names, everything else gives one.
+
+    Raises:
+        DataError: the path is missing, holds no rows, or neither folder nor hub knows the name.
+    """
+    name = dataset.source
+    index, chosen = split_index_name(name)
+    path = Path(name).expanduser()
+    if index is not None:
+        return read_index(index, chosen)
+    if path.is_dir():
+        return (find_in_folder(path),)
+    if path.exists():
+        return (Source(name, (SourceFile(path, path.name, kind_of_file(path)),)),)
+    if looks_like_a_path(name):
+        raise DataError(
+            f"{name}: no such file or folder (looked in {Path.cwd()}): "
+            "correct data.source, data.eval_source or data.mixture; a hub dataset is written org/name"
+        )
+    return (find_on_hub(name, dataset.subset, dataset.split, dataset.revision),)

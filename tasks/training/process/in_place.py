@@ -1,0 +1,140 @@
+"""A training in a thread of this process, so that an interruption finds the main thread and tears no step apart.
+
+Signals reach the main thread only, which waits here and passes on what the training tells. Their handlers stay as they
+are: Prefect knows a cancelled run from a crashed one by its own, and would take another for a crash.
+"""
+
+import contextvars
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from tasks.training.process.messages import TrainingJob
+from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.2  # a signal that another thread took is noticed after so long
+
+
+def train_in_place(
+    job: TrainingJob, on_step: Callable[[StepRecord], None], on_eval: Callable[[EvalRecord], None]
+) -> TrainingOutcome:
+    """Train in a thread, with the callbacks in this one; the training does not wait for them.
+
+    What interrupts this thread (an exception of a signal's handler or of a callback) stops the training at its next
+    step border, after a checkpoint, and is then raised on. A second interruption does not wait for that.
+    """
+    line = _Line()
+    outcome: Future[TrainingOutcome] = Future()
+    run = contextvars.copy_context().run
+    threading.Thread(
+        target=run, args=(_train, job, on_step, on_eval, line, outcome), name="training", daemon=True
+    ).start()
+    try:
+        line.pass_on()
+    except BaseException:
+        line.stop()
+        if outcome.done() and isinstance(error := outcome.exception(), TrainingError):
+            logger.warning("While stopping the training: %s", error)
+        raise
+    return outcome.result()
+
+
+def _train(
+    job: TrainingJob,
+    on_step: Callable[[StepRecord], None],
+    on_eval: Callable[[EvalRecord], None],
+    line: "_Line",
+    outcome: "Future[TrainingOutcome]",
+) -> None:
+    from tasks.training.loop import train_adapter
+
+    try:
+        outcome.set_result(
+            train_adapter(
+                job.base_model,
+                job.tokens,
+                job.run_folder,
+                job.config,
+                seed=job.seed,
+                identity=job.identity,
+                on_step=partial(line.tell, on_step),
+                on_eval=partial(line.tell, on_eval),
+                should_stop=line.should_stop,
+            )
+        )
+    except BaseException as error:
+        outcome.set_exception(error)
+    finally:
+        line.close()
+
+
+class _Line:
+    """Between the training's thread and the one that waits for it."""
+
+    def __init__(self) -> None:
+        self._told: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._interrupted: Callable[[], None] | None = None
+        self._has_begun = threading.Event()
+        self._is_stopping = threading.Event()
+        self._is_left = threading.Event()
+
+    def tell(self, listener: Callable[[Any], None], record: Any) -> None:
+        """Have the other thread call the listener."""
+        self._told.put(partial(listener, record))
+
+    def should_stop(self) -> bool:
+        """Say whether a stop was asked for; raise TrainingStopped when nobody waits for the checkpoint either."""
+        self._has_begun.set()
+        if self._is_left.is_set():
+            raise TrainingStopped("interrupted twice: no checkpoint was written")
+        return self._is_stopping.is_set()
+
+    def close(self) -> None:
+        """Tell that nothing more will come."""
+        self._told.put(None)
+
+    def pass_on(self) -> None:
+        """Call the listeners as told, until nothing more comes."""
+        while (call := self._wait()) is not None:
+            self._interrupted = call
+            try:
+                call()
+            except Exception:
+                self._interrupted = None
+                raise
+            self._interrupted = None
+
+    def stop(self) -> None:
+        """Ask the training to stop after a checkpoint, and wait; before its first step there is nothing to keep."""
+        self._is_stopping.set()
+        if not self._has_begun.is_set():
+            self._is_left.set()
+            return
+        logger.info("Stopping the training after a checkpoint")
+        try:
+            self._pass_on_the_rest()
+        except BaseException:
+            self._is_left.set()
+            raise
+
+    def _pass_on_the_rest(self) -> None:
+        """Call the listener that was interrupted again, so that a curve has no hole, and those that follow."""
+        call = self._interrupted or self._wait()
+        while call is not None:
+            try:
+                call()
+            except Exception as error:  # a listener that fails now must not keep the training from ending
+                logger.warning("While stopping the training: %s", error)
+            call = self._wait()
+
+    def _wait(self) -> Callable[[], None] | None:
+        while True:
+            with suppress(queue.Empty):
+                return self._told.get(timeout=_TICK_SECONDS)

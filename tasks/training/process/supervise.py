@@ -1,0 +1,251 @@
+"""The launcher's side of the line: starts the processes, hears them, stops them, and leaves none behind."""
+
+import logging
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from json import loads
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import psutil
+
+from tasks.training.process.failures import choose_error, name_end, read_tail
+from tasks.training.process.messages import ADDRESS_VARIABLE, STOP, read_evaluation, read_outcome, read_step
+from tasks.training.records import (
+    EvalRecord,
+    StepRecord,
+    TrainingCrash,
+    TrainingOutcome,
+    TrainingStopped,
+)
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.2
+_START_SECONDS = 120.0  # until a process has said its first word
+_EXIT_SECONDS = 20.0  # from the outcome to the end of the processes
+_PEERS_SECONDS = 1.5  # after an error, for the process that knows the cause to say it too
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who is told what."""
+
+    on_step: Callable[[StepRecord], None]
+    on_eval: Callable[[EvalRecord], None]
+    on_log: Callable[[int, str], None]
+
+
+@dataclass
+class _Line:
+    """One process's connection."""
+
+    connection: socket.socket
+    heard: float
+    pid: int | None = None
+    role: str = "?"
+    buffer: bytearray = field(default_factory=bytearray)
+
+
+class Supervisor:
+    """Holds a training's processes: a context, at whose end none of them is alive."""
+
+    def __init__(self, listeners: Listeners, log: Path, *, silence_seconds: float) -> None:
+        self._listeners = listeners
+        self._log = log
+        self._silence_seconds = silence_seconds
+        self._folder = Path(tempfile.mkdtemp(prefix="sft-"))  # mode 700; run folders are too long for a socket's name
+        self._selector = selectors.DefaultSelector()
+        self._lines: list[_Line] = []
+        self._untold: deque[tuple[_Line, dict[str, Any]]] = deque()
+        self._known: dict[int, psutil.Process] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outcome: TrainingOutcome | None = None
+        self._errors: list[dict[str, Any]] = []
+        self._is_stopped = False
+        self._is_stopping = False
+        self._is_given_up = False
+
+    def __enter__(self) -> Self:
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.bind(str(self._folder / "line"))
+        self._server.listen()
+        self._selector.register(self._server, selectors.EVENT_READ)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill()
+        for line in self._lines:
+            line.connection.close()
+        self._selector.close()
+        self._server.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self, command: Sequence[str], output: IO[bytes]) -> None:
+        """Start the first process, in a session and group of its own: Ctrl-C at the terminal is for us alone."""
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, ADDRESS_VARIABLE: str(self._folder / "line")},
+            start_new_session=True,
+        )
+        self._remember(self._process.pid)
+        self._started = time.monotonic()
+
+    def wait(self) -> TrainingOutcome:
+        """Pass on what is heard until all have ended; return the outcome.
+
+        Raises:
+            TrainingError, CheckpointError: as the process did.
+            TrainingCrash: a process died or fell silent.
+            TrainingStopped: somebody stopped the processes from outside.
+        """
+        assert self._process is not None
+        ended: float | None = None
+        while self._process.poll() is None:
+            if not self._hear():
+                self._check_silence()
+            if ended is None and (self._outcome or self._errors):
+                ended = time.monotonic()
+            if ended is not None:
+                patience = _PEERS_SECONDS if self._errors else _EXIT_SECONDS
+                if time.monotonic() - ended > patience:
+                    break
+        while self._hear(wait=False):
+            pass
+        if self._errors:
+            raise choose_error(self._errors, self._log)
+        if self._outcome is not None:
+            return self._outcome
+        if self._is_stopped:
+            raise TrainingStopped("the training's processes were stopped from outside, after a checkpoint")
+        raise TrainingCrash(f"the training's process {name_end(self._process.poll())}{read_tail(self._log)}")
+
+    def stop(self, seconds: float) -> None:
+        """Ask the ranks to write a checkpoint and leave, and wait for it at most so long.
+
+        As long as there is no rank, nothing has been trained, and there is nothing to wait for.
+        """
+        ranks = [line for line in self._lines if line.role == "rank"]
+        if self._process is None or self._process.poll() is not None or self._errors or self._is_given_up or not ranks:
+            return
+        logger.info("Stopping the training after a checkpoint")
+        self._is_stopping = True
+        for line in ranks:
+            self._say_stop(line)
+        deadline = time.monotonic() + seconds
+        is_alive = True
+        while is_alive and time.monotonic() < deadline:
+            is_alive = self._process.poll() is None
+            try:
+                self._hear(wait=is_alive)
+            except Exception as error:  # a listener that fails now must not keep the training from ending
+                logger.warning("While stopping the training: %s", error)
+                silent = lambda *values: None  # noqa: E731
+                self._listeners = Listeners(silent, silent, silent)
+        if is_alive:
+            logger.warning("The training did not stop within %.0f s and was killed", seconds)
+
+    def _hear(self, *, wait: bool = True) -> bool:
+        """Take in what has come, and pass it on; return whether anything has come."""
+        ready = self._selector.select(_TICK_SECONDS if wait else 0.0)
+        for key, _ in ready:
+            if key.data is None:
+                self._accept()
+            else:
+                self._read(key.data)
+        while self._untold:  # an interruption in between leaves the rest for the next time
+            self._take(*self._untold.popleft())
+        return bool(ready)
+
+    def _accept(self) -> None:
+        connection, _ = self._server.accept()
+        line = _Line(connection, time.monotonic())
+        self._lines.append(line)
+        self._selector.register(connection, selectors.EVENT_READ, line)
+
+    def _read(self, line: _Line) -> None:
+        try:
+            content = line.connection.recv(1 << 16)
+        except OSError:
+            content = b""
+        if not content:
+            self._selector.unregister(line.connection)
+            line.connection.close()
+            self._lines.remove(line)
+            return
+        line.heard = time.monotonic()
+        line.buffer += content
+        *whole, rest = bytes(line.buffer).split(b"\n")
+        line.buffer = bytearray(rest)
+        self._untold.extend((line, loads(text)) for text in whole)
+
+    def _take(self, line: _Line, values: dict[str, Any]) -> None:
+        kind = values["kind"]
+        if kind == "hello":
+            line.pid, line.role = int(values["pid"]), str(values["role"])
+            self._remember(line.pid)
+            if self._is_stopping and line.role == "rank":
+                self._say_stop(line)
+        elif kind == "step":
+            self._listeners.on_step(read_step(values))
+        elif kind == "eval":
+            self._listeners.on_eval(read_evaluation(values))
+        elif kind == "log":
+            self._listeners.on_log(values["level"], values["message"])
+        elif kind == "outcome":
+            self._outcome = read_outcome(values)
+        elif kind == "stopped":
+            self._is_stopped = True
+        elif kind == "error":
+            self._errors.append(values)
+
+    def _say_stop(self, line: _Line) -> None:
+        with suppress(OSError):
+            line.connection.sendall(STOP)
+
+    def _check_silence(self) -> None:
+        """Raise TrainingCrash when a process beats no more, or none ever spoke."""
+        now = time.monotonic()
+        for line in self._lines:
+            if now - line.heard > self._silence_seconds:
+                self._is_given_up = True
+                raise TrainingCrash(
+                    f"the training's process {line.pid} ({line.role}) gave no sign of life for "
+                    f"{now - line.heard:.0f} s and was killed: it was stopped, or the machine is out of memory. "
+                    f"The same run goes on from the last checkpoint{read_tail(self._log)}"
+                )
+        if len(self._known) == 1 and not self._lines and now - self._started > _START_SECONDS:
+            self._is_given_up = True
+            raise TrainingCrash(
+                f"the training's process did not start within {_START_SECONDS:.0f} s{read_tail(self._log)}"
+            )
+
+    def _remember(self, pid: int) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self._known[pid] = psutil.Process(pid)
+
+    def _kill(self) -> None:
+        """Kill every process that has spoken, with its group; none is left afterwards."""
+        for pid, known in self._known.items():
+            # Each leads a group of its own. A number that now belongs to a stranger is left alone.
+            with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+                if not psutil.pid_exists(pid) or psutil.Process(pid) == known:
+                    os.killpg(pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()

@@ -1,0 +1,231 @@
+"""Examples and packs on disk, as training maps them into memory: what is not read takes none.
+
+A folder of plain little-endian arrays: `input_ids` and `targets` (int32, the examples end to end), `offsets` (int64,
+where each example begins, and where the last one ends), `packs` (int64, the examples of pack after pack) and `bounds`
+(int64, where each pack begins in them); and `example_ids.arrow`.
+
+Examples are packed window by window, so that memory does not grow with their number; within a window of a hundred
+thousand examples best fit leaves no more room than over all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.training.packing import pack
+
+EXAMPLES_PER_WINDOW = 100_000
+_EXAMPLES_AT_ONCE = 8192
+_NAMED = 3
+_NAMES_SCHEMA = pa.schema([("example_id", pa.large_string())])
+_TYPES = {"input_ids": "<i4", "targets": "<i4", "offsets": "<i8", "packs": "<i8", "bounds": "<i8"}
+
+Ids = NDArray[np.int32]
+Numbers = NDArray[np.int64]
+
+
+class Names(Sequence[str]):
+    """Texts in a file."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return str(self._values[int(index)].as_py())
+
+
+class Packs(Sequence[list[int]]):
+    """The examples of each pack, by number."""
+
+    def __init__(self, order: Numbers, bounds: Numbers) -> None:
+        self._order = order
+        self._bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        return self._order[self._bounds[number] : self._bounds[number + 1]].tolist()
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """All examples of a split, end to end: example i is at offsets[i]:offsets[i + 1]."""
+
+    example_ids: Sequence[str]
+    offsets: Numbers
+    """[N + 1]"""
+    input_ids: Ids
+    """[sum of T]"""
+    targets: Ids
+    """[sum of T]; the token that each position has to predict: the labels, one to the left; IGNORE_INDEX where none."""
+
+    @cached_property
+    def lengths(self) -> Numbers:
+        """Tokens of each example, [N]."""
+        return np.diff(self.offsets)
+
+
+def write_examples(tokens: Path, folder: Path) -> None:
+    """Lay the examples of a tokens table end to end in a folder, which is made; what is there is overwritten.
+
+    Args:
+        tokens: train.parquet or eval.parquet of a tokens folder.
+        folder: gets all but `packs` and `bounds`.
+
+    Raises:
+        ValueError: an example has nothing to learn, or input_ids and labels differ in length.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    start, empty = 0, _Named()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in ("input_ids", "targets", "offsets")}
+        names = stack.enter_context(pa.ipc.new_file(str(folder / "example_ids.arrow"), _NAMES_SCHEMA))
+        files["offsets"].write(np.zeros(1, "<i8").tobytes())
+        for example_ids, input_ids, labels in _read_batches(tokens):
+            ends = np.cumsum(_measure(tokens, example_ids, input_ids, labels))
+            targets = _find_targets(labels.values.to_numpy(), ends)
+            empty.add(example_ids, _count_trained(targets, ends) == 0)
+            names.write_batch(pa.RecordBatch.from_arrays([example_ids], schema=_NAMES_SCHEMA))
+            _append(files, input_ids=input_ids.values.to_numpy(), targets=targets, offsets=start + ends)
+            start += int(ends[-1])
+    if empty.count:
+        raise ValueError(
+            f"{tokens}: {empty}: no trained token (every label after the first token is {IGNORE_INDEX}): remove these "
+            "rows, or give them an answer"
+        )
+
+
+def write_packs(folder: Path, tokens_per_pack: int | None, *, window: int = EXAMPLES_PER_WINDOW) -> None:
+    """Pack the examples that `write_examples` wrote.
+
+    Args:
+        folder: gets `packs` and `bounds`.
+        tokens_per_pack: token budget of a pack; None: every example is a pack of its own.
+        window: examples that are packed together.
+
+    Raises:
+        ValueError: an example has more tokens than a pack holds.
+    """
+    offsets = _open(folder, "offsets")
+    with (folder / "packs").open("wb") as packs, (folder / "bounds").open("wb") as bounds:
+        files = {"packs": packs, "bounds": bounds}
+        _append(files, bounds=np.zeros(1, np.int64))
+        for start in range(0, len(offsets) - 1, window):
+            lengths = np.diff(offsets[start : start + window + 1])
+            if tokens_per_pack is None:
+                order, ends = np.arange(len(lengths)), np.arange(1, len(lengths) + 1)
+            else:
+                packed = pack(lengths.tolist(), tokens_per_pack)
+                order, ends = np.concatenate([np.asarray(one, np.int64) for one in packed]), _add_up(packed)
+            _append(files, packs=start + order, bounds=start + ends)
+
+
+def open_table(folder: Path) -> TokenTable:
+    """Map examples into memory; their files may be deleted then."""
+    names = pa.ipc.open_file(pa.memory_map(str(folder / "example_ids.arrow"))).read_all()["example_id"]
+    return TokenTable(Names(names), *(_open(folder, name) for name in ("offsets", "input_ids", "targets")))
+
+
+def open_packs(folder: Path) -> Packs:
+    """Map packs into memory; their files may be deleted then."""
+    return Packs(_open(folder, "packs"), _open(folder, "bounds"))
+
+
+class _Named:
+    """How many examples are wrong, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, example_ids: Any, wrong: NDArray[np.bool_]) -> None:
+        places = np.flatnonzero(wrong)
+        self.count += len(places)
+        self.first += [example_ids[int(place)].as_py() for place in places[: _NAMED - len(self.first)]]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.first)
+        return f"{self.count} example(s), such as {shown}" if self.count > 1 else f"example {shown}"
+
+
+def _read_batches(tokens: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """Read a table a row group at a time and in one thread: reading ahead would take more memory than a group."""
+    file = pq.ParquetFile(tokens)
+    for number in range(file.num_row_groups):
+        columns = ["example_id", "input_ids", "labels"]
+        table = file.read_row_group(number, columns=columns, use_threads=False).select(columns)
+        for batch in table.to_batches(max_chunksize=_EXAMPLES_AT_ONCE):
+            example_ids, *lists = batch.columns
+            lists = [each.cast(pa.large_list(pa.int32())) for each in lists]
+            # `values` of a sliced array still holds what its offsets leave out: take makes arrays of their own.
+            everything = pa.array(np.arange(len(batch)))
+            yield example_ids.cast(pa.large_string()), *(each.take(everything) for each in lists)
+
+
+def _measure(tokens: Path, example_ids: Any, input_ids: Any, labels: Any) -> Numbers:
+    """Return the lengths of the examples of a batch."""
+    lengths, others = (np.diff(each.offsets.to_numpy()) for each in (input_ids, labels))
+    wrong = _Named()
+    wrong.add(example_ids, lengths != others)
+    if wrong.count:
+        raise ValueError(f"{tokens}: {wrong}: as many labels as input_ids are wanted")
+    return lengths
+
+
+def _find_targets(labels: Ids, ends: Numbers) -> Ids:
+    """Return the labels, one to the left within each example."""
+    targets = np.full_like(labels, IGNORE_INDEX)
+    targets[:-1] = labels[1:]
+    targets[ends[ends > 0] - 1] = IGNORE_INDEX
+    return targets
+
+
+def _count_trained(targets: Ids, ends: Numbers) -> Numbers:
+    """Return how many positions of each example have something to predict."""
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(targets != IGNORE_INDEX)])
+    return np.diff(before[ends], prepend=0)
+
+
+def _add_up(packs: Sequence[Sequence[int]]) -> Numbers:
+    """Return where each pack ends."""
+    return np.cumsum([len(one) for one in packs])
+
+
+def _append(files: dict[str, Any], **arrays: NDArray[Any]) -> None:
+    """Write arrays at the end of the files of their names."""
+    for name, values in arrays.items():
+        files[name].write(values.astype(_TYPES[name]).tobytes())
+
+
+def _open(folder: Path, name: str) -> NDArray[Any]:
+    """Map an array into memory; nothing cannot be mapped."""
+    path = folder / name
+    if not path.stat().st_size:
+        return np.zeros(0, _TYPES[name])
+    return np.memmap(path, _TYPES[name], mode="r")

@@ -1,0 +1,249 @@
+"""The fused decoder against the model's own forward pass, for each family, in small sizes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from schemas.config import TrainingConfig
+from tasks.decoder.attention import Segments, attend_one_by_one
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
+from tasks.tokenization.masking import Example
+from tasks.training.batches import Batch, form_flat_batch, form_flat_step
+from tasks.training.engines import FusedEngine
+from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.reference import sum_losses
+from tasks.training.token_table import TokenTable
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
+LENGTHS = (17, 1, 3, 40, 9)
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+_FURTHER: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 7},
+    "qwen3": {"head_dim": 32},
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+    },
+}
+
+
+def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> PeftModel:
+    """A small model with weights of every kind off their start, and an adapter off its own."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**_SHAPE, **_FURTHER.get(family, {})})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
+    adapted = attach_adapter(model.to(dtype), TrainingConfig(**{"rank": 8, "alpha": 16, **settings}), seed=1)
+    for parameter in collect_trained(adapted).values():
+        parameter.data = (0.05 * torch.randn_like(parameter)).to(torch.float64 if dtype == torch.float64 else None)
+    return adapted.to(device).train()
+
+
+def draw_table(lengths: Sequence[int] = LENGTHS, *, untrained: Sequence[int] = ()) -> TokenTable:
+    """Examples of the given lengths; the second half of each is trained, and nothing of the untrained ones."""
+    generator = np.random.default_rng(0)
+    offsets = np.cumsum([0, *lengths])
+    input_ids = generator.integers(0, 128, offsets[-1]).astype(np.int32)
+    targets = np.full(offsets[-1], -100, np.int32)
+    for number, length in enumerate(lengths):
+        if number not in untrained:
+            span = slice(offsets[number] + length // 2, offsets[number + 1] - 1)
+            targets[span] = input_ids[span.start + 1 : span.stop + 1]
+    return TokenTable([f"example {number}" for number in range(len(lengths))], offsets, input_ids, targets)
+
+
+def list_examples(table: TokenTable) -> list[Example]:
+    """The table's examples one by one, labels and all."""
+    examples = []
+    for begin, end in zip(table.offsets, table.offsets[1:], strict=False):
+        labels = [-100, *table.targets[begin : end - 1].tolist()]
+        examples.append(Example(input_ids=table.input_ids[begin:end].tolist(), labels=labels))
+    return examples
+
+
+def take_grads(model: PeftModel) -> Tensor:
+    """The adapter's gradient as one vector, fp64; it is gone from the model."""
+    parameters = collect_trained(model).values()
+    grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return grads
+
+
+def compute_reference(model: PeftModel, table: TokenTable) -> tuple[float, Tensor]:
+    total = torch.zeros((), device=next(model.parameters()).device)
+    dtype = next(iter(model.get_base_model().parameters())).dtype
+    with torch.autocast(total.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for example in list_examples(table):
+            if len(example.input_ids) > 1:
+                total = total + sum_losses(model, example)
+    total.backward()
+    return float(total.detach()), take_grads(model)
+
+
+def compute_fused(model: PeftModel, batch: Batch, *, recomputed: int = 0, fp8: bool = False) -> tuple[float, Tensor]:
+    decoder = recognize_decoder(model)
+    if fp8:
+        decoder = quantize_decoder(decoder)
+    device = next(model.parameters()).device
+    engine = FusedEngine(decoder, device, 4096, recomputed, LOGITS_BYTES)
+    loss = engine.sum_losses(batch)
+    loss.backward()
+    return float(loss.detach()), take_grads(model)
+
+
+def measure_difference(left: Tensor, right: Tensor) -> float:
+    return float((left - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recomputed", [0, 2, 3])
+def test_loss_and_gradient_are_the_references(family: str, recomputed: int) -> None:
+    table = draw_table()
+    model = build(family, torch.float32)
+    loss, grads = compute_reference(model, table)
+    fused_loss, fused_grads = compute_fused(model, form_flat_batch(table, [3, 0, 4, 1, 2]), recomputed=recomputed)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert measure_difference(fused_grads, grads) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_16_bits_it_is_as_near_to_64_bits_as_the_model_itself(family: str) -> None:
+    table = draw_table()
+    _, exact = compute_reference(build(family, torch.float64), table)
+    model = build(family, torch.bfloat16)
+    _, general = compute_reference(model, table)
+    _, fused = compute_fused(model, form_flat_batch(table, range(5)))
+    assert measure_difference(fused, exact) < 1.25 * measure_difference(general, exact) < 0.1
+
+
+def test_some_layers_adapted_and_rank_stabilized() -> None:
+    table = draw_table()
+    for settings in ({"target_modules": ("q_proj", "down_proj")}, {"use_rslora": True}):
+        model = build("qwen2", torch.float32, **settings)
+        loss, grads = compute_reference(model, table)
+        fused_loss, fused_grads = compute_fused(model, form_flat_batch(table, range(5)))
+        assert fused_loss == pytest.approx(loss, rel=1e-6)
+        assert measure_difference(fused_grads, grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "indices", "untrained"),
+    [
+        ((5,), [0], ()),  # the padding is the longest segment
+        ((64,), [0], ()),  # no padding at all
+        ((5, 9), [0, 1], (0,)),  # an example without trained tokens beside one that has some
+    ],
+)
+def test_odd_packs(lengths: tuple[int, ...], indices: list[int], untrained: tuple[int, ...]) -> None:
+    table = draw_table(lengths, untrained=untrained)
+    model = build("qwen3", torch.float32)
+    loss, grads = compute_reference(model, table)
+    fused_loss, fused_grads = compute_fused(model, form_flat_batch(table, indices))
+    assert math.isfinite(fused_loss)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert measure_difference(fused_grads, grads) < 1e-5
+
+
+def test_pack_without_trained_tokens_has_no_loss_and_no_gradient() -> None:
+    table = draw_table((5, 9), untrained=(0, 1))
+    loss, grads = compute_fused(build("llama", torch.float32), form_flat_batch(table, [0, 1]))
+    assert loss == 0.0
+    assert not grads.any()
+
+
+def test_adapter_that_moved_is_seen() -> None:
+    table, model = draw_table(), build("qwen3", torch.float32)
+    engine = FusedEngine(recognize_decoder(model), torch.device("cpu"), 4096, 0, LOGITS_BYTES)
+    parameters = list(collect_trained(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+    engine.follow(optimizer)
+    batch = form_flat_batch(table, range(5))
+    first = engine.sum_losses(batch)
+    first.backward()
+    optimizer.step()
+    second = float(engine.sum_losses(batch).detach())
+    take_grads(model)
+    loss, _ = compute_reference(model, table)
+    assert second == pytest.approx(loss, rel=1e-6)
+    assert second != pytest.approx(float(first.detach()), rel=1e-3)
+
+
+def test_model_still_answers_after_its_weights_moved() -> None:
+    model = build("qwen2", torch.float32)
+    input_ids = torch.arange(12)[None]
+    before = model(input_ids=input_ids).logits
+    recognize_decoder(model)
+    assert torch.equal(model(input_ids=input_ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"dropout": 0.1}, "LoRA dropout is on"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ("embed_tokens",)}, "embed_tokens.*is trained"),
+        ({"target_modules": ("lm_head", "q_proj")}, "lm_head.*is trained"),
+    ],
+)
+def test_what_it_does_not_do_it_refuses(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnknownDecoderError, match=reason):
+        recognize_decoder(build("qwen2", torch.float32, **settings))
+
+
+def test_other_families_are_refused() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", vocab_size=64, **shape))
+    with pytest.raises(UnknownDecoderError, match="not of a known family"):
+        recognize_decoder(attach_adapter(model, TrainingConfig(), seed=0))
+
+
+def test_flat_steps_hold_every_example_once_and_are_even() -> None:
+    lengths = [1 + (37 * number) % 50 for number in range(60)]
+    table = draw_table(lengths)
+    rows = [[number, number + 1] for number in range(0, 60, 2)]
+    batches = form_flat_step(table, rows, 256, num_parts=4)
+    names = [name for batch in batches for name in batch.example_ids]
+    assert sorted(names) == sorted(table.example_ids)
+    assert len(batches) % 4 == 0
+    sizes = [batch.num_tokens for batch in batches]
+    assert max(sizes) <= 256
+    assert max(sizes) - min(sizes) <= 50
+    assert sum(batch.num_trained_tokens for batch in batches) == int((table.targets >= 0).sum())
+
+
+def test_example_above_the_budget_goes_alone() -> None:
+    batches = form_flat_step(draw_table((300, 10, 10)), [[0], [1], [2]], 64)
+    assert sorted(batch.num_tokens for batch in batches) == [20, 300]
+
+
+def test_segments_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(3, 10, 2, 8)
+    together = attend_one_by_one(queries, keys, values, _lay((4, 6)), scale=0.3, window=None)
+    alone = attend_one_by_one(queries[4:], keys[4:], values[4:], _lay((6,)), scale=0.3, window=None)
+    torch.testing.assert_close(together[4:], alone)
+
+
+def _lay(lengths: tuple[int, ...]) -> Segments:
+    return Segments(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), lengths)

@@ -1,0 +1,329 @@
+"""Real processes, really killed: what a training in a process of its own tells, and that it leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from schemas.config import TrainingConfig
+from tasks.training.checkpoints import CheckpointError
+from tasks.training.process.launch import run_training
+from tasks.training.process.messages import TrainingJob, write_job
+from tasks.training.process.supervise import Listeners, Supervisor
+from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingOutcome
+
+NUM_STEPS = 120
+CONFIG = TrainingConfig(
+    rank=4, alpha=8, dropout=0.1, learning_rate=1e-3, micro_batch=2, gradient_accumulation_steps=2, num_epochs=12,
+    checkpoint_every_steps=1000, eval_every_steps=60,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number of threads adds in another order, which is not what is tested here."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_model: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> "Told":
+    torch.set_num_threads(1)
+    return Told(make_job(base_model, tokens, tmp_path_factory.mktemp("undisturbed")), in_place=True)
+
+
+class Told:
+    """A training with all that its callbacks were told."""
+
+    def __init__(self, job: TrainingJob, **options: Any) -> None:
+        self.steps: list[StepRecord] = []
+        self.evaluations: list[EvalRecord] = []
+        self.lines: list[str] = []
+        self.outcome: TrainingOutcome = run_training(
+            job,
+            on_step=self.steps.append,
+            on_eval=self.evaluations.append,
+            on_log=lambda level, text: self.lines.append(text),
+            **options,
+        )
+
+
+def make_job(base_model: Path, tokens: Path, run_folder: Path) -> TrainingJob:
+    return TrainingJob(base_model, tokens, run_folder, CONFIG, seed=5, identity="this run")
+
+
+def find_processes(job: TrainingJob) -> list[psutil.Process]:
+    """Return every process that was started for the job."""
+    wanted = str(job.run_folder / "job.json")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if wanted in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def at_step(number: int, act: Callable[[], None]) -> Callable[[StepRecord], None]:
+    """Return a callback that acts once: one that was interrupted is called again."""
+    acted: list[int] = []
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == number and not acted:
+            acted.append(number)
+            act()
+
+    return on_step
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def same_adapter(one: TrainingOutcome, other: TrainingOutcome) -> bool:
+    left = load_file(one.adapter / "adapter_model.safetensors")
+    right = load_file(other.adapter / "adapter_model.safetensors")
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def list_checkpoints(job: TrainingJob) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (job.run_folder / "checkpoints").glob("step-*"))
+
+
+def test_a_process_of_its_own_tells_and_trains_the_same(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told
+) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+    told = Told(job, in_place=False)
+    assert [record.step for record in told.steps] == list(range(1, NUM_STEPS + 1))
+    assert [record.loss for record in told.steps] == [record.loss for record in undisturbed.steps]
+    assert told.evaluations == undisturbed.evaluations
+    assert same_adapter(told.outcome, undisturbed.outcome)
+    same: dict[str, Any] = {"adapter": Path(), "tokens_per_second": 0.0, "peak_memory_bytes": 0}
+    assert replace(told.outcome, **same) == replace(undisturbed.outcome, **same)
+    assert all(record.memory_bytes > 10_000_000 for record in told.steps)
+    assert find_processes(job) == []
+
+
+def test_interrupted_process_leaves_a_checkpoint_and_the_run_goes_on_exactly(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told
+) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+    interrupted: list[float] = []
+
+    def on_step(record: StepRecord) -> None:
+        if not interrupted:
+            interrupted.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(job, on_step=on_step, in_place=False)
+    assert time.monotonic() - interrupted[0] < 10
+    assert find_processes(job) == []
+    (step,) = list_checkpoints(job)
+    assert 1 <= step < NUM_STEPS
+    resumed = run_training(job, in_place=True)
+    assert resumed.resumed_from_step == step
+    assert same_adapter(resumed, undisturbed.outcome)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_place_waits_for_the_checkpoint(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told, number: signal.Signals
+) -> None:
+    class Cancelled(BaseException):
+        """As Prefect's handler raises one."""
+
+    def cancel(*_: Any) -> None:
+        raise Cancelled
+
+    earlier = signal.signal(number, cancel)
+    try:
+        job = make_job(base_model, tokens, tmp_path)
+        handlers: list[Any] = []
+
+        def act() -> None:
+            handlers.append(signal.getsignal(number))
+            signal.raise_signal(number)
+
+        with pytest.raises(Cancelled):
+            run_training(job, on_step=at_step(7, act), in_place=True)
+        assert handlers == [cancel]  # Prefect takes a run with another handler for a crash
+    finally:
+        signal.signal(number, earlier)
+    (step,) = list_checkpoints(job)
+    assert 7 <= step < NUM_STEPS
+    assert same_adapter(run_training(job, in_place=True), undisturbed.outcome)
+
+
+def test_second_signal_in_place_does_not_wait(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    def from_step_7(record: StepRecord) -> None:
+        if record.step >= 7:
+            signal.raise_signal(signal.SIGINT)
+
+    job = make_job(base_model, tokens, tmp_path)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is begun without
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_training(job, on_step=from_step_7, in_place=True)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert list_checkpoints(job) == []
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from tasks.training.process.launch import run_training
+from tasks.training.process.messages import read_job
+
+def on_step(record):
+    if record.step == 1:
+        print("training", flush=True)
+        time.sleep(600)
+
+run_training(read_job(Path(sys.argv[1])), on_step=on_step, in_place=False)
+"""
+
+
+def test_no_process_outlives_a_killed_launcher(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    # Long enough that it is not over by itself; an agent and two ranks.
+    config = CONFIG.model_copy(update={"num_epochs": 1000.0, "num_processes": 2})
+    job = replace(make_job(base_model, tokens, tmp_path), config=config)
+    path = tmp_path / "given.json"
+    write_job(job, path)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "training\n"
+        processes = find_processes(job)
+        assert len(processes) == 3
+        os.kill(parent.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert alive == []
+
+
+def test_interruption_before_the_first_step_ends_at_once(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    job = make_job(base_model, tokens, tmp_path)
+
+    def ring(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2.0)  # the process lives, and is still importing
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run_training(job, in_place=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert time.monotonic() - started < 12
+    assert find_processes(job) == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# As a training process, without a training: the imports of one take ten seconds.
+TELL = """
+from tasks.training.process.connection import open_lifeline
+line = open_lifeline(role="rank")
+for number in range(50):
+    line.tell("log", level=20, message=str(number))
+{then}
+line.close()
+"""
+SAY = Callable[[int, str], None]
+
+
+def supervise(program: str, log: Path, *, on_log: SAY = lambda level, text: None) -> TrainingOutcome:
+    listeners = Listeners(lambda record: None, lambda record: None, on_log)
+    with Supervisor(listeners, log, silence_seconds=2) as supervisor:
+        with log.open("wb") as output:
+            supervisor.start([sys.executable, "-c", program], output)
+        try:
+            return supervisor.wait()
+        except BaseException:
+            supervisor.stop(10)
+            raise
+
+
+def test_interruption_loses_no_word(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def on_log(level: int, text: str) -> None:
+        told.append(text)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise(TELL.format(then=""), tmp_path / "log", on_log=on_log)
+    assert told == [str(number) for number in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL, perhaps by the kernel"),
+        ("import os, time; print('a last word', flush=True); os._exit(7)", r"ended with exit code 7(.|\n)*a last word"),
+        ("print(1 / 0)", r"ended with exit code 1(.|\n)*ZeroDivisionError"),
+    ],
+)
+def test_end_without_an_outcome_is_told_with_the_log(tmp_path: Path, then: str, message: str) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(TrainingCrash, match=message) as caught:
+        supervise(TELL.format(then=then), log)
+    assert str(log) in str(caught.value)
+
+
+def say_error(kind: str, message: str) -> str:
+    return f"line.tell('error', type='{kind}', message='{message}', traceback='Traceback of it')"
+
+
+@pytest.mark.parametrize(
+    ("then", "kind", "message"),
+    [
+        (say_error("TrainingError", "no examples"), TrainingError, "^no examples$"),
+        (say_error("CheckpointError", "of another run"), CheckpointError, "^of another run$"),
+        (say_error("OutOfMemoryError", "CUDA out of memory"), TrainingError, "^CUDA out of memory$"),
+        (say_error("KeyError", "x"), TrainingCrash, "failed with KeyError: x\nTraceback of it"),
+        # The rank that lost its peer is heard first; the peer knows why.
+        (say_error("RuntimeError", "peer") + "; " + say_error("TrainingError", "NaN"), TrainingError, "^NaN$"),
+    ],
+)
+def test_errors_come_back_as_they_were_raised(tmp_path: Path, then: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        supervise(TELL.format(then=then), tmp_path / "log")
+    assert type(caught.value) is kind
+
+
+def test_silent_process_is_killed(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def on_log(level: int, text: str) -> None:
+        if text == "49":
+            # What other tests have started may be children of this process too, living or dead.
+            living = [process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+            (child,) = (process for process in living if "time.sleep(600)" in " ".join(process.cmdline()))
+            pids.append(child.pid)
+            child.send_signal(signal.SIGSTOP)
+
+    started = time.monotonic()
+    with pytest.raises(TrainingCrash, match=r"\(rank\) gave no sign of life for [2-4] s and was killed"):
+        supervise(TELL.format(then="import time; time.sleep(600)"), tmp_path / "log", on_log=on_log)
+    assert time.monotonic() - started < 30
+    assert not psutil.pid_exists(pids[0])
+
+
+def test_beats_keep_a_busy_process_alive(tmp_path: Path) -> None:
+    with pytest.raises(TrainingCrash, match="ended with exit code 3"):
+        supervise(TELL.format(then="import os, time; time.sleep(4); os._exit(3)"), tmp_path / "log")
