@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.2
 _START_SECONDS = 120.0  # until a process has said its first word
 _EXIT_SECONDS = 20.0  # from the outcome to the end of the processes
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 _PEERS_SECONDS = 1.5  # after an error, for the process that knows the cause to say it too
 
 
@@ -76,6 +77,7 @@ class Supervisor:
         self._is_stopped = False
         self._is_stopping = False
         self._is_given_up = False
+        self._has_spoken = False
 
     def __enter__(self) -> Self:
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -101,7 +103,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, ADDRESS_VARIABLE: str(self._folder / "line")},
+            env=_choose_environment(str(self._folder / "line")),
             start_new_session=True,
         )
         self._remember(self._process.pid)
@@ -109,6 +111,9 @@ class Supervisor:
 
     def wait(self) -> TrainingOutcome:
         """Pass on what is heard until all have ended; return the outcome.
+
+        From the outcome on, nothing that happens to the processes changes the result: a process that takes long to
+        end, falls silent or fails in its own ending has trained all the same.
 
         Raises:
             TrainingError, CheckpointError: as the process did.
@@ -118,20 +123,24 @@ class Supervisor:
         assert self._process is not None
         ended: float | None = None
         while self._process.poll() is None:
-            if not self._hear():
-                self._check_silence()
+            is_idle = not self._hear()
             if ended is None and (self._outcome or self._errors):
                 ended = time.monotonic()
-            if ended is not None:
-                patience = _PEERS_SECONDS if self._errors else _EXIT_SECONDS
+            if ended is None:
+                if is_idle:
+                    self._check_silence()
+            else:
+                patience = _EXIT_SECONDS if self._outcome else _PEERS_SECONDS
                 if time.monotonic() - ended > patience:
                     break
         while self._hear(wait=False):
             pass
+        if self._outcome is not None:
+            if self._errors:
+                logger.warning("After the training had ended: %s", choose_error(self._errors, self._log))
+            return self._outcome
         if self._errors:
             raise choose_error(self._errors, self._log)
-        if self._outcome is not None:
-            return self._outcome
         if self._is_stopped:
             raise TrainingStopped("the training's processes were stopped from outside, after a checkpoint")
         raise TrainingCrash(f"the training's process {name_end(self._process.poll())}{read_tail(self._log)}")
@@ -175,6 +184,7 @@ class Supervisor:
 
     def _accept(self) -> None:
         connection, _ = self._server.accept()
+        self._has_spoken = True
         line = _Line(connection, time.monotonic())
         self._lines.append(line)
         self._selector.register(connection, selectors.EVENT_READ, line)
@@ -230,7 +240,7 @@ class Supervisor:
                     f"{now - line.heard:.0f} s and was killed: it was stopped, or the machine is out of memory. "
                     f"The same run goes on from the last checkpoint{read_tail(self._log)}"
                 )
-        if len(self._known) == 1 and not self._lines and now - self._started > _START_SECONDS:
+        if not self._has_spoken and now - self._started > _START_SECONDS:
             self._is_given_up = True
             raise TrainingCrash(
                 f"the training's process did not start within {_START_SECONDS:.0f} s{read_tail(self._log)}"
@@ -249,3 +259,13 @@ class Supervisor:
                     os.killpg(pid, signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
+
+
+def _choose_environment(address: str) -> dict[str, str]:
+    """Return the environment of a training process: this one's, with the allocator's setting where nobody chose one.
+
+    Every step has other shapes. Without expandable segments the allocator keeps a block for each size until the memory
+    is full, and then frees and asks anew in every step.
+    """
+    chosen = {} if _ALLOCATOR_VARIABLES & set(os.environ) else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return {**os.environ, **chosen, ADDRESS_VARIABLE: address}

@@ -327,3 +327,48 @@ def test_silent_process_is_killed(tmp_path: Path) -> None:
 def test_beats_keep_a_busy_process_alive(tmp_path: Path) -> None:
     with pytest.raises(TrainingCrash, match="ended with exit code 3"):
         supervise(TELL.format(then="import os, time; time.sleep(4); os._exit(3)"), tmp_path / "log")
+
+
+# An outcome, and the end of the line: what comes after it is the process's own ending.
+OUTCOME = (
+    "line.tell('outcome', adapter='adapter', num_steps=3, final_loss=0.5, best_eval_loss=None, adapter_step=3, "
+    "resumed_from_step=None, num_examples=4, num_packs=4, packing_efficiency=1.0, num_trained_tokens=5, "
+    "num_trainable_parameters=6, tokens_per_second=7.0, peak_memory_bytes=8, warnings=[])"
+)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "line.close(); import time; time.sleep(3)",  # a GPU's memory is being given back
+        "line.close(); import time; time.sleep(60)",  # and is never given back
+        "import os, time; line.close = lambda: None; os.kill(os.getpid(), 19)",  # stopped, with its line open
+        "line.close(); import os; os.kill(os.getpid(), 11)",
+        "line.tell('error', type='RuntimeError', message='in its ending', traceback='')",
+    ],
+)
+def test_a_training_that_told_its_outcome_has_ended_well_however_its_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr("tasks.training.process.supervise._START_SECONDS", 2.0)
+    monkeypatch.setattr("tasks.training.process.supervise._EXIT_SECONDS", 5.0)
+    outcome = supervise(TELL.format(then=f"{OUTCOME}; import time; time.sleep(2.2)\n{ending}"), tmp_path / "log")
+    assert (outcome.num_steps, outcome.final_loss) == (3, 0.5)
+
+
+def test_a_process_that_never_speaks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.training.process.supervise._START_SECONDS", 1.0)
+    with pytest.raises(TrainingCrash, match="did not start within 1 s"):
+        supervise("import time; time.sleep(60)", tmp_path / "log")
+
+
+def test_the_allocator_is_set_where_nobody_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import os; open({path!r}, 'w').write(os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'none'))"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for chosen, expected in ((None, "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")):
+        if chosen:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", chosen)
+        with pytest.raises(TrainingCrash, match="exit code 0 without an outcome"):
+            supervise(program.format(path=str(tmp_path / "seen")), tmp_path / "log")
+        assert (tmp_path / "seen").read_text() == expected
