@@ -99,6 +99,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter], *figures: Tensor) -> list[
     return list(sums)
 
 
+def sum_flat(gradient: Tensor, *figures: Tensor) -> list[Tensor]:
+    """Sum gradients that lie end to end (in place) and scalar figures over the ranks; return the figures, in fp32."""
+    numbers = torch.stack([figure.detach().float() for figure in figures])
+    if world_size() > 1:
+        dist.all_reduce(gradient)
+        dist.all_reduce(numbers)
+    return list(numbers)
+
+
 def agree(flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
     if world_size() == 1:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
 from tasks.training.distributed import gather
 from tasks.training.engines import Engine, FusedEngine, GeneralEngine, recompute_layers
@@ -77,9 +78,9 @@ def _build_fused(
     decoder = recognize_decoder(model)
     most_tokens = _count_step_tokens(table, rows, config)
     decoder, notes = prove(model, decoder, table, expected, device, dtype)
-    engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES)
+    engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS)
     if config.base_weights == "fp8":
-        engine = FusedEngine(quantize_decoder(decoder), device, CPU_TOKENS, 0, LOGITS_BYTES)
+        engine = replace(engine, decoder=quantize_decoder(decoder))
         del decoder
     if config.tokens_per_pack != "auto":
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
@@ -89,16 +90,22 @@ def _build_fused(
             engine, num_parameters=num_parameters, most_tokens=most_tokens, recompute=config.gradient_checkpointing
         )
         # Each rank makes all of a step's batches and takes its share: they have to be the same everywhere.
-        needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes))
-        tokens, kept, logits_bytes = (min(values) for values in zip(*needs, strict=True))
-        engine = replace(engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes)
+        needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes, engine.room_tokens))
+        tokens, kept, logits_bytes, room = (min(values) for values in zip(*needs, strict=True))
+        engine = replace(
+            engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes, room_tokens=room
+        )
+        if not engine.num_recomputed and can_record(engine.decoder, device):
+            longest = int(table.lengths.max())
+            recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=logits_bytes)
+            engine = replace(engine, recorder=recorder)
         if engine.decoder.attend is attend_one_by_one:
             notes.append(f"no FlashAttention for {dtype} here: examples are attended one by one, which is slower")
         if engine.decoder.ops.__name__.endswith("elementwise"):
             notes.append("Triton is missing: the work between the products is done in plain PyTorch, which is slower")
     else:
         layers = len(decoder.layers) if config.gradient_checkpointing else 0
-        engine = FusedEngine(decoder, device, min(most_tokens, CPU_TOKENS), layers, LOGITS_BYTES)
+        engine = replace(engine, tokens_per_forward=min(most_tokens, CPU_TOKENS), num_recomputed=layers)
     return engine, tuple(notes)
 
 

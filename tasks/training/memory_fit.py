@@ -64,18 +64,18 @@ def fit_memory(
     if kept is not None:
         tokens = kept.count_tokens(free_bytes)
         if recompute is False or tokens >= min(most_tokens, SMALLEST_FULL_FORWARD):
-            return replace(engine, tokens_per_forward=_round(tokens, most_tokens))
+            return _plan(engine, tokens, most_tokens)
     lean = _measure(small)
     logger.info("Every layer recomputed: %s", lean)
-    tokens = min(lean.count_tokens(free_bytes), most_tokens)
-    if kept is None or tokens <= SMALLEST_FULL_FORWARD:
-        return replace(small, tokens_per_forward=_round(tokens, most_tokens))
+    tokens = lean.count_tokens(free_bytes)
+    if kept is None or min(tokens, most_tokens) <= SMALLEST_FULL_FORWARD:
+        return _plan(small, tokens, most_tokens)
     # What is left over at a full forward pass keeps some layers' activations.
-    tokens = min(most_tokens, SMALLEST_FULL_FORWARD)
+    tokens = SMALLEST_FULL_FORWARD
     left = free_bytes - lean.fixed_bytes - lean.bytes_per_token * tokens
     a_layer = (kept.bytes_per_token - lean.bytes_per_token) * tokens / num_layers
     num_kept = max(0, min(num_layers, int(left / a_layer))) if a_layer > 0 else 0
-    return replace(small, tokens_per_forward=tokens, num_recomputed=num_layers - num_kept)
+    return replace(_plan(small, tokens, tokens), num_recomputed=num_layers - num_kept)
 
 
 def _measure(engine: FusedEngine) -> Need:
@@ -115,6 +115,7 @@ def _read_free(device: torch.device) -> float:
     return float(free)
 
 
-def _round(tokens: int, most_tokens: int) -> int:
-    """Round down to a multiple of 512, at least 512; all that is ever asked for where that fits."""
-    return most_tokens if tokens >= most_tokens else max(512, tokens // 512 * 512)
+def _plan(engine: FusedEngine, tokens: int, most_tokens: int) -> FusedEngine:
+    """Plan for the tokens that fit, rounded down to a multiple of 512, at least 512; no more than ever asked for."""
+    room = min(max(512, tokens // 512 * 512), LARGEST_FORWARD)
+    return replace(engine, tokens_per_forward=most_tokens if tokens >= most_tokens else room, room_tokens=room)

@@ -57,8 +57,10 @@ def _accumulate(
     loss_sums = []
     try:
         for number, (batch, weight) in enumerate(shares, start=1):
-            loss_sum = weight * setup.engine.sum_losses(batch)
-            setup.optimizer.add(loss_sum / num_trained_tokens, is_last=number == len(shares))
+            loss_sum = setup.engine.replay_gradient(batch, weight / num_trained_tokens)
+            if loss_sum is None:
+                loss_sum = weight * setup.engine.sum_losses(batch)
+                setup.optimizer.add(loss_sum / num_trained_tokens, is_last=number == len(shares))
             loss_sums.append(loss_sum.detach())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass

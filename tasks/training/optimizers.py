@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tasks.training.distributed import sum_gradients
+from tasks.training.distributed import sum_flat, sum_gradients
+
+_CLIP_EPS = 1e-6  # as in `torch.nn.utils.clip_grad_norm_`
 
 
 class AdapterOptimizer(Protocol):
@@ -31,6 +33,10 @@ class AdapterOptimizer(Protocol):
         """Take the step, which changes nothing where the tensor says that it is not fine, and forget the gradient."""
         ...
 
+    def forget(self) -> None:
+        """Forget the gradient."""
+        ...
+
     def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Return what is trained and its optimizer as one process would hold them; every rank has to ask."""
         ...
@@ -43,6 +49,8 @@ class WholeOptimizer:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
+    flat: Tensor | None = None
+    """The gradients of all parameters end to end, where they stay; None: they are made anew in each step."""
 
     def add(self, loss: Tensor, *, is_last: bool) -> None:
         """Add to the parameters' own gradients."""
@@ -50,10 +58,16 @@ class WholeOptimizer:
 
     def sum(self, *figures: Tensor) -> list[Tensor]:
         """Sum all in one collective."""
+        if self.flat is not None:
+            return sum_flat(self.flat, *figures)
         return sum_gradients(self.parameters.values(), *figures)
 
     def clip(self) -> Tensor:
         """Scale the gradient down at once."""
+        if self.flat is not None:
+            norm = torch.linalg.vector_norm(self.flat)
+            self.flat.mul_((self.max_grad_norm / (norm + _CLIP_EPS)).clamp(max=1.0))
+            return norm
         return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
 
     def move(self, learning_rate: float, is_fine: Tensor) -> None:
@@ -63,8 +77,29 @@ class WholeOptimizer:
         # AdamW in its fused form asks for this on the device, as a gradient scaler sets it.
         self.optimizer.found_inf = (~is_fine).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Set what stays where it is to zero, and let go of what does not."""
+        if self.flat is not None:
+            self.flat.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Return the things themselves."""
         return self.parameters, self.optimizer
+
+
+def lay_out_gradients(parameters: dict[str, nn.Parameter]) -> Tensor | None:
+    """Give all parameters gradients of zero that lie end to end; None where they are of several dtypes or devices."""
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
+    if len(kinds) != 1:
+        return None
+    dtype, device = kinds.pop()
+    flat = torch.zeros(sum(parameter.numel() for parameter in parameters.values()), dtype=dtype, device=device)
+    start = 0
+    for parameter in parameters.values():
+        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    return flat

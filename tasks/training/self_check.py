@@ -72,7 +72,7 @@ def prove(
         candidate = replace(decoder, attend=kind)
         try:
             warm_up(kind, heads, windows, device)
-            _compare(model, FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES), table, expected, dtype)
+            _compare(model, FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES, _TOKENS), table, expected, dtype)
         except Exception as error:  # a kernel that does not compile here raises what it likes
             if kind is kinds[-1] or is_out_of_memory(error):
                 raise

@@ -153,8 +153,7 @@ def step_down(setup: Setup) -> Setup | None:
 
 def release_memory(setup: Setup) -> None:
     """Drop what a step that failed has left."""
-    for parameter in setup.parameters.values():
-        parameter.grad = None
+    setup.optimizer.forget()
     gc.collect()
     if setup.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -201,7 +200,7 @@ def _sum_evaluation(run: Run) -> float:
     loss_sum, num_tokens, shortage = 0.0, 0, None
     try:
         for table, counts in share_table(setup.eval_table):
-            loss = compute_eval_loss(setup.model, setup.engine, table, micro_batch=setup.config.micro_batch)
+            loss = compute_eval_loss(setup.model, setup.engine, table)
             count = int((table.targets != IGNORE_INDEX).sum()) if counts else 0
             loss_sum, num_tokens = loss_sum + loss * count, num_tokens + count
     except (RuntimeError, MemoryError) as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,21 +13,19 @@ from tasks.training.token_table import TokenTable
 MIN_RISE = 0.01
 
 
-def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable, *, micro_batch: int) -> float:
+def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable) -> float:
     """Return the mean loss of all held-out trained tokens (nats a token); each token weighs the same.
 
     The model is in eval mode meanwhile: no dropout, so no random number is drawn and training goes on undisturbed.
     """
-    order = np.argsort(-table.lengths, kind="stable")
     was_training = model.training
     model.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     num_trained_tokens = 0
     with torch.no_grad():
-        for start in range(0, len(order), micro_batch):
-            for batch in engine.form_step(table, [[int(index)] for index in order[start : start + micro_batch]]):
-                loss_sum += engine.sum_losses(batch)
-                num_trained_tokens += batch.num_trained_tokens
+        for batch in engine.form_evaluation(table):
+            loss_sum += engine.sum_losses(batch)
+            num_trained_tokens += batch.num_trained_tokens
     model.train(was_training)
     return float(loss_sum.item()) / num_trained_tokens
 

@@ -59,6 +59,11 @@ class ZeroOptimizer:
                 group["lr"] = learning_rate
             self.engine.step()
 
+    def forget(self) -> None:
+        """Let go of what a pass that failed has left."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Gather a copy on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     engine = GeneralEngine(model, device, torch.bfloat16, 16, trained_only=False)
     lay_out(options.work / "tokens" / "eval.parquet", options.work / "eval", TrainingConfig())
-    return compute_eval_loss(model, engine, open_rows(options.work / "eval")[0], micro_batch=16)
+    return compute_eval_loss(model, engine, open_rows(options.work / "eval")[0])
 
 
 def report(options: argparse.Namespace, result: dict[str, Any]) -> None:

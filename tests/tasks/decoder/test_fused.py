@@ -106,7 +106,7 @@ def compute_fused(model: PeftModel, batch: Batch, *, recomputed: int = 0, fp8: b
     if fp8:
         decoder = quantize_decoder(decoder)
     device = next(model.parameters()).device
-    engine = FusedEngine(decoder, device, 4096, recomputed, LOGITS_BYTES)
+    engine = FusedEngine(decoder, device, 4096, recomputed, LOGITS_BYTES, 4096)
     loss = engine.sum_losses(batch)
     loss.backward()
     return float(loss.detach()), take_grads(model)
@@ -174,7 +174,7 @@ def test_pack_without_trained_tokens_has_no_loss_and_no_gradient() -> None:
 
 def test_adapter_that_moved_is_seen() -> None:
     table, model = draw_table(), build("qwen3", torch.float32)
-    engine = FusedEngine(recognize_decoder(model), torch.device("cpu"), 4096, 0, LOGITS_BYTES)
+    engine = FusedEngine(recognize_decoder(model), torch.device("cpu"), 4096, 0, LOGITS_BYTES, 4096)
     parameters = list(collect_trained(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
     engine.follow(optimizer)

@@ -211,7 +211,7 @@ def test_odd_packs_give_numbers(lengths: tuple[int, ...], untrained: tuple[int, 
 
 def test_forward_pass_fits_into_what_is_left() -> None:
     model = build("qwen3", torch.bfloat16, "cuda")
-    engine = FusedEngine(recognize_decoder(model), torch.device("cuda"), 2048, 0, LOGITS_BYTES)
+    engine = FusedEngine(recognize_decoder(model), torch.device("cuda"), 2048, 0, LOGITS_BYTES, 2048)
     free, _ = torch.cuda.mem_get_info()
     roomy = fit_memory(engine, num_parameters=0, most_tokens=4096, recompute=None)
     assert (roomy.tokens_per_forward, roomy.num_recomputed) == (4096, 0)

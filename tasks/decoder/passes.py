@@ -1,0 +1,193 @@
+"""Forward and backward passes of small batches, recorded by shape and replayed: a GPU must not wait for the host.
+
+Dimensions: `T` tokens, `N` trained positions, `S` segments, each after rounding up.
+
+A pass over 2,000 tokens of a small model is some two thousand kernels of a few microseconds each, and the host takes
+ten times as long to launch them as the GPU to run them. So a small batch is filled up to one of a few shapes, and the
+kernels of a shape are launched together. The shape depends on the batch alone: a step has the same numbers whatever was
+recorded before it, also after a resume. What is filled up attends to itself only, and nothing of it is learned.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.decoder.attention import Segments, attend_flash4, attend_varlen
+from tasks.decoder.decoder import Decoder, sum_losses
+from tasks.decoder.recording import Recorder
+
+MOST_TOKENS = 8192
+"""Of a recorded pass: above, the host is ahead of any GPU."""
+_IGNORED = -1  # a target that does not count
+_LEAST_TOKENS = 256
+_LEAST_TRAINED = 64
+_SEGMENTS_STEP = 8
+
+
+class Shape(NamedTuple):
+    """Sizes of a filled up batch."""
+
+    num_tokens: int
+    num_trained: int
+    num_segments: int
+
+
+class FlatBatch(NamedTuple):
+    """A flat batch on the host."""
+
+    input_ids: Tensor
+    """[T] int64"""
+    positions: Tensor
+    """[T] int64, from 0 in each segment."""
+    lengths: tuple[int, ...]
+    """Of the segments; they sum to T."""
+    trained: Tensor
+    """[N] int64, distinct positions"""
+    targets: Tensor
+    """[N] int64; one below 0 does not count."""
+
+
+def choose_shape(num_tokens: int, num_trained: int, num_segments: int, *, longest: int) -> Shape:
+    """Return the shape that a batch is filled up to: at most a quarter more tokens, or 256, and an eighth more targets.
+
+    Args:
+        num_tokens: of the batch.
+        num_trained: positions.
+        num_segments: of the batch.
+        longest: most tokens of a segment, at least 8.
+    """
+    tokens = _round_up(num_tokens + _SEGMENTS_STEP)
+    part = max(_LEAST_TRAINED, tokens // 8)
+    trained = min(-(-num_trained // part) * part, tokens)
+    # The rest becomes segments of its own, none of them empty and none longer than the longest.
+    least = num_segments + -(-(tokens - num_tokens) // longest)
+    return Shape(tokens, trained, -(-least // _SEGMENTS_STEP) * _SEGMENTS_STEP)
+
+
+def fill_up(batch: FlatBatch, shape: Shape) -> FlatBatch:
+    """Return a batch of the shape with the same sum of losses and the same gradient."""
+    num_tokens, num_trained = len(batch.input_ids), len(batch.trained)
+    room, count = shape.num_tokens - num_tokens, shape.num_segments - len(batch.lengths)
+    fillers = [room // count + (number < room % count) for number in range(count)]
+    positions = np.concatenate([np.arange(length) for length in fillers])
+    is_free = np.ones(shape.num_tokens, bool)
+    is_free[batch.trained.numpy()] = False
+    others = np.flatnonzero(is_free)[: shape.num_trained - num_trained]
+    return FlatBatch(
+        input_ids=torch.cat([batch.input_ids, batch.input_ids.new_zeros(room)]),
+        positions=torch.cat([batch.positions, torch.from_numpy(positions)]),
+        lengths=(*batch.lengths, *fillers),
+        trained=torch.cat([batch.trained, torch.from_numpy(others)]),
+        targets=torch.cat([batch.targets, batch.targets.new_full((len(others),), _IGNORED)]),
+    )
+
+
+@dataclass
+class _Place:
+    """Where a shape's batches lie on the device: one buffer of int64, so that a batch is one copy."""
+
+    buffer: Tensor
+    input_ids: Tensor
+    positions: Tensor
+    trained: Tensor
+    targets: Tensor
+    borders: Tensor
+    scale: Tensor
+    """[] fp32"""
+    loss: Tensor
+    """[] fp32: written by the pass."""
+
+
+class PassRecorder:
+    """Adds the gradient of small flat batches to the adapter's, and keeps the decoder's working copies fresh.
+
+    The gradients of all trained parameters must be there, and stay where they are.
+    """
+
+    def __init__(self, decoder: Decoder, device: torch.device, *, longest: int, logits_bytes: int) -> None:
+        self._decoder = decoder
+        self._device = device
+        # One number for all shapes: attention needs an upper bound only, and each number is a recording of its own.
+        self._longest = max(64, -(-longest // 64) * 64)
+        self._logits_bytes = logits_bytes
+        self._recorder = Recorder(device)
+        self._places: dict[Shape, _Place] = {}
+        self._is_fresh = False
+
+    def invalidate(self) -> None:
+        """Say that the trained matrices have changed."""
+        self._is_fresh = False
+
+    def choose_shape(self, batch: FlatBatch) -> Shape:
+        """Return the shape that a batch would have."""
+        sizes = len(batch.input_ids), len(batch.trained), len(batch.lengths)
+        return choose_shape(*sizes, longest=self._longest)
+
+    def add_gradient(self, batch: FlatBatch, scale: float) -> Tensor:
+        """Add the gradient of scale * (sum of the batch's token losses); return that sum (nats, fp32 scalar)."""
+        shape = self.choose_shape(batch)
+        place = self._places.get(shape) or self._make_place(shape)
+        place.buffer.copy_(_lay_out(fill_up(batch, shape), scale).pin_memory(), non_blocking=True)
+        if not self._is_fresh:
+            self._recorder.run("refresh", self._refresh)
+            self._is_fresh = True
+        self._recorder.run(shape, lambda: self._do_pass(place))
+        return place.loss.clone()
+
+    def _refresh(self) -> None:
+        self._decoder.invalidate()
+        self._decoder.refresh()
+
+    def _do_pass(self, place: _Place) -> None:
+        loss = sum_losses(
+            self._decoder,
+            place.input_ids,
+            place.positions,
+            Segments(place.borders, (self._longest,)),
+            place.trained,
+            place.targets,
+            logits_bytes=self._logits_bytes,
+        )
+        (loss * place.scale).backward()
+        place.loss.copy_(loss.detach())
+
+    def _make_place(self, shape: Shape) -> _Place:
+        tokens, trained, segments = shape
+        sizes = (tokens, tokens, trained, trained, _count_words(segments + 1), 1)
+        buffer = torch.zeros(sum(sizes), dtype=torch.int64, device=self._device)
+        ids, positions, rows, targets, borders, scale = buffer.split(sizes)
+        place = _Place(
+            buffer, ids, positions, rows, targets,
+            borders.view(torch.int32)[: segments + 1], scale.view(torch.float32)[0],
+            torch.zeros((), device=self._device),
+        )  # fmt: skip
+        self._places[shape] = place
+        return place
+
+
+def can_record(decoder: Decoder, device: torch.device) -> bool:
+    """Say whether a decoder's passes depend on nothing but their shapes: attention that reads borders on the device."""
+    return device.type == "cuda" and decoder.attend in (attend_varlen, attend_flash4)
+
+
+def _lay_out(batch: FlatBatch, scale: float) -> Tensor:
+    """Return a batch as a place's buffer holds it."""
+    borders = np.zeros(2 * _count_words(len(batch.lengths) + 1), np.int32)
+    borders[1 : len(batch.lengths) + 1] = np.cumsum(batch.lengths)
+    factor = np.array([scale, 0.0], np.float32)
+    tail = [torch.from_numpy(values.view(np.int64)) for values in (borders, factor)]
+    return torch.cat([batch.input_ids, batch.positions, batch.trained, batch.targets, *tail])
+
+
+def _count_words(num_int32: int) -> int:
+    """Return how many int64 hold so many int32."""
+    return -(-num_int32 // 2)
+
+
+def _round_up(num_tokens: int) -> int:
+    """Return the next of four sizes between a power of two and the next one."""
+    step = max(64, 1 << max(0, (num_tokens - 1).bit_length() - 3))
+    return max(_LEAST_TOKENS, -(-num_tokens // step) * step)

@@ -1,0 +1,91 @@
+"""Small batches filled up to a few shapes: the same sum and the same gradient, whatever is filled up."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.decoder.attention import Segments
+from tasks.decoder.decoder import LOGITS_BYTES, sum_losses
+from tasks.decoder.passes import FlatBatch, Shape, _lay_out, choose_shape, fill_up
+from tasks.decoder.recognition import recognize_decoder
+from tasks.training.batches import form_flat_batch
+from tasks.training.lora import collect_trained
+from tests.tasks.decoder.test_fused import build, draw_table
+
+
+def flatten(lengths: tuple[int, ...]) -> FlatBatch:
+    batch = form_flat_batch(draw_table(lengths), range(len(lengths)))
+    assert batch.segments is not None
+    assert batch.trained is not None
+    assert batch.position_ids is not None
+    targets = batch.targets[0].index_select(0, batch.trained)
+    return FlatBatch(batch.input_ids[0], batch.position_ids[0], batch.segments.lengths, batch.trained, targets)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((64, 64, 2), (256, 64, 8)),
+        ((248, 10, 1), (256, 64, 8)),
+        ((249, 65, 1), (320, 128, 8)),
+        ((2000, 700, 17), (2048, 768, 24)),
+        ((2041, 769, 17), (2560, 960, 24)),
+        ((2560, 2560, 24), (3072, 2688, 32)),
+    ],
+)
+def test_shapes_by_hand(sizes: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+    assert choose_shape(*sizes, longest=512) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=40),
+    longest=st.integers(300, 4096),
+)
+def test_what_is_filled_up_is_a_whole_batch_of_the_shape(lengths: list[int], longest: int) -> None:
+    batch = flatten(tuple(lengths))
+    shape = choose_shape(len(batch.input_ids), len(batch.trained), len(batch.lengths), longest=longest)
+    filled = fill_up(batch, shape)
+    assert Shape(len(filled.input_ids), len(filled.trained), len(filled.lengths)) == shape
+    assert len(filled.positions) == sum(filled.lengths) == shape.num_tokens
+    assert 1 <= min(filled.lengths) <= max(filled.lengths) <= longest
+    assert shape.num_tokens <= max(256, 1.25 * len(batch.input_ids) + 64)
+    assert len(set(filled.trained.tolist())) == len(filled.trained) == len(filled.targets)
+    starts = np.cumsum([0, *filled.lengths[:-1]])
+    for start, length in zip(starts, filled.lengths, strict=True):
+        assert filled.positions[start : start + length].tolist() == list(range(length))
+    assert (filled.targets[len(batch.targets) :] < 0).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_the_sum_and_the_gradient_stay_the_same(family: str) -> None:
+    model = build(family, torch.float64)
+    decoder = recognize_decoder(model)
+    decoder.refresh()
+    parameters = collect_trained(model)
+    batch = flatten((17, 3, 40, 9, 121))
+    results = []
+    for flat in (batch, fill_up(batch, choose_shape(len(batch.input_ids), len(batch.trained), 6, longest=128))):
+        segments = Segments(torch.tensor(np.cumsum([0, *flat.lengths]), dtype=torch.int32), flat.lengths)
+        loss = sum_losses(
+            decoder, flat.input_ids, flat.positions, segments, flat.trained, flat.targets, logits_bytes=LOGITS_BYTES
+        )
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in parameters.values())])
+        for parameter in parameters.values():
+            parameter.grad = None
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_lies_in_one_buffer() -> None:
+    batch = fill_up(flatten((5, 7)), Shape(256, 64, 9))
+    words = _lay_out(batch, 0.125)
+    ids, positions, trained, targets, borders, scale = words.split((256, 256, 64, 64, 5, 1))
+    for left, right in ((ids, batch.input_ids), (positions, batch.positions), (trained, batch.trained)):
+        assert torch.equal(left, right)
+    assert torch.equal(targets, batch.targets)
+    assert borders.view(torch.int32).tolist() == np.cumsum([0, *batch.lengths]).tolist()
+    assert scale.view(torch.float32)[0] == 0.125
