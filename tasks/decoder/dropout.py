@@ -7,7 +7,7 @@ The adapter computes y = W x + s B A (m * x) / (1 - p) with m [T, H] of zeros an
 follows from
 
     key        of the forward pass: a digest of seed, step and the number of the micro batch
-    site       of the projection: four a layer
+    site       of the projection: four a layer, see `number_site`
     row        of the token in the forward pass
     column
 
@@ -30,6 +30,8 @@ _STEPS = 1 << 16
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+# Of the linear layers of a decoder layer: those that share an input share a site.
+SITES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 
 
 class Mask(NamedTuple):
@@ -76,6 +78,11 @@ class Dropout:
         """Return the mask of a site."""
         threshold = min(round(self.p * _STEPS), _STEPS - 1)
         return Mask(self.key, site, threshold, _STEPS / (_STEPS - threshold))
+
+
+def number_site(layer: int, name: str) -> int:
+    """Return the site of a linear layer, one of `SITES`, of decoder layer `layer`."""
+    return 4 * layer + SITES[name]
 
 
 def derive_key(seed: int, step: int, number: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from tasks.decoder.mask_programs import mask_columns
+from tasks.decoder.mask_programs import draw_kept
 
 
 @triton.jit
@@ -36,7 +36,8 @@ def gate_program(
     result = (value * right).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, result, mask=inside)
     if DROP:
-        masked = mask_columns(result.to(tl.float32), key, site, row, start, threshold, scale, BLOCK)
+        kept = draw_kept(key, site, row, start, threshold, BLOCK)
+        masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
         tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
 
 
@@ -55,13 +56,14 @@ def gate_backward_program(
     incoming = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if DROP:
         further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        incoming += mask_columns(further, key, site, row, start, threshold, scale, BLOCK)
+        kept = draw_kept(key, site, row, start, threshold, BLOCK)
+        incoming += tl.where(kept, further * scale, 0.0)
     value, slope = _activate(left, ACTIVATION)
     tl.store(out + row * out_stride + columns, (incoming * right * slope).to(out.dtype.element_ty), mask=inside)
     tl.store(out + row * out_stride + width + columns, (incoming * value).to(out.dtype.element_ty), mask=inside)
     result = (value * right).to(grad.dtype.element_ty)
     if DROP:
-        masked = mask_columns(result.to(tl.float32), key, site, row, start, threshold, scale, BLOCK)
+        masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
         result = masked.to(grad.dtype.element_ty)
     tl.store(grad + row * grad_stride + columns, result, mask=inside)
 
@@ -85,7 +87,8 @@ def gate_rows_program(
         result = (value * right).to(out.dtype.element_ty)
         tl.store(out + columns, result, mask=inside)
         if DROP:
-            masked = mask_columns(result.to(tl.float32), key, site, row, start, threshold, scale, BLOCK)
+            kept = draw_kept(key, site, row, start, threshold, BLOCK)
+            masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
             tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
         highest = tl.maximum(highest, tl.abs(result.to(tl.float32)))
     _requantize(out, quantized + row * width, scales + row, highest, width, BLOCK)
@@ -110,7 +113,8 @@ def gate_backward_rows_program(
         incoming = tl.load(grad + columns, mask=inside, other=0.0).to(tl.float32)
         if DROP:
             further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            incoming += mask_columns(further, key, site, row, start, threshold, scale, BLOCK)
+            kept = draw_kept(key, site, row, start, threshold, BLOCK)
+            incoming += tl.where(kept, further * scale, 0.0)
         value, slope = _activate(left, ACTIVATION)
         left_grad = (incoming * right * slope).to(out.dtype.element_ty)
         right_grad = (incoming * value).to(out.dtype.element_ty)
@@ -118,7 +122,7 @@ def gate_backward_rows_program(
         tl.store(out + width + columns, right_grad, mask=inside)
         result = (value * right).to(grad.dtype.element_ty)
         if DROP:
-            masked = mask_columns(result.to(tl.float32), key, site, row, start, threshold, scale, BLOCK)
+            masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
             result = masked.to(grad.dtype.element_ty)
         tl.store(grad + columns, result, mask=inside)
         larger = tl.maximum(tl.abs(left_grad.to(tl.float32)), tl.abs(right_grad.to(tl.float32)))

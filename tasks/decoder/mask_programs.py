@@ -11,8 +11,8 @@ import triton.language as tl
 
 
 @triton.jit
-def mask_columns(values, key, site, row, start, threshold, scale, BLOCK: tl.constexpr) -> Any:
-    """Return fp32 values [BLOCK] of a row's columns from `start`, a multiple of 8, masked and scaled."""
+def draw_kept(key, site, row, start, threshold, BLOCK: tl.constexpr) -> Any:
+    """Return which of a row's columns are kept: [BLOCK] from `start`, a multiple of 8."""
     calls = (start // 8 + tl.arange(0, BLOCK // 8))[:, None].to(tl.uint32)
     nothing = site.to(tl.uint32) * 0
     first, second, third, fourth = tl.philox(
@@ -21,8 +21,7 @@ def mask_columns(values, key, site, row, start, threshold, scale, BLOCK: tl.cons
     lanes = tl.arange(0, 8)[None, :]
     words = tl.where(lanes < 4, tl.where(lanes < 2, first, second), tl.where(lanes < 6, third, fourth))
     halves = (words >> ((lanes % 2) * 16).to(tl.uint32)) & 0xFFFF
-    kept = tl.reshape(halves.to(tl.int32), [BLOCK]) >= threshold
-    return tl.where(kept, values * scale, 0.0)
+    return tl.reshape(halves.to(tl.int32), [BLOCK]) >= threshold
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -35,7 +34,7 @@ def drop_program(
     columns = start + tl.arange(0, BLOCK)
     inside = columns < width
     loaded = tl.load(values + row * values_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    result = mask_columns(loaded, key, site, row, start, threshold, scale, BLOCK)
+    result = tl.where(draw_kept(key, site, row, start, threshold, BLOCK), loaded * scale, 0.0)
     tl.store(dropped + row * dropped_stride + columns, result.to(dropped.dtype.element_ty), mask=inside)
 
 
@@ -54,7 +53,8 @@ def drop_backward_program(
     total = tl.load(grad + columns, mask=inside, other=0.0).to(tl.float32)
     further = tl.load(side + columns, mask=inside, other=0.0).to(tl.float32)
     loaded = tl.load(values + row * values_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    total += mask_columns(further, key, site, row, start, threshold, scale, BLOCK)
-    result = mask_columns(loaded, key, site, row, start, threshold, scale, BLOCK)
+    kept = draw_kept(key, site, row, start, threshold, BLOCK)
+    total += tl.where(kept, further * scale, 0.0)
+    result = tl.where(kept, loaded * scale, 0.0)
     tl.store(grad + columns, total.to(grad.dtype.element_ty), mask=inside)
     tl.store(side + columns, result.to(side.dtype.element_ty), mask=inside)

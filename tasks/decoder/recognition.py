@@ -13,7 +13,7 @@ from tasks.decoder.adapters import Part
 from tasks.decoder.attention import find_attentions
 from tasks.decoder.blocks import Norm
 from tasks.decoder.decoder import Decoder, Layer, choose_operations
-from tasks.decoder.dropout import Dropout
+from tasks.decoder.dropout import Dropout, number_site
 from tasks.decoder.elementwise import Heads
 from tasks.decoder.projections import AnyProjection, Projection, build_projection
 
@@ -160,6 +160,7 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
     output = [_read_part(attention, "o_proj")]
     gate_up = [_read_part(mlp, name) for name in ("gate_proj", "up_proj")]
     down = [_read_part(mlp, "down_proj")]
+    sites = [number_site(number, name) for name in ("q_proj", "o_proj", "gate_proj", "down_proj")]
     size = attention.head_dim
     heads = Heads(qkv[0].module.out_features // size, qkv[1].module.out_features // size, size)
     is_sandwich = hasattr(layer, "pre_feedforward_layernorm")
@@ -170,7 +171,7 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
     def build() -> Layer:
         return Layer(
             input_norm=_read_norm(layer.input_layernorm),
-            qkv=build_projection(qkv, 4 * number),
+            qkv=build_projection(qkv, sites[0]),
             heads=heads,
             head_norms=(
                 _read_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
@@ -179,12 +180,12 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
             rope=attention.layer_type if type(layer).__name__ == "Gemma3DecoderLayer" else "",
             window=window,
             attention_scale=float(attention.scaling),
-            output=build_projection(output, 4 * number + 1),
+            output=build_projection(output, sites[1]),
             attention_out_norm=_read_norm(layer.post_attention_layernorm) if is_sandwich else None,
             gate_norm=_read_norm(layer.pre_feedforward_layernorm if is_sandwich else layer.post_attention_layernorm),
-            gate_up=build_projection(gate_up, 4 * number + 2),
+            gate_up=build_projection(gate_up, sites[2]),
             activation=activation,
-            down=build_projection(down, 4 * number + 3),
+            down=build_projection(down, sites[3]),
             gate_out_norm=_read_norm(layer.post_feedforward_layernorm) if is_sandwich else None,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from tasks.decoder.mask_programs import mask_columns
+from tasks.decoder.mask_programs import draw_kept
 
 
 @triton.jit(do_not_specialize=["site", "threshold"])
@@ -33,7 +33,8 @@ def add_norm_program(
     result = (values * rstd * factor).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, result, mask=inside)
     if DROP:
-        masked = mask_columns(result.to(tl.float32), key, site, row, 0, threshold, scale, BLOCK)
+        kept = draw_kept(key, site, row, 0, threshold, BLOCK)
+        masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
         tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
     if QUANTIZE:
         _store_quantized(result.to(tl.float32), quantized + row * width, scales + row, columns, inside)
@@ -55,7 +56,7 @@ def norm_backward_program(
     scaled = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if DROP:
         further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        scaled += mask_columns(further, key, site, row, 0, threshold, scale, BLOCK)
+        scaled += tl.where(draw_kept(key, site, row, 0, threshold, BLOCK), further * scale, 0.0)
     scaled *= factor
     result = (scaled - normed * (tl.sum(scaled * normed, axis=0) / width)) * rstd
     if HAS_RESIDUAL:
