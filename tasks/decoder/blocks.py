@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,18 +34,6 @@ class Norm:
     weight: Tensor
     """[H] fp32, the factor itself (Gemma's modules store it less one)."""
     eps: float
-
-
-class Head(Protocol):
-    """The frozen output head."""
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return logits [N, V]."""
-        ...
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """Return the gradient [N, H] of the rows."""
-        ...
 
 
 @contextmanager
@@ -240,48 +228,6 @@ class Select(torch.autograd.Function):
         (positions,) = ctx.saved_tensors
         spread = (grad.new_zeros(ctx.num_tokens, grad.shape[1]).index_copy_(0, positions, grad) for grad in grads)
         return *spread, None
-
-
-class HeadLoss(torch.autograd.Function):
-    """Sum of -log p(target) over rows [N, H]; logits exist for `chunk` of them at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        residual: Tensor,
-        delta: Tensor,
-        source: AnyProjection | None,
-        targets: Tensor,
-        norm: Norm,
-        head: Head,
-        chunk: int,
-        ops: ModuleType,
-    ) -> Tensor:
-        """Make the gradient together with the loss, while the logits are there."""
-        normed = torch.empty_like(residual)
-        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, normed)
-        losses = []
-        for rows, row_targets in zip(normed.split(chunk), targets.split(chunk), strict=True):
-            logits = head.forward(rows)
-            losses.append(ops.cross_entropy(logits, row_targets).sum())
-            if any(ctx.needs_input_grad[:2]):
-                rows.copy_(head.backward(logits))
-            del logits
-        if any(ctx.needs_input_grad[:2]):
-            ops.norm_backward(normed, total, rstd, norm.weight, None, total)
-        ctx.save_for_backward(total)
-        ctx.source = source
-        return torch.stack(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (rows,) = ctx.saved_tensors
-        result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
-        # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.
-        result.copy_(rows.to(grad.dtype) * grad)
-        if ctx.source is not None:
-            ctx.source.forget_grad()
-        return result, result, None, None, None, None, None, None
 
 
 def _mask(values: Tensor | None, projection: AnyProjection, dropout: Dropout | None) -> Masked | None:

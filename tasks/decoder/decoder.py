@@ -22,7 +22,6 @@ from tasks.decoder.adapters import refresh
 from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import (
     GatedProject,
-    HeadLoss,
     Norm,
     NormProject,
     OutputNorm,
@@ -33,6 +32,7 @@ from tasks.decoder.blocks import (
 )
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.elementwise import Heads
+from tasks.decoder.head import HeadLoss
 from tasks.decoder.projections import AnyProjection
 
 # Bytes of logits that exist at a time.
