@@ -58,6 +58,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Scale the gradient that the forward pass has made."""
         (rows,) = ctx.saved_tensors
         result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
         # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.

@@ -163,14 +163,14 @@ def dropping(model: PeftModel, dropout: Dropout, flat: Batch, *, first: int) -> 
     # After its attention the last layer goes on with the trained positions alone.
     chosen = torch.zeros_like(everywhere).index_copy_(0, flat.trained, everywhere[: len(flat.trained)])
     base: Any = model.get_base_model()
-    last = int(base.config.get_text_config().num_hidden_layers) - 1
+    last = getattr(base.config.get_text_config(), "num_hidden_layers", 0) - 1
     hooks = []
     for name, module in model.named_modules():
         found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)$", name)
-        if not found or not isinstance(module, LoraLayer) or not isinstance(module.lora_dropout["default"], nn.Dropout):
+        if not found or found[2] not in SITES or not isinstance(module, LoraLayer):
             continue
         layer, kind = int(found[1]), found[2]
-        if kind in SITES:
+        if isinstance(module.lora_dropout["default"], nn.Dropout):
             rows = chosen if layer == last and SITES[kind] else everywhere
             hook = partial(_apply, mask=dropout.mask(number_site(layer, kind)), rows=rows[first:])
             hooks.append(module.lora_dropout["default"].register_forward_hook(hook))
@@ -183,5 +183,5 @@ def dropping(model: PeftModel, dropout: Dropout, flat: Batch, *, first: int) -> 
 
 def _apply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, mask: Mask, rows: Tensor) -> Tensor:
     """Return the output [1, S, H] of a dropout in eval mode, masked by the rows of its tokens."""
-    kept = draw_kept(mask, rows[: output.shape[1]], output.shape[2])
+    kept = draw_kept(mask, rows[: output.shape[-2]], output.shape[-1])
     return torch.where(kept, output * mask.scale, 0.0)
