@@ -9,6 +9,7 @@ from torch import Tensor
 from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.dropout import Dropout, derive_key, draw_kept, draw_words
+from tasks.decoder.projections import Projection
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.training.batches import form_flat_batch, iterate_steps
 from tasks.training.engines import FusedEngine
@@ -184,7 +185,9 @@ def test_trial_finds_another_mask() -> None:
     assert notes == []
     assert proven.dropout is not None
     assert proven.dropout.p == 0.05
-    wrong = replace(decoder.layers[1], down=replace(decoder.layers[1].down, site=99))
+    down = decoder.layers[1].down
+    assert isinstance(down, Projection)
+    wrong = replace(decoder.layers[1], down=replace(down, site=99))
     layers = (decoder.layers[0], wrong, *decoder.layers[2:])
     with pytest.raises(UnknownDecoderError, match="its gradient differs by 0"):
         prove(model, replace(decoder, layers=layers), table, expected, CPU, torch.float32)
