@@ -5,6 +5,9 @@ Dimensions: `T` tokens, `H` hidden size, `I` intermediate size, `O` outputs of a
 Only the LoRA matrices are trained: gradients go to the input and to them, never to a frozen weight. What is cheap to
 compute again is not kept: the activation of the gated layer is made anew in the backward pass. A gradient is laid where
 the projection that made its tensor wants it (`source`, see `projections`).
+
+With dropout the masked copy of a projection's input is kept in the input's stead, or made anew. Each block keeps the
+masks' key as well, so that autograd refuses a backward pass after the key has changed.
 """
 
 import threading
@@ -12,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tasks.decoder.dropout import Dropout, Masked
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.projections import AnyProjection
 
@@ -30,18 +34,6 @@ class Norm:
     weight: Tensor
     """[H] fp32, the factor itself (Gemma's modules store it less one)."""
     eps: float
-
-
-class Head(Protocol):
-    """The frozen output head."""
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return logits [N, V]."""
-        ...
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """Return the gradient [N, H] of the rows."""
-        ...
 
 
 @contextmanager
@@ -66,28 +58,33 @@ class NormProject(torch.autograd.Function):
         norm: Norm,
         projection: AnyProjection,
         ops: ModuleType,
+        dropout: Dropout | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        inputs = projection.allocate_input(residual.shape[0])
-        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, inputs.values, inputs.quantized)
+        inputs = projection.allocate_input(residual.shape[0], drops=dropout is not None)
+        dropped = _mask(inputs.dropped, projection, dropout)
+        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, inputs.values, inputs.quantized, dropped)
         outputs = projection.forward(inputs)
-        ctx.save_for_backward(total, rstd, inputs.values, inputs.projected)
-        ctx.settings = source, norm, projection, ops
+        # Without its masked copy x~ is kept whole; with it, the rest of x~ is let go.
+        projected = inputs.projected if dropped is None else inputs.projected.clone()
+        ctx.save_for_backward(total, rstd, inputs.adapted, projected, _key(dropout))
+        ctx.settings = source, norm, projection, ops, dropout
         ctx.has_delta = delta is not None
         return total, outputs
 
     @staticmethod
     def backward(ctx: Any, total_grad: Tensor | None, grad: Tensor) -> tuple[Any, ...]:
-        total, rstd, values, projected = ctx.saved_tensors
-        source, norm, projection, ops = ctx.settings
+        total, rstd, adapted, projected, _ = ctx.saved_tensors
+        source, norm, projection, ops, dropout = ctx.settings
         needs_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        small, input_grad = projection.backward(grad, needs_input=needs_input)
-        trained = projection.adapters.compute_grads(grad, small, values, projected)
+        small, input_grad, side = projection.backward(grad, needs_input=needs_input, drops=dropout is not None)
+        trained = projection.adapters.compute_grads(grad, small, adapted, projected)
         if input_grad is None:
-            return None, None, None, None, None, None, *trained
+            return None, None, None, None, None, None, None, *trained
         result, quantized = _allocate_grad(source, total)
-        ops.norm_backward(input_grad, total, rstd, norm.weight, total_grad, result, quantized)
-        return result, result if ctx.has_delta else None, None, None, None, None, *trained
+        masked = _mask(side, projection, dropout)
+        ops.norm_backward(input_grad, total, rstd, norm.weight, total_grad, result, quantized, masked)
+        return result, result if ctx.has_delta else None, None, None, None, None, None, *trained
 
 
 class OutputNorm(torch.autograd.Function):
@@ -147,19 +144,35 @@ class Project(torch.autograd.Function):
     """X -> projection(x)."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, projection: AnyProjection, *parameters: Tensor) -> Tensor:
-        inputs = projection.allocate_input(values.shape[0])
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        projection: AnyProjection,
+        ops: ModuleType,
+        dropout: Dropout | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        inputs = projection.allocate_input(values.shape[0], drops=dropout is not None)
+        dropped = _mask(inputs.dropped, projection, dropout)
+        if dropped is not None:
+            ops.drop(values, dropped)
         outputs = projection.forward_values(values, inputs)
         # The attention keeps its output too: only the small product is kept apart from it.
-        ctx.save_for_backward(values, inputs.projected.clone())
-        ctx.projection = projection
+        ctx.save_for_backward(values, inputs.projected.clone(), _key(dropout))
+        ctx.settings = projection, ops, dropout
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        values, projected = ctx.saved_tensors
-        small, input_grad = ctx.projection.backward(grad, needs_input=True)
-        return input_grad, None, *ctx.projection.adapters.compute_grads(grad, small, values, projected)
+        adapted, projected, _ = ctx.saved_tensors
+        projection, ops, dropout = ctx.settings
+        small, input_grad, side = projection.backward(grad, needs_input=True, drops=dropout is not None)
+        masked = _mask(side, projection, dropout)
+        if masked is not None:
+            ops.drop_backward(input_grad, adapted, masked)
+            adapted = masked.values
+        trained = projection.adapters.compute_grads(grad, small, adapted, projected)
+        return input_grad, None, None, None, *trained
 
 
 class GatedProject(torch.autograd.Function):
@@ -173,29 +186,32 @@ class GatedProject(torch.autograd.Function):
         activation: str,
         projection: AnyProjection,
         ops: ModuleType,
+        dropout: Dropout | None,
         *parameters: Tensor,
     ) -> Tensor:
-        inputs = projection.allocate_input(gate_up.shape[0])
+        inputs = projection.allocate_input(gate_up.shape[0], drops=dropout is not None)
+        dropped = _mask(inputs.dropped, projection, dropout)
         if getattr(_state, "is_unused", False):
-            ops.gate(gate_up, activation, inputs.values)
+            ops.gate(gate_up, activation, inputs.values, None, dropped)
             projection.project_small(inputs)
             outputs = gate_up.new_empty(gate_up.shape[0], projection.adapters.joint_b.shape[0])
         else:
-            ops.gate(gate_up, activation, inputs.values, inputs.quantized)
+            ops.gate(gate_up, activation, inputs.values, inputs.quantized, dropped)
             outputs = projection.forward(inputs)
-        ctx.save_for_backward(gate_up, inputs.projected.clone())
-        ctx.settings = source, activation, projection, ops
+        ctx.save_for_backward(gate_up, inputs.projected.clone(), _key(dropout))
+        ctx.settings = source, activation, projection, ops, dropout
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gate_up, projected = ctx.saved_tensors
-        source, activation, projection, ops = ctx.settings
-        small, values = projection.backward(grad, needs_input=True)
+        gate_up, projected, _ = ctx.saved_tensors
+        source, activation, projection, ops, dropout = ctx.settings
+        small, values, side = projection.backward(grad, needs_input=True, drops=dropout is not None)
         result, quantized = _allocate_grad(source, gate_up)
-        ops.gate_backward(values, gate_up, activation, result, quantized)
-        # values now holds the gated layer's output, made anew.
-        return result, None, None, None, None, *projection.adapters.compute_grads(grad, small, values, projected)
+        ops.gate_backward(values, gate_up, activation, result, quantized, _mask(side, projection, dropout))
+        # values now holds what the adapter was given, made anew.
+        trained = projection.adapters.compute_grads(grad, small, values, projected)
+        return result, None, None, None, None, None, *trained
 
 
 class Select(torch.autograd.Function):
@@ -214,46 +230,13 @@ class Select(torch.autograd.Function):
         return *spread, None
 
 
-class HeadLoss(torch.autograd.Function):
-    """Sum of -log p(target) over rows [N, H]; logits exist for `chunk` of them at a time."""
+def _mask(values: Tensor | None, projection: AnyProjection, dropout: Dropout | None) -> Masked | None:
+    """Return a tensor together with the projection's mask; None where there is nothing to mask."""
+    return None if values is None or dropout is None else Masked(values, dropout.mask(projection.site))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        residual: Tensor,
-        delta: Tensor,
-        source: AnyProjection | None,
-        targets: Tensor,
-        norm: Norm,
-        head: Head,
-        chunk: int,
-        ops: ModuleType,
-    ) -> Tensor:
-        """Make the gradient together with the loss, while the logits are there."""
-        normed = torch.empty_like(residual)
-        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, normed)
-        losses = []
-        for rows, row_targets in zip(normed.split(chunk), targets.split(chunk), strict=True):
-            logits = head.forward(rows)
-            losses.append(ops.cross_entropy(logits, row_targets).sum())
-            if any(ctx.needs_input_grad[:2]):
-                rows.copy_(head.backward(logits))
-            del logits
-        if any(ctx.needs_input_grad[:2]):
-            ops.norm_backward(normed, total, rstd, norm.weight, None, total)
-        ctx.save_for_backward(total)
-        ctx.source = source
-        return torch.stack(losses).sum()
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (rows,) = ctx.saved_tensors
-        result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
-        # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.
-        result.copy_(rows.to(grad.dtype) * grad)
-        if ctx.source is not None:
-            ctx.source.forget_grad()
-        return result, result, None, None, None, None, None, None
+def _key(dropout: Dropout | None) -> Tensor | None:
+    return None if dropout is None else dropout.key
 
 
 def _allocate_grad(source: AnyProjection | None, like: Tensor) -> tuple[Tensor, Quantized | None]:

@@ -22,7 +22,6 @@ from tasks.decoder.adapters import refresh
 from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import (
     GatedProject,
-    HeadLoss,
     Norm,
     NormProject,
     OutputNorm,
@@ -31,7 +30,9 @@ from tasks.decoder.blocks import (
     Select,
     last_output_unused,
 )
+from tasks.decoder.dropout import Dropout
 from tasks.decoder.elementwise import Heads
+from tasks.decoder.head import HeadLoss
 from tasks.decoder.projections import AnyProjection
 
 # Bytes of logits that exist at a time.
@@ -80,6 +81,8 @@ class Decoder:
     attend: Attention
     ops: ModuleType
     """`elementwise`, or `kernels` on a GPU with Triton."""
+    dropout: Dropout | None = None
+    """Of the adapter, where gradients are taken."""
 
     def invalidate(self) -> None:
         """Say that the trained matrices have changed."""
@@ -105,6 +108,8 @@ def sum_losses(
 ) -> Tensor:
     """Return the sum of -log p(target) over the trained positions (nats, fp32 scalar).
 
+    The adapter drops where gradients are taken, by the key that `decoder.dropout` holds, backward pass included.
+
     Args:
         decoder: with its working copies refreshed.
         input_ids: [T]
@@ -116,18 +121,20 @@ def sum_losses(
         logits_bytes: that exist at a time.
     """
     stream, delta, source = decoder.embed(input_ids), None, None
+    dropout = decoder.dropout if torch.is_grad_enabled() else None
+    key = None if dropout is None else dropout.key
     ropes = {layer.rope: decoder.angles(stream, positions, layer.rope) for layer in decoder.layers}
     for number, layer in enumerate(decoder.layers):
         select = trained if number == len(decoder.layers) - 1 else None
-        run = partial(_run_layer, layer, decoder.ops, decoder.attend, segments, *ropes[layer.rope], select)
+        run = partial(_run_layer, layer, decoder.ops, dropout, decoder.attend, segments, *ropes[layer.rope], select)
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
             contexts = partial(_open_contexts, is_unused=layer.gate_out_norm is None)
             stream, delta = checkpoint(
-                run, stream, None, None, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+                run, stream, None, None, key, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
             )
         else:
-            stream, delta = run(stream, delta, source)
+            stream, delta = run(stream, delta, source, key)
         source = layer.down if layer.gate_out_norm is None else None
     weight = decoder.head.weight
     chunk = max(64, logits_bytes // (weight.shape[0] * weight.element_size()))
@@ -160,6 +167,7 @@ class _Head:
 def _run_layer(
     layer: Layer,
     ops: ModuleType,
+    dropout: Dropout | None,
     attend: Attention,
     segments: Segments,
     cos: Tensor,
@@ -168,12 +176,14 @@ def _run_layer(
     stream: Tensor,
     delta: Tensor | None,
     source: AnyProjection | None,
+    key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the stream after the attention, and what the gated layer adds to it.
 
     Args:
         layer: its parts.
         ops: of the work between the products.
+        dropout: of the adapter.
         attend: the attention.
         segments: the examples' borders.
         cos: of the positions' angles.
@@ -182,23 +192,24 @@ def _run_layer(
         stream: [T, H]
         delta: [T, H], added first.
         source: the projection that made delta.
+        key: of dropout, for `checkpoint` alone: it refuses to run the layer again once an argument has changed.
     """
     stream, qkv = NormProject.apply(
-        stream, delta, source, layer.input_norm, layer.qkv, ops, *layer.qkv.adapters.parameters
+        stream, delta, source, layer.input_norm, layer.qkv, ops, dropout, *layer.qkv.adapters.parameters
     )
     queries, keys, values = Rotate.apply(qkv, layer.qkv, layer.heads, cos, sin, layer.head_norms, ops)
     attended = attend(queries, keys, values, segments, scale=layer.attention_scale, window=layer.window).flatten(1)
     if select is not None:
         stream, attended = Select.apply(stream, attended, select)
-    delta = Project.apply(attended, layer.output, *layer.output.adapters.parameters)
+    delta = Project.apply(attended, layer.output, ops, dropout, *layer.output.adapters.parameters)
     source = layer.output
     if layer.attention_out_norm is not None:
         delta, source = OutputNorm.apply(delta, source, layer.attention_out_norm, ops), None
     stream, gate_up = NormProject.apply(
-        stream, delta, source, layer.gate_norm, layer.gate_up, ops, *layer.gate_up.adapters.parameters
+        stream, delta, source, layer.gate_norm, layer.gate_up, ops, dropout, *layer.gate_up.adapters.parameters
     )
     parameters = layer.down.adapters.parameters
-    delta = GatedProject.apply(gate_up, layer.gate_up, layer.activation, layer.down, ops, *parameters)
+    delta = GatedProject.apply(gate_up, layer.gate_up, layer.activation, layer.down, ops, dropout, *parameters)
     if layer.gate_out_norm is not None:
         delta = OutputNorm.apply(delta, layer.down, layer.gate_out_norm, ops)
     return stream, delta

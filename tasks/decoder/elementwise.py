@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
+from tasks.decoder.dropout import Masked, apply_mask
+
 
 class Quantized(NamedTuple):
     """Room for a float8 copy of what a kernel writes, a scale a row; only the Triton kernels fill it."""
@@ -31,7 +33,13 @@ class Heads(NamedTuple):
 
 
 def add_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, quantized: None = None
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    quantized: None = None,
+    dropped: Masked | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add delta [T, H] to the residual stream [T, H] and write its RMS norm to `out` (Zhang and Sennrich, 2019).
 
@@ -42,6 +50,7 @@ def add_norm(
         eps: added to the mean square.
         out: [T, H].
         quantized: not made here.
+        dropped: where a masked copy of what goes to `out` is wanted.
 
     Returns:
         total: residual + delta.
@@ -51,6 +60,8 @@ def add_norm(
     wide = _widen(total)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     out.copy_(wide * rstd[:, None] * weight)
+    if dropped is not None:
+        drop(out, dropped)
     return total, rstd
 
 
@@ -62,10 +73,14 @@ def norm_backward(
     residual_grad: Tensor | None,
     out: Tensor,
     quantized: None = None,
+    side: Masked | None = None,
 ) -> None:
-    """Write the gradient of `add_norm`'s input, from those of the norm and of the sum itself, to `out` [T, H]."""
+    """Write the gradient of `add_norm`'s input, from those of the norm and of the sum itself, to `out` [T, H].
+
+    `side` is a further gradient of the norm, which came by way of its masked copy.
+    """
     normed = _widen(total) * rstd[:, None]
-    scaled = _widen(grad) * weight
+    scaled = _add_side(grad, side) * weight
     result = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, None]
     out.copy_(result if residual_grad is None else result + _widen(residual_grad))
 
@@ -128,19 +143,45 @@ def rotate_backward(
     to_values.copy_(grads[2])
 
 
-def gate(gate_up: Tensor, activation: str, out: Tensor, quantized: None = None) -> None:
+def gate(gate_up: Tensor, activation: str, out: Tensor, quantized: None = None, dropped: Masked | None = None) -> None:
     """Write activation(left half) * right half of gate_up [T, 2 I] to `out` [T, I] (Shazeer, 2020)."""
     left, right = _widen(gate_up).chunk(2, dim=-1)
     out.copy_(_activate(left, activation)[0] * right)
+    if dropped is not None:
+        drop(out, dropped)
 
 
-def gate_backward(grad: Tensor, gate_up: Tensor, activation: str, out: Tensor, quantized: None = None) -> None:
-    """Write the gradient of gate_up to `out` [T, 2 I], and over `grad` [T, I] what `gate` had given."""
+def gate_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    activation: str,
+    out: Tensor,
+    quantized: None = None,
+    side: Masked | None = None,
+) -> None:
+    """Write the gradient of gate_up to `out` [T, 2 I], and over `grad` [T, I] what the adapter had been given.
+
+    `side` is a further gradient of what `gate` gave, which came by way of its masked copy; that copy is then what is
+    written over `grad`.
+    """
     left, right = _widen(gate_up).chunk(2, dim=-1)
     value, slope = _activate(left, activation)
-    wide = _widen(grad)
+    wide = _add_side(grad, side)
     out.copy_(torch.cat([wide * right * slope, wide * value], dim=-1))
     grad.copy_(value * right)
+    if side is not None:
+        drop(grad, Masked(grad, side.mask))
+
+
+def drop(values: Tensor, dropped: Masked) -> None:
+    """Write a masked copy of values [T, H]; it may be in their own place."""
+    dropped.values.copy_(apply_mask(_widen(values), dropped.mask))
+
+
+def drop_backward(grad: Tensor, values: Tensor, side: Masked) -> None:
+    """Add to grad [T, H] a gradient that came by way of the masked copy of values; write that copy in its place."""
+    grad.copy_(_add_side(grad, side))
+    drop(values, side)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -161,6 +202,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _add_side(grad: Tensor, side: Masked | None) -> Tensor:
+    """Return a gradient [T, H] and the one that came by way of the masked copy, in fp32 or wider."""
+    return _widen(grad) if side is None else _widen(grad) + apply_mask(_widen(side.values), side.mask)
 
 
 def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tasks.decoder.dropout import COLUMNS_PER_CALL, Masked
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.gate_programs import (
     gate_backward_program,
@@ -18,6 +19,7 @@ from tasks.decoder.gate_programs import (
     gate_rows_program,
 )
 from tasks.decoder.loss_programs import cross_entropy_program
+from tasks.decoder.mask_programs import drop_backward_program, drop_program
 from tasks.decoder.rotation_programs import rotate_backward_program, rotate_program
 from tasks.decoder.row_programs import add_norm_program, norm_backward_program, quantize_rows_program
 
@@ -27,18 +29,26 @@ _ROW_BLOCK = 4096
 
 
 def add_norm(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, quantized: Quantized | None = None
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    quantized: Quantized | None = None,
+    dropped: Masked | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `elementwise.add_norm`; with a float8 copy of what goes to `out`."""
     num_tokens, width = residual.shape
     total = residual if delta is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
     rstd = torch.empty(num_tokens, dtype=torch.float32, device=residual.device)
-    block = triton.next_power_of_2(width)
+    block = _round_up(width)
     other = residual if delta is None else delta
+    copy, copy_stride, key, *numbers = _unfold(dropped, rstd)
     add_norm_program[(num_tokens,)](
-        residual, other, weight, total, out, rstd, *_side(quantized, rstd),
-        residual.stride(0), other.stride(0), total.stride(0), out.stride(0), width, eps,
-        HAS_DELTA=delta is not None, QUANTIZE=quantized is not None, BLOCK=block, num_warps=_count_warps(block),
+        residual, other, weight, total, out, rstd, *_side(quantized, rstd), copy, key,
+        residual.stride(0), other.stride(0), total.stride(0), out.stride(0), copy_stride, width, eps, *numbers,
+        HAS_DELTA=delta is not None, QUANTIZE=quantized is not None, DROP=dropped is not None,
+        BLOCK=block, num_warps=_count_warps(block),
     )  # fmt: skip
     return total, rstd
 
@@ -51,15 +61,17 @@ def norm_backward(
     residual_grad: Tensor | None,
     out: Tensor,
     quantized: Quantized | None = None,
+    side: Masked | None = None,
 ) -> None:
     """See `elementwise.norm_backward`; with a float8 copy of what goes to `out`."""
     num_tokens, width = total.shape
-    block = triton.next_power_of_2(width)
+    block = _round_up(width)
     other = grad if residual_grad is None else residual_grad
+    further, further_stride, key, *numbers = _unfold(side, rstd)
     norm_backward_program[(num_tokens,)](
-        grad, total, rstd, weight, other, out, *_side(quantized, rstd),
-        grad.stride(0), total.stride(0), other.stride(0), out.stride(0), width,
-        HAS_RESIDUAL=residual_grad is not None, QUANTIZE=quantized is not None,
+        grad, total, rstd, weight, other, out, *_side(quantized, rstd), further, key,
+        grad.stride(0), total.stride(0), other.stride(0), out.stride(0), further_stride, width, *numbers,
+        HAS_RESIDUAL=residual_grad is not None, QUANTIZE=quantized is not None, DROP=side is not None,
         BLOCK=block, num_warps=_count_warps(block),
     )  # fmt: skip
 
@@ -113,35 +125,69 @@ def rotate_backward(
     )  # fmt: skip
 
 
-def gate(gate_up: Tensor, activation: str, out: Tensor, quantized: Quantized | None = None) -> None:
+def gate(
+    gate_up: Tensor,
+    activation: str,
+    out: Tensor,
+    quantized: Quantized | None = None,
+    dropped: Masked | None = None,
+) -> None:
     """See `elementwise.gate`; with a float8 copy of what goes to `out`."""
     num_tokens, width = out.shape
+    copy, copy_stride, key, *numbers = _unfold(dropped, out)
     if quantized is None:
         gate_program[(num_tokens, triton.cdiv(width, _GATE_BLOCK))](
-            gate_up, out, gate_up.stride(0), out.stride(0), width, ACTIVATION=activation, BLOCK=_GATE_BLOCK, num_warps=4
-        )
+            gate_up, out, copy, key, gate_up.stride(0), out.stride(0), copy_stride, width, *numbers,
+            ACTIVATION=activation, DROP=dropped is not None, BLOCK=_GATE_BLOCK, num_warps=4,
+        )  # fmt: skip
         return
     gate_rows_program[(num_tokens,)](
-        gate_up, out, quantized.values, quantized.scales, gate_up.stride(0), out.stride(0), width,
-        ACTIVATION=activation, BLOCK=_ROW_BLOCK, num_warps=8,
+        gate_up, out, quantized.values, quantized.scales, copy, key,
+        gate_up.stride(0), out.stride(0), copy_stride, width, *numbers,
+        ACTIVATION=activation, DROP=dropped is not None, BLOCK=_ROW_BLOCK, num_warps=8,
     )  # fmt: skip
 
 
 def gate_backward(
-    grad: Tensor, gate_up: Tensor, activation: str, out: Tensor, quantized: Quantized | None = None
+    grad: Tensor,
+    gate_up: Tensor,
+    activation: str,
+    out: Tensor,
+    quantized: Quantized | None = None,
+    side: Masked | None = None,
 ) -> None:
     """See `elementwise.gate_backward`; with a float8 copy of what goes to `out`."""
     num_tokens, width = grad.shape
+    further, further_stride, key, *numbers = _unfold(side, out)
     if quantized is None:
         gate_backward_program[(num_tokens, triton.cdiv(width, _GATE_BLOCK))](
-            grad, gate_up, out, grad.stride(0), gate_up.stride(0), out.stride(0), width,
-            ACTIVATION=activation, BLOCK=_GATE_BLOCK, num_warps=4,
+            grad, gate_up, out, further, key, grad.stride(0), gate_up.stride(0), out.stride(0), further_stride, width,
+            *numbers, ACTIVATION=activation, DROP=side is not None, BLOCK=_GATE_BLOCK, num_warps=4,
         )  # fmt: skip
         return
     gate_backward_rows_program[(num_tokens,)](
-        grad, gate_up, out, quantized.values, quantized.scales,
-        grad.stride(0), gate_up.stride(0), out.stride(0), width,
-        ACTIVATION=activation, BLOCK=_ROW_BLOCK, num_warps=8,
+        grad, gate_up, out, quantized.values, quantized.scales, further, key,
+        grad.stride(0), gate_up.stride(0), out.stride(0), further_stride, width, *numbers,
+        ACTIVATION=activation, DROP=side is not None, BLOCK=_ROW_BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def drop(values: Tensor, dropped: Masked) -> None:
+    """See `elementwise.drop`."""
+    num_tokens, width = values.shape
+    copy, copy_stride, key, *numbers = _unfold(dropped, values)
+    drop_program[(num_tokens, triton.cdiv(width, _GATE_BLOCK))](
+        values, copy, key, values.stride(0), copy_stride, width, *numbers, BLOCK=_GATE_BLOCK, num_warps=4
+    )
+
+
+def drop_backward(grad: Tensor, values: Tensor, side: Masked) -> None:
+    """See `elementwise.drop_backward`."""
+    num_tokens, width = values.shape
+    further, further_stride, key, *numbers = _unfold(side, values)
+    drop_backward_program[(num_tokens, triton.cdiv(width, _GATE_BLOCK))](
+        grad, values, further, key, grad.stride(0), values.stride(0), further_stride, width, *numbers,
+        BLOCK=_GATE_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -169,6 +215,19 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 def _count_warps(block: int) -> int:
     """Return warps a program: 8 elements a thread where rows are wide."""
     return max(4, min(16, block // 512))
+
+
+def _round_up(width: int) -> int:
+    """Return columns of a program that holds a whole row, and draws masks for eight of them at once."""
+    return max(COLUMNS_PER_CALL, triton.next_power_of_2(width))
+
+
+def _unfold(masked: Masked | None, other: Tensor) -> tuple[Tensor, int, Tensor, int, int, float]:
+    """Return values, their row stride, key, site, threshold and scale; anything where the kernel does not look."""
+    if masked is None:
+        return other, 0, other, 0, 0, 1.0
+    mask = masked.mask
+    return masked.values, masked.values.stride(0), mask.key, mask.site, mask.threshold, mask.scale
 
 
 def _side(quantized: Quantized | None, other: Tensor) -> tuple[Tensor, Tensor]:

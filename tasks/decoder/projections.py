@@ -10,6 +10,9 @@ With y = x W' + x A' B' for the joint matrices of `adapters`, all layers of a gr
 so that the whole forward product is x~ M[:O]', and the whole input gradient g~ M[:, :H]: the adapter costs no pass over
 the outputs of its own. The small products x A' and g B fill the last columns of x~ and g~, which whoever makes x or g
 gets from here with that room.
+
+With dropout x A' becomes (m x) A' for a mask m, and the adapter's part of the input gradient, (g B) A, gets the mask as
+well: it is then a product of its own, which whoever goes on with the gradient adds to the frozen layers' part.
 """
 
 from collections.abc import Sequence
@@ -34,6 +37,13 @@ class Input(NamedTuple):
     """x A' [T, R]: its last columns, written by the group."""
     quantized: Quantized | None
     """Where a float8 copy of x is wanted as well."""
+    dropped: Tensor | None
+    """[T, H]: where a masked copy of x is wanted, which is then what goes through A."""
+
+    @property
+    def adapted(self) -> Tensor:
+        """What goes through A."""
+        return self.values if self.dropped is None else self.dropped
 
 
 class AnyProjection(Protocol):
@@ -44,8 +54,13 @@ class AnyProjection(Protocol):
         """The trained matrices."""
         ...
 
-    def allocate_input(self, num_tokens: int) -> Input:
-        """Return room for x."""
+    @property
+    def site(self) -> int:
+        """Whose masks dropout draws."""
+        ...
+
+    def allocate_input(self, num_tokens: int, *, drops: bool = False) -> Input:
+        """Return room for x; for a masked copy as well where the adapter drops and there is one."""
         ...
 
     def allocate_grad(self, num_tokens: int) -> tuple[Tensor, Quantized | None]:
@@ -68,8 +83,13 @@ class AnyProjection(Protocol):
         """Fill in x A' and return y [T, O]."""
         ...
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
-        """Return g B [T, R] and the gradient of x [T, H]; g [T, O] is best what `allocate_grad` gave."""
+    def backward(
+        self, grad: Tensor, *, needs_input: bool, drops: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return g B [T, R], the gradient of x [T, H], and where the adapter drops that of the masked copy apart.
+
+        g [T, O] is best what `allocate_grad` gave.
+        """
         ...
 
 
@@ -86,16 +106,18 @@ class Projection:
     """H"""
     num_out: int
     """O"""
+    site: int
 
     def release(self) -> None:
         """Let go of the weights; the group is of no use after it."""
         self.matrix = self.matrix.new_empty(0)
         self.adapters.joint_a = self.adapters.joint_b = self.matrix
 
-    def allocate_input(self, num_tokens: int) -> Input:
+    def allocate_input(self, num_tokens: int, *, drops: bool = False) -> Input:
         """Return room for x~."""
         joint = self.matrix.new_empty(num_tokens, self.matrix.shape[1])
-        return Input(joint, joint[:, : self.num_in], joint[:, self.num_in :], None)
+        dropped = joint.new_empty(num_tokens, self.num_in) if drops and self.adapters.joint_a.shape[0] else None
+        return Input(joint, joint[:, : self.num_in], joint[:, self.num_in :], None, dropped)
 
     def allocate_grad(self, num_tokens: int) -> tuple[Tensor, None]:
         """Return the first columns of room for g~."""
@@ -112,7 +134,7 @@ class Projection:
     def project_small(self, inputs: Input) -> None:
         """Fill in x A'."""
         if inputs.projected.shape[1]:
-            torch.mm(inputs.values, self.adapters.joint_a.t(), out=inputs.projected)
+            torch.mm(inputs.adapted, self.adapters.joint_a.t(), out=inputs.projected)
 
     def forward(self, inputs: Input) -> Tensor:
         """Fill in x A' and return y [T, O]."""
@@ -120,13 +142,20 @@ class Projection:
         weight = self.matrix[: self.num_out].t()
         return torch.mm(inputs.joint, weight) if self.bias is None else torch.addmm(self.bias, inputs.joint, weight)
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
-        """Return g B [T, R] and the gradient of x [T, H]."""
+    def backward(
+        self, grad: Tensor, *, needs_input: bool, drops: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return g B [T, R] and the gradient of x [T, H]; where the adapter drops, that of the masked copy apart."""
         joint = self._find_room(grad)
         small = joint[:, self.num_out :]
         if small.shape[1]:
             torch.mm(joint[:, : self.num_out], self.adapters.joint_b, out=small)
-        return small, torch.mm(joint, self.matrix[:, : self.num_in]) if needs_input else None
+        if not needs_input:
+            return small, None, None
+        if not (drops and small.shape[1]):
+            return small, torch.mm(joint, self.matrix[:, : self.num_in]), None
+        frozen = self.matrix[: self.num_out, : self.num_in]
+        return small, torch.mm(joint[:, : self.num_out], frozen), torch.mm(small, self.adapters.joint_a)
 
     def _find_room(self, grad: Tensor) -> Tensor:
         """Return g~ for g: the memory around it when it came from `allocate_grad`, else a copy."""
@@ -139,7 +168,7 @@ class Projection:
         return joint
 
 
-def build_projection(parts: Sequence[Part]) -> Projection:
+def build_projection(parts: Sequence[Part], site: int = 0) -> Projection:
     """Lay the parts' weights into one matrix; the modules' weights become views of it, so that nothing lies twice."""
     first = parts[0].module.weight
     sizes = [part.module.weight.shape[0] for part in parts]
@@ -153,4 +182,4 @@ def build_projection(parts: Sequence[Part]) -> Projection:
         view.copy_(part.module.weight.data)
         part.module.weight.data = view
     adapters = AdapterGroup(tuple(parts), outs, lay_out(ranks), matrix[num_out:, :num_in], matrix[:num_out, num_in:])
-    return Projection(matrix, bias, adapters, num_in, num_out)
+    return Projection(matrix, bias, adapters, num_in, num_out, site)

@@ -33,15 +33,17 @@ class QuantizedProjection:
     bias: Tensor | None
     """[O]"""
     adapters: AdapterGroup
+    site: int
     expected: tuple[int, Quantized] | None = None
     """Address of the gradient last allocated, and its float8 copy."""
 
-    def allocate_input(self, num_tokens: int) -> Input:
+    def allocate_input(self, num_tokens: int, *, drops: bool = False) -> Input:
         """Return room for x and its float8 copy."""
         joint_a = self.adapters.joint_a
         width = joint_a.shape[1]
         joint = joint_a.new_empty(num_tokens, width + joint_a.shape[0])
-        return Input(joint, joint[:, :width], joint[:, width:], _allocate(joint, width))
+        dropped = joint.new_empty(num_tokens, width) if drops and joint_a.shape[0] else None
+        return Input(joint, joint[:, :width], joint[:, width:], _allocate(joint, width), dropped)
 
     def allocate_grad(self, num_tokens: int) -> tuple[Tensor, Quantized]:
         """Return room for g and its float8 copy."""
@@ -62,7 +64,7 @@ class QuantizedProjection:
     def project_small(self, inputs: Input) -> None:
         """Fill in x A'."""
         if inputs.projected.shape[1]:
-            torch.mm(inputs.values, self.adapters.joint_a.t(), out=inputs.projected)
+            torch.mm(inputs.adapted, self.adapters.joint_a.t(), out=inputs.projected)
 
     def forward(self, inputs: Input) -> Tensor:
         """Fill in x A' and return y [T, O] bf16."""
@@ -71,19 +73,25 @@ class QuantizedProjection:
         outputs = _multiply(inputs.quantized, self.weight, self.bias)
         return outputs.addmm_(inputs.projected, self.adapters.joint_b.t()) if inputs.projected.shape[1] else outputs
 
-    def backward(self, grad: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
-        """Return g B [T, R] and the gradient of x [T, H]."""
+    def backward(
+        self, grad: Tensor, *, needs_input: bool, drops: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return g B [T, R] and the gradient of x [T, H]; where the adapter drops, that of the masked copy apart."""
         small = torch.mm(grad, self.adapters.joint_b)
         expected, self.expected = self.expected, None
         if not needs_input:
-            return small, None
+            return small, None, None
         is_same = expected is not None and expected[0] == grad.data_ptr() and len(expected[1].values) == len(grad)
         quantized = expected[1] if expected is not None and is_same else Quantized(*quantize_rows(grad))
         result = _multiply(quantized, self.turned, None)
-        return small, result.addmm_(small, self.adapters.joint_a) if small.shape[1] else result
+        if not small.shape[1]:
+            return small, result, None
+        if drops:
+            return small, result, torch.mm(small, self.adapters.joint_a)
+        return small, result.addmm_(small, self.adapters.joint_a), None
 
 
-def build_quantized_projection(parts: Sequence[Part]) -> QuantizedProjection:
+def build_quantized_projection(parts: Sequence[Part], site: int = 0) -> QuantizedProjection:
     """Quantize the parts' weights; the modules are left without theirs, so that the memory is free."""
     weight = torch.cat([part.module.weight.data for part in parts])
     ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
@@ -95,7 +103,7 @@ def build_quantized_projection(parts: Sequence[Part]) -> QuantizedProjection:
     joint_b = weight.new_zeros(weight.shape[0], sum(ranks))
     adapters = AdapterGroup(tuple(parts), outs, lay_out(ranks), joint_a, joint_b)
     turned = Quantized(*quantize_rows(weight.t().contiguous()))
-    return QuantizedProjection(Quantized(*quantize_rows(weight)), turned, bias, adapters)
+    return QuantizedProjection(Quantized(*quantize_rows(weight)), turned, bias, adapters, site)
 
 
 def _allocate(like: Tensor, width: int) -> Quantized:

@@ -13,6 +13,7 @@ from tasks.decoder.adapters import Part
 from tasks.decoder.attention import find_attentions
 from tasks.decoder.blocks import Norm
 from tasks.decoder.decoder import Decoder, Layer, choose_operations
+from tasks.decoder.dropout import Dropout, number_site
 from tasks.decoder.elementwise import Heads
 from tasks.decoder.projections import AnyProjection, Projection, build_projection
 
@@ -60,8 +61,11 @@ def recognize_decoder(model: PeftModel) -> Decoder:
         raise UnknownDecoderError(f"its layers are not of a known family ({', '.join(sorted(_FAMILIES))})")
     _check_settings(config)
     _check_trained(model)
+    share = _read_dropout(model)
     activation = _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
-    plans = [_read_layer(layer, activation) for layer in layers]  # all of them, before the first weight moves
+    plans = [
+        _read_layer(layer, number, activation) for number, layer in enumerate(layers)
+    ]  # all of them, before the first weight moves
     embedding = base.get_input_embeddings()
     dtype, device = embedding.weight.dtype, embedding.weight.device
     decoder_layers = tuple(plan() for plan in plans)
@@ -73,6 +77,7 @@ def recognize_decoder(model: PeftModel) -> Decoder:
         head=base.get_output_embeddings(),
         attend=find_attentions(device, dtype, decoder_layers[0].heads.size)[0],
         ops=choose_operations(device, dtype),
+        dropout=Dropout(share, torch.zeros(1, dtype=torch.int64, device=device)) if share else None,
     )
 
 
@@ -99,7 +104,7 @@ def _quantize(group: AnyProjection) -> AnyProjection:
     from tasks.decoder.quantized import build_quantized_projection
 
     assert isinstance(group, Projection)
-    quantized = build_quantized_projection(group.adapters.parts)
+    quantized = build_quantized_projection(group.adapters.parts, group.site)
     group.release()
     return quantized
 
@@ -128,10 +133,24 @@ def _check_trained(model: PeftModel) -> None:
         if parameter.requires_grad and not (
             ".layers." in name and name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))
         ):
-            raise UnknownDecoderError(f"{name.removeprefix('base_model.model.')} is trained")
+            reasons = {"lora_magnitude_vector": "DoRA is on: ", "modules_to_save": "modules_to_save is set: "}
+            why = next((reason for part, reason in reasons.items() if part in name), "")
+            raise UnknownDecoderError(f"{why}{name.removeprefix('base_model.model.')} is trained")
 
 
-def _read_layer(layer: Any, activation: str) -> Callable[[], Layer]:
+def _read_dropout(model: PeftModel) -> float:
+    """Return the share that all adapters drop."""
+    shares = {
+        module.lora_dropout["default"].p if isinstance(module.lora_dropout["default"], nn.Dropout) else 0.0
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+    }
+    if len(shares) > 1:
+        raise UnknownDecoderError(f"its adapters drop different shares ({', '.join(map(str, sorted(shares)))})")
+    return float(shares.pop()) if shares else 0.0
+
+
+def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]:
     """Check a layer and return a function that builds it."""
     names = {name for name, _ in layer.named_children()}
     if not names <= _LAYER_MODULES:
@@ -141,6 +160,7 @@ def _read_layer(layer: Any, activation: str) -> Callable[[], Layer]:
     output = [_read_part(attention, "o_proj")]
     gate_up = [_read_part(mlp, name) for name in ("gate_proj", "up_proj")]
     down = [_read_part(mlp, "down_proj")]
+    sites = [number_site(number, name) for name in ("q_proj", "o_proj", "gate_proj", "down_proj")]
     size = attention.head_dim
     heads = Heads(qkv[0].module.out_features // size, qkv[1].module.out_features // size, size)
     is_sandwich = hasattr(layer, "pre_feedforward_layernorm")
@@ -151,7 +171,7 @@ def _read_layer(layer: Any, activation: str) -> Callable[[], Layer]:
     def build() -> Layer:
         return Layer(
             input_norm=_read_norm(layer.input_layernorm),
-            qkv=build_projection(qkv),
+            qkv=build_projection(qkv, sites[0]),
             heads=heads,
             head_norms=(
                 _read_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
@@ -160,12 +180,12 @@ def _read_layer(layer: Any, activation: str) -> Callable[[], Layer]:
             rope=attention.layer_type if type(layer).__name__ == "Gemma3DecoderLayer" else "",
             window=window,
             attention_scale=float(attention.scaling),
-            output=build_projection(output),
+            output=build_projection(output, sites[1]),
             attention_out_norm=_read_norm(layer.post_attention_layernorm) if is_sandwich else None,
             gate_norm=_read_norm(layer.pre_feedforward_layernorm if is_sandwich else layer.post_attention_layernorm),
-            gate_up=build_projection(gate_up),
+            gate_up=build_projection(gate_up, sites[2]),
             activation=activation,
-            down=build_projection(down),
+            down=build_projection(down, sites[3]),
             gate_out_norm=_read_norm(layer.post_feedforward_layernorm) if is_sandwich else None,
         )
 
@@ -185,8 +205,8 @@ def _read_part(parent: nn.Module, name: str) -> Part:
         raise UnknownDecoderError(f"its {name} is a {type(module).__name__}")
     if list(module.lora_A) != ["default"] or module.merged or any(module.use_dora.values()):
         raise UnknownDecoderError(f"the adapter of its {name} is not one plain LoRA")
-    if not isinstance(module.lora_dropout["default"], nn.Identity):
-        raise UnknownDecoderError("LoRA dropout is on")
+    if type(module.lora_dropout["default"]) not in (nn.Identity, nn.Dropout):
+        raise UnknownDecoderError(f"the dropout of its {name} is a {type(module.lora_dropout['default']).__name__}")
     lora_a: Any = module.lora_A["default"].weight
     lora_b: Any = module.lora_B["default"].weight
     return Part(module.base_layer, lora_a, lora_b, float(module.scaling["default"]))

@@ -8,12 +8,14 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from tasks.decoder.mask_programs import draw_kept
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["site", "threshold"])
 def add_norm_program(
-    residual, delta, weight, total, out, rstd_out, quantized, scales,
-    residual_stride, delta_stride, total_stride, out_stride, width, eps,
-    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    residual, delta, weight, total, out, rstd_out, quantized, scales, dropped, key,
+    residual_stride, delta_stride, total_stride, out_stride, dropped_stride, width, eps, site, threshold, scale,
+    HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store residual + delta, and its norm times the weight."""
     row = tl.program_id(0).to(tl.int64)
@@ -30,15 +32,19 @@ def add_norm_program(
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     result = (values * rstd * factor).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, result, mask=inside)
+    if DROP:
+        kept = draw_kept(key, site, row, 0, threshold, BLOCK)
+        masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
+        tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
     if QUANTIZE:
         _store_quantized(result.to(tl.float32), quantized + row * width, scales + row, columns, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "threshold"])
 def norm_backward_program(
-    grad, total, rstd_in, weight, residual_grad, out, quantized, scales,
-    grad_stride, total_stride, residual_stride, out_stride, width,
-    HAS_RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    grad, total, rstd_in, weight, residual_grad, out, quantized, scales, side, key,
+    grad_stride, total_stride, residual_stride, out_stride, side_stride, width, site, threshold, scale,
+    HAS_RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store the gradient of a norm's input, with the stream's own gradient added."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,7 +53,11 @@ def norm_backward_program(
     rstd = tl.load(rstd_in + row)
     normed = tl.load(total + row * total_stride + columns, mask=inside, other=0.0).to(tl.float32) * rstd
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    scaled = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32) * factor
+    scaled = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if DROP:
+        further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        scaled += tl.where(draw_kept(key, site, row, 0, threshold, BLOCK), further * scale, 0.0)
+    scaled *= factor
     result = (scaled - normed * (tl.sum(scaled * normed, axis=0) / width)) * rstd
     if HAS_RESIDUAL:
         result += tl.load(residual_grad + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import Segments
+from tasks.decoder.dropout import derive_key
 from tasks.tokenization.masking import IGNORE_INDEX
 from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
@@ -48,6 +49,8 @@ class Batch:
     """Of a flat batch, B = 1: where its examples lie."""
     trained: Tensor | None = None
     """[N] of a flat batch: the positions that are learned, and some that are not, up to a round number."""
+    dropout_key: int = 0
+    """Of the fused decoder's dropout, from seed, step and number in the step."""
 
     def move(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -144,7 +147,8 @@ def iterate_steps(
         if epoch != order_epoch:
             order, order_epoch = np.random.default_rng([seed, epoch]).permutation(len(rows)), epoch
         window = [rows[row] for row in order[position * rows_per_step : (position + 1) * rows_per_step]]
-        yield form_step(table, window) if form_step else form_padded_step(table, window, config.micro_batch)
+        batches = form_step(table, window) if form_step else form_padded_step(table, window, config.micro_batch)
+        yield [replace(batch, dropout_key=derive_key(seed, step, i)) for i, batch in enumerate(batches)]
 
 
 def form_padded_step(table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int) -> list[Batch]:

@@ -152,6 +152,8 @@ class FusedEngine:
         assert moved.segments is not None
         assert moved.trained is not None
         assert moved.position_ids is not None
+        if self.decoder.dropout is not None:
+            self.decoder.dropout.start_forward(batch.dropout_key)
         self.decoder.refresh()
         return sum_losses(
             self.decoder,

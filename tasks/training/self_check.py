@@ -1,21 +1,26 @@
 """The fused engine's proof at every start: its loss and gradient against those of the model's own forward pass.
 
-Two short pieces of the data and a made-up adapter, on the machine that is going to train.
+Two short pieces of the data and a made-up adapter, on the machine that is going to train. Where the adapter drops, both
+sides draw the same masks, of half of all columns: a wrong one would change the gradient by about its norm.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from tasks.decoder.attention import find_attentions, name_attention, warm_up
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
+from tasks.decoder.dropout import SITES, Dropout, Mask, draw_kept, number_site
 from tasks.decoder.recognition import UnknownDecoderError
-from tasks.training.batches import form_batch, form_flat_batch
+from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines import FusedEngine
 from tasks.training.lora import collect_trained
 from tasks.training.loss import cut_trial, sum_token_losses
@@ -26,6 +31,7 @@ from tasks.training.token_table import TokenTable
 # model of random weights differ by a tenth; one that forgets a norm or a scale, by about one.
 _TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.02)}
 _TOKENS = 2048
+_DROPPED_SHARE = 0.5
 
 
 class Trial(NamedTuple):
@@ -39,13 +45,17 @@ def try_model(model: PeftModel, table: TokenTable, device: torch.device, dtype: 
     """Return loss and gradients of two short pieces by the model's own forward pass, with a made-up adapter."""
     parameters = collect_trained(model)
     trial = cut_trial(table, count=2)
+    flat = form_flat_batch(trial, [0, 1]).move(device)
+    dropout = Dropout(_DROPPED_SHARE, torch.full((1,), flat.dropout_key, dtype=torch.int64, device=device))
     model.eval()
     with _made_up(parameters), torch.enable_grad():
         loss = torch.zeros((), device=device)
         context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
         with context:
             for index in range(2):
-                loss = loss + sum_token_losses(model, form_batch(trial, [[index]]).move(device), trained_only=False)
+                batch = form_batch(trial, [[index]]).move(device)
+                with dropping(model, dropout, flat, first=int(trial.offsets[index])):
+                    loss = loss + sum_token_losses(model, batch, trained_only=False)
         loss.backward()
         grads = _take_grads(parameters)
     model.train()
@@ -92,6 +102,9 @@ def _compare(
 ) -> None:
     """Raise UnknownDecoderError unless the fused engine gives the same loss and gradients."""
     parameters = collect_trained(model)
+    dropout = engine.decoder.dropout
+    if dropout is not None:
+        engine = replace(engine, decoder=replace(engine.decoder, dropout=replace(dropout, p=_DROPPED_SHARE)))
     with _made_up(parameters), torch.enable_grad():
         loss = engine.sum_losses(form_flat_batch(cut_trial(table, count=2), [0, 1]))
         loss.backward()
@@ -132,3 +145,43 @@ def _take_grads(parameters: dict[str, Any]) -> dict[str, Tensor]:
     for parameter in parameters.values():
         parameter.grad = None
     return grads
+
+
+@contextmanager
+def dropping(model: PeftModel, dropout: Dropout, flat: Batch, *, first: int) -> Iterator[None]:
+    """Have the model's adapters drop what the fused decoder would, one example at a time.
+
+    Args:
+        model: in eval mode; its adapters without dropout are left alone.
+        dropout: with the key of the decoder's forward pass.
+        flat: the decoder's batch, on the model's device.
+        first: position in it of the example that goes through the model.
+    """
+    assert flat.trained is not None
+    device = flat.trained.device
+    everywhere = torch.arange(flat.input_ids.shape[1], device=device)
+    # After its attention the last layer goes on with the trained positions alone.
+    chosen = torch.zeros_like(everywhere).index_copy_(0, flat.trained, everywhere[: len(flat.trained)])
+    base: Any = model.get_base_model()
+    last = getattr(base.config.get_text_config(), "num_hidden_layers", 0) - 1
+    hooks = []
+    for name, module in model.named_modules():
+        found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)$", name)
+        if not found or found[2] not in SITES or not isinstance(module, LoraLayer):
+            continue
+        layer, kind = int(found[1]), found[2]
+        if isinstance(module.lora_dropout["default"], nn.Dropout):
+            rows = chosen if layer == last and SITES[kind] else everywhere
+            hook = partial(_apply, mask=dropout.mask(number_site(layer, kind)), rows=rows[first:])
+            hooks.append(module.lora_dropout["default"].register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _apply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, mask: Mask, rows: Tensor) -> Tensor:
+    """Return the output [1, S, H] of a dropout in eval mode, masked by the rows of its tokens."""
+    kept = draw_kept(mask, rows[: output.shape[-2]], output.shape[-1])
+    return torch.where(kept, output * mask.scale, 0.0)

@@ -200,9 +200,8 @@ def test_model_still_answers_after_its_weights_moved() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"dropout": 0.1}, "LoRA dropout is on"),
-        ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"modules_to_save": ("embed_tokens",)}, "embed_tokens.*is trained"),
+        ({"use_dora": True}, "DoRA is on: .*lora_magnitude_vector"),
+        ({"modules_to_save": ("embed_tokens",)}, "modules_to_save is set: .*embed_tokens.*is trained"),
         ({"target_modules": ("lm_head", "q_proj")}, "lm_head.*is trained"),
     ],
 )

@@ -118,9 +118,10 @@ def test_two_ranks_have_the_curve_of_one(
 def train_with_dropout(number: int, base_model: Path, tokens: Path, run_folder: Path, stop_at: int) -> list[float]:
     """Train until the second rank wants to stop; return the losses."""
     losses: list[float] = []
+    config = CONFIG.model_copy(update={"dropout": 0.1, "engine": "general"})
     with suppress(TrainingStopped):
         train_adapter(
-            base_model, tokens, run_folder, CONFIG.model_copy(update={"dropout": 0.1}), seed=5, identity="x",
+            base_model, tokens, run_folder, config, seed=5, identity="x",
             on_step=lambda record: losses.append(record.loss),
             should_stop=lambda: number == 1 and len(losses) == stop_at,
         )  # fmt: skip

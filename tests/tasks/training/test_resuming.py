@@ -1,4 +1,4 @@
-"""A real SIGKILL in the middle of a training, in a process of its own."""
+"""A training that ends too early goes on to the same adapter, after a real SIGKILL in a process of its own as well."""
 
 import random
 import signal
@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from schemas.config import TrainingConfig
 from tasks.training.loop import train_adapter
+from tasks.training.records import TrainingStopped
 from tests.tasks.training.conftest import build_model, write_tokens
 
-# Dropout draws random numbers at every step, so that a random state that does not come back shows.
+# The general engine's dropout draws random numbers at every step, so that a random state that does not come back shows.
 CONFIG = TrainingConfig(
     rank=4, alpha=8, dropout=0.1, learning_rate=1e-2, micro_batch=3, gradient_accumulation_steps=2, num_epochs=3,
-    checkpoint_every_steps=4, eval_every_steps=5,
+    checkpoint_every_steps=4, eval_every_steps=5, engine="general",
 )  # fmt: skip
 NUM_STEPS = 24
 
@@ -83,3 +84,26 @@ def test_killed_training_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
     assert max(float((whole[name] - again[name]).abs().max()) for name in whole) <= 1e-6, kill_at
     assert resumed.final_loss == pytest.approx(undisturbed.final_loss, abs=1e-6)
     assert resumed.num_trained_tokens == undisturbed.num_trained_tokens
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_fused_dropout_goes_on_with_the_same_masks(tmp_path: Path) -> None:
+    base_model = build_model(tmp_path / "model")
+    tokens = write_tokens(tmp_path / "tokens", num_train=24)
+    config = CONFIG.model_copy(update={"engine": "fused"})
+    losses: dict[str, list[float]] = {"whole": [], "stopped": []}
+
+    def train(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        outcome = train_adapter(
+            base_model, tokens, tmp_path / name, config, seed=5, identity="the same",
+            on_step=lambda record: losses[name].append(record.loss),
+            should_stop=lambda: len(losses[name]) == stop_at,
+        )  # fmt: skip
+        return load_file(outcome.adapter / "adapter_model.safetensors")
+
+    whole = train("whole")
+    with pytest.raises(TrainingStopped):
+        train("stopped", stop_at=5)
+    again = train("stopped")
+    assert losses["stopped"] == losses["whole"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
