@@ -8,8 +8,9 @@ The trained matrices stay where PEFT has them, in fp32; the joint ones are copie
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class AdapterGroup:
     """[O, R], zero off the blocks."""
     versions: list[int] = field(default_factory=list)
     """Of the trained matrices when they were last copied."""
+    grad_a: Tensor | None = None
+    """[R, H]: the gradients of all A, where they are added to in place; see `bind_gradients`."""
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -58,8 +61,8 @@ class AdapterGroup:
         """Say whether a trained matrix has changed since the last copy."""
         return self.versions != [parameter._version for parameter in self.parameters]
 
-    def compute_grads(self, grads: Tensor, small: Tensor, inputs: Tensor, projected: Tensor) -> list[Tensor]:
-        """Return the gradients of `parameters`, in fp32 where those are.
+    def compute_grads(self, grads: Tensor, small: Tensor, inputs: Tensor, projected: Tensor) -> list[Tensor | None]:
+        """Return the gradients of `parameters`, in fp32 where those are; none where they were added in place.
 
         Args:
             grads: g [T, O] (further columns are not read).
@@ -69,8 +72,14 @@ class AdapterGroup:
         """
         if not self.joint_a.shape[0]:
             return []
+        if self.grad_a is not None:
+            _add_product(self.grad_a, small.t(), inputs, 1.0)
+            for part, out, rank in zip(self.parts, self.outs, self.ranks, strict=True):
+                if part.lora_b is not None and part.lora_b.grad is not None:
+                    _add_product(part.lora_b.grad, grads[:, out].t(), projected[:, rank], part.scale)
+            return [None] * len(self.parameters)
         joint = _multiply_wide(small.t(), inputs)
-        results: list[Tensor] = []
+        results: list[Tensor | None] = []
         for part, out, rank in zip(self.parts, self.outs, self.ranks, strict=True):
             if part.lora_a is not None:
                 results.append(joint[rank])
@@ -78,9 +87,24 @@ class AdapterGroup:
         return results
 
 
+class Copy(NamedTuple):
+    """A trained matrix and its place in a joint one."""
+
+    source: Tensor
+    """[rows, columns], contiguous"""
+    target: Tensor
+    """[rows, columns], its rows further apart"""
+    scale: float
+
+
 @torch.no_grad()
-def refresh(groups: Iterable[AdapterGroup]) -> None:
-    """Copy the trained matrices of all groups that are stale, in two calls: one for each would keep a GPU waiting."""
+def refresh(groups: Iterable[AdapterGroup], copy_all: Callable[[Sequence[Copy]], None] | None = None) -> None:
+    """Copy the trained matrices of all groups that are stale.
+
+    Args:
+        groups: of the decoder.
+        copy_all: does all copies in one call; None: PyTorch's own calls for many tensors.
+    """
     stale = [group for group in groups if group.is_stale()]
     pieces = [
         (group.joint_a[rank], part.lora_a, group.joint_b[out, rank], part.lora_b, part.scale)
@@ -88,7 +112,9 @@ def refresh(groups: Iterable[AdapterGroup]) -> None:
         for part, out, rank in zip(group.parts, group.outs, group.ranks, strict=True)
         if part.lora_a is not None and part.lora_b is not None
     ]
-    if pieces:
+    if pieces and copy_all is not None:
+        copy_all([copy for to_a, a, to_b, b, scale in pieces for copy in (Copy(a, to_a, 1.0), Copy(b, to_b, scale))])
+    elif pieces:
         to_a, from_a, to_b, from_b, scales = (list(column) for column in zip(*pieces, strict=True))
         torch._foreach_copy_(to_a, from_a)
         if all(math.frexp(scale)[0] == 0.5 for scale in scales):  # a power of two: exact after the rounding as well
@@ -98,6 +124,36 @@ def refresh(groups: Iterable[AdapterGroup]) -> None:
             torch._foreach_copy_(to_b, torch._foreach_mul(from_b, scales))
     for group in stale:
         group.versions = [parameter._version for parameter in group.parameters]
+
+
+def bind_gradients(groups: Iterable[AdapterGroup]) -> Tensor | None:
+    """Give the trained matrices gradients of zero that lie end to end, and have passes add to them in place.
+
+    One product then makes the gradients of all A of a group, and neither a product's result nor its sum with what is
+    there takes a pass of its own.
+
+    Returns:
+        All gradients in one vector; None, and nothing is changed, where the matrices are of several dtypes or devices,
+        or the device cannot add a product of 16-bit factors to an fp32 matrix.
+    """
+    groups = [group for group in groups if group.parameters]
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+    if len(kinds) != 1:
+        return None
+    dtype, device = kinds.pop()
+    if not _can_add_products(groups[0].joint_a.dtype, dtype, device):
+        return None
+    flat = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=dtype, device=device)
+    start = 0
+    for group in groups:
+        all_a = [part.lora_a for part in group.parts if part.lora_a is not None]
+        all_b = [part.lora_b for part in group.parts if part.lora_b is not None]
+        group.grad_a = flat[start : start + sum(a.numel() for a in all_a)].view(-1, group.joint_a.shape[1])
+        for parameter in (*all_a, *all_b):
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+    return flat
 
 
 def lay_out(sizes: Sequence[int]) -> tuple[slice, ...]:
@@ -123,3 +179,25 @@ def _multiply_wide(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left.float(), right.float())
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add scale * left @ right to the target, which may be wider than the factors."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right, alpha=scale)
+    elif left.is_cuda:
+        torch.addmm(target, left, right, out_dtype=target.dtype, alpha=scale, out=target)
+    else:
+        target.addmm_(left.to(target.dtype), right.to(target.dtype), alpha=scale)
+
+
+def _can_add_products(narrow: torch.dtype, wide: torch.dtype, device: torch.device) -> bool:
+    """Try `_add_product` out on small whole numbers, whose sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+    left, right, target = (torch.randint(-3, 4, (16, 16), generator=generator) for _ in range(3))
+    found = target.to(device, wide)
+    try:
+        _add_product(found, left.to(device, narrow).t(), right.to(device, narrow), 2.0)
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(found.cpu().double(), target.double() + 2.0 * (left.double().t() @ right.double()))

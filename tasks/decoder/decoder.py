@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tasks.decoder import elementwise
-from tasks.decoder.adapters import refresh
+from tasks.decoder.adapters import AdapterGroup, bind_gradients, refresh
 from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import (
     GatedProject,
@@ -86,13 +86,23 @@ class Decoder:
 
     def invalidate(self) -> None:
         """Say that the trained matrices have changed."""
-        for layer in self.layers:
-            for projection in layer.projections:
-                projection.adapters.invalidate()
+        for group in self._groups():
+            group.invalidate()
 
     def refresh(self) -> None:
         """Bring the working copies of the trained matrices up to date; cheap when nothing has changed."""
-        refresh(projection.adapters for layer in self.layers for projection in layer.projections)
+        refresh(self._groups(), getattr(self.ops, "copy_matrices", None))
+
+    def bind_gradients(self) -> Tensor | None:
+        """Give the trained matrices gradients that stay where they are; see `adapters.bind_gradients`."""
+        return bind_gradients(self._groups())
+
+    def has_bound_gradients(self) -> bool:
+        """Say whether passes add to gradients in place."""
+        return any(group.grad_a is not None for group in self._groups())
+
+    def _groups(self) -> list[AdapterGroup]:
+        return [projection.adapters for layer in self.layers for projection in layer.projections]
 
 
 def sum_losses(

@@ -6,10 +6,15 @@ A program works on one token's row (or a block of it); all arithmetic is fp32, r
 64-bit: T * V passes 2^31.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
+from triton import language as tl
 
+from tasks.decoder.adapters import Copy
+from tasks.decoder.copy_programs import copy_matrices_program
 from tasks.decoder.dropout import COLUMNS_PER_CALL, Masked
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.gate_programs import (
@@ -24,6 +29,9 @@ from tasks.decoder.rotation_programs import rotate_backward_program, rotate_prog
 from tasks.decoder.row_programs import add_norm_program, norm_backward_program, quantize_rows_program
 
 _GATE_BLOCK = 1024
+_COPY_BLOCK = 4096
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_tables: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor, int]] = {}
 _VOCABULARY_BLOCK = 8192
 _ROW_BLOCK = 4096
 
@@ -210,6 +218,28 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
         values, quantized, scales, values.stride(0), width, BLOCK=block, num_warps=_count_warps(block)
     )
     return quantized, scales
+
+
+def copy_matrices(copies: Sequence[Copy]) -> None:
+    """Copy matrices in one launch, each times its scale, rounded once; see `adapters.refresh`."""
+    source, target = copies[0].source, copies[0].target
+    if source.dtype != torch.float32 or target.dtype not in _TRITON_DTYPES:
+        for copy in copies:
+            copy.target.copy_(copy.source * copy.scale)
+        return
+    key = tuple((copy.source.data_ptr(), copy.target.data_ptr()) for copy in copies)
+    if key not in _tables:
+        rows = [
+            (*places, copy.source.numel(), copy.source.shape[1], copy.target.stride(0))
+            for places, copy in zip(key, copies, strict=True)
+        ]
+        scales = torch.tensor([copy.scale for copy in copies], dtype=torch.float32, device=source.device)
+        _tables.clear()  # of one decoder at a time
+        _tables[key] = torch.tensor(rows, device=source.device), scales, max(row[2] for row in rows)
+    table, scales, largest = _tables[key]
+    copy_matrices_program[(len(copies), triton.cdiv(largest, _COPY_BLOCK))](
+        table, scales, TARGET=_TRITON_DTYPES[target.dtype], BLOCK=_COPY_BLOCK, num_warps=4
+    )
 
 
 def _count_warps(block: int) -> int:

@@ -51,7 +51,7 @@ class FlatBatch(NamedTuple):
 
 
 def choose_shape(num_tokens: int, num_trained: int, num_segments: int, *, longest: int) -> Shape:
-    """Return the shape that a batch is filled up to: at most a quarter more tokens, or 256, and an eighth more targets.
+    """Return the shape that a batch is filled up to: at most a quarter more tokens, or 256, and as many more targets.
 
     Args:
         num_tokens: of the batch.
@@ -60,7 +60,7 @@ def choose_shape(num_tokens: int, num_trained: int, num_segments: int, *, longes
         longest: most tokens of a segment, at least 8.
     """
     tokens = _round_up(num_tokens + _SEGMENTS_STEP)
-    part = max(_LEAST_TRAINED, tokens // 8)
+    part = max(_LEAST_TRAINED, tokens // 4)
     trained = min(-(-num_trained // part) * part, tokens)
     # The rest becomes segments of its own, none of them empty and none longer than the longest.
     least = num_segments + -(-(tokens - num_tokens) // longest)
@@ -104,7 +104,7 @@ class _Place:
 class PassRecorder:
     """Adds the gradient of small flat batches to the adapter's, and keeps the decoder's working copies fresh.
 
-    The gradients of all trained parameters must be there, and stay where they are.
+    The decoder's gradients must be bound, so that they stay where they are.
     """
 
     def __init__(self, decoder: Decoder, device: torch.device, *, longest: int, logits_bytes: int) -> None:
@@ -115,31 +115,22 @@ class PassRecorder:
         self._logits_bytes = logits_bytes
         self._recorder = Recorder(device)
         self._places: dict[Shape, _Place] = {}
-        self._is_fresh = False
-
-    def invalidate(self) -> None:
-        """Say that the trained matrices have changed."""
-        self._is_fresh = False
 
     def choose_shape(self, batch: FlatBatch) -> Shape:
         """Return the shape that a batch would have."""
         sizes = len(batch.input_ids), len(batch.trained), len(batch.lengths)
         return choose_shape(*sizes, longest=self._longest)
 
-    def add_gradient(self, batch: FlatBatch, scale: float) -> Tensor:
+    def add_gradient(self, batch: FlatBatch, scale: float, *, dropout_key: int = 0) -> Tensor:
         """Add the gradient of scale * (sum of the batch's token losses); return that sum (nats, fp32 scalar)."""
         shape = self.choose_shape(batch)
         place = self._places.get(shape) or self._make_place(shape)
         place.buffer.copy_(_lay_out(fill_up(batch, shape), scale).pin_memory(), non_blocking=True)
-        if not self._is_fresh:
-            self._recorder.run("refresh", self._refresh)
-            self._is_fresh = True
+        if self._decoder.dropout is not None:
+            self._decoder.dropout.start_forward(dropout_key)
+        self._decoder.refresh()
         self._recorder.run(shape, lambda: self._do_pass(place))
         return place.loss.clone()
-
-    def _refresh(self) -> None:
-        self._decoder.invalidate()
-        self._decoder.refresh()
 
     def _do_pass(self, place: _Place) -> None:
         loss = sum_losses(

@@ -6,6 +6,8 @@ from contextlib import suppress
 
 import torch
 
+_MOST_FAILURES = 3
+
 logger = logging.getLogger(__name__)
 
 
@@ -14,29 +16,31 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._seen: set[Hashable] = set()
+        self._is_warm = False
+        self._num_failures = 0
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        self._can_record = True
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do some work: the first time from the host, so that every kernel is compiled, and then from a recording.
+        """Do some work from its recording, which is made first; the very first work of all is done from the host.
+
+        Libraries set themselves up, and kernels are compiled, in the first one.
 
         Args:
             key: names the work and all shapes in it.
             work: reads and writes tensors that stay where they are, and never waits for the device.
         """
         graph = self.graphs.get(key)
-        if graph is None and key in self._seen and self._can_record:
+        if graph is None and self._is_warm and self._num_failures < _MOST_FAILURES:
             graph = self._record(key, work)
-        self._seen.add(key)
+        self._is_warm = True
         if graph is None:
             work()
         else:
             graph.replay()
 
     def _record(self, key: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """Record the work without doing it; None where that fails, and nothing more is recorded then."""
+        """Record the work without doing it; None where that fails, and after a few failures nothing more is tried."""
         # Not `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time.
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -51,11 +55,12 @@ class Recorder:
                     raise
                 graph.capture_end()
         except RuntimeError as error:
-            self._can_record = False
-            logger.warning(
-                "A pass of this model cannot be recorded, so that small steps wait for the host: %s",
-                str(error).partition("\n")[0],
-            )
+            self._num_failures += 1
+            if self._num_failures == _MOST_FAILURES:
+                logger.warning(
+                    "Passes of this model cannot be recorded, so that small steps wait for the host: %s",
+                    str(error).partition("\n")[0],
+                )
             return None
         self.graphs[key] = graph
         return graph

@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Take note of every step of the optimizer."""
         ...
 
+    def bind_gradients(self) -> Tensor | None:
+        """Give what is trained gradients that stay where they are, as one vector; None where that is not done."""
+        ...
+
     def shrink(self) -> "Engine | None":
         """Return an engine that takes less memory for the same sum, or None."""
         ...
@@ -98,6 +102,9 @@ class GeneralEngine:
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing is copied."""
+
+    def bind_gradients(self) -> None:
+        """A parameter that has no gradient in a step, such as an expert's, must not be moved by it."""
 
     def shrink(self) -> "GeneralEngine | None":
         """Recompute all layers, then halve the micro batch."""
@@ -168,7 +175,7 @@ class FusedEngine:
 
     def replay_gradient(self, batch: Batch, scale: float) -> Tensor | None:
         """Replay a pass of this shape where it is a small one; see `passes`."""
-        if self.recorder is None:
+        if self.recorder is None or not self.decoder.has_bound_gradients():
             return None
         assert batch.segments is not None
         assert batch.trained is not None
@@ -184,17 +191,15 @@ class FusedEngine:
         # What is recorded keeps its memory, beside that of the passes which are not.
         if tokens > MOST_TOKENS or 2 * tokens > self.room_tokens:
             return None
-        return self.recorder.add_gradient(flat, scale)
+        return self.recorder.add_gradient(flat, scale, dropout_key=batch.dropout_key)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy the adapter anew after each step."""
+        optimizer.register_step_post_hook(lambda *_: self.decoder.invalidate())
 
-        def invalidate(*_: object) -> None:
-            self.decoder.invalidate()
-            if self.recorder is not None:
-                self.recorder.invalidate()
-
-        optimizer.register_step_post_hook(invalidate)
+    def bind_gradients(self) -> Tensor | None:
+        """Every trained matrix has a gradient in every step."""
+        return self.decoder.bind_gradients()
 
     def shrink(self) -> "FusedEngine | None":
         """Recompute all layers, then halve the forward pass down to 512 tokens."""

@@ -209,13 +209,14 @@ def _run_steps(
         for on_step in on_steps:
             on_step(record)
         is_last = progress.step == setup.num_steps
-        is_best = False
+        is_kept = False
         if setup.eval_table is not None and (progress.step % setup.eval_every_steps == 0 or is_last):
             evaluation = evaluate(run)
-            is_best = evaluation.is_best
+            # Only early stopping takes the best adapter; the others end with the last one.
+            is_kept = evaluation.is_best and setup.config.early_stopping_patience is not None
             for on_eval in on_evals:
                 on_eval(evaluation)
-        if progress.step % setup.config.checkpoint_every_steps == 0 or is_last or is_best:
+        if progress.step % setup.config.checkpoint_every_steps == 0 or is_last or is_kept:
             save(run, writer)
 
 

@@ -89,17 +89,3 @@ class WholeOptimizer:
     def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Return the things themselves."""
         return self.parameters, self.optimizer
-
-
-def lay_out_gradients(parameters: dict[str, nn.Parameter]) -> Tensor | None:
-    """Give all parameters gradients of zero that lie end to end; None where they are of several dtypes or devices."""
-    kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
-    if len(kinds) != 1:
-        return None
-    dtype, device = kinds.pop()
-    flat = torch.zeros(sum(parameter.numel() for parameter in parameters.values()), dtype=dtype, device=device)
-    start = 0
-    for parameter in parameters.values():
-        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
-    return flat

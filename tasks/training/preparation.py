@@ -20,10 +20,10 @@ from tasks.models import choose_device, choose_dtype
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import ask_machines
 from tasks.training.engine_choice import choose_engine
-from tasks.training.engines import Engine, FusedEngine
+from tasks.training.engines import Engine
 from tasks.training.frozen import load_base
 from tasks.training.lora import attach_adapter, collect_trained
-from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer, lay_out_gradients
+from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
 from tasks.training.sharding import is_sharded
@@ -93,15 +93,13 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
         list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     engine.follow(optimizer)
-    # In the fused engine every parameter has a gradient in every step. Elsewhere one without any is not moved.
-    flat = lay_out_gradients(parameters) if isinstance(engine, FusedEngine) else None
     setup = Setup(
         config=config,
         seed=seed,
         model=adapted,
         parameters=parameters,
         num_trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
-        optimizer=WholeOptimizer(parameters, optimizer, config.max_grad_norm, flat),
+        optimizer=WholeOptimizer(parameters, optimizer, config.max_grad_norm, engine.bind_gradients()),
         table=table,
         eval_table=eval_table,
         rows=rows,

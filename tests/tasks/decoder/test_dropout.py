@@ -134,7 +134,7 @@ def test_mean_over_keys_is_the_gradient_without_dropout() -> None:
         for name, parameter in collect_trained(model).items():
             if ".lora_B." in name:
                 parameter.data *= 1e-3
-        engine = FusedEngine(recognize_decoder(model), CPU, 4096, 0, LOGITS_BYTES)
+        engine = FusedEngine(recognize_decoder(model), CPU, 4096, 0, LOGITS_BYTES, 4096)
         for key in range(200 if p else 1):
             engine.sum_losses(replace(flat, dropout_key=derive_key(0, key, 0))).backward()
             gradients.append(take_grads(model))
@@ -147,7 +147,7 @@ def test_mean_over_keys_is_the_gradient_without_dropout() -> None:
 def test_same_key_is_the_same_step_bit_by_bit_and_evaluation_does_not_drop() -> None:
     table = draw_table()
     model = build("qwen3", torch.float32, dropout=0.1)
-    engine = FusedEngine(recognize_decoder(model), CPU, 4096, 0, LOGITS_BYTES)
+    engine = FusedEngine(recognize_decoder(model), CPU, 4096, 0, LOGITS_BYTES, 4096)
 
     def compute(engine: FusedEngine, key: int) -> tuple[float, Tensor]:
         loss = engine.sum_losses(replace(form_flat_batch(table, range(5)), dropout_key=key))
@@ -167,7 +167,9 @@ def test_same_key_is_the_same_step_bit_by_bit_and_evaluation_does_not_drop() -> 
 
 @pytest.mark.parametrize("recomputed", [0, 1, 3])
 def test_backward_pass_under_another_key_is_refused(recomputed: int) -> None:
-    engine = FusedEngine(recognize_decoder(build("qwen2", torch.float32, dropout=0.1)), CPU, 4096, 0, LOGITS_BYTES)
+    engine = FusedEngine(
+        recognize_decoder(build("qwen2", torch.float32, dropout=0.1)), CPU, 4096, 0, LOGITS_BYTES, 4096
+    )
     engine = replace(engine, num_recomputed=recomputed)
     batch = form_flat_batch(draw_table(), range(5))
     loss = engine.sum_losses(batch)

@@ -190,7 +190,7 @@ def build_layers(dropout: float, num_layers: int = 4) -> FusedEngine:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     adapted = attach_adapter(model, TrainingConfig(dropout=dropout), seed=0).to("cuda").train()
-    return FusedEngine(recognize_decoder(adapted), CUDA, 1 << 20, 0, LOGITS_BYTES)
+    return FusedEngine(recognize_decoder(adapted), CUDA, 1 << 20, 0, LOGITS_BYTES, 1 << 20)
 
 
 def time_call(call: Callable[[], Any], *, repetitions: int = 10) -> float:
