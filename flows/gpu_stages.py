@@ -43,6 +43,14 @@ class StageLostError(RuntimeError):
     """A stage's process was lost again and again, or cancelled: the run can go on from its checkpoint."""
 
 
+def prepare() -> None:
+    """Have what the training needs imported meanwhile, where it runs on a GPU of this machine."""
+    if deployment.id is None:
+        from tasks.training.process.ahead import start_ahead
+
+        start_ahead()
+
+
 def train(
     base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, *, seed: int, parent_run_id: str
 ) -> AdapterRef:

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows import gpu_stages
 from flows.accounting import build_report, describe_run, summarize_facts
 from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.cancellation import heed_server
@@ -46,6 +47,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
     title = describe_run(config)
     from flows import stages  # not at the top: see there
 
+    gpu_stages.prepare()
     with heed_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
             base_model = stages.locate_model(config.model)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from schemas.config import TrainingConfig
+from tasks.training.process.ahead import take_waiting
 from tasks.training.process.in_place import train_in_place
 from tasks.training.process.messages import NODE_RANK_VARIABLE, TrainingJob, write_job
 from tasks.training.process.supervise import Listeners, Supervisor
@@ -71,10 +72,8 @@ def run_training(
     )
     write_job(job, path)
     _release_gpu()
-    command = [sys.executable, "-m", "tasks.training.process.worker", str(path)]
     with Supervisor(Listeners(on_step, on_eval, on_log), log, silence_seconds=silence_seconds) as supervisor:
-        with log.open("wb") as output:
-            supervisor.start(command, output)
+        supervisor.start(["-m", "tasks.training.process.worker", str(path)], ahead=take_waiting())
         try:
             return supervisor.wait()
         except BaseException:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 from json import loads
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import psutil
 
+from tasks.training.process.ahead import choose_environment, give_job
 from tasks.training.process.failures import choose_error, name_end, read_tail
 from tasks.training.process.messages import ADDRESS_VARIABLE, STOP, read_evaluation, read_outcome, read_step
 from tasks.training.records import (
@@ -35,7 +37,6 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.2
 _START_SECONDS = 120.0  # until a process has said its first word
 _EXIT_SECONDS = 20.0  # from the outcome to the end of the processes
-_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 _PEERS_SECONDS = 1.5  # after an error, for the process that knows the cause to say it too
 
 
@@ -96,16 +97,26 @@ class Supervisor:
         self._server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def start(self, command: Sequence[str], output: IO[bytes]) -> None:
-        """Start the first process, in a session and group of its own: Ctrl-C at the terminal is for us alone."""
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_choose_environment(str(self._folder / "line")),
-            start_new_session=True,
-        )
+    def start(self, arguments: Sequence[str], *, ahead: subprocess.Popen[bytes] | None = None) -> None:
+        """Start the first process, in a session and group of its own: Ctrl-C at the terminal is for us alone.
+
+        Args:
+            arguments: of Python.
+            ahead: a process that waits for such a job, and is then used.
+        """
+        address = str(self._folder / "line")
+        if ahead is not None and give_job(ahead, arguments, self._log, address):
+            self._process = ahead
+        else:
+            with self._log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**choose_environment(), ADDRESS_VARIABLE: address},
+                    start_new_session=True,
+                )
         self._remember(self._process.pid)
         self._started = time.monotonic()
 
@@ -259,13 +270,3 @@ class Supervisor:
                     os.killpg(pid, signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
-
-
-def _choose_environment(address: str) -> dict[str, str]:
-    """Return the environment of a training process: this one's, with the allocator's setting where nobody chose one.
-
-    Every step has other shapes. Without expandable segments the allocator keeps a block for each size until the memory
-    is full, and then frees and asks anew in every step.
-    """
-    chosen = {} if _ALLOCATOR_VARIABLES & set(os.environ) else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return {**os.environ, **chosen, ADDRESS_VARIABLE: address}

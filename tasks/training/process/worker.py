@@ -4,6 +4,7 @@ For several processes it is first the agent, which starts itself once more for e
 launcher; that one sets RANK and WORLD_SIZE. The heavy libraries are imported after the line to the launcher stands.
 """
 
+import json
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 from tasks.training.process.connection import Lifeline, LogSender, open_lifeline
 from tasks.training.process.messages import (
+    ADDRESS_VARIABLE,
     NODE_RANK_VARIABLE,
     RENDEZVOUS_VARIABLE,
     TrainingJob,
@@ -118,5 +120,24 @@ def _start_ranks(job: TrainingJob, path: Path) -> None:
     elastic_launch(launch, sys.executable)("-m", "tasks.training.process.worker", str(path))
 
 
+def wait_for_job() -> None:
+    """Import what a training needs, and do the job that comes on standard input; where none comes, end.
+
+    See `ahead`.
+    """
+    import tasks.training.loop  # noqa: F401
+
+    line = sys.stdin.readline()
+    if not line:
+        return
+    order: dict[str, Any] = json.loads(line)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.environ.update({**order["environment"], ADDRESS_VARIABLE: order["address"]})
+    os.chdir(order["folder"])
+    main(Path(order["arguments"][-1]))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if sys.argv[1:] else wait_for_job()

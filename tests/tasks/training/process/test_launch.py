@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from schemas.config import TrainingConfig
 from tasks.training.checkpoints import CheckpointError
+from tasks.training.process.ahead import choose_environment, start_waiting, take_waiting
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import TrainingJob, write_job
 from tasks.training.process.supervise import Listeners, Supervisor
@@ -185,6 +186,7 @@ def test_second_signal_in_place_does_not_wait(base_model: Path, tokens: Path, tm
 PARENT = """
 import sys, time
 from pathlib import Path
+from tasks.training.process.ahead import choose_environment, start_waiting, take_waiting
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import read_job
 
@@ -248,13 +250,42 @@ SAY = Callable[[int, str], None]
 def supervise(program: str, log: Path, *, on_log: SAY = lambda level, text: None) -> TrainingOutcome:
     listeners = Listeners(lambda record: None, lambda record: None, on_log)
     with Supervisor(listeners, log, silence_seconds=2) as supervisor:
-        with log.open("wb") as output:
-            supervisor.start([sys.executable, "-c", program], output)
+        supervisor.start(["-c", program])
         try:
             return supervisor.wait()
         except BaseException:
             supervisor.stop(10)
             raise
+
+
+def test_a_process_that_waited_does_the_job(
+    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start_waiting(choose_environment())
+    monkeypatch.setattr("tasks.training.process.ahead._waiting", process)
+    told = Told(make_job(base_model, tokens, tmp_path), in_place=False)
+    assert process.poll() is not None
+    assert same_adapter(told.outcome, undisturbed.outcome)
+    assert [record.loss for record in told.steps] == [record.loss for record in undisturbed.steps]
+    assert take_waiting() is None
+
+
+def test_a_waiting_process_ends_with_the_one_that_started_it() -> None:
+    program = (
+        "from tasks.training.process.ahead import start_waiting, choose_environment; import os;"
+        "print(start_waiting(choose_environment()).pid, flush=True); os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    waiting = [psutil.Process(int(done.stdout))] if psutil.pid_exists(int(done.stdout)) else []
+    assert psutil.wait_procs(waiting, timeout=60)[1] == []
+
+
+def test_a_waiting_process_that_died_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start_waiting(choose_environment())
+    process.kill()
+    process.wait()
+    monkeypatch.setattr("tasks.training.process.ahead._waiting", process)
+    assert take_waiting() is None
 
 
 def test_interruption_loses_no_word(tmp_path: Path) -> None:
