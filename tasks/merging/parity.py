@@ -10,12 +10,14 @@ time.
 
 import gc
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import GenerationConfig
 
 from schemas.artifacts import MergeCheck
 from schemas.config import MergeConfig
@@ -24,6 +26,8 @@ from tasks.models import choose_device, load_model
 
 MAX_LOGIT_DIFF_FP32 = 1e-3
 MAX_LOGIT_DIFF_16_BIT = 1.0
+GROUP_TOKENS = 8192
+"""Of the prompts that go through a model together; all models get them padded alike."""
 
 
 class ParityError(ValueError):
@@ -69,7 +73,7 @@ def check_merge(
     _free(device)
     try:
         model: Any = load_model(merged, dtype=dtype, device=device)
-        logits = [_read_logits(model, probe.input_ids, len(probe.adapted)) for probe in probes]
+        logits = _read_logits(model, [probe.input_ids for probe in probes], config.probe_tokens)
     except Exception as error:
         raise ParityError(f"{merged}: the merged model does not load from disk: {error}") from error
     del model
@@ -99,36 +103,63 @@ def _probe_adapted(
     base: Any = load_model(base_model, dtype=dtype, device=device)
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     model: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
-    probes = []
-    for prompt in prompts:
-        start = prompt[-(longest - num_tokens) :] if longest else prompt
-        greedy = _continue_greedily(model, start, num_tokens)
-        input_ids = start + greedy[:-1]
-        adapted = _read_logits(model, input_ids, num_tokens)
-        with model.disable_adapter():
-            alone = _read_logits(model, input_ids, num_tokens)
-        probes.append(Probe(input_ids, adapted, alone))
-    return probes
+    starts = [prompt[-(longest - num_tokens) :] if longest else prompt for prompt in prompts]
+    greedy = [tokens for rows in _group(starts) for tokens in _continue_greedily(model, rows, num_tokens)]
+    input_ids = [start + tokens[:-1] for start, tokens in zip(starts, greedy, strict=True)]
+    adapted = _read_logits(model, input_ids, num_tokens)
+    with model.disable_adapter():
+        alone = _read_logits(model, input_ids, num_tokens)
+    return [Probe(*values) for values in zip(input_ids, adapted, alone, strict=True)]
 
 
 @torch.no_grad()
-def _continue_greedily(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
-    """Return the most probable next tokens; an end of turn does not stop it."""
-    output = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True, logits_to_keep=1)
-    tokens = [int(output.logits[0, -1].argmax())]
-    while len(tokens) < num_tokens:
-        step = torch.tensor([tokens[-1:]], device=model.device)
-        output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
-        tokens.append(int(output.logits[0, -1].argmax()))
+def _continue_greedily(model: Any, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Return the most probable next tokens of each prompt; an end of turn does not stop it."""
+    padded = _pad_left(prompts, model.device)
+    config = GenerationConfig(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    output: Tensor = model.generate(**padded, generation_config=config)
+    tokens: list[list[int]] = output[:, -num_tokens:].tolist()
     return tokens
 
 
 @torch.no_grad()
-def _read_logits(model: Any, input_ids: list[int], num_positions: int) -> Tensor:
-    """Return the logits of the last positions, [K, V] in fp32 on the CPU."""
-    ids = torch.tensor([input_ids], device=model.device)
-    logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=num_positions).logits
-    return logits[0, -num_positions:].float().cpu()
+def _read_logits(model: Any, rows: list[list[int]], num_positions: int) -> list[Tensor]:
+    """Return the logits of the last positions of each row, [K, V] in fp32 on the CPU."""
+    takes_positions = "position_ids" in signature(_unwrap(model).forward).parameters
+    results: list[Tensor] = []
+    for group in _group(rows):
+        padded = _pad_left(group, model.device)
+        if takes_positions and "attention_mask" in padded:
+            padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        logits: Tensor = model(**padded, use_cache=False, logits_to_keep=num_positions).logits
+        results.extend(logits[:, -num_positions:].float().cpu())
+    return results
+
+
+def _unwrap(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _group(rows: list[list[int]]) -> list[list[list[int]]]:
+    """Cut rows into groups of at most `GROUP_TOKENS` padded tokens, in their order: a launch a row takes far longer."""
+    groups: list[list[list[int]]] = []
+    for row in rows:
+        together = [*groups[-1], row] if groups else []
+        if together and len(together) * max(map(len, together)) <= GROUP_TOKENS:
+            groups[-1] = together
+        else:
+            groups.append([row])
+    return groups
+
+
+def _pad_left(rows: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Return rows side by side, ending together, and where they begin; rows of one length need no mask."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=device)
+    if all(len(row) == length for row in rows):
+        return {"input_ids": ids}
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _compare(probes: list[Probe], logits: list[Tensor]) -> MergeCheck:
