@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks.training.distributed import gather, rank
-from tasks.training.random_states import draw_apart, read_random_states, write_random_states
+from tasks.training.random_states import read_random_states, seed_per_rank, write_random_states
 from tasks.training.records import EvalRecord, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def restore_checkpoint(
         states = {name.removeprefix(f"{rank()}|"): tensor for name, tensor in load_file(path / RANDOM).items()}
         write_random_states(states, state["generators"][rank()])
     else:  # written by fewer ranks
-        draw_apart(0, values["step"])
+        seed_per_rank(0, values["step"])
     return Progress(**{**values, "evaluations": [EvalRecord(**record) for record in values["evaluations"]]})
 
 

@@ -27,7 +27,7 @@ _TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs is an err
 
 
 @contextmanager
-def join_team() -> Iterator[None]:
+def init_process_group() -> Iterator[None]:
     """Join the ranks that the elastic launcher started, and leave them at the end; alone, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -63,12 +63,12 @@ def machine() -> int:
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
-def is_leader() -> bool:
+def is_rank0() -> bool:
     """Say whether this rank is the one that writes and tells."""
     return rank() == 0
 
 
-def deal(batches: Sequence[Batch], *, is_even: bool) -> list[tuple[Batch, float]]:
+def shard_batches(batches: Sequence[Batch], *, is_even: bool) -> list[tuple[Batch, float]]:
     """Return this rank's micro batches with weight 1.
 
     Args:
@@ -108,7 +108,7 @@ def sum_flat(gradient: Tensor, *figures: Tensor) -> list[Tensor]:
     return list(numbers)
 
 
-def agree(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return whether the flag is set on any rank."""
     if world_size() == 1:
         return flag
@@ -126,12 +126,12 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def ask_leader(work: Callable[[], T]) -> T:
+def run_on_rank0(work: Callable[[], T]) -> T:
     """Have the leader alone do something; return the result, or raise the error, on every rank."""
     if world_size() == 1:
         return work()
     answer: list[Any] = [None, None]
-    if is_leader():
+    if is_rank0():
         try:
             answer[0] = work()
         except Exception as error:
@@ -143,7 +143,7 @@ def ask_leader(work: Callable[[], T]) -> T:
     return result
 
 
-def ask_machines(work: Callable[[], None]) -> None:
+def run_once_per_node(work: Callable[[], None]) -> None:
     """Have one rank of each machine do something, after all ranks came here; when it is done, go on together.
 
     Raises:
@@ -161,7 +161,7 @@ def ask_machines(work: Callable[[], None]) -> None:
             raise found
 
 
-def check_same(parameters: Mapping[str, nn.Parameter], *, step: int) -> None:
+def check_ranks_agree(parameters: Mapping[str, nn.Parameter], *, step: int) -> None:
     """Raise TrainingError unless every rank holds the same bits.
 
     Compares the sum of each tensor's bit patterns as integers: exact, and nothing is copied to the host but the sums.
@@ -187,7 +187,7 @@ def share_table(table: TokenTable) -> list[tuple[TokenTable, bool]]:
     num_examples, num_ranks = len(table.example_ids), world_size()
     order = np.argsort(-table.lengths, kind="stable")
     num_dealt = num_examples - num_examples % num_ranks
-    parts = ((order[rank() : num_dealt : num_ranks], True), (order[num_dealt:], is_leader()))
+    parts = ((order[rank() : num_dealt : num_ranks], True), (order[num_dealt:], is_rank0()))
     return [(_choose(table, indices), counts) for indices, counts in parts if len(indices)]
 
 

@@ -24,12 +24,12 @@ from tasks.training.checkpoints import (
     restore_checkpoint,
 )
 from tasks.training.curves import open_tensorboard
-from tasks.training.distributed import agree, ask_leader, gather, is_leader, machine, world_size
+from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
 from tasks.training.lora import save_adapter
 from tasks.training.memory import is_out_of_memory, read_memory
 from tasks.training.packing import packing_efficiency
 from tasks.training.preparation import Setup, prepare_training
-from tasks.training.random_states import draw_apart
+from tasks.training.random_states import seed_per_rank
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
 from tasks.training.sharding import is_sharded, is_zero, shard_base
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
@@ -79,20 +79,20 @@ def train_adapter(
         TrainingStopped: `should_stop` said so; a checkpoint was written.
     """
     saved = run_folder / "checkpoints"
-    checkpoint, warnings = ask_leader(lambda: find_checkpoint(saved, identity))
+    checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity))
     with _naming_shortage(base_model):
         setup = prepare_training(base_model, tokens, run_folder / f"examples-{machine()}", config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
-    draw_apart(seed, 0)
+    seed_per_rank(seed, 0)
     if checkpoint is not None:
         _restore(run, checkpoint)
     resumed_from_step = run.progress.step if checkpoint is not None else None
     with _naming_shortage(base_model):
         run.setup = _divide(setup)
 
-    with_tensorboard = "tensorboard" in config.report_to and is_leader()
+    with_tensorboard = "tensorboard" in config.report_to and is_rank0()
     with (
         CheckpointWriter(saved, keep=config.keep_checkpoints) as writer,
         open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step)
@@ -108,7 +108,7 @@ def train_adapter(
 
 def _restore(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint's state into a training that no rank holds only a part of yet."""
-    parameters, optimizer = run.setup.optimizer.whole()
+    parameters, optimizer = run.setup.optimizer.unsharded()
     run.progress = restore_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer)
     run.saved_step = run.progress.step
     logger.info("Resuming from step %d of %d", run.progress.step, run.setup.num_steps)
@@ -118,10 +118,10 @@ def _save_chosen(run: Run, run_folder: Path) -> int:
     """Save the last adapter, or with early stopping the best one; return its step."""
     setup, progress = run.setup, run.progress
     step = progress.step
-    trained: Mapping[str, Tensor] = setup.optimizer.whole()[0]
+    trained: Mapping[str, Tensor] = setup.optimizer.unsharded()[0]
     if setup.config.early_stopping_patience is not None and progress.best_step is not None:
         step = progress.best_step
-    if is_leader():
+    if is_rank0():
         if step != progress.step:
             trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
         save_adapter(setup.model, run_folder / "adapter", trained)
@@ -199,7 +199,7 @@ def _run_steps(
     setup, progress = run.setup, run.progress
     steps = iterate(run)
     while progress.step < setup.num_steps and not _is_patience_over(setup, progress):
-        if agree(should_stop()):
+        if any_rank(should_stop()):
             if run.saved_step != progress.step:
                 save(run, writer)
             writer.finish()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tasks.training.batches import Batch
-from tasks.training.distributed import deal, gather, world_size
+from tasks.training.distributed import gather, shard_batches, world_size
 from tasks.training.memory import OutOfMemory, is_out_of_memory
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
@@ -30,16 +30,16 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     if num_trained_tokens == 0:
         names = [name for batch in batches for name in batch.example_ids]
         raise TrainingError(f"step {step}: no trained token in examples {_list_names(names)}: remove them")
-    mine = deal(batches, is_even=is_sharded(setup.config))
+    mine = shard_batches(batches, is_even=is_sharded(setup.config))
     loss_sums, shortage = _accumulate(setup, mine, num_trained_tokens)
     if shortage and world_size() == 1:
         raise OutOfMemory(shortage)
     zero = torch.zeros((), device=setup.device)
     loss_sum, num_short = setup.optimizer.sum(sum(loss_sums, zero), zero + bool(shortage))
     grad_norm = setup.optimizer.clip()
-    is_fine = torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (num_short == 0)
+    is_finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (num_short == 0)
     if not shortage:  # where the memory is full, there is no room for the optimizer's first step either
-        setup.optimizer.move(learning_rate, is_fine)
+        setup.optimizer.move(learning_rate, is_finite)
     # The step's only wait for the device: all its numbers at once, with everything queued behind them.
     *sums, total, norm, short = torch.stack([*loss_sums, loss_sum, grad_norm, num_short]).tolist()
     if short:

@@ -29,7 +29,7 @@ class AdapterOptimizer(Protocol):
         """Return the gradient's global norm; the gradient that `move` applies is scaled down to the largest one."""
         ...
 
-    def move(self, learning_rate: float, is_fine: Tensor) -> None:
+    def move(self, learning_rate: float, is_finite: Tensor) -> None:
         """Take the step, which changes nothing where the tensor says that it is not fine, and forget the gradient."""
         ...
 
@@ -37,7 +37,7 @@ class AdapterOptimizer(Protocol):
         """Forget the gradient."""
         ...
 
-    def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Return what is trained and its optimizer as one process would hold them; every rank has to ask."""
         ...
 
@@ -70,12 +70,12 @@ class WholeOptimizer:
             return norm
         return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
 
-    def move(self, learning_rate: float, is_fine: Tensor) -> None:
+    def move(self, learning_rate: float, is_finite: Tensor) -> None:
         """Queue PyTorch's step on the device, without waiting for whether it may be done."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # AdamW in its fused form asks for this on the device, as a gradient scaler sets it.
-        self.optimizer.found_inf = (~is_fine).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.forget()
 
@@ -86,6 +86,6 @@ class WholeOptimizer:
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Return the things themselves."""
         return self.parameters, self.optimizer

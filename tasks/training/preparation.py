@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
 from tasks.training.batches import lay_out, open_rows
-from tasks.training.distributed import ask_machines
+from tasks.training.distributed import run_once_per_node
 from tasks.training.engine_choice import choose_engine
 from tasks.training.engines import Engine
 from tasks.training.frozen import load_base
@@ -137,11 +137,11 @@ def _read_splits(
             lay_out(path, folder / "eval", config.model_copy(update={"packing": False}))
 
     try:
-        ask_machines(write)
+        run_once_per_node(write)
         table, rows = open_rows(folder / "train")
         return table, rows, open_rows(folder / "eval")[0] if num_eval else None
     finally:
-        ask_machines(lambda: shutil.rmtree(folder, ignore_errors=True))
+        run_once_per_node(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _check_vocabulary(model: PreTrainedModel, *tables: TokenTable | None) -> None:

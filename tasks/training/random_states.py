@@ -33,7 +33,7 @@ def write_random_states(states: Mapping[str, Tensor], generators: Mapping[str, A
     np.random.set_state(legacy)
 
 
-def draw_apart(seed: int, step: int) -> None:
+def seed_per_rank(seed: int, step: int) -> None:
     """Give each rank but the first random states of its own, for dropout that is not the same on all."""
     if rank() == 0:
         return

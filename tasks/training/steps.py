@@ -14,7 +14,7 @@ import torch
 from tasks.tokenization.masking import IGNORE_INDEX
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
-from tasks.training.distributed import check_same, gather, share_table, world_size
+from tasks.training.distributed import check_ranks_agree, gather, share_table, world_size
 from tasks.training.memory import (
     OutOfMemory,
     is_out_of_memory,
@@ -161,8 +161,8 @@ def release_memory(setup: Setup) -> None:
 
 def save(run: Run, writer: CheckpointWriter) -> None:
     """Copy the training's state and begin to write it."""
-    check_same(run.setup.parameters, step=run.progress.step)
-    parameters, optimizer = run.setup.optimizer.whole()
+    check_ranks_agree(run.setup.parameters, step=run.progress.step)
+    parameters, optimizer = run.setup.optimizer.unsharded()
     snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=run.progress, identity=run.identity)
     if snapshot is not None:
         writer.write(snapshot)

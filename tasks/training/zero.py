@@ -52,9 +52,9 @@ class ZeroOptimizer:
         dist.all_reduce(square)
         return square.sqrt()
 
-    def move(self, learning_rate: float, is_fine: Tensor) -> None:
+    def move(self, learning_rate: float, is_finite: Tensor) -> None:
         """Wait for whether the step may be done, and take DeepSpeed's; not fine is the end of the training."""
-        if is_fine.item():
+        if is_finite.item():
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.engine.step()
@@ -64,7 +64,7 @@ class ZeroOptimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def whole(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Gather a copy on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -90,7 +90,7 @@ def divide(setup: Setup) -> Setup:
     deepspeed.ops.__compatible_ops__ = {}
     settings = _describe(setup)
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False))
-    parameters, optimizer = setup.optimizer.whole()
+    parameters, optimizer = setup.optimizer.unsharded()
     states = {name: dict(optimizer.state[parameter]) for name, parameter in parameters.items()}
     optimizer.state.clear()
     if setup.config.strategy == "zero3":

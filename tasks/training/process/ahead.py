@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _lock = threading.Lock()
 _waiting: subprocess.Popen[bytes] | None = None
@@ -49,7 +50,12 @@ def take_waiting() -> subprocess.Popen[bytes] | None:
 
 def give_job(process: subprocess.Popen[bytes], arguments: Sequence[str], log: Path, address: str) -> bool:
     """Tell a waiting process what to do; say whether it heard."""
-    order = {"arguments": list(arguments), "log": str(log), "address": address, "folder": str(Path.cwd())}
+    order: dict[str, Any] = {
+        "arguments": list(arguments),
+        "log": str(log),
+        "address": address,
+        "folder": str(Path.cwd()),
+    }
     order["environment"] = dict(os.environ)
     try:
         assert process.stdin is not None

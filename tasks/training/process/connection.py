@@ -1,7 +1,7 @@
-"""A training process's line to its launcher: it tells what happens, hears a stop, and ends when the line breaks.
+"""A training process's connection to its launcher: it sends what happens, receives a stop, and ends when it breaks.
 
-The line breaks when the launcher dies, however it dies. Two guards then end the process and what it has started: a
-thread that waits on the line, and, on Linux, the kernel itself (PR_SET_PDEATHSIG), in case no thread gets to run.
+It breaks when the launcher dies, however it dies. Two guards then end the process and what it has started: a
+thread that waits on the connection, and, on Linux, the kernel itself (PR_SET_PDEATHSIG), in case no thread gets to run.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _CLOSE_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-class Lifeline:
+class WorkerConnection:
     """The connection, with a thread that sends (and beats while there is nothing to send) and one that listens."""
 
     def __init__(self, address: str, *, role: str) -> None:
@@ -29,14 +29,14 @@ class Lifeline:
         self._stop = threading.Event()
         self._has_begun = threading.Event()
         self._is_closing = threading.Event()
-        self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._line.connect(address)
-        self._sender = threading.Thread(target=self._send_all, name="lifeline-sender", daemon=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(address)
+        self._sender = threading.Thread(target=self._send_all, name="connection-sender", daemon=True)
         self._sender.start()
-        self.tell("hello", pid=os.getpid(), role=role)
-        threading.Thread(target=self._listen, name="lifeline-listener", daemon=True).start()
+        self.send("hello", pid=os.getpid(), role=role)
+        threading.Thread(target=self._listen, name="connection-listener", daemon=True).start()
 
-    def tell(self, kind: str, /, **values: Any) -> None:
+    def send(self, kind: str, /, **values: Any) -> None:
         """Send a line, without waiting for it to be read."""
         self._waiting.put(encode(kind, values))
 
@@ -49,16 +49,16 @@ class Lifeline:
         """Note that the training should stop; before its first step there is nothing to keep: the process ends."""
         self._stop.set()
         if not self._has_begun.is_set():
-            self.tell("stopped")
+            self.send("stopped")
             self.close()
             os._exit(0)
 
     def close(self) -> None:
-        """Send what is waiting and end the line."""
+        """Send what is waiting and close."""
         self._is_closing.set()
         self._waiting.put(None)
         self._sender.join(_CLOSE_SECONDS)
-        self._line.close()
+        self._socket.close()
 
     def _send_all(self) -> None:
         while True:
@@ -69,7 +69,7 @@ class Lifeline:
             if content is None:
                 return
             try:
-                self._line.sendall(content)
+                self._socket.sendall(content)
             except OSError:
                 if self._is_closing.is_set():
                     return
@@ -78,7 +78,7 @@ class Lifeline:
     def _listen(self) -> None:
         while True:
             try:
-                heard = self._line.recv(len(STOP))
+                heard = self._socket.recv(len(STOP))
             except OSError:
                 heard = b""
             if heard:
@@ -90,22 +90,22 @@ class Lifeline:
 
 
 class LogSender(logging.Handler):
-    """Sends log lines over the line, to be shown where the launcher runs."""
+    """Sends log lines over the connection, to be shown where the launcher runs."""
 
-    def __init__(self, line: Lifeline) -> None:
+    def __init__(self, connection: WorkerConnection) -> None:
         super().__init__(logging.INFO)
-        self._line = line
+        self._connection = connection
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send our own lines from INFO on, and those of libraries from WARNING on."""
         if record.levelno >= logging.WARNING or record.name.startswith("tasks."):
-            self._line.tell("log", level=record.levelno, message=record.getMessage())
+            self._connection.send("log", level=record.levelno, message=record.getMessage())
 
 
-def open_lifeline(*, role: str) -> Lifeline:
+def connect_worker(*, role: str) -> WorkerConnection:
     """Connect this process to its launcher, and tie its life to its parent's."""
     _die_with_parent()
-    return Lifeline(os.environ[ADDRESS_VARIABLE], role=role)
+    return WorkerConnection(os.environ[ADDRESS_VARIABLE], role=role)
 
 
 def _die_with_parent() -> None:

@@ -30,16 +30,16 @@ def train_in_place(
     What interrupts this thread (an exception of a signal's handler or of a callback) stops the training at its next
     step border, after a checkpoint, and is then raised on. A second interruption does not wait for that.
     """
-    line = _Line()
+    handover = _Handover()
     outcome: Future[TrainingOutcome] = Future()
     run = contextvars.copy_context().run
     threading.Thread(
-        target=run, args=(_train, job, on_step, on_eval, line, outcome), name="training", daemon=True
+        target=run, args=(_train, job, on_step, on_eval, handover, outcome), name="training", daemon=True
     ).start()
     try:
-        line.pass_on()
+        handover.forward()
     except BaseException:
-        line.stop()
+        handover.stop()
         if outcome.done() and isinstance(error := outcome.exception(), TrainingError):
             logger.warning("While stopping the training: %s", error)
         raise
@@ -50,7 +50,7 @@ def _train(
     job: TrainingJob,
     on_step: Callable[[StepRecord], None],
     on_eval: Callable[[EvalRecord], None],
-    line: "_Line",
+    handover: "_Handover",
     outcome: "Future[TrainingOutcome]",
 ) -> None:
     from tasks.training.loop import train_adapter
@@ -64,18 +64,18 @@ def _train(
                 job.config,
                 seed=job.seed,
                 identity=job.identity,
-                on_step=partial(line.tell, on_step),
-                on_eval=partial(line.tell, on_eval),
-                should_stop=line.should_stop,
+                on_step=partial(handover.send, on_step),
+                on_eval=partial(handover.send, on_eval),
+                should_stop=handover.should_stop,
             )
         )
     except BaseException as error:
         outcome.set_exception(error)
     finally:
-        line.close()
+        handover.close()
 
 
-class _Line:
+class _Handover:
     """Between the training's thread and the one that waits for it."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class _Line:
         self._is_stopping = threading.Event()
         self._is_left = threading.Event()
 
-    def tell(self, listener: Callable[[Any], None], record: Any) -> None:
+    def send(self, listener: Callable[[Any], None], record: Any) -> None:
         """Have the other thread call the listener."""
         self._told.put(partial(listener, record))
 
@@ -100,7 +100,7 @@ class _Line:
         """Tell that nothing more will come."""
         self._told.put(None)
 
-    def pass_on(self) -> None:
+    def forward(self) -> None:
         """Call the listeners as told, until nothing more comes."""
         while (call := self._wait()) is not None:
             self._interrupted = call
@@ -119,12 +119,12 @@ class _Line:
             return
         logger.info("Stopping the training after a checkpoint")
         try:
-            self._pass_on_the_rest()
+            self._forward_the_rest()
         except BaseException:
             self._is_left.set()
             raise
 
-    def _pass_on_the_rest(self) -> None:
+    def _forward_the_rest(self) -> None:
         """Call the listener that was interrupted again, so that a curve has no hole, and those that follow."""
         call = self._interrupted or self._wait()
         while call is not None:

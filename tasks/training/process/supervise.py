@@ -1,4 +1,4 @@
-"""The launcher's side of the line: starts the processes, hears them, stops them, and leaves none behind."""
+"""The launcher's side of a training: it starts the processes, receives what they send, and stops them all."""
 
 import logging
 import os
@@ -50,10 +50,10 @@ class Listeners:
 
 
 @dataclass
-class _Line:
+class _Connection:
     """One process's connection."""
 
-    connection: socket.socket
+    socket: socket.socket
     heard: float
     pid: int | None = None
     role: str = "?"
@@ -69,20 +69,20 @@ class Supervisor:
         self._silence_seconds = silence_seconds
         self._folder = Path(tempfile.mkdtemp(prefix="sft-"))  # mode 700; run folders are too long for a socket's name
         self._selector = selectors.DefaultSelector()
-        self._lines: list[_Line] = []
-        self._untold: deque[tuple[_Line, dict[str, Any]]] = deque()
+        self._connections: list[_Connection] = []
+        self._unhandled: deque[tuple[_Connection, dict[str, Any]]] = deque()
         self._known: dict[int, psutil.Process] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._outcome: TrainingOutcome | None = None
         self._errors: list[dict[str, Any]] = []
         self._is_stopped = False
         self._is_stopping = False
-        self._is_given_up = False
+        self._has_given_up = False
         self._has_spoken = False
 
     def __enter__(self) -> Self:
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.bind(str(self._folder / "line"))
+        self._server.bind(str(self._folder / "socket"))
         self._server.listen()
         self._selector.register(self._server, selectors.EVENT_READ)
         return self
@@ -91,8 +91,8 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._kill()
-        for line in self._lines:
-            line.connection.close()
+        for connection in self._connections:
+            connection.socket.close()
         self._selector.close()
         self._server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -104,7 +104,7 @@ class Supervisor:
             arguments: of Python.
             ahead: a process that waits for such a job, and is then used.
         """
-        address = str(self._folder / "line")
+        address = str(self._folder / "socket")
         if ahead is not None and give_job(ahead, arguments, self._log, address):
             self._process = ahead
         else:
@@ -117,7 +117,7 @@ class Supervisor:
                     env={**choose_environment(), ADDRESS_VARIABLE: address},
                     start_new_session=True,
                 )
-        self._remember(self._process.pid)
+        self._note_process(self._process.pid)
         self._started = time.monotonic()
 
     def wait(self) -> TrainingOutcome:
@@ -134,7 +134,7 @@ class Supervisor:
         assert self._process is not None
         ended: float | None = None
         while self._process.poll() is None:
-            is_idle = not self._hear()
+            is_idle = not self._receive()
             if ended is None and (self._outcome or self._errors):
                 ended = time.monotonic()
             if ended is None:
@@ -144,7 +144,7 @@ class Supervisor:
                 patience = _EXIT_SECONDS if self._outcome else _PEERS_SECONDS
                 if time.monotonic() - ended > patience:
                     break
-        while self._hear(wait=False):
+        while self._receive(wait=False):
             pass
         if self._outcome is not None:
             if self._errors:
@@ -161,19 +161,19 @@ class Supervisor:
 
         As long as there is no rank, nothing has been trained, and there is nothing to wait for.
         """
-        ranks = [line for line in self._lines if line.role == "rank"]
-        if self._process is None or self._process.poll() is not None or self._errors or self._is_given_up or not ranks:
+        ranks = [connection for connection in self._connections if connection.role == "rank"]
+        if self._process is None or self._process.poll() is not None or self._errors or self._has_given_up or not ranks:
             return
         logger.info("Stopping the training after a checkpoint")
         self._is_stopping = True
-        for line in ranks:
-            self._say_stop(line)
+        for connection in ranks:
+            self._send_stop(connection)
         deadline = time.monotonic() + seconds
         is_alive = True
         while is_alive and time.monotonic() < deadline:
             is_alive = self._process.poll() is None
             try:
-                self._hear(wait=is_alive)
+                self._receive(wait=is_alive)
             except Exception as error:  # a listener that fails now must not keep the training from ending
                 logger.warning("While stopping the training: %s", error)
                 silent = lambda *values: None  # noqa: E731
@@ -181,7 +181,7 @@ class Supervisor:
         if is_alive:
             logger.warning("The training did not stop within %.0f s and was killed", seconds)
 
-    def _hear(self, *, wait: bool = True) -> bool:
+    def _receive(self, *, wait: bool = True) -> bool:
         """Take in what has come, and pass it on; return whether anything has come."""
         ready = self._selector.select(_TICK_SECONDS if wait else 0.0)
         for key, _ in ready:
@@ -189,40 +189,40 @@ class Supervisor:
                 self._accept()
             else:
                 self._read(key.data)
-        while self._untold:  # an interruption in between leaves the rest for the next time
-            self._take(*self._untold.popleft())
+        while self._unhandled:  # an interruption in between leaves the rest for the next time
+            self._handle(*self._unhandled.popleft())
         return bool(ready)
 
     def _accept(self) -> None:
-        connection, _ = self._server.accept()
+        accepted, _ = self._server.accept()
         self._has_spoken = True
-        line = _Line(connection, time.monotonic())
-        self._lines.append(line)
-        self._selector.register(connection, selectors.EVENT_READ, line)
+        connection = _Connection(accepted, time.monotonic())
+        self._connections.append(connection)
+        self._selector.register(connection.socket, selectors.EVENT_READ, connection)
 
-    def _read(self, line: _Line) -> None:
+    def _read(self, connection: _Connection) -> None:
         try:
-            content = line.connection.recv(1 << 16)
+            content = connection.socket.recv(1 << 16)
         except OSError:
             content = b""
         if not content:
-            self._selector.unregister(line.connection)
-            line.connection.close()
-            self._lines.remove(line)
+            self._selector.unregister(connection.socket)
+            connection.socket.close()
+            self._connections.remove(connection)
             return
-        line.heard = time.monotonic()
-        line.buffer += content
-        *whole, rest = bytes(line.buffer).split(b"\n")
-        line.buffer = bytearray(rest)
-        self._untold.extend((line, loads(text)) for text in whole)
+        connection.heard = time.monotonic()
+        connection.buffer += content
+        *whole, rest = bytes(connection.buffer).split(b"\n")
+        connection.buffer = bytearray(rest)
+        self._unhandled.extend((connection, loads(text)) for text in whole)
 
-    def _take(self, line: _Line, values: dict[str, Any]) -> None:
+    def _handle(self, connection: _Connection, values: dict[str, Any]) -> None:
         kind = values["kind"]
         if kind == "hello":
-            line.pid, line.role = int(values["pid"]), str(values["role"])
-            self._remember(line.pid)
-            if self._is_stopping and line.role == "rank":
-                self._say_stop(line)
+            connection.pid, connection.role = int(values["pid"]), str(values["role"])
+            self._note_process(connection.pid)
+            if self._is_stopping and connection.role == "rank":
+                self._send_stop(connection)
         elif kind == "step":
             self._listeners.on_step(read_step(values))
         elif kind == "eval":
@@ -236,28 +236,28 @@ class Supervisor:
         elif kind == "error":
             self._errors.append(values)
 
-    def _say_stop(self, line: _Line) -> None:
+    def _send_stop(self, connection: _Connection) -> None:
         with suppress(OSError):
-            line.connection.sendall(STOP)
+            connection.socket.sendall(STOP)
 
     def _check_silence(self) -> None:
         """Raise TrainingCrash when a process beats no more, or none ever spoke."""
         now = time.monotonic()
-        for line in self._lines:
-            if now - line.heard > self._silence_seconds:
-                self._is_given_up = True
+        for connection in self._connections:
+            if now - connection.heard > self._silence_seconds:
+                self._has_given_up = True
                 raise TrainingCrash(
-                    f"the training's process {line.pid} ({line.role}) gave no sign of life for "
-                    f"{now - line.heard:.0f} s and was killed: it was stopped, or the machine is out of memory. "
+                    f"the training's process {connection.pid} ({connection.role}) gave no sign of life for "
+                    f"{now - connection.heard:.0f} s and was killed: it was stopped, or the machine is out of memory. "
                     f"The same run goes on from the last checkpoint{read_tail(self._log)}"
                 )
         if not self._has_spoken and now - self._started > _START_SECONDS:
-            self._is_given_up = True
+            self._has_given_up = True
             raise TrainingCrash(
                 f"the training's process did not start within {_START_SECONDS:.0f} s{read_tail(self._log)}"
             )
 
-    def _remember(self, pid: int) -> None:
+    def _note_process(self, pid: int) -> None:
         with suppress(psutil.NoSuchProcess):
             self._known[pid] = psutil.Process(pid)
 

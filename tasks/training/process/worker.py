@@ -1,7 +1,7 @@
 """The program of a training process: `python -m tasks.training.process.worker JOB.json`, started by the launcher.
 
 For several processes it is first the agent, which starts itself once more for each of them through PyTorch's elastic
-launcher; that one sets RANK and WORLD_SIZE. The heavy libraries are imported after the line to the launcher stands.
+launcher; that one sets RANK and WORLD_SIZE. The heavy libraries are imported once the launcher is connected.
 """
 
 import json
@@ -15,7 +15,7 @@ from inspect import signature as read_signature
 from pathlib import Path
 from typing import Any
 
-from tasks.training.process.connection import Lifeline, LogSender, open_lifeline
+from tasks.training.process.connection import LogSender, WorkerConnection, connect_worker
 from tasks.training.process.messages import (
     ADDRESS_VARIABLE,
     NODE_RANK_VARIABLE,
@@ -34,38 +34,38 @@ def main(path: Path) -> None:
     """Train, or start the processes that do."""
     job = read_job(path)
     is_agent = job.config.num_processes * job.config.num_nodes > 1 and "RANK" not in os.environ
-    line = open_lifeline(role="agent" if is_agent else "rank")
+    connection = connect_worker(role="agent" if is_agent else "rank")
     try:
         if is_agent:
             _start_ranks(job, path)
         else:
-            _train(job, line)
+            _train(job, connection)
     except TrainingStopped:
-        line.tell("stopped")
+        connection.send("stopped")
     except BaseException as error:
         kind, text = type(error).__name__, str(error)
-        line.tell("error", type=kind, message=text, traceback="".join(traceback.format_exception(error)))
-        line.close()
+        connection.send("error", type=kind, message=text, traceback="".join(traceback.format_exception(error)))
+        connection.close()
         raise
-    line.close()
+    connection.close()
 
 
-def _train(job: TrainingJob, line: Lifeline) -> None:
+def _train(job: TrainingJob, connection: WorkerConnection) -> None:
     """Train as one of the ranks; tell of it where this is the first one."""
-    from tasks.training.distributed import join_team
+    from tasks.training.distributed import init_process_group
     from tasks.training.loop import train_adapter
 
-    signal.signal(signal.SIGTERM, lambda number, frame: line.ask_to_stop())
+    signal.signal(signal.SIGTERM, lambda number, frame: connection.ask_to_stop())
     is_first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO, handlers=[LogSender(line)] if is_first else None)
+    logging.basicConfig(level=logging.INFO, handlers=[LogSender(connection)] if is_first else None)
 
     def tell_step(record: StepRecord) -> None:
-        line.tell("step", **asdict(record))
+        connection.send("step", **asdict(record))
 
     def tell_evaluation(record: EvalRecord) -> None:
-        line.tell("eval", **asdict(record))
+        connection.send("eval", **asdict(record))
 
-    with join_team():
+    with init_process_group():
         outcome = train_adapter(
             job.base_model,
             job.tokens,
@@ -75,10 +75,10 @@ def _train(job: TrainingJob, line: Lifeline) -> None:
             identity=job.identity,
             on_step=tell_step if is_first else lambda record: None,
             on_eval=tell_evaluation if is_first else lambda record: None,
-            should_stop=line.should_stop,
+            should_stop=connection.should_stop,
         )
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        line.tell("outcome", **describe_outcome(outcome))
+        connection.send("outcome", **describe_outcome(outcome))
 
 
 def _start_ranks(job: TrainingJob, path: Path) -> None:
@@ -127,10 +127,10 @@ def wait_for_job() -> None:
     """
     import tasks.training.loop  # noqa: F401
 
-    line = sys.stdin.readline()
-    if not line:
+    text = sys.stdin.readline()
+    if not text:
         return
-    order: dict[str, Any] = json.loads(line)
+    order: dict[str, Any] = json.loads(text)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for number in (1, 2):
         os.dup2(log, number)

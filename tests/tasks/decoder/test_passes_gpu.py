@@ -41,9 +41,9 @@ def test_replayed_passes_add_the_gradients_of_the_pass_itself(dropout: float) ->
         batches.append(batch if not dropout else batch.__class__(**{**batch.__dict__, "dropout_key": number}))
     expected, losses = [], []
     for batch in batches:
-        loss = engine.sum_losses(batch)
-        (loss * 0.125).backward()
-        losses.append(float(loss))
+        total = engine.sum_losses(batch)
+        (total * 0.125).backward()
+        losses.append(float(total))
         expected.append(take(parameters))
         for parameter in parameters.values():
             parameter.grad = None

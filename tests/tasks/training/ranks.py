@@ -70,13 +70,13 @@ def _raise_ranks(line: Connection) -> None:
 
 def _live(work: Callable[..., Any], arguments: tuple[Any, ...], port: int, folder: Path, number: int) -> None:
     """Be one of two ranks."""
-    from tasks.training.distributed import join_team
+    from tasks.training.distributed import init_process_group
 
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     try:
-        with join_team():
+        with init_process_group():
             result = work(number, *arguments)
     except Exception as error:
         result = error

@@ -17,7 +17,14 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch
 from tasks.training.checkpoints import Progress
-from tasks.training.distributed import ask_leader, check_same, deal, gather, share_table, sum_gradients
+from tasks.training.distributed import (
+    check_ranks_agree,
+    gather,
+    run_on_rank0,
+    shard_batches,
+    share_table,
+    sum_gradients,
+)
 from tasks.training.loop import train_adapter
 from tasks.training.preparation import prepare_training
 from tasks.training.process.launch import run_training
@@ -171,10 +178,10 @@ def test_shortage_of_one_rank_makes_all_smaller(
 
 def drift_apart(number: int) -> None:
     parameter = nn.Parameter(torch.ones(8))
-    check_same({"a": parameter}, step=1)
+    check_ranks_agree({"a": parameter}, step=1)
     with torch.no_grad():
         parameter[3] += number * 1e-6
-    check_same({"a": parameter}, step=2)
+    check_ranks_agree({"a": parameter}, step=2)
 
 
 def test_ranks_that_drift_apart_are_found(tmp_path: Path) -> None:
@@ -188,7 +195,7 @@ def fail_as_leader(number: int) -> list[int]:
         raise TrainingError(f"from rank {number}")
 
     assert gather(number) == [0, 1]
-    ask_leader(fail)
+    run_on_rank0(fail)
     return []
 
 
@@ -269,7 +276,11 @@ def test_several_machines_need_an_address(base_model: Path, many_tokens: Path, t
 def test_alone_everything_is_ones_own(many_tokens: Path) -> None:
     table, _ = read_tokens(many_tokens / "train.parquet")
     batches = [form_batch(table, [[0], [1]]), form_batch(table, [[2]])]
-    assert deal(batches, is_even=True) == deal(batches, is_even=False) == [(batches[0], 1.0), (batches[1], 1.0)]
+    assert (
+        shard_batches(batches, is_even=True)
+        == shard_batches(batches, is_even=False)
+        == [(batches[0], 1.0), (batches[1], 1.0)]
+    )
     ((whole, counts),) = share_table(table)
     assert counts
     assert sorted(whole.example_ids) == sorted(table.example_ids)
@@ -290,7 +301,7 @@ def test_shares_of_three_ranks_hold_each_example_once(many_tokens: Path, monkeyp
         shares = share_table(table)
         assert [len(share.example_ids) for share, _ in shares] == [2, 1]
         counted += [name for share, counts in shares if counts for name in share.example_ids]
-        turns = deal(batches, is_even=True)
+        turns = shard_batches(batches, is_even=True)
         assert len(turns) == 3
         dealt += [batch.example_ids[0] for batch, weight in turns if weight]
         assert shares[0][0].targets.size == int(shares[0][0].lengths.sum())

@@ -186,10 +186,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, engine: Liter
     setup = prepare_training(model, tmp_path, tmp_path / "examples", config, seed=0)
     fine, poisoned = (setup.engine.form_step(setup.table, [[index]]) for index in (0, 2))
     descend(setup, fine, 1e-2, step=1)
-    before = copy.deepcopy((list(setup.parameters.values()), setup.optimizer.whole()[1].state_dict()["state"]))
+    before = copy.deepcopy((list(setup.parameters.values()), setup.optimizer.unsharded()[1].state_dict()["state"]))
     with pytest.raises(TrainingError, match="step 2: the loss is not finite"):
         descend(setup, poisoned, 1e-2, step=2)
-    after = (list(setup.parameters.values()), setup.optimizer.whole()[1].state_dict()["state"])
+    after = (list(setup.parameters.values()), setup.optimizer.unsharded()[1].state_dict()["state"])
     assert_close(after, before, rtol=0, atol=0)
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in setup.parameters.values())
     descend(setup, fine, 1e-2, step=2)

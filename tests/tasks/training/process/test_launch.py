@@ -237,12 +237,12 @@ def test_interruption_before_the_first_step_ends_at_once(base_model: Path, token
 
 # As a training process, without a training: the imports of one take ten seconds.
 TELL = """
-from tasks.training.process.connection import open_lifeline
-line = open_lifeline(role="rank")
+from tasks.training.process.connection import connect_worker
+connection = connect_worker(role="rank")
 for number in range(50):
-    line.tell("log", level=20, message=str(number))
+    connection.send("log", level=20, message=str(number))
 {then}
-line.close()
+connection.close()
 """
 SAY = Callable[[int, str], None]
 
@@ -317,7 +317,7 @@ def test_end_without_an_outcome_is_told_with_the_log(tmp_path: Path, then: str, 
 
 
 def say_error(kind: str, message: str) -> str:
-    return f"line.tell('error', type='{kind}', message='{message}', traceback='Traceback of it')"
+    return f"connection.send('error', type='{kind}', message='{message}', traceback='Traceback of it')"
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_beats_keep_a_busy_process_alive(tmp_path: Path) -> None:
 
 # An outcome, and the end of the line: what comes after it is the process's own ending.
 OUTCOME = (
-    "line.tell('outcome', adapter='adapter', num_steps=3, final_loss=0.5, best_eval_loss=None, adapter_step=3, "
+    "connection.send('outcome', adapter='adapter', num_steps=3, final_loss=0.5, best_eval_loss=None, adapter_step=3, "
     "resumed_from_step=None, num_examples=4, num_packs=4, packing_efficiency=1.0, num_trained_tokens=5, "
     "num_trainable_parameters=6, tokens_per_second=7.0, peak_memory_bytes=8, warnings=[])"
 )
@@ -371,11 +371,11 @@ OUTCOME = (
 @pytest.mark.parametrize(
     "ending",
     [
-        "line.close(); import time; time.sleep(3)",  # a GPU's memory is being given back
-        "line.close(); import time; time.sleep(60)",  # and is never given back
-        "import os, time; line.close = lambda: None; os.kill(os.getpid(), 19)",  # stopped, with its line open
-        "line.close(); import os; os.kill(os.getpid(), 11)",
-        "line.tell('error', type='RuntimeError', message='in its ending', traceback='')",
+        "connection.close(); import time; time.sleep(3)",  # a GPU's memory is being given back
+        "connection.close(); import time; time.sleep(60)",  # and is never given back
+        "import os, time; connection.close = lambda: None; os.kill(os.getpid(), 19)",  # stopped, with its line open
+        "connection.close(); import os; os.kill(os.getpid(), 11)",
+        "connection.send('error', type='RuntimeError', message='in its ending', traceback='')",
     ],
 )
 def test_a_training_that_told_its_outcome_has_ended_well_however_its_process_ends(
