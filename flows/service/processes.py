@@ -2,7 +2,8 @@
 
 Each is the leader of a session of its own, is written down with its start time (a process id is used again, the pair
 is not), and carries a mark in its environment that all its descendants inherit. `stop_all` therefore also ends what
-a killed worker left behind.
+a killed worker left behind. The mark alone is not enough: a process that is just becoming another program shows its
+parent's environment, or for a moment none, so what is written down and what descends from it counts too.
 """
 
 import fcntl
@@ -24,6 +25,10 @@ _RUN = "PREFECT__FLOW_RUN_ID"  # what a worker tells the process of a run
 _TIME_SLACK_SECONDS = 1.0
 _END_SECONDS = 40.0  # Prefect gives a run 30 s to end by itself
 _LOG_TAIL_LINES = 15
+_SWEEPS = 3
+# Of a process without an environment: it has one within microseconds, or was started with none.
+_ASKED, _ASK_SECONDS = 4, 0.01
+_KERNEL = 2  # parent of the kernel's own threads
 
 
 def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> None:
@@ -102,22 +107,23 @@ def stop_all(folder: Path, order: Sequence[str]) -> int:
     before = len(marked(folder))
     for name in [*order, *(name for name in names(folder) if name not in order)]:
         stop(folder, name)
-    left = marked(folder)
-    _end(left, left)
+    for _ in range(_SWEEPS):  # what is about to end may start one more
+        left = marked(folder)
+        if not left:
+            break
+        _end(left, left)
     return before
 
 
 def marked(folder: Path) -> list[psutil.Process]:
-    """Return all living processes that carry this folder's mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            mine = process.pid != os.getpid() and process.environ().get(_MARK) == str(folder)
-            if mine and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # gone meanwhile, or another user's
-            continue
-    return found
+    """Return all living processes of this folder: written down, carrying its mark, or descending from one of these."""
+    found = {process.pid: process for name in names(folder) if (process := find(folder, name)) is not None}
+    found |= {process.pid: process for process in psutil.process_iter() if _carries(process, folder)}
+    for process in list(found.values()):
+        with suppress(psutil.Error):  # gone meanwhile
+            found |= {child.pid: child for child in process.children(recursive=True)}
+    found.pop(os.getpid(), None)
+    return [process for process in found.values() if _is_alive(process)]
 
 
 def log_file(folder: Path, name: str) -> Path:
@@ -132,6 +138,26 @@ def only_one(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _carries(process: psutil.Process, folder: Path) -> bool:
+    """Tell whether a process has the folder's mark; one that is becoming another program is asked again."""
+    try:
+        for _ in range(_ASKED):
+            environment = process.environ()
+            if environment or process.status() == psutil.STATUS_ZOMBIE or process.ppid() in (0, _KERNEL):
+                break
+            time.sleep(_ASK_SECONDS)
+        return environment.get(_MARK) == str(folder)
+    except psutil.Error:  # gone meanwhile, or another user's
+        return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_run(process: psutil.Process) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,13 @@ _SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 _PARENT = """
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+pathlib.Path("child").write_text(str(child.pid))
+time.sleep(300)
+"""
+# Starts a child whose environment says nothing, as that of one which is just becoming another program.
+_PARENT_OF_A_STRANGER = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True, env={})
 pathlib.Path("child").write_text(str(child.pid))
 time.sleep(300)
 """
@@ -81,6 +89,27 @@ def test_stopped_leaves_nothing_running(folder: Path) -> None:
     assert not any(process.is_running() for process in started)
     assert processes.names(folder) == []
     assert processes.stop_all(folder, ("worker", "server")) == 0
+
+
+def test_one_whose_environment_does_not_show_the_mark_yet_is_counted_and_stopped(folder: Path) -> None:
+    with subprocess.Popen(_SLEEP, start_new_session=True) as unmarked:  # as between fork and exec
+        process = psutil.Process(unmarked.pid)
+        record = {"pid": process.pid, "started": process.create_time()}
+        (folder / "server.process").write_text(json.dumps(record))
+        assert [found.pid for found in processes.marked(folder)] == [process.pid]
+        assert processes.stop_all(folder, ("server",)) == 1
+        assert not process.is_running()
+
+
+def test_a_child_whose_environment_does_not_show_the_mark_is_counted_and_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_END_SECONDS", 0.5)
+    _start(folder, "worker", [sys.executable, "-c", _PARENT_OF_A_STRANGER])
+    child = psutil.Process(int(_wait_for_file(folder / "child")))
+    assert child.environ().get("SFT_SERVICE") is None
+    assert processes.stop_all(folder, ("worker",)) == 2
+    assert not child.is_running()
 
 
 def test_a_run_is_asked_before_its_worker(folder: Path) -> None:
