@@ -4,8 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib.metadata import version
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 from prefect import Task
@@ -18,37 +17,22 @@ from pydantic import BaseModel
 
 from schemas.artifacts import Ref
 from tasks import tracking
+from tasks.dependencies import digest_files, list_libraries
 
-_ROOT = Path(__file__).resolve().parent.parent
 # Where a thing lies and which run made it does not change what it is.
 _PLACE_FIELDS = {"uri", "eval_uri", "mlflow_run_id", "name"}
-_LIBRARIES = (
-    "datasets",
-    "ftfy",
-    "numpy",
-    "orjson",
-    "pandera",
-    "polars",
-    "pyarrow",
-    "rouge-score",
-    "sacrebleu",
-    "tokenizers",
-    "torch",
-    "transformers",
-)
 
 
-def stage_cache(stage: str, *uses: str) -> CacheKeyFnPolicy:
+def stage_cache(stage: str) -> CacheKeyFnPolicy:
     """Return the cache policy of a stage's task.
 
-    Prefect's own policies do not see the functions that a thin task calls, so the key holds a digest of the code of
-    the stage, of the stages it `uses`, and of what all stages share.
+    Prefect's own policies do not see the functions that a thin task calls, so the key holds a digest of all own modules
+    that the stage's task.py reaches by import, and the versions of the libraries that these import.
 
     Args:
         stage: folder under tasks/.
-        uses: further folders under tasks/ whose code the stage calls.
     """
-    return CacheKeyFnPolicy(cache_key_fn=_key_function((stage, *uses)))
+    return CacheKeyFnPolicy(cache_key_fn=_key_function(stage))
 
 
 def is_cached(task: Task[..., Any], **inputs: Any) -> bool:
@@ -71,39 +55,27 @@ def keep_at_once() -> AbstractContextManager[Transaction]:
     return transaction(commit_mode=CommitMode.EAGER)
 
 
-def _key_function(stages: tuple[str, ...]) -> Callable[[TaskRunContext, dict[str, Any]], str]:
+def _key_function(stage: str) -> Callable[[TaskRunContext, dict[str, Any]], str]:
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
-        parts = {
-            "task": context.task.task_key,
-            "inputs": {name: _canonical(value) for name, value in sorted(inputs.items()) if name != "parent_run_id"},
-            "code": digest_code(stages),
-            "libraries": _list_libraries(),
-            "tracking": tracking.tracking_uri(),
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        canonical = {name: _canonical(value) for name, value in sorted(inputs.items()) if name != "parent_run_id"}
+        tracked = tracking.tracking_uri()
+        return digest_conditions(stage, task=context.task.task_key, inputs=canonical, tracking=tracked)
 
     return key
 
 
-def digest_conditions(stages: tuple[str, ...], **parts: Any) -> str:
-    """Return the sha256 over what decides a stage's figures: its code, the libraries, and what else is named."""
-    whole = {"code": digest_code(stages), "libraries": _list_libraries(), **parts}
+def digest_conditions(stage: str, **parts: Any) -> str:
+    """Return the sha256 over what decides a stage's result: its code, the libraries, and what else is named."""
+    code, libraries = _describe_code(stage)
+    whole = {"code": code, "libraries": libraries, **parts}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def _list_libraries() -> dict[str, str]:
-    return {library: version(library) for library in _LIBRARIES}
-
-
-def digest_code(stages: tuple[str, ...]) -> str:
-    """Return the sha256 over the source files of these stages, the modules beside them, and schemas/."""
-    folders = [_ROOT / "schemas", *(_ROOT / "tasks" / stage for stage in ("tracking", *stages))]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".jinja")]
-    files += (_ROOT / "tasks").glob("*.py")
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+@cache
+def _describe_code(stage: str) -> tuple[str, dict[str, str]]:
+    """Return the digest of a stage's code and the versions of its libraries; a process keeps what it began with."""
+    module = f"tasks.{stage}.task"
+    return digest_files(module), list_libraries(module)
 
 
 def _canonical(value: Any) -> Any:

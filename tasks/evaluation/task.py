@@ -61,7 +61,7 @@ def _digest_conditions(tokens: TokensRef, config: EvaluationConfig) -> str:
     """Digest what two evaluations must have in common for their rows to be compared."""
     device = choose_device()
     return digest_conditions(
-        ("evaluation",),
+        "evaluation",
         tokens=tokens.digest,
         settings=config.model_dump(mode="json", include={"max_examples", "max_new_tokens"}),
         device=f"{device.type} {choose_dtype('auto', device)}",

@@ -28,7 +28,7 @@ from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 @task(
     name="tokenize",
     task_run_name="tokenize for {base_model.name}",
-    cache_policy=stage_cache("tokenization", "ingestion"),
+    cache_policy=stage_cache("tokenization"),
     persist_result=True,
     result_serializer="json",
 )
@@ -133,7 +133,7 @@ def _record(counts: TokenCounts, run_id: str) -> None:
 @task(
     name="tokenize-shard",
     task_run_name="tokenize {part} from row group {row_groups[0]}",
-    cache_policy=stage_cache("tokenization", "ingestion"),
+    cache_policy=stage_cache("tokenization"),
     persist_result=True,
     result_serializer="json",
 )
