@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: help install demo serve stop test check format bench-data bench-gpu bench-run bench-service test-gpu clean
+.PHONY: help install demo serve stop test check format bench-data bench-gpu bench-run bench-service clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,9 +42,6 @@ check: $(INSTALLED) ## Format, lint, types, import contracts
 format: $(INSTALLED) ## Format and mend what can be mended
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
-
-test-gpu: $(INSTALLED) ## Try the product whole on this machine's GPU (ARGS="--only demo dropout")
-	@$(BIN)/python -m tests.gpu.acceptance $(ARGS)
 
 bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": its memory)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -27,7 +27,23 @@ _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_WORDS = ["a", "about", "after", "again", "all", "also", "always", "an", "and", "another", "answer", "any", "are", "around", "as", "ask", "at", "away", "back", "be", "because", "been", "before", "begin", "below", "between", "book", "both", "bridge", "but", "by", "call", "can", "change", "city", "close", "color", "come", "could", "country", "cut", "day", "did", "different", "do", "does", "down", "draw", "each", "early", "earth", "eat", "end", "enough", "even", "every", "example", "eye", "family", "far", "farm", "father", "feel", "few", "find", "first", "follow", "food", "for", "form", "found", "four", "from", "garden", "get", "give", "go", "good", "great", "group", "grow", "had", "hand", "hard", "has", "have", "he", "head", "help", "her", "here", "high", "him", "his", "home", "house", "how", "idea", "if", "important", "in", "into", "is", "it", "its", "just", "keep", "kind", "know", "land", "language", "large", "last", "later", "learn", "leave", "left", "letter", "life", "light", "like", "line", "list", "little", "live", "long", "look", "made", "make", "man", "many", "market", "may", "me", "mean", "measure", "might", "mile", "more", "morning", "most", "mother", "mountain", "move", "much", "music", "must", "my", "name", "near", "need", "never", "new", "next", "night", "no", "not", "number", "of", "off", "often", "old", "on", "once", "one", "only", "open", "or", "other", "our", "out", "over", "own", "page", "paper", "part", "people", "picture", "place", "plan", "plant", "play", "point", "question", "quick", "rain", "read", "right", "river", "road", "rock", "room", "run", "said", "same", "say", "school", "sea", "second", "see", "seem", "sentence", "set", "she", "ship", "should", "show", "side", "simple", "small", "so", "some", "something", "song", "soon", "sound", "spell", "stand", "start", "state", "still", "stop", "story", "study", "such", "take", "talk", "teach", "tell", "than", "that", "the", "their", "them", "then", "there", "these", "they", "thing", "think", "this", "those", "thought", "three", "through", "time", "to", "together", "too", "town", "travel", "tree", "try", "turn", "two", "under", "until", "up", "us", "use", "very", "voice", "walk", "want", "was", "watch", "water", "way", "we", "well", "were", "what", "when", "where", "which", "while", "white", "who", "why", "will", "wind", "winter", "with", "without", "wood", "word", "work", "world", "would", "write", "year", "you", "young"]
+_WORDS = (  # noqa: SIM905 (a list of them would fill a page)
+    "a about after again all also always an and another answer any are around as ask at away back be because been "
+    "before begin below between book both bridge but by call can change city close color come could country cut day "
+    "did different do does down draw each early earth eat end enough even every example eye family far farm father "
+    "feel few find first follow food for form found four from garden get give go good great group grow had hand "
+    "hard has have he head help her here high him his home house how idea if important in into is it its just keep "
+    "kind know land language large last later learn leave left letter life light like line list little live long "
+    "look made make man many market may me mean measure might mile more morning most mother mountain move much "
+    "music must my name near need never new next night no not number of off often old on once one only open or "
+    "other our out over own page paper part people picture place plan plant play point question quick rain read "
+    "right river road rock room run said same say school sea second see seem sentence set she ship should show side "
+    "simple small so some something song soon sound spell stand start state still stop story study such take talk "
+    "teach tell than that the their them then there these they thing think this those thought three through time to "
+    "together too town travel tree try turn two under until up us use very voice walk want was watch water way we "
+    "well were what when where which while white who why will wind winter with without wood word work world would "
+    "write year you young"
+).split()
 Row = dict[str, str]
 
 

@@ -234,8 +234,8 @@ def report(config: RunConfig, results: dict[str, Result]) -> None:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    values = {"device": device, "torch": torch.__version__, "config": config.model_dump(mode="json")}
-    print(json.dumps({**values, "runs": results, "ratios": ratios}), flush=True)
+    facts = {"device": device, "torch": torch.__version__, "config": config.model_dump(mode="json")}
+    print(json.dumps({**facts, "runs": results, "ratios": ratios}), flush=True)
 
 
 if __name__ == "__main__":
