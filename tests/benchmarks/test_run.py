@@ -17,7 +17,8 @@ def test_a_whole_job_ends_with_a_version_and_its_seconds_by_stage(tmp_path: Path
     config = tmp_path / "config.yaml"
     config.write_text(
         "name: bench\ntraining: {num_epochs: 1, rank: 4, alpha: 8}\n"
-        "evaluation: {max_examples: 8, max_new_tokens: 4, num_resamples: 100}\nmerge: {num_probes: 2, probe_tokens: 4}\n"
+        "evaluation: {max_examples: 8, max_new_tokens: 4, num_resamples: 100}\n"
+        "merge: {num_probes: 2, probe_tokens: 4}\n"
     )
     command = [sys.executable, "-m", "tests.benchmarks.run", "--work", str(tmp_path), "--rows", "40", "--runs", "1"]
     done = subprocess.run(
