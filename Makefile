@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: help install demo serve stop test check format bench-data bench-gpu bench-service clean
+.PHONY: help install demo serve stop test check format bench-data bench-gpu bench-run bench-service clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": it
 
 bench-gpu: $(INSTALLED) ## Time the training on this machine's GPU (ARGS="--peer unsloth=FOLDER": beside a peer)
 	@$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
+
+bench-run: $(INSTALLED) ## Time the whole job, raw rows to a registered model (ARGS="--config FILE --peer trl=FOLDER")
+	@$(BIN)/python -m tests.benchmarks.run $(ARGS)
 
 bench-service: $(INSTALLED) ## Submit 50 runs at once to servers and workers of its own (ARGS="--runs 10 --minutes 10")
 	@$(BIN)/python -m tests.benchmarks.service $(ARGS)

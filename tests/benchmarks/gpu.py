@@ -44,6 +44,9 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b-fp8": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False, "base_weights": "fp8"}, 12),
     "ours-7b-fp8-lean": ("ours", "qwen2.5-7b", {**_LEAN, "gradient_checkpointing": True, "base_weights": "fp8"}, 9),
     "ours-7b-defaults": ("ours", "qwen2.5-7b", {}, 40),
+    "ours-7b-dropout": ("ours", "qwen2.5-7b", {"dropout": 0.05}, 40),
+    "ours-7b-general": ("ours", "qwen2.5-7b", {"engine": "general"}, 30),
+    "ours-0.6b-defaults": ("ours", "qwen3-0.6b", {}, 150),
     "ours-0.6b": ("ours", "qwen3-0.6b", {**_KEPT, "tokens_per_pack": 65536}, 15),
     "ours-7b-two": (
         "ours",
@@ -52,6 +55,12 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         13,
     ),
     "unsloth-7b": ("unsloth", "qwen2.5-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 10),
+    "unsloth-7b-dropout": (
+        "unsloth",
+        "qwen2.5-7b",
+        {"checkpointing": False, "batch": 8, "accumulation": 2, "dropout": 0.05},
+        10,
+    ),
     "unsloth-7b-lean": ("unsloth", "qwen2.5-7b", {"checkpointing": "unsloth", "batch": 8, "accumulation": 2}, 8),
     "unsloth-0.6b": ("unsloth", "qwen3-0.6b", {"checkpointing": False, "batch": 16, "accumulation": 2}, 12),
     "trl-7b": ("trl", "qwen2.5-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 9),
@@ -65,6 +74,9 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("7B, FP8 base, no checkpointing", "ours-7b-fp8", "unsloth-7b", 1.75, None),
     ("7B, FP8 base, checkpointing", "ours-7b-fp8-lean", "unsloth-7b-lean", 1.7, 24.0),
     ("7B, defaults", "ours-7b-defaults", "llamafactory-7b-recipe", 11.0, None),
+    ("7B, defaults, dropout 0.05", "ours-7b-dropout", "unsloth-7b-dropout", 1.1, None),
+    ("7B, general engine, defaults", "ours-7b-general", "llamafactory-7b-recipe", 1.0, None),
+    ("0.6B, defaults (small steps), beside packs", "ours-0.6b-defaults", "ours-0.6b", 0.5, None),
     ("0.6B, bf16", "ours-0.6b", "unsloth-0.6b", 1.5, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
@@ -149,9 +161,9 @@ def call(name: str, work: Path, path: str | None, limit: int) -> dict[str, Any]:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
     }
+    if RUNS[name][0] != "ours":  # ours has what the product sets itself, as for its users
+        environment |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UNSLOTH_DISABLE_STATISTICS": "1"}
     inherited = os.environ.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT), None if path else inherited]))
     log = work / f"{name}.log"

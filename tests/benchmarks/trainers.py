@@ -116,7 +116,7 @@ def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str,
     )  # fmt: skip
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
-        model, r=64, lora_alpha=128, lora_dropout=0.0, bias="none", target_modules=names,
+        model, r=64, lora_alpha=128, lora_dropout=settings.get("dropout", 0.0), bias="none", target_modules=names,
         use_gradient_checkpointing=checkpointing, random_state=0, max_seq_length=2048,
     )  # fmt: skip
     arguments = _trainer_settings(folder, settings, steps)
