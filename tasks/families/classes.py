@@ -54,17 +54,17 @@ def choose_class(config: Any, place: object) -> "type[PreTrainedModel]":
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     )
     candidates = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-    flat = [kind for entry in candidates for kind in (entry if isinstance(entry, tuple) else (entry,))]
+    flat: list[Any] = [kind for entry in candidates for kind in (entry if isinstance(entry, tuple) else (entry,))]
     named = getattr(config, "architectures", None) or []
     for kind in flat:
         if kind.__name__ in named:
-            return kind  # type: ignore[no-any-return]
+            return kind
     if not flat:
         raise FamilyError(
             f"{place}: {config.model_type} ({', '.join(named) or 'no architecture named'}) is no language model that "
             "writes text token by token: choose a causal one"
         )
-    return flat[0]  # type: ignore[no-any-return]
+    return flat[0]
 
 
 def _first_line(error: Exception) -> str:
