@@ -5,8 +5,9 @@ time without them.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -71,19 +72,22 @@ def load_model(
     device: "torch.device | None" = None,
     quantization: Any = None,
 ) -> "PreTrainedModel":
-    """Load a causal language model from a folder, in eval mode.
+    """Load a language model from a folder with its own class, in eval mode.
+
+    Attention is PyTorch's fused one where the family has it, else the family's own.
 
     Args:
         folder: config.json and safetensors weights.
         dtype: of the weights in memory; the checkpoint's own when None.
-        device: the CPU when None.
+        device: the CPU when None; meta gives the model without its values.
         quantization: transformers' description of how to quantize the weights while loading.
 
     Raises:
-        ModelError: nothing there loads.
+        ModelError: nothing there loads, or the weights are not exactly those of the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from tasks.families.classes import FamilyError, choose_class, read_config
 
     place = device or torch.device("cpu")
     options: dict[str, Any] = {}
@@ -92,15 +96,38 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        kind: Any = choose_class(read_config(folder), folder)
+        model, report = kind.from_pretrained(
             str(folder),
             dtype=dtype or "auto",
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
-            attn_implementation="sdpa",
+            output_loading_info=True,
             **options,
         )
+    except FamilyError as error:
+        raise ModelError(str(error)) from error
     except Exception as error:
-        raise ModelError(f"{folder}: no causal language model loads from here ({error})") from error
-    return model.eval()
+        raise ModelError(f"{folder}: no language model loads from here ({error})") from error
+    _check_weights(folder, type(model).__name__, report)
+    return cast("PreTrainedModel", model.eval())
+
+
+def _check_weights(folder: Path, kind: str, report: Mapping[str, Any]) -> None:
+    """Raise ModelError unless every weight of the model was in the files, and every weight of the files was used."""
+    problems = []
+    for what, names in (
+        ("missing from", report["missing_keys"]),
+        ("unknown to the model in", report["unexpected_keys"]),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            problems.append(f"{len(names)} weight(s) are {what} the files: {shown}")
+    if report["mismatched_keys"]:
+        problems.append(f"shapes differ: {', '.join(sorted(str(entry[0]) for entry in report['mismatched_keys'])[:8])}")
+    if problems:
+        raise ModelError(
+            f"{folder}: the weights are not those of {kind}: {'; '.join(problems)}: fetch the whole checkpoint again, "
+            "or correct config.json"
+        )

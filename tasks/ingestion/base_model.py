@@ -5,6 +5,7 @@ from pathlib import Path
 
 from schemas.artifacts import ModelRef
 from schemas.config import ModelConfig
+from tasks.families.files import PROCESSOR_FILES
 from tasks.storage import digest_folder
 
 _TOKENIZER_FILES = [
@@ -17,7 +18,13 @@ _TOKENIZER_FILES = [
     "merges.txt",
     "chat_template*",
 ]
-_MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "generation_config.json"]
+_MODEL_FILES = [
+    *_TOKENIZER_FILES,
+    *PROCESSOR_FILES,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "generation_config.json",
+]
 
 
 class BaseModelError(ValueError):

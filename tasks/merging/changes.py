@@ -14,7 +14,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks.families.classes import choose_class, read_config
 
 
 class MergeError(ValueError):
@@ -104,11 +105,11 @@ def read_changes(adapter: Path, base_model: Path) -> dict[str, Change] | None:
 def build_skeleton(base_model: Path) -> nn.Module:
     """Build the model without weights (on the meta device), to ask it for names, layer types and ties."""
     try:
-        config = AutoConfig.from_pretrained(str(base_model), trust_remote_code=False, local_files_only=True)
+        config = read_config(base_model)
         with torch.device("meta"):
-            skeleton: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            skeleton: nn.Module = choose_class(config, base_model)._from_config(config)
     except Exception as error:
-        raise MergeError(f"{base_model}: no causal language model is described here ({error})") from error
+        raise MergeError(f"{base_model}: no language model is described here ({error})") from error
     return skeleton
 
 
@@ -133,4 +134,5 @@ def _is_plain(settings: dict[str, Any]) -> bool:
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
         return False
     others = settings.keys() - _PLAIN_SETTINGS - {"init_lora_weights"}
-    return all(name in defaults and settings[name] == defaults[name] for name in others)
+    # PEFT writes an empty list or map where it found nothing to say: it means what None does.
+    return all(name in defaults and (settings[name] or None) == (defaults[name] or None) for name in others)

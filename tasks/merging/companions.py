@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tasks.families.files import PROCESSOR_FILES
 from tasks.merging.changes import MergeError
 from tasks.tokenization.templates import prepare_tokenizer
 
@@ -20,6 +21,9 @@ def copy_companions(base_model: Path, tokenizer: Path, folder: Path, card: Mappi
         card: what the model card tells.
         unties: the head has a tensor of its own now, so the config must not tie it.
     """
+    for name in PROCESSOR_FILES:
+        if (base_model / name).is_file():
+            shutil.copyfile(base_model / name, folder / name)
     for path in sorted(tokenizer.iterdir()):
         if path.is_file() and path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, folder / path.name)

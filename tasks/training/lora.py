@@ -4,6 +4,7 @@ The adapted layer computes y = W x + s B A x, with A [r, in], B [out, r] and s =
 B starts at zero, so that the first forward pass is the base model's.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ def build_lora_config(model: PreTrainedModel, config: TrainingConfig) -> LoraCon
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
         lora_dropout=config.dropout,
         target_modules="all-linear" if all_linear else list(config.target_modules),
+        # In a composite, what lies outside the text decoder sees no token of a text run: its adapter would stay empty.
+        exclude_modules=rf"(?!{re.escape(text_part)}\.).*" if (text_part := _find_text_part(model)) else None,
         modules_to_save=list(config.modules_to_save) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -86,6 +89,12 @@ def _name_values(model: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, T
     names = {parameter: name for name, parameter in collect_trained(model).items() if name in trained}
     everything = model.named_parameters(remove_duplicate=False)
     return {**model.state_dict(), **{name: trained[names[value]] for name, value in everything if value in names}}
+
+
+def _find_text_part(model: PreTrainedModel) -> str:
+    """Return the path of the text decoder inside a composite model; empty for a text model."""
+    paths = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == "language_model"]
+    return min(paths, key=len) if paths else ""
 
 
 def _name_embeddings(model: PreTrainedModel) -> set[str]:

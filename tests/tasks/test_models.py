@@ -6,9 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tasks.models import ModelError, choose_dtype, load_model, load_tokenizer, read_context_length
+
+TINY: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 
 
 @pytest.fixture
@@ -37,7 +57,7 @@ def test_weights_keep_their_dtype_unless_another_is_asked_for(folder: Path) -> N
 def test_a_truncated_weights_file_is_named(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="no causal language model loads from here"):
+    with pytest.raises(ModelError, match="no language model loads from here"):
         load_model(folder)
 
 
@@ -64,3 +84,35 @@ def test_a_cpu_computes_in_fp32_unless_told_otherwise() -> None:
     cpu = torch.device("cpu")
     assert choose_dtype("auto", cpu) == torch.float32
     assert choose_dtype("bf16", cpu) == torch.bfloat16
+
+
+def test_missing_and_unknown_weights_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.spare.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"missing from the files: model.layers.0.mlp.up_proj.weight; .*spare.weight"):
+        load_model(folder)
+
+
+def test_attention_is_what_the_family_has(tmp_path: Path) -> None:
+    config = GptOssConfig(**TINY, num_local_experts=2, num_experts_per_tok=1)
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path).config._attn_implementation == "eager"
+
+
+def test_a_composite_loads_as_the_composite(tmp_path: Path) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **TINY},
+        vision_config={"model_type": "pixtral", **vision, "head_dim": 8, "image_size": 28, "patch_size": 14},
+    )
+    Mistral3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert type(model) is Mistral3ForConditionalGeneration
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 32)
+
+
+def test_an_encoder_decoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="t5 is an encoder-decoder model, which is not trained here"):
+        load_model(tmp_path)

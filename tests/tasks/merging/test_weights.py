@@ -7,11 +7,14 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, Mistral3Config, Mistral3ForConditionalGeneration
 
+from schemas.config import TrainingConfig
 from tasks.merging.changes import MergeError, read_changes
 from tasks.merging.weights import merge_adapter, parse_size
-from tests.tasks.merging.conftest import build_adapter, build_base, load
+from tasks.models import load_model
+from tasks.training.lora import attach_adapter, collect_trained, save_adapter
+from tests.tasks.merging.conftest import SHAPE, build_adapter, build_base, load
 
 
 def merge(base_model: Path, adapter: Path, tokenizer: Path, folder: Path, size: str = "5GB") -> Path:
@@ -200,3 +203,30 @@ def test_sizes(text: str, size: int) -> None:
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(MergeError, match=r"merge\.max_shard_size"):
         parse_size(text)
+
+
+def test_a_composite_is_written_whole_again(tmp_path: Path, tokenizer: Path) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **SHAPE},
+        vision_config={"model_type": "pixtral", **vision, "head_dim": 8, "image_size": 28, "patch_size": 14},
+    )
+    base_model = tmp_path / "base"
+    Mistral3ForConditionalGeneration(config).save_pretrained(base_model)
+    (base_model / "preprocessor_config.json").write_text('{"size": 28}')
+    tuned = attach_adapter(load_model(base_model), TrainingConfig(rank=4), seed=0)
+    with torch.no_grad():
+        for name, parameter in collect_trained(tuned).items():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    adapter = save_adapter(tuned, tmp_path / "adapter")
+    folder = merge(base_model, adapter, tokenizer, tmp_path / "merged")
+    before, after = load_file(base_model / "model.safetensors"), load_file(folder / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert len(changed) == 14
+    assert all("language_model" in name and "proj" in name for name in changed)
+    assert (folder / "preprocessor_config.json").read_text() == '{"size": 28}'
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.allclose(load_model(folder)(input_ids=ids).logits, tuned(input_ids=ids).logits, atol=1e-4)

@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
 from tasks.training.lora import attach_adapter, collect_trained, save_adapter
 from tasks.training.records import TrainingError
-from tests.tasks.training.conftest import build_model
+from tests.tasks.training.conftest import SHAPE, build_model
 
 
 def test_all_linear_leaves_the_head_and_the_embedding_out(base_model: Path) -> None:
@@ -69,3 +70,16 @@ def test_tied_embedding_is_trained_as_one_tensor_with_the_head(base_model: Path,
     ends = [tensor for name, tensor in saved.items() if "lora_" not in name]
     assert len(ends) == 2
     assert torch.equal(*ends)
+
+
+def test_a_composite_is_adapted_in_its_text_decoder_alone(tmp_path: Path) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **SHAPE},
+        vision_config={"model_type": "pixtral", **vision, "head_dim": 8, "image_size": 28, "patch_size": 14},
+    )
+    Mistral3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = attach_adapter(load_model(tmp_path), TrainingConfig(rank=4), seed=0)
+    places = {name.split(".lora_")[0].rsplit(".", 3)[0] for name in collect_trained(model)}
+    assert places == {"base_model.model.model.language_model.layers"}
+    assert len(collect_trained(model)) == 2 * 7 * 2  # two layers of seven linear weights, A and B
