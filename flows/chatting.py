@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from schemas.artifacts import Ref
 from schemas.config import ModelConfig
 from tasks import tracking
+from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
-from tasks.ingestion.base_model import locate_base_model
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
-from tasks.ingestion.base_model import locate_tokenizer
+from tasks.base_model import locate_tokenizer
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.registry.publication import bring_sources

@@ -9,7 +9,7 @@ from prefect import get_run_logger, task, unmapped
 
 from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
-from tasks import storage, tracking, workers
+from tasks import execution, storage, tracking
 from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.models import read_context_length
@@ -101,7 +101,7 @@ def _make_tokens(
         return tokenize_dataset(dataset, prepared, folder, config)
     saved = folder / "tokenizer"
     save_tokenizer(prepared, saved)
-    loaded = workers.submit(probe_tokenizer, saved, None)
+    loaded = execution.submit(probe_tokenizer, saved, None)
     shards = _map_shards(plans, config, parent_run_id=run_id, **source)
     check_saved(prepared, saved, loaded.result())
     return join_shards(shards, prepared, folder, config)
@@ -154,7 +154,7 @@ def tokenize_shard(
     """
     with storage.new_folder() as folder:
         table, model_folder = tracking.resolve(dataset) / f"{part}.parquet", tracking.resolve(base_model)
-        workers.call(work_on_shard, table, row_groups, model_folder, chat_template, config, folder / "shard")
+        execution.call(work_on_shard, table, row_groups, model_folder, chat_template, config, folder / "shard")
         place = f"shards/{part}-{row_groups[0]:06}"
         uri, digest = tracking.publish(folder / "shard", parent_run_id, place)
     return Ref(uri=uri, digest=digest, mlflow_run_id=parent_run_id)

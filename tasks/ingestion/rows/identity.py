@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from tasks.ingestion.rejects import RowError
+from tasks.ingestion.errors import RowError
 from tasks.ingestion.rows.messages import Message
 from tasks.ingestion.rows.quality import find_text_problems
 from tasks.ingestion.rows.screening import Screen, may_hold_any, screen_values

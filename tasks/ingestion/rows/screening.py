@@ -46,8 +46,9 @@ _RESERVED_NAMES = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|net|org))?|test|inv
 # pixel densities in file names, as in logo@2x.png
 _FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts", "json", "html"})
 
-# A pattern that begins with a set of characters is fast; which of them it was is asked right after, and what may not
-# stand before a number when one is found.
+# Python's `re` searches fast for a pattern that begins with one set of characters. So the pattern begins with every
+# first character of the four forms, and each form then checks its own by a look-behind; what may not stand before a
+# number is checked after a match.
 _PHONE = re.compile(
     r"[+(1-9](?:"
     r"(?<=\+)[1-9](?:[ .-]?\([0-9]{1,4}\)|[ .-]?[0-9]){7,14}"

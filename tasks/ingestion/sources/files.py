@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.ingestion.rejects import DataError
-from tasks.ingestion.sources.formats import Reading
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows.layouts import Reading
 
 KINDS: dict[str, str] = {
     ".json": "json",

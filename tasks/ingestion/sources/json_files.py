@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span
 from tasks.ingestion.sources.encodings import UTF8_BOM, check_start, decode, read_text
 from tasks.ingestion.sources.json_lists import READ_BYTES, ListError, read_list

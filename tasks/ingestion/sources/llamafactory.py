@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows.layouts import Reading
 from tasks.ingestion.rows.messages import DEFAULT_TAGS, FUNCTION_CALL, ROLES, Tags
 from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file
-from tasks.ingestion.sources.formats import Reading
 from tasks.ingestion.sources.hub import find_on_hub
 
 INDEX_NAME = "dataset_info.json"

@@ -7,7 +7,7 @@ import pytest
 
 from schemas.config import DataConfig, DatasetConfig
 from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.messages import alternate_strictly
 from tasks.ingestion.sources.sources import digest_source, find_sources
 
