@@ -6,6 +6,7 @@ REASONS: dict[str, str] = {
     "wrong_column_count": "the CSV row has more or fewer values than the header",
     "missing_field": "a required field is absent",
     "null_content": "a required text is null",
+    "unreadable_value": "a value of the row cannot be read from its file",
     "not_text": "a text is wanted, and another type was found",
     "broken_text": "the text holds half of a surrogate pair, which no encoding can write",
     "bad_message": "a message is not an object with a role and a content",

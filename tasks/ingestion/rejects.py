@@ -31,7 +31,7 @@ def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Scree
 
     Rejects are shown in reports: personal data and secrets become placeholders in them, unless `screen` is off.
     """
-    text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
+    text = raw if isinstance(raw, str) else _write_raw(raw)
     # "replace" turns half surrogates into question marks: the tables are UTF-8.
     data = text.encode("utf-8", "replace")
     hide = redact_text if screen != "off" else str
@@ -43,6 +43,15 @@ def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Scree
         detail=hide(error.detail.encode("utf-8", "replace").decode()),
         raw=hide(data.decode())[:MAX_RAW_CHARACTERS],
     )
+
+
+def _write_raw(raw: Any) -> str:
+    """Write a parsed row as JSON, or say what it is where it is nested too deeply or holds a number too long."""
+    try:
+        return json.dumps(raw, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError) as error:
+        keys = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        return f"({keys}: cannot be written: {error})"
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The door of ingestion: the base model and the dataset come in."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
             located = bring_sources(config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri}))
             shards = _read_shards(source, located, parent_run_id)
             counts = build_dataset(located, seed=seed, folder=folder / "dataset", shards=shards)
+            quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         except DataError:
             # What was refused stays readable where the run is.
             if (folder / "dataset" / "rejects.parquet").is_file():
@@ -135,4 +137,6 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
         rows_rejected=counts.rows_rejected,
         rows_duplicate=counts.rows_duplicate,
         rows_leaked=counts.rows_leaked,
+        rows_read=counts.rows_read,
+        warnings=tuple(quality["warnings"]),
     )

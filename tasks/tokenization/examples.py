@@ -164,5 +164,6 @@ def _check_budgets(counts: TokenCounts, train: MaskReport, rejects: Path, config
         raise TokenizationError(
             f"{for_length} of {train.num_examples + train.num_too_long} training examples ({share:.1%}) had to be cut "
             f"or rejected for length, and tokenization.max_truncated_fraction is {config.max_truncated_fraction:.1%}: "
-            f"raise tokenization.max_length ({config.max_length}) or the budget"
+            f"raise tokenization.max_length ({config.max_length}) where the model has positions for more, shorten or "
+            "remove the long rows, or raise the budget"
         )

@@ -10,9 +10,9 @@ from prefect import get_run_logger, task, unmapped
 from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
 from tasks import execution, storage, tracking
+from tasks.base_model import limit_length
 from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
-from tasks.models import read_context_length
 from tasks.tokenization.examples import (
     PARTS,
     TokenCounts,
@@ -68,6 +68,7 @@ def tokenize(
         total_tokens=counts.total_tokens,
         rows_rejected=counts.rows_rejected,
         template_digest=prepared.template_digest,
+        warnings=counts.warnings,
     )
 
 
@@ -77,15 +78,9 @@ def _open_tokenizer(
     """Return the tokenizer that will ship, and the config with a length that the model has positions for."""
     folder = tracking.resolve(base_model)
     prepared = prepare_tokenizer(folder, chat_template)
-    context = read_context_length(folder)
-    if context is not None and context < config.max_length:
-        get_run_logger().warning(
-            "%s has positions for %d tokens: longer examples are cut there, not at tokenization.max_length = %d",
-            base_model.name,
-            context,
-            config.max_length,
-        )
-        config = config.model_copy(update={"max_length": context})
+    config, told = limit_length(config, folder, base_model.name)
+    if told:
+        get_run_logger().warning("%s", told)
     for note in prepared.notes:
         get_run_logger().info("Tokenizer: %s", note)
     return prepared, config

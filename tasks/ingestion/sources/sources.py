@@ -33,6 +33,10 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
         DataError: the path is missing, holds no rows, or neither folder nor hub knows the name.
     """
     name = dataset.source
+    try:
+        Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name}: {error}: write the whole path") from None
     index, chosen = split_index_name(name)
     path = Path(name).expanduser()
     if index is not None:
