@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flows.console import make_visible
 from schemas.artifacts import Ref
 from schemas.config import ModelConfig
 from tasks import tracking
@@ -158,7 +159,7 @@ def answer(speaker: Speaker, question: str, manner: Manner) -> Iterator[str]:
     said = ""
     for piece in stream_text(tokens, speaker.tokenizer):
         said += piece
-        yield piece
+        yield make_visible(piece)
     speaker.messages = [*messages, {"role": "assistant", "content": said}]
 
 

@@ -9,7 +9,7 @@ from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.rejects import Tally
 from tasks.ingestion.row_statistics import PLACES_SHOWN, Flagged, RowStatistics, find_outliers, gather_statistics
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
-from tasks.ingestion.rows.screening import KINDS, Screen
+from tasks.ingestion.rows.screening import KINDS, Screen, redact_text
 from tasks.ingestion.splitting.index import Index
 from tasks.ingestion.splitting.mixture import Division
 from tasks.ingestion.splitting.near_duplicates import THRESHOLD, BestMatch
@@ -45,8 +45,9 @@ def describe_dataset(
     nearest = _describe_pairs(index, pairs[:PLACES_SHOWN])
     shared = count_shared_prompts(index, train_rows, held_out_rows)
     unused: Counter[str] = Counter()
+    hide = str if screen == "off" else redact_text  # a column's name may be a token
     for intake in intakes:
-        unused.update(intake.unused)
+        unused.update({hide(name): number for name, number in intake.unused.items()})
     found = _describe_found(index, train, held_out)
     warnings = [warning for intake in intakes for warning in intake.warnings]
     warnings += [
