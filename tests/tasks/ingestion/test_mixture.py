@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.identity import Conversation, make_conversation
 from tasks.ingestion.splitting import order

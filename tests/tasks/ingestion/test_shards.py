@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 
 from schemas.config import DataConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources, plan_shards
 from tests.tasks.ingestion.conftest import WriteLines
