@@ -268,6 +268,16 @@ def test_settings_reach_the_rows_and_placeholders_are_a_warning(tmp_path: Path, 
     assert any("placeholder" in warning and "rows.jsonl:9" in warning for warning in quality["warnings"])
 
 
+def test_system_message_that_is_answered_is_the_prompt(tmp_path: Path, write_lines: WriteLines) -> None:
+    rows = [
+        {"messages": [{"role": "system", "content": f"Is {n} even?"}, {"role": "assistant", "content": answer}]}
+        for n, answer in enumerate(("yes", "no") * 10)
+    ]
+    counts = build_dataset(DataConfig(source=str(write_lines("rows.jsonl", rows))), seed=0, folder=tmp_path / "out")
+    assert (counts.rows_train, counts.rows_eval, counts.rows_leaked) == (18, 2, 0)
+    assert json.loads((tmp_path / "out" / "quality.json").read_text())["num_shared_prompts"] == 0
+
+
 def _convert_poem(row: dict[str, Any], layout: Layout, schemas: Any, unused: Counter[str]) -> list[dict[str, Any]]:
     return [
         {"role": "user", "content": f"a poem on {layout.require_text(row, 'theme')}"},
