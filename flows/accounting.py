@@ -1,9 +1,11 @@
 """What a run says of itself: its name, the facts for the report page, and the JSON report."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
+from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from schemas.artifacts import (
@@ -20,7 +22,16 @@ from schemas.artifacts import (
     TokensReport,
     TrainingReport,
 )
-from schemas.config import RunConfig
+from schemas.config import DataConfig, RunConfig
+from tasks import tracking
+from tasks.ingestion.reject_groups import RejectGroup, group_rejects
+
+WARNINGS_SHOWN = 10
+"""Of a stage; quality.json and masks.json have all."""
+
+
+class BudgetError(ValueError):
+    """More rows are rejected than the config allows; the message says how many, why, and the way out."""
 
 
 def describe_run(config: RunConfig) -> str:
@@ -41,10 +52,96 @@ def account_rows(dataset: DatasetRef, tokens: TokensRef) -> DatasetReport:
         rows_rejected=dict(rejected),
         rows_duplicate=dataset.rows_duplicate,
         rows_leaked=dataset.rows_leaked,
+        warnings=name_warnings(dataset, tokens),
     )
     placed = report.rows_train + report.rows_eval + rejected.total() + report.rows_duplicate + report.rows_leaked
     assert report.rows_in == placed, f"rows vanished: {report.rows_in} came in, {placed} are accounted for"
     return report
+
+
+def name_warnings(dataset: DatasetRef, tokens: TokensRef) -> tuple[str, ...]:
+    """Return the first warnings of both stages, and how many more there are."""
+    named: list[str] = []
+    for stage, warnings in (("ingestion", dataset.warnings), ("tokenization", tokens.warnings)):
+        named += warnings[:WARNINGS_SHOWN]
+        if len(warnings) > WARNINGS_SHOWN:
+            named.append(f"{len(warnings) - WARNINGS_SHOWN} further warning(s) of {stage}: see its quality report")
+    return tuple(named)
+
+
+def describe_rows(dataset: DatasetRef, tokens: TokensRef) -> str:
+    """Return one line that says where every row went: rows in = the sum of the parts."""
+    rows = account_rows(dataset, tokens)
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in Counter(rows.rows_rejected).most_common())
+    return (
+        f"{rows.rows_in:,} rows in = {rows.rows_train:,} trained + {rows.rows_eval:,} evaluated + "
+        f"{sum(rows.rows_rejected.values()):,} rejected{f' ({reasons})' if reasons else ''} + "
+        f"{rows.rows_duplicate:,} duplicates + {rows.rows_leaked:,} leaked"
+    )
+
+
+def describe_tokens(tokens: TokensRef) -> str:
+    """Return one line on the examples and their tokens."""
+    share = tokens.trained_tokens / max(1, tokens.total_tokens)
+    return f"{tokens.num_examples:,} examples, {tokens.total_tokens:,} tokens, {share:.0%} of them trained"
+
+
+def tell_rows(dataset: DatasetRef, tokens: TokensRef, *, is_cached: Sequence[bool]) -> None:
+    """Log where every row went, over both stages, and their warnings; `is_cached` of ingestion and tokenization.
+
+    A stage that is found in the cache logs nothing by itself: its lines are the same here.
+    """
+    logger = get_run_logger()
+    if is_cached[1]:
+        logger.info("%s (cached)", describe_tokens(tokens))
+    logger.info("%s%s", describe_rows(dataset, tokens), " (cached)" if all(is_cached) else "")
+    for warning in name_warnings(dataset, tokens):
+        logger.warning("%s", warning)
+
+
+def check_rejected(config: DataConfig, dataset: DatasetRef, tokens: TokensRef) -> None:
+    """Judge the rows rejected by ingestion and tokenization together by the one budget.
+
+    Raises:
+        BudgetError: more than data.max_rejected_fraction.
+    """
+    rejected = Counter(dataset.rows_rejected) + Counter(tokens.rows_rejected)
+    num_rows = max(dataset.rows_in, dataset.rows_read)
+    if judge_rejected(rejected, num_rows, config.max_rejected_fraction, ()) is None:
+        return
+    tables = [tracking.resolve(ref) / "rejects.parquet" for ref in (dataset, tokens)]
+    problem = judge_rejected(rejected, num_rows, config.max_rejected_fraction, group_rejects(tables))
+    raise BudgetError(f"{config.source}: {problem}")
+
+
+def judge_rejected(
+    rejected: Mapping[str, int], num_rows: int, max_fraction: float, groups: Sequence[RejectGroup]
+) -> str | None:
+    """Return what is wrong where more rows are rejected than allowed, else None.
+
+    Args:
+        rejected: rows by reason, of ingestion and tokenization.
+        num_rows: rows that were read, with the copies that weights make.
+        max_fraction: data.max_rejected_fraction.
+        groups: the rejected rows, for the first place of each reason.
+    """
+    total = sum(rejected.values())
+    if total <= max_fraction * num_rows:
+        return None
+    first = {group.reason: group.rows[0] for group in groups if group.rows}
+    lines = [
+        f"\n  {number:,} x {reason}" + (f", the first: {describe_place(first[reason])}" if reason in first else "")
+        for reason, number in Counter(rejected).most_common()
+    ]
+    return (
+        f"{total:,} of {num_rows:,} rows ({total / num_rows:.2%}) are rejected, and data.max_rejected_fraction allows "
+        f"{max_fraction:.2%}: mend or remove the rows, or raise the budget{''.join(lines)}"
+    )
+
+
+def describe_place(row: Mapping[str, str | int]) -> str:
+    """Return a rejected row's file, line and reason in words."""
+    return f"{Path(str(row['source'])).name}:{row['line']}  {row['detail']}"
 
 
 def summarize_facts(

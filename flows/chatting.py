@@ -14,12 +14,13 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flows.console import make_visible
 from schemas.artifacts import Ref
 from schemas.config import ModelConfig
 from tasks import tracking
+from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
-from tasks.ingestion.base_model import locate_base_model
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
 
@@ -158,7 +159,7 @@ def answer(speaker: Speaker, question: str, manner: Manner) -> Iterator[str]:
     said = ""
     for piece in stream_text(tokens, speaker.tokenizer):
         said += piece
-        yield piece
+        yield make_visible(piece)
     speaker.messages = [*messages, {"role": "assistant", "content": said}]
 
 

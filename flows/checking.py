@@ -2,16 +2,16 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from flows.accounting import describe_place, judge_rejected
 from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
-from tasks.ingestion.base_model import locate_tokenizer
+from tasks.base_model import limit_length, locate_tokenizer
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.registry.publication import bring_sources
-from tasks.tokenization.examples import tokenize_dataset
+from tasks.tokenization.examples import PARTS, TokenizationError, tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 
 
@@ -45,53 +45,40 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
     Raises:
         ValueError: the dataset cannot be read at all, or nothing of it can be trained.
     """
+    problems: list[str] = []
     with storage.new_folder() as folder:
+        # The budget for rejected rows is judged below, over both stages, so that all of it is seen at once.
         generous = bring_sources(data).model_copy(update={"max_rejected_fraction": 1.0})
         counts = build_dataset(generous, seed=seed, folder=folder / "dataset")
-        prepared = prepare_tokenizer(locate_tokenizer(model), model.chat_template)
-        patient = tokenization.model_copy(update={"max_truncated_fraction": 1.0})
-        tokens = tokenize_dataset(folder / "dataset", prepared, folder / "tokens", patient)
-        rejects = group_rejects(folder / part / "rejects.parquet" for part in ("dataset", "tokens"))
+        place = locate_tokenizer(model)
+        prepared = prepare_tokenizer(place, model.chat_template)
+        limited, told = limit_length(tokenization, place, model.base_model)
+        try:
+            warnings = tokenize_dataset(folder / "dataset", prepared, folder / "tokens", limited).warnings
+        except TokenizationError as error:  # a budget: what was made is there, and is shown
+            problems.append(str(error))
+            warnings = ()
+        groups = group_rejects(folder / part / "rejects.parquet" for part in ("dataset", "tokens"))
         quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
-        masks = json.loads((folder / "tokens" / "masks.json").read_text(encoding="utf-8"))["train"]
+        masks = json.loads((folder / "tokens" / "masks.json").read_text(encoding="utf-8"))
+    lost = {part: sum(masks[part]["rejected"].values()) for part in PARTS}
+    rejected = {group.reason: group.count for group in groups}
+    num_rows = max(counts.rows_in, counts.rows_read)
+    if problem := judge_rejected(rejected, num_rows, data.max_rejected_fraction, groups):
+        problems.insert(0, problem)
     return Check(
-        problems=tuple(_find_problems(data, tokenization, counts.rows_read, sum(counts.rows_rejected.values()), masks)),
+        problems=tuple(problems),
         rows={
             "rows in": counts.rows_in,
-            "to train": tokens.rows_train,
-            "held out": tokens.rows_eval,
+            "to train": counts.rows_train - lost["train"],
+            "held out": counts.rows_eval - lost["eval"],
             "duplicates": counts.rows_duplicate,
             "leaked": counts.rows_leaked,
-            "rejected": sum(group.count for group in rejects),
+            "rejected": sum(rejected.values()),
         },
-        rejected={group.reason: group.count for group in rejects},
-        places={group.reason: [_describe_place(row) for row in group.rows] for group in rejects},
-        warnings=(*quality["warnings"], *tokens.warnings),
+        rejected=rejected,
+        places={group.reason: [describe_place(row) for row in group.rows] for group in groups},
+        warnings=(*([told] if told else []), *quality["warnings"], *warnings),
         notes=prepared.notes,
-        masks=masks,
+        masks=masks["train"],
     )
-
-
-def _find_problems(
-    data: DataConfig, tokenization: TokenizationConfig, num_rows: int, num_rejected: int, masks: dict[str, Any]
-) -> list[str]:
-    """Return the broken budgets, each with value, limit and setting."""
-    problems = []
-    if num_rejected > data.max_rejected_fraction * num_rows:
-        problems.append(
-            f"{num_rejected:,} of {num_rows:,} rows ({num_rejected / num_rows:.2%}) are rejected, and "
-            f"data.max_rejected_fraction is {data.max_rejected_fraction:.2%}: mend the rows or raise the budget"
-        )
-    for_length = masks["num_truncated"] + masks["num_too_long"]
-    num_examples = masks["num_examples"] + masks["num_too_long"]
-    if for_length > tokenization.max_truncated_fraction * num_examples:
-        problems.append(
-            f"{for_length:,} of {num_examples:,} examples ({for_length / num_examples:.2%}) are cut or too long, and "
-            f"tokenization.max_truncated_fraction is {tokenization.max_truncated_fraction:.2%}: raise "
-            f"tokenization.max_length ({tokenization.max_length}) or the budget"
-        )
-    return problems
-
-
-def _describe_place(row: dict[str, Any]) -> str:
-    return f"{Path(row['source']).name}:{row['line']}  {row['detail']}"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import NoReturn
 
 import typer
+from rich import markup
 from rich.console import Console
 
 from flows.environment import run_defaults
@@ -16,10 +18,27 @@ _DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "base
 console = Console(stderr=True, highlight=False)
 
 
+# C0 without tab and line feed, delete, C1, and the marks that turn the direction of text around.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def make_visible(text: str) -> str:
+    """Write control characters as escapes, ESC as backslash x1b: a terminal acts on them (title, clipboard, clear).
+
+    Whatever comes from rows, models or messages goes through here before it goes to the terminal.
+    """
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def escape(text: str) -> str:
+    """Make a text safe for the terminal and for rich's markup."""
+    return markup.escape(make_visible(text))
+
+
 def fail(error: Exception) -> NoReturn:
     """Print one readable message and leave with exit code 1."""
     console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-    console.print(str(error), markup=False, soft_wrap=True)
+    console.print(make_visible(str(error)), markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -23,8 +23,8 @@ from prefect.states import Cancelling
 from schemas.artifacts import AdapterRef, EvalReport, ModelRef, Ref, TokensRef
 from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
 from tasks import tracking
+from tasks.base_model import locate_base_model
 from tasks.caching import is_cached
-from tasks.ingestion.base_model import locate_base_model
 
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
 _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not started again

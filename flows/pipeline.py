@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import gpu_stages
-from flows.accounting import build_report, describe_run, summarize_facts
+from flows.accounting import build_report, check_rejected, describe_run, name_warnings, summarize_facts, tell_rows
 from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.cancellation import heed_server
 from flows.champion import meet_champion
@@ -21,6 +21,9 @@ from schemas.config import RunConfig
 from schemas.loading import override_config
 from tasks import tracking
 from tasks.storage import digest_file
+
+CACHED = "Cached"
+"""Name that Prefect gives the state of a task whose result was found."""
 
 
 def _flow_run_name() -> str:
@@ -54,17 +57,22 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
             source = stages.locate_dataset(config.data)
             check_inputs(run, source, base_model)
         with _clock(seconds, "ingest"):
-            dataset = stages.ingest(source, config.data, seed=config.seed, parent_run_id=run)
+            ingested = stages.ingest(source, config.data, seed=config.seed, parent_run_id=run, return_state=True)
+            dataset = ingested.result()
         with _clock(seconds, "tokenize"):
             template = config.model.chat_template
-            tokens = stages.tokenize(
+            tokenized = stages.tokenize(
                 dataset,
                 base_model,
                 config.tokenization,
                 chat_template=template,
                 template_file_digest=digest_file(Path(template)) if template and Path(template).is_file() else None,
                 parent_run_id=run,
+                return_state=True,
             )
+            tokens = tokenized.result()
+            tell_rows(dataset, tokens, is_cached=[ingested.name == CACHED, tokenized.name == CACHED])
+            check_rejected(config.data, dataset, tokens)
         with _clock(seconds, "evaluate_base"):
             before = evaluate(base_model, tokens, config.evaluation, parent_run_id=run)
         with _clock(seconds, "train"):
@@ -85,7 +93,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
                 seed=config.seed,
                 title=title,
                 facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged),
-                warnings=adapter.warnings,
+                warnings=(*name_warnings(dataset, tokens), *adapter.warnings),
                 train_run_id=str(adapter.mlflow_run_id),
                 parent_run_id=run,
             )

@@ -12,12 +12,12 @@ import polars as pl
 import prefect
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from flows.checking import Check
+from flows.console import escape, make_visible
 from schemas.artifacts import ComparisonReport, Delta, RunReport
 from schemas.config import LOWER_IS_BETTER
 from tasks import tracking
@@ -33,6 +33,7 @@ def quiet_prefect() -> None:
     """Keep the stages' own lines on the console and drop the engine's; Prefect's server gets all of them."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_ours)
+        handler.addFilter(_show_controls)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
 
 
@@ -40,6 +41,12 @@ def _is_ours(record: logging.LogRecord) -> bool:
     engine = record.pathname.startswith(_PREFECT_FOLDER)
     # The engine logs a failed stage with its whole trace; the command prints the error itself, once.
     return not engine or (record.levelno >= logging.WARNING and not record.exc_info and "Finished in" not in record.msg)
+
+
+def _show_controls(record: logging.LogRecord) -> bool:
+    """Make control characters of a message visible; it may hold text of rows."""
+    record.msg, record.args = make_visible(record.getMessage()), None
+    return True
 
 
 def write_failure(path: Path, error: Exception) -> None:
@@ -115,7 +122,7 @@ def _remarks_table(check: Check) -> Table:
     for warning in check.warnings:
         table.add_row("[yellow]![/]", escape(warning))
     for note in check.notes:
-        table.add_row("[dim]·[/]", Text(note, style="dim"))
+        table.add_row("[dim]·[/]", Text(make_visible(note), style="dim"))
     return table
 
 
@@ -152,7 +159,7 @@ def _color_mask(runs: list[dict[str, Any]]) -> Text:
         shown = run["text"]
         if len(shown) > _MAX_RUN_CHARS:
             shown = f"{shown[: _MAX_RUN_CHARS // 2]} […] {shown[-_MAX_RUN_CHARS // 2 :]}"
-        text.append(shown, style="green" if run["trained"] else "dim")
+        text.append(make_visible(shown), style="green" if run["trained"] else "dim")
     return text
 
 

@@ -50,6 +50,10 @@ class DatasetRef(Ref):
     """Rejected rows by reason."""
     rows_duplicate: int
     rows_leaked: int
+    rows_read: int = 0
+    """Rows of the files: without the copies that a weight makes, with the rows that one leaves out."""
+    warnings: tuple[str, ...] = ()
+    """What a person should know of the rows, a sentence each; see quality.json."""
 
 
 class TokensRef(Ref):
@@ -70,6 +74,8 @@ class TokensRef(Ref):
     """Conversations that could not become examples, by reason."""
     template_digest: str
     """sha256 of the chat template that ships."""
+    warnings: tuple[str, ...] = ()
+    """What a person should know of how the examples were made, a sentence each."""
 
 
 class AdapterRef(Ref):
@@ -235,6 +241,8 @@ class DatasetReport(BaseModel):
     rows_rejected: dict[str, int]
     rows_duplicate: int
     rows_leaked: int
+    warnings: tuple[str, ...] = ()
+    """Of ingestion and tokenization."""
 
 
 class TokensReport(BaseModel):

@@ -41,7 +41,20 @@ class ModelConfig(Section):
     """A built-in template's name (chatml) or a .jinja file. Empty: the tokenizer's own, or chatml when it has none."""
 
 
-RowFormat = Literal["auto", "alpaca", "instruct", "prompt_completion", "messages", "sharegpt"]
+RowFormat = Literal[
+    "auto",
+    "alpaca",
+    "instruct",
+    "prompt_completion",
+    "messages",
+    "sharegpt",
+    "question_answer",
+    "query_response",
+    "input_output",
+    "xlam",
+    "oasst_tree",
+    "moss",
+]
 
 
 def _check_amount(weight: float, num_rows: int | None) -> None:
@@ -65,6 +78,8 @@ class DatasetConfig(Section):
     """How rows become conversations; auto goes by the columns."""
     columns: dict[str, str] = Field(default_factory=dict, title="Column map")
     """The format's field name to the data's column name, where the data names it otherwise."""
+    ignored_columns: tuple[str, ...] = Field(default=(), title="Ignored columns")
+    """Columns that are not read although their names say that they matter, such as label or context."""
     subset: str | None = Field(default=None, title="Hub subset")
     """Configuration name of a hub dataset."""
     split: str = Field(default="train", title="Hub split")
@@ -90,6 +105,10 @@ class DataConfig(Section):
     """How rows become conversations; auto goes by the columns."""
     columns: dict[str, str] = Field(default_factory=dict, title="Column map")
     """Where the data names a column otherwise: the format's field name to the data's column name."""
+    ignored_columns: tuple[str, ...] = Field(default=(), title="Ignored columns")
+    """Columns that are not read although their names say that they matter, such as label or context."""
+    trim_trailing_user: bool = Field(default=False, title="Cut unanswered ends")
+    """Cut user messages at the end of a conversation, which nothing answers. Off: such rows are rejected."""
     subset: str | None = Field(default=None, title="Hub subset")
     """Configuration name of a hub dataset."""
     split: str = Field(default="train", title="Hub split")
@@ -134,6 +153,7 @@ class DataConfig(Section):
             num_rows=self.num_rows,
             format=self.format,
             columns=self.columns,
+            ignored_columns=self.ignored_columns,
             subset=self.subset,
             split=self.split,
             revision=self.revision,
@@ -149,6 +169,7 @@ class DataConfig(Section):
             source=self.eval_source,
             format=self.format,
             columns=self.columns,
+            ignored_columns=self.ignored_columns,
             subset=self.subset,
             split=self.eval_split or self.split,
             revision=self.revision,

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.config import RunConfig
 
+_MAX_NODES = 10_000
+"""Values of a config, those that aliases repeat counted each time; the whole config has about a hundred settings."""
+_MAX_SHOWN = 300
+"""Characters of a wrong value that an error shows."""
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the field, the value, the limit and the way out."""
@@ -29,12 +34,47 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}): save the config as UTF-8") from None
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        values = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error)[:_MAX_SHOWN]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of sections is wanted, got {type(values).__name__}")
     return override_config(values, overrides, str(path))
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML whose aliases do not grow.
+
+    Raises:
+        yaml.YAMLError: no YAML.
+        ValueError: more than _MAX_NODES values, aliases written out, or an alias inside what it names.
+        RecursionError: nested too deeply.
+    """
+    sizes: dict[int, int] = {}
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None and _measure(node, sizes, set()) > _MAX_NODES:
+        raise ValueError(f"with its aliases written out it has more than {_MAX_NODES:,} values")
+    return yaml.safe_load(text)
+
+
+def _measure(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """Return the number of values below a node, its own included; `above` are the nodes that it lies in."""
+    if id(node) in above:
+        raise ValueError("an alias lies inside of what it names")
+    if id(node) not in sizes:
+        parts = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        above.add(id(node))
+        sizes[id(node)] = 1 + sum(_measure(part, sizes, above) for part in parts)
+        above.discard(id(node))
+    return sizes[id(node)]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} … ({len(text):,} characters)"
 
 
 def override_config(values: dict[str, Any], overrides: tuple[str, ...], where: str = "config") -> RunConfig:
@@ -47,12 +87,30 @@ def override_config(values: dict[str, Any], overrides: tuple[str, ...], where: s
 def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     """Validate a mapping; raise ConfigError naming each wrong field with its value and limit."""
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [_describe(detail) for detail in error.errors(include_url=False)]
         raise ConfigError(
             f"{where}: {len(lines)} wrong setting(s)\n" + "\n".join(f"  {line}" for line in lines)
         ) from None
+    _check_homes(config, where)
+    return config
+
+
+def _check_homes(config: RunConfig, where: str) -> None:
+    """Refuse a path that begins with ~ and the name of no user."""
+    paths = {
+        "model.base_model": config.model.base_model,
+        "model.chat_template": config.model.chat_template,
+        "data.source": config.data.source,
+        "data.eval_source": config.data.eval_source,
+        **{f"data.mixture.{number}.source": part.source for number, part in enumerate(config.data.mixture)},
+    }
+    for field, path in paths.items():
+        try:
+            Path(path or "").expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"{where}: {field} = {path!r}: {error}: write the whole path") from None
 
 
 def _describe(detail: Any) -> str:
@@ -62,7 +120,7 @@ def _describe(detail: Any) -> str:
         return f"{field}: unknown setting; {_suggest(detail['loc'])}"
     if detail["type"] == "missing":
         return f"{field}: missing, and it has no default: set it"
-    return f"{field} = {detail['input']!r}: {detail['msg']}" if detail["loc"] else str(detail["msg"])
+    return f"{field} = {_shorten(repr(detail['input']))}: {detail['msg']}" if detail["loc"] else str(detail["msg"])
 
 
 def _suggest(location: tuple[Any, ...]) -> str:
@@ -93,6 +151,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
     try:
-        target[field] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from None
+        target[field] = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"--set {override[:_MAX_SHOWN]!r}: {text[:_MAX_SHOWN]!r} is not a YAML value") from None

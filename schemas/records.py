@@ -3,6 +3,8 @@
 Structured values travel as JSON text: a struct column would gain null keys from its neighbours' rows.
 """
 
+from typing import Any
+
 import pandera.polars as pa
 
 
@@ -76,3 +78,8 @@ class EvaluationRows(pa.DataFrameModel):
 
     class Config:
         strict = True
+
+
+def columns_of(model: type[pa.DataFrameModel]) -> dict[str, Any]:
+    """Return a table's columns with their polars types: the one place that they are written down is its model."""
+    return {name: column.dtype.type for name, column in model.to_schema().columns.items()}

@@ -13,7 +13,7 @@ os.environ.update(dict.fromkeys(_ONE_CORE, "1"), TOKENIZERS_PARALLELISM="false")
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
 sys.modules["torch"] = None  # type: ignore[assignment]
 
-import tasks.ingestion.readings  # noqa: E402
+import tasks.ingestion.shard_runner  # noqa: E402
 import tasks.tokenization.shards  # noqa: E402, F401
 from tasks import garbage  # noqa: E402
 

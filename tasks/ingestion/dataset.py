@@ -9,63 +9,30 @@ import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.pieces import CONVERSATION_SCHEMA, REJECT_SCHEMA
 from tasks.ingestion.quality_report import describe_dataset
-from tasks.ingestion.readings import read_all
-from tasks.ingestion.rejects import DataError, Tally, check_budget, describe_rejects, join_tallies
+from tasks.ingestion.rejects import Tally, check_budget, describe_rejects, join_tallies
+from tasks.ingestion.rows.shingles import join_shingles
+from tasks.ingestion.shard_runner import read_all
 from tasks.ingestion.shards import SHARD_BYTES, name_sources
 from tasks.ingestion.splitting.index import Index, Mask, read_taken
 from tasks.ingestion.splitting.mixture import Division, divide
-from tasks.ingestion.splitting.near_duplicates import Likest, find_near_duplicates
+from tasks.ingestion.splitting.near_duplicates import BestMatch, find_near_duplicates
 from tasks.ingestion.splitting.order import read_chosen
-from tasks.ingestion.splitting.runs import join_runs
+from tasks.ingestion.splitting.shard_summary import ShardSummary, collect
 from tasks.ingestion.splitting.splits import EVAL
-from tasks.ingestion.splitting.takings import Takings, gather
 from tasks.ingestion.tables import write_table
 
 SHARDS_FOLDER = "shards"
 """Below the dataset's folder, until all is done."""
-
-
-@dataclass(frozen=True)
-class DatasetCounts:
-    """Where every row went; rows_in = rows_train + rows_eval + rejected + rows_duplicate + rows_leaked.
-
-    rows_in are the rows that the run takes in: those read, without those that are left out, and with the copies that
-    a weight above 1 makes (train.parquet then holds an example_id several times). What data.max_rows leaves unread
-    is not counted at all.
-    """
-
-    rows_in: int
-    rows_train: int
-    """Rows of train.parquet."""
-    rows_eval: int
-    rows_rejected: dict[str, int]
-    """By reason."""
-    rows_duplicate: int
-    """Copies beyond the first of a conversation."""
-    rows_leaked: int
-    """Training rows that hold a held-out conversation."""
-    rows_left_out: int = 0
-    """Usable rows that a weight, num_rows or max_eval_rows leaves out."""
-    rows_repeated: int = 0
-    """Copies that weights above 1 made."""
-
-    def __post_init__(self) -> None:
-        taken = self.rows_train + self.rows_eval + self.rows_duplicate + self.rows_leaked
-        assert self.rows_in == taken + sum(self.rows_rejected.values()), f"rows do not add up: {self}"
-
-    @property
-    def rows_read(self) -> int:
-        """Rows of the files; what budgets are measured by."""
-        return self.rows_in + self.rows_left_out - self.rows_repeated
 
 
 def build_dataset(
@@ -101,7 +68,7 @@ def build_dataset(
     if shards is None:
         shards = read_all(config, sources, own_shards, shard_bytes)
     try:
-        return _build(config, gather(config, sources, shards, seed=seed), folder, seed)
+        return _build(config, collect(config, sources, shards, seed=seed), folder, seed)
     finally:
         shutil.rmtree(own_shards, ignore_errors=True)
 
@@ -115,13 +82,13 @@ def check_sides_wanted(config: DataConfig) -> None:
         )
 
 
-def _build(config: DataConfig, takings: Takings, folder: Path, seed: int) -> DatasetCounts:
+def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int) -> DatasetCounts:
     """Decide where the rows go, and write them."""
-    index = takings.rows
+    index = summary.rows
     frames = (read_taken(piece, "rejects", seed) for piece in index.pieces)
     write_table(frames, REJECT_SCHEMA, Rejects, folder / "rejects.parquet")
-    rejects = join_tallies(intake.rejects for intake in takings.intakes)
-    num_rows = sum(intake.num_rows for intake in takings.intakes)
+    rejects = join_tallies(intake.rejects for intake in summary.intakes)
+    num_rows = sum(intake.num_rows for intake in summary.intakes)
     where = ", ".join(dataset.source for dataset in config.datasets)
     check_budget(rejects, num_rows, config.max_rejected_fraction, where)
     division = divide(index, config)
@@ -129,12 +96,12 @@ def _build(config: DataConfig, takings: Takings, folder: Path, seed: int) -> Dat
     _check_sides(counts, rejects, where, config)
     held_out = division.sides == EVAL
     with ThreadPoolExecutor(1) as pool:  # beside the writing: both leave the interpreter to others
-        found = pool.submit(_find_pairs, index, division.times > 0, held_out)
-        for side, times in (("train", division.times), ("eval", held_out.astype(np.uint8))):
-            rows = read_chosen(index, times, folder / SHARDS_FOLDER / side)
+        found = pool.submit(_find_pairs, index, division.repeats > 0, held_out)
+        for side, repeats in (("train", division.repeats), ("eval", held_out.astype(np.uint8))):
+            rows = read_chosen(index, repeats, folder / SHARDS_FOLDER / side)
             write_table(rows, CONVERSATION_SCHEMA, Conversations, folder / f"{side}.parquet")
         pairs = found.result()
-    quality = describe_dataset(counts, takings, division, pairs, rejects, config.screen)
+    quality = describe_dataset(counts, summary, division, pairs, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")
     return counts
 
@@ -163,9 +130,9 @@ def _check_sides(counts: DatasetCounts, rejects: Tally, where: str, config: Data
     )
 
 
-def _find_pairs(index: Index, train: Mask, held_out: Mask) -> list[Likest]:
+def _find_pairs(index: Index, train: Mask, held_out: Mask) -> list[BestMatch]:
     """Return the near duplicates between the sides, by their places in the index."""
-    runs = join_runs([runs for _, runs in index.read_runs(held_out)])
-    pairs = find_near_duplicates(index.read_runs(train), runs)
+    runs = join_shingles([runs for _, runs in index.read_shingles(held_out)])
+    pairs = find_near_duplicates(index.read_shingles(train), runs)
     places = np.flatnonzero(held_out)
     return [pair._replace(held_out=int(places[pair.held_out])) for pair in pairs]

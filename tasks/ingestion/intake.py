@@ -9,23 +9,25 @@ from typing import Any
 
 import polars as pl
 
+from tasks.ingestion.errors import RowError
 from tasks.ingestion.pieces import PIECE_ROWS, write_piece, write_summary
-from tasks.ingestion.rejects import Reject, RowError, make_reject
+from tasks.ingestion.rejects import Reject, make_reject
 from tasks.ingestion.rows.conversations import convert_row
 from tasks.ingestion.rows.identity import Conversation, make_conversation, make_plain_conversation
+from tasks.ingestion.rows.layouts import Layout
+from tasks.ingestion.rows.matching import ROWS_LOOKED_AT, find_layout
 from tasks.ingestion.rows.messages import Message, alternate_strictly
 from tasks.ingestion.rows.quality import ODD
 from tasks.ingestion.rows.screening import SUSPECT, Screen
 from tasks.ingestion.shards import Part, Shard
 from tasks.ingestion.sources.columnar import RawRow
-from tasks.ingestion.sources.formats import ROWS_LOOKED_AT, Layout, find_layout
 from tasks.ingestion.sources.readers import read_rows
 
 BLOCK_ROWS = 2000
 
 
 @dataclass
-class PartIntake:
+class FileStats:
     """What came out of a part of a file; num_rows = conversations + rejects."""
 
     dataset: int
@@ -57,7 +59,7 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
         DataError: a file cannot be read, or its columns fit no format.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts: list[PartIntake] = []
+    parts: list[FileStats] = []
     conversations: list[Conversation] = []
     rejects: list[Reject] = []
     num_rows, num_pieces = 0, 0
@@ -65,7 +67,7 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
         left = None if max_rows is None else max_rows - num_rows
         if left == 0:
             break
-        intake = PartIntake(part.dataset, part.source, part.file.name, str(part.file.path), part.layout is not None)
+        intake = FileStats(part.dataset, part.source, part.file.name, str(part.file.path), part.layout is not None)
         parts.append(intake)
         for block in _take_in(intake, part, left, shard.screen):
             conversations += block[0]
@@ -85,7 +87,7 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
 Block = tuple[list[Conversation], list[Reject]]
 
 
-def _take_in(intake: PartIntake, part: Part, max_rows: int | None, screen: Screen) -> Iterator[Block]:
+def _take_in(intake: FileStats, part: Part, max_rows: int | None, screen: Screen) -> Iterator[Block]:
     """Convert the rows of one part block by block, after finding its layout in the first ones."""
     where, name = str(part.file.path), part.file.name
     rows: Iterator[RawRow] = islice(read_rows(part.file, part.span), max_rows)
@@ -135,7 +137,7 @@ def _convert(
         raise RowError("bad_message", "the row is nested too deeply") from None
 
 
-def _count_rejects(intake: PartIntake, rejects: Sequence[Reject]) -> None:
+def _count_rejects(intake: FileStats, rejects: Sequence[Reject]) -> None:
     """Count a block's rejects, and keep the first line that is no JSON."""
     intake.num_rejects += len(rejects)
     broken = [reject.detail for reject in rejects if reject.reason == "broken_json"]

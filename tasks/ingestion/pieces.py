@@ -1,7 +1,7 @@
 """What a shard leaves on disk: pieces of at most PIECE_ROWS conversations, and a summary.
 
 Of each piece there are `rows-N.arrow` (the columns of train.parquet), `index-N.arrow` (what duplicates, leaks, splits
-and statistics are found by: about 150 bytes a row), `runs-N.npz` (what near duplicates are found by) and
+and statistics are found by: about 150 bytes a row), `shingles-N.npz` (what near duplicates are found by) and
 `rejects-N.arrow`.
 """
 
@@ -13,28 +13,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from schemas.records import Conversations, Rejects, columns_of
 from tasks.ingestion.rejects import Reject
 from tasks.ingestion.rows.identity import Conversation
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
-from tasks.ingestion.splitting.runs import Runs, hash_runs
+from tasks.ingestion.rows.shingles import Shingles, hash_shingles
 
 PIECE_ROWS = 20_000
 SUMMARY_NAME = "summary.json"
-CONVERSATION_SCHEMA = {
-    "example_id": pl.String,
-    "source": pl.String,
-    "line": pl.Int64,
-    "messages": pl.String,
-    "tools": pl.String,
-}
-REJECT_SCHEMA = {
-    "example_id": pl.String,
-    "source": pl.String,
-    "line": pl.Int64,
-    "reason": pl.String,
-    "detail": pl.String,
-    "raw": pl.String,
-}
+CONVERSATION_SCHEMA = columns_of(Conversations)
+REJECT_SCHEMA = columns_of(Rejects)
 INDEX_SCHEMA: dict[str, Any] = {
     "example_id": pl.Binary,
     "source": pl.Categorical,
@@ -84,8 +72,8 @@ def write_piece(folder: Path, number: int, conversations: Sequence[Conversation]
     rows = pl.DataFrame(dict(zip(CONVERSATION_SCHEMA, columns, strict=True)), schema=CONVERSATION_SCHEMA)
     rows.write_ipc(folder / f"rows-{number}.arrow")
     make_index(conversations).write_ipc(folder / f"index-{number}.arrow")
-    runs = hash_runs([row.text for row in conversations])
-    np.savez(folder / f"runs-{number}.npz", hashes=runs.hashes, bounds=runs.bounds)
+    runs = hash_shingles([row.text for row in conversations])
+    np.savez(folder / f"shingles-{number}.npz", hashes=runs.hashes, bounds=runs.bounds)
     pl.DataFrame(rejects, schema=REJECT_SCHEMA, orient="row").write_ipc(folder / f"rejects-{number}.arrow")
 
 
@@ -101,10 +89,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def read_runs(folder: Path, number: int) -> Runs:
+def read_shingles(folder: Path, number: int) -> Shingles:
     """Return the sets by which near duplicates of a piece are found."""
-    with np.load(folder / f"runs-{number}.npz") as values:
-        return Runs(values["hashes"], values["bounds"])
+    with np.load(folder / f"shingles-{number}.npz") as values:
+        return Shingles(values["hashes"], values["bounds"])
 
 
 def read_frame(folder: Path, name: str, number: int, columns: Sequence[str] | None = None) -> pl.DataFrame:

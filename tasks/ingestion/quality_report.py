@@ -3,27 +3,25 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.rejects import Tally
-from tasks.ingestion.row_statistics import PLACES_SHOWN, Noted, RowStatistics, find_outliers, gather_statistics
+from tasks.ingestion.row_statistics import PLACES_SHOWN, Flagged, RowStatistics, find_outliers, gather_statistics
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
-from tasks.ingestion.rows.screening import KINDS, Screen
+from tasks.ingestion.rows.screening import KINDS, Screen, redact_text
 from tasks.ingestion.splitting.index import Index
 from tasks.ingestion.splitting.mixture import Division
-from tasks.ingestion.splitting.near_duplicates import THRESHOLD, Likest
+from tasks.ingestion.splitting.near_duplicates import THRESHOLD, BestMatch
+from tasks.ingestion.splitting.shard_summary import ShardSummary, SourceStats
 from tasks.ingestion.splitting.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
-from tasks.ingestion.splitting.takings import Intake, Takings
-
-if TYPE_CHECKING:
-    from tasks.ingestion.dataset import DatasetCounts
 
 
 def describe_dataset(
-    counts: "DatasetCounts",
-    takings: Takings,
+    counts: DatasetCounts,
+    summary: ShardSummary,
     division: Division,
-    pairs: Sequence[Likest],
+    pairs: Sequence[BestMatch],
     rejects: Tally,
     screen: Screen,
 ) -> dict[str, Any]:
@@ -33,27 +31,28 @@ def describe_dataset(
 
     Args:
         counts: where the rows went.
-        takings: what was read.
+        summary: what was read.
         division: the side of each row.
         pairs: near duplicates, by their places in the index.
         rejects: of all datasets.
         screen: what was done about personal data.
     """
-    index, intakes = takings.rows, takings.intakes
-    train_rows, held_out_rows = division.times > 0, division.sides == EVAL
+    index, intakes = summary.rows, summary.intakes
+    train_rows, held_out_rows = division.repeats > 0, division.sides == EVAL
     train, held_out = gather_statistics(index, train_rows), gather_statistics(index, held_out_rows)
     outliers = find_outliers(index, train_rows, held_out_rows, train.lengths + held_out.lengths)
     checks = _describe_checks(index, train, held_out, outliers)
-    likest = _describe_pairs(index, pairs[:PLACES_SHOWN])
+    nearest = _describe_pairs(index, pairs[:PLACES_SHOWN])
     shared = count_shared_prompts(index, train_rows, held_out_rows)
     unused: Counter[str] = Counter()
+    hide = str if screen == "off" else redact_text  # a column's name may be a token
     for intake in intakes:
-        unused.update(intake.unused)
+        unused.update({hide(name): number for name, number in intake.unused.items()})
     found = _describe_found(index, train, held_out)
     warnings = [warning for intake in intakes for warning in intake.warnings]
     warnings += [
         *_warn_of_checks(checks),
-        *_warn_of_likeness(likest, len(pairs), shared),
+        *_warn_of_likeness(nearest, len(pairs), shared),
         *_warn_of_found(found, screen),
     ]
     warnings += _warn_of_datasets(intakes, division)
@@ -65,7 +64,7 @@ def describe_dataset(
         "not_read": dict(unused),
         "checks": checks,
         "screen": {"mode": screen, "found": found},
-        "near_duplicates": {"threshold": THRESHOLD, "num_eval_rows": len(pairs), "pairs": likest},
+        "near_duplicates": {"threshold": THRESHOLD, "num_eval_rows": len(pairs), "pairs": nearest},
         "num_shared_prompts": shared,
         "duplicates": index.name(index.find(division.sides == DUPLICATE, PLACES_SHOWN)),
         "leaks": index.name(index.find(division.sides == LEAKED, PLACES_SHOWN)),
@@ -75,7 +74,7 @@ def describe_dataset(
     }
 
 
-def describe_portion(intake: Intake, division: Division, number: int) -> dict[str, Any]:
+def describe_portion(intake: SourceStats, division: Division, number: int) -> dict[str, Any]:
     """Return where a dataset's rows went; over all datasets each count adds up to that of the whole."""
     dataset, counts = division.datasets[number], division.count(number)
     return {
@@ -94,11 +93,11 @@ def describe_portion(intake: Intake, division: Division, number: int) -> dict[st
 
 
 def _describe_checks(
-    index: Index, train: RowStatistics, held_out: RowStatistics, outliers: Noted
+    index: Index, train: RowStatistics, held_out: RowStatistics, outliers: Flagged
 ) -> dict[str, dict[str, Any]]:
     """Return what looks wrong, by code."""
-    noted = {code: train.problems[code] + held_out.problems[code] for code in TEXT_PROBLEMS}
-    return {code: _describe_noted(index, rows) for code, rows in (noted | {"length_outlier": outliers}).items()}
+    flagged = {code: train.problems[code] + held_out.problems[code] for code in TEXT_PROBLEMS}
+    return {code: _describe_flagged(index, rows) for code, rows in (flagged | {"length_outlier": outliers}).items()}
 
 
 def _describe_found(index: Index, train: RowStatistics, held_out: RowStatistics) -> dict[str, dict[str, Any]]:
@@ -106,18 +105,18 @@ def _describe_found(index: Index, train: RowStatistics, held_out: RowStatistics)
     return {
         kind: {
             "num_found": train.num_found[kind] + held_out.num_found[kind],
-            **_describe_noted(index, train.found[kind] + held_out.found[kind]),
+            **_describe_flagged(index, train.found[kind] + held_out.found[kind]),
         }
         for kind in KINDS
     }
 
 
-def _describe_noted(index: Index, noted: Noted) -> dict[str, Any]:
+def _describe_flagged(index: Index, flagged: Flagged) -> dict[str, Any]:
     """Return how many rows there are, and the first ones by name."""
-    return {"num_rows": noted.num_rows, "places": index.name(noted.places)}
+    return {"num_rows": flagged.num_rows, "places": index.name(flagged.places)}
 
 
-def _describe_pairs(index: Index, pairs: Sequence[Likest]) -> list[dict[str, Any]]:
+def _describe_pairs(index: Index, pairs: Sequence[BestMatch]) -> list[dict[str, Any]]:
     """Return the places of both rows of each pair."""
     held_out, train = index.name(pair.held_out for pair in pairs), index.name(pair.train for pair in pairs)
     return [
@@ -136,11 +135,11 @@ def _warn_of_checks(checks: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _warn_of_likeness(likest: Sequence[dict[str, Any]], num_pairs: int, num_shared: int) -> list[str]:
+def _warn_of_likeness(nearest: Sequence[dict[str, Any]], num_pairs: int, num_shared: int) -> list[str]:
     """Say how near the held-out rows are to the trained ones."""
     warnings = []
-    if likest:
-        first = likest[0]
+    if nearest:
+        first = nearest[0]
         warnings.append(
             f"{num_pairs} held-out row(s) are nearly repeated by a training row (Jaccard index at least {THRESHOLD}), "
             f"such as {first['eval_place']} by {first['train_place']} ({first['jaccard']:.4g}): "
@@ -161,7 +160,7 @@ def _warn_of_found(found: dict[str, dict[str, Any]], screen: Screen) -> list[str
     ]
 
 
-def _warn_of_datasets(intakes: Sequence[Intake], division: Division) -> list[str]:
+def _warn_of_datasets(intakes: Sequence[SourceStats], division: Division) -> list[str]:
     """Say which rows are left out or repeated, and which dataset brings nothing."""
     warnings = []
     for number, intake in enumerate(intakes):

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from tasks.ingestion.rejects import REASONS
+from tasks.ingestion.errors import REASONS
 
 ROWS_KEPT = 5
 """Of each reason."""

@@ -1,4 +1,4 @@
-"""Rows that are not used: the fixed reasons, their table, and the budget that fails a run."""
+"""Rows that are not used: their table, their numbers by reason, and the budget that fails a run."""
 
 import hashlib
 import json
@@ -7,56 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tasks.ingestion.errors import REASONS, DataError, RowError
 from tasks.ingestion.rows.screening import Screen, redact_text
 
-REASONS: dict[str, str] = {
-    "broken_json": "the line is not JSON",
-    "not_an_object": "the row is JSON, but not an object with named fields",
-    "wrong_column_count": "the CSV row has more or fewer values than the header",
-    "missing_field": "a required field is absent",
-    "null_content": "a required text is null",
-    "not_text": "a text is wanted, and another type was found",
-    "broken_text": "the text holds half of a surrogate pair, which no encoding can write",
-    "bad_message": "a message is not an object with a role and a content",
-    "bad_history": "history is not a list of question and answer pairs",
-    "bad_tools": "the tool definitions are not a JSON list of functions",
-    "bad_tool_call": "a tool call has no name, or its arguments are not a JSON object",
-    "bad_train_flag": "the train flag of a message is neither true nor false",
-    "unknown_role": "a role is not one of system, user, assistant, tool or a known alias",
-    "wrong_role_order": "the roles do not follow system?, user, assistant, (tool, assistant)*, user, …",
-    "empty_conversation": "there is no message",
-    "empty_prompt": "a user message has no text",
-    "empty_answer": "an assistant message has neither text nor a tool call",
-    "no_assistant": "no message is the assistant's",
-    "ends_with_user": "the last message is the user's: nothing answers it",
-    "ends_with_tool": "the last message is a tool's result: nothing answers it",
-    "nothing_to_train": "every assistant message says train: false",
-}
 MAX_RAW_CHARACTERS = 2000
 PLACES_SHOWN = 5
 FIRST_SHOWN = 10
-
-
-class DataError(ValueError):
-    """A dataset that cannot be used; the message says what, where, the limit and the way out."""
-
-
-class RowError(ValueError):
-    """One row that cannot be used: a reason of REASONS and a sentence for a person."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        assert reason in REASONS, reason
-        super().__init__(reason, detail)
-
-    @property
-    def reason(self) -> str:
-        """Fixed code, by which rejects are counted."""
-        return str(self.args[0])
-
-    @property
-    def detail(self) -> str:
-        """What exactly was found."""
-        return str(self.args[1])
 
 
 class Reject(NamedTuple):
@@ -75,7 +31,7 @@ def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Scree
 
     Rejects are shown in reports: personal data and secrets become placeholders in them, unless `screen` is off.
     """
-    text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
+    text = raw if isinstance(raw, str) else _write_raw(raw)
     # "replace" turns half surrogates into question marks: the tables are UTF-8.
     data = text.encode("utf-8", "replace")
     hide = redact_text if screen != "off" else str
@@ -87,6 +43,15 @@ def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Scree
         detail=hide(error.detail.encode("utf-8", "replace").decode()),
         raw=hide(data.decode())[:MAX_RAW_CHARACTERS],
     )
+
+
+def _write_raw(raw: Any) -> str:
+    """Write a parsed row as JSON, or say what it is where it is nested too deeply or holds a number too long."""
+    try:
+        return json.dumps(raw, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError) as error:
+        keys = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        return f"({keys}: cannot be written: {error})"
 
 
 @dataclass

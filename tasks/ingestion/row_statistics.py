@@ -26,7 +26,7 @@ Lengths = NDArray[np.int64]
 
 
 @dataclass
-class Noted:
+class Flagged:
     """How many rows have something, and the places of the first ones."""
 
     num_rows: int = 0
@@ -37,8 +37,8 @@ class Noted:
         self.num_rows += len(places)
         self.places += places[: PLACES_SHOWN - len(self.places)].tolist()
 
-    def __add__(self, other: "Noted") -> "Noted":
-        return Noted(self.num_rows + other.num_rows, (self.places + other.places)[:PLACES_SHOWN])
+    def __add__(self, other: "Flagged") -> "Flagged":
+        return Flagged(self.num_rows + other.num_rows, (self.places + other.places)[:PLACES_SHOWN])
 
 
 @dataclass
@@ -52,9 +52,9 @@ class RowStatistics:
     """By measure: rows by value."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Rows by characters in all."""
-    problems: dict[str, Noted] = field(default_factory=lambda: {code: Noted() for code in PROBLEM_BITS})
+    problems: dict[str, Flagged] = field(default_factory=lambda: {code: Flagged() for code in PROBLEM_BITS})
     """By code of quality.TEXT_PROBLEMS."""
-    found: dict[str, Noted] = field(default_factory=lambda: {kind: Noted() for kind in KINDS})
+    found: dict[str, Flagged] = field(default_factory=lambda: {kind: Flagged() for kind in KINDS})
     """By kind of personal data and secrets."""
     num_found: Counter[str] = field(default_factory=Counter)
     """By kind: how often, several in one row included."""
@@ -74,8 +74,8 @@ class RowStatistics:
         kinds_by_row = [text.split(",") for text in rows["found"].gather(holding)]
         for kinds in kinds_by_row:
             self.num_found.update(kinds)
-        for kind, noted in self.found.items():
-            noted.add(places[holding[[kind in kinds for kinds in kinds_by_row]]])
+        for kind, flagged in self.found.items():
+            flagged.add(places[holding[[kind in kinds for kinds in kinds_by_row]]])
 
     def describe(self) -> dict[str, Any]:
         """Return the statistics as plain data: turns, tools and lengths in characters."""
@@ -95,7 +95,7 @@ def gather_statistics(index: Index, rows: Mask) -> RowStatistics:
     return statistics
 
 
-def find_outliers(index: Index, train: Mask, held_out: Mask, lengths: Counter[int]) -> Noted:
+def find_outliers(index: Index, train: Mask, held_out: Mask, lengths: Counter[int]) -> Flagged:
     """Return the rows with a length in characters outside the outer fences, the trained ones first.
 
     Args:
@@ -105,7 +105,7 @@ def find_outliers(index: Index, train: Mask, held_out: Mask, lengths: Counter[in
         lengths: rows of both by characters in all.
     """
     low, high = find_fences(lengths)
-    outliers = Noted()
+    outliers = Flagged()
     if not any(_is_outside(np.array(list(lengths)), low, high)):
         return outliers
     for side in (train, held_out):

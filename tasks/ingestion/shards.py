@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from schemas.config import DataConfig
+from tasks.ingestion.rows.layouts import Layout, Reading
+from tasks.ingestion.rows.matching import ROWS_LOOKED_AT, find_layout
 from tasks.ingestion.rows.screening import Screen
 from tasks.ingestion.sources.columnar import WHOLE, Span
 from tasks.ingestion.sources.files import Source, SourceFile
-from tasks.ingestion.sources.formats import ROWS_LOOKED_AT, Layout, Reading, find_layout
 from tasks.ingestion.sources.readers import read_rows
 from tasks.ingestion.sources.sources import find_sources
 
@@ -81,7 +82,11 @@ def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_by
         own = (*config.datasets, config.held_out_dataset)[dataset]
         assert own is not None
         for place, source in enumerate(named):
-            reading = source.reading or Reading(own.format, own.columns)
+            reading = replace(
+                source.reading or Reading(own.format, own.columns),
+                ignored_columns=own.ignored_columns,
+                trim_trailing_user=config.trim_trailing_user,
+            )
             for file in source.files:
                 layout, spans = _divide(file, reading, shard_bytes)
                 for span, num_bytes in spans:

@@ -1,5 +1,6 @@
 """The door of ingestion: the base model and the dataset come in."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
-from tasks import storage, tracking, workers
+from tasks import execution, storage, tracking
+from tasks.base_model import locate_base_model
 from tasks.caching import keep_at_once, stage_cache
-from tasks.ingestion.base_model import locate_base_model
 from tasks.ingestion.dataset import build_dataset, check_sides_wanted
-from tasks.ingestion.readings import finish_shard, is_small
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.shard_runner import finish_shard, is_small
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
 from tasks.ingestion.sources.sources import digest_source
 from tasks.registry.publication import bring_sources, pin_sources
@@ -58,7 +59,7 @@ def read_shard(shard: Shard, number: int, *, source_digest: str, publish: bool, 
         parent_run_id: MLflow run of the pipeline run.
     """
     with storage.new_folder() as folder:
-        workers.call(finish_shard, shard, folder / "shard")
+        execution.call(finish_shard, shard, folder / "shard")
         if publish:
             uri, digest = tracking.publish(folder / "shard", parent_run_id, f"shards/{number:06d}")
             return Ref(uri=uri, digest=digest, mlflow_run_id=parent_run_id)
@@ -104,6 +105,7 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
             located = bring_sources(config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri}))
             shards = _read_shards(source, located, parent_run_id)
             counts = build_dataset(located, seed=seed, folder=folder / "dataset", shards=shards)
+            quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         except DataError:
             # What was refused stays readable where the run is.
             if (folder / "dataset" / "rejects.parquet").is_file():
@@ -135,4 +137,6 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
         rows_rejected=counts.rows_rejected,
         rows_duplicate=counts.rows_duplicate,
         rows_leaked=counts.rows_leaked,
+        rows_read=counts.rows_read,
+        warnings=tuple(quality["warnings"]),
     )

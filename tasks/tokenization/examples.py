@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from schemas.config import TokenizationConfig
-from tasks import workers
+from tasks import execution
 from tasks.models import load_tokenizer
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
@@ -82,8 +82,8 @@ def tokenize_dataset(
         for table, row_groups, masks, shard in places:
             tokenize_shard(table, row_groups, prepared, masks, shard)
     else:
-        loaded = workers.submit(probe_tokenizer, saved, None)  # which that worker keeps for its shards
-        workers.call_each(work_on_shard, [(place[0], place[1], saved, None, *place[2:]) for place in places])
+        loaded = execution.submit(probe_tokenizer, saved, None)  # which that worker keeps for its shards
+        execution.map(work_on_shard, [(place[0], place[1], saved, None, *place[2:]) for place in places])
         check_saved(prepared, saved, loaded.result())
     counts = join_shards(shards, prepared, folder, config)
     shutil.rmtree(folder / "shards")
@@ -164,5 +164,6 @@ def _check_budgets(counts: TokenCounts, train: MaskReport, rejects: Path, config
         raise TokenizationError(
             f"{for_length} of {train.num_examples + train.num_too_long} training examples ({share:.1%}) had to be cut "
             f"or rejected for length, and tokenization.max_truncated_fraction is {config.max_truncated_fraction:.1%}: "
-            f"raise tokenization.max_length ({config.max_length}) or the budget"
+            f"raise tokenization.max_length ({config.max_length}) where the model has positions for more, shorten or "
+            "remove the long rows, or raise the budget"
         )

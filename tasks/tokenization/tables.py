@@ -13,7 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from schemas.records import Conversations, Examples
+from schemas.records import Conversations, Examples, Rejects, columns_of
 from tasks.jsontext import parse
 from tasks.tokenization.masking import IGNORE_INDEX, Conversation, Example
 
@@ -27,14 +27,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("labels", pa.large_list(pa.int32())),
     ]
 )
-REJECT_SCHEMA = {
-    "example_id": pl.String,
-    "source": pl.String,
-    "line": pl.Int64,
-    "reason": pl.String,
-    "detail": pl.String,
-    "raw": pl.String,
-}
+REJECT_SCHEMA = columns_of(Rejects)
 
 
 class Row(NamedTuple):

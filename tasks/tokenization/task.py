@@ -9,10 +9,10 @@ from prefect import get_run_logger, task, unmapped
 
 from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
-from tasks import storage, tracking, workers
+from tasks import execution, storage, tracking
+from tasks.base_model import limit_length
 from tasks.caching import keep_at_once, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
-from tasks.models import read_context_length
 from tasks.tokenization.examples import (
     PARTS,
     TokenCounts,
@@ -68,6 +68,7 @@ def tokenize(
         total_tokens=counts.total_tokens,
         rows_rejected=counts.rows_rejected,
         template_digest=prepared.template_digest,
+        warnings=counts.warnings,
     )
 
 
@@ -77,15 +78,9 @@ def _open_tokenizer(
     """Return the tokenizer that will ship, and the config with a length that the model has positions for."""
     folder = tracking.resolve(base_model)
     prepared = prepare_tokenizer(folder, chat_template)
-    context = read_context_length(folder)
-    if context is not None and context < config.max_length:
-        get_run_logger().warning(
-            "%s has positions for %d tokens: longer examples are cut there, not at tokenization.max_length = %d",
-            base_model.name,
-            context,
-            config.max_length,
-        )
-        config = config.model_copy(update={"max_length": context})
+    config, told = limit_length(config, folder, base_model.name)
+    if told:
+        get_run_logger().warning("%s", told)
     for note in prepared.notes:
         get_run_logger().info("Tokenizer: %s", note)
     return prepared, config
@@ -101,7 +96,7 @@ def _make_tokens(
         return tokenize_dataset(dataset, prepared, folder, config)
     saved = folder / "tokenizer"
     save_tokenizer(prepared, saved)
-    loaded = workers.submit(probe_tokenizer, saved, None)
+    loaded = execution.submit(probe_tokenizer, saved, None)
     shards = _map_shards(plans, config, parent_run_id=run_id, **source)
     check_saved(prepared, saved, loaded.result())
     return join_shards(shards, prepared, folder, config)
@@ -154,7 +149,7 @@ def tokenize_shard(
     """
     with storage.new_folder() as folder:
         table, model_folder = tracking.resolve(dataset) / f"{part}.parquet", tracking.resolve(base_model)
-        workers.call(work_on_shard, table, row_groups, model_folder, chat_template, config, folder / "shard")
+        execution.call(work_on_shard, table, row_groups, model_folder, chat_template, config, folder / "shard")
         place = f"shards/{part}-{row_groups[0]:06}"
         uri, digest = tracking.publish(folder / "shard", parent_run_id, place)
     return Ref(uri=uri, digest=digest, mlflow_run_id=parent_run_id)

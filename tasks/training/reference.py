@@ -33,7 +33,7 @@ from tasks.training.lora import attach_adapter
 
 def main(path: Path) -> None:
     """Fine-tune as a run's config says, and tell the held-out loss before and after."""
-    from tasks.ingestion.base_model import locate_base_model
+    from tasks.base_model import locate_base_model
 
     config = load_config(path)
     base_model = Path(locate_base_model(config.model).uri)

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from tasks import workers
+from tasks import execution
 
 ROOT = Path(__file__).resolve().parents[2]
 MATERIAL = ROOT.parent / "shared" / "material"
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, default=MATERIAL / "datasets" / "gpteacher")
     parser.add_argument("--peer", choices=["trl", "none"], default="trl")
     options = parser.parse_args()
-    workers.call(os.getpid)  # imports are not timed, ours as little as TRL's
+    execution.call(os.getpid)  # imports are not timed, ours as little as TRL's
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         os.environ["SFT_HOME"] = str(Path(folder) / "home")
         large = options.rows > 100_000

@@ -36,15 +36,15 @@ import threading, time
 from flows.console import prepare_environment
 prepare_environment(cache=True)
 from flows.cli import main
-from tasks import workers
+from tasks import execution
 from tasks.ingestion import tables, task
 from tasks.tokenization import shards
-call, turn = workers.call, threading.Lock()
+call, turn = execution.call, threading.Lock()
 def call_slowly(*args):
     with turn:
         time.sleep(1)
     return call(*args)
-workers.call = call_slowly
+execution.call = call_slowly
 task.SHARD_BYTES, tables.GROUP_ROWS, shards.FEWEST_ROWS_PER_SHARD = 6000, {GROUP_ROWS}, {GROUP_ROWS}
 main()
 """

@@ -88,7 +88,7 @@ class Trainings:
 @contextmanager
 def prepared_trainings(service: Service, folder: Path) -> Iterator[Trainings]:
     """Prepare base model and tokens as `train` takes them, and point this process at the service."""
-    from tasks.ingestion.base_model import locate_base_model
+    from tasks.base_model import locate_base_model
     from tasks.ingestion.dataset import build_dataset
     from tasks.tokenization.examples import tokenize_dataset
     from tasks.tokenization.templates import prepare_tokenizer

@@ -2,9 +2,10 @@
 
 import pytest
 
-from flows.accounting import account_rows, describe_run
+from flows.accounting import account_rows, check_rejected, describe_rows, describe_run, judge_rejected
 from flows.attempts import _differences
 from schemas.artifacts import DatasetRef, TokensRef
+from schemas.config import DataConfig
 from schemas.loading import parse_config
 
 
@@ -45,6 +46,27 @@ def test_rejects_of_both_stages_are_counted_by_reason() -> None:
 def test_a_vanished_row_stops_the_run() -> None:
     with pytest.raises(AssertionError, match="rows vanished: 109 came in, 108 are accounted for"):
         account_rows(_dataset(109), _TOKENS)
+
+
+def test_one_line_says_where_every_row_went() -> None:
+    assert describe_rows(_dataset(108), _TOKENS) == (
+        "108 rows in = 88 trained + 9 evaluated + 5 rejected (answer_too_long 3, empty_answer 2) + 5 duplicates + "
+        "1 leaked"
+    )
+
+
+def test_warnings_of_both_stages_are_in_the_report() -> None:
+    dataset = _dataset(108).model_copy(update={"warnings": ("near",)})
+    tokens = _TOKENS.model_copy(update={"warnings": ("lost",)})
+    assert account_rows(dataset, tokens).warnings == ("near", "lost")
+
+
+def test_rejects_of_both_stages_have_one_budget() -> None:
+    assert judge_rejected({"empty_answer": 1, "template_error": 1}, 200, 0.01, ()) is None
+    problem = judge_rejected({"empty_answer": 1, "template_error": 2}, 200, 0.01, ())
+    assert problem is not None
+    assert "3 of 200 rows (1.50%) are rejected, and data.max_rejected_fraction allows 1.00%" in problem
+    check_rejected(DataConfig(source="x", max_rejected_fraction=0.05), _dataset(108), _TOKENS)
 
 
 def test_a_run_is_named_by_what_model_and_dataset() -> None:

@@ -1,6 +1,7 @@
 """The command line says what it takes, and what a dataset would become."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,50 @@ def test_check_of_a_missing_file_says_so(tmp_path: Path) -> None:
     result = _runner.invoke(app, ["check", str(tmp_path / "nowhere.jsonl")])
     assert result.exit_code == 1
     assert "nowhere.jsonl" in result.output
+
+
+# Three quarters of the rows are refused by the template, and none by ingestion.
+_STRICT = (
+    "{% for m in messages %}{% if 'odd' in m.content %}{{ raise_exception('odd words are not said') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def _write_odd(tmp_path: Path) -> tuple[Path, Path]:
+    rows = [{"prompt": f"Say {n}{'' if n % 4 == 0 else ' odd'}.", "completion": f"It is {n}."} for n in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "strict.jinja").write_text(_STRICT)
+    return tmp_path / "rows.jsonl", tmp_path / "strict.jinja"
+
+
+def test_rows_that_tokenization_refuses_count_in_the_budget_of_check(tmp_path: Path) -> None:
+    rows, template = _write_odd(tmp_path)
+    report = tmp_path / "check.json"
+    options = ["--set", f"model.chat_template={template}", "--json", str(report)]
+    result = _runner.invoke(app, ["check", str(rows), *options])
+    assert result.exit_code == 1
+    assert "not fit to train" in result.output
+    found = json.loads(report.read_text())
+    assert "150 of 200 rows (75.00%) are rejected" in found["problems"][0]
+    assert "150 x template_error, the first: rows.jsonl:2" in found["problems"][0]
+    assert "odd words are not said" in found["problems"][0]
+    assert found["rows"]["rows in"] == sum(number for name, number in found["rows"].items() if name != "rows in")
+    allowed = _runner.invoke(app, ["check", str(rows), *options[:2], "--set", "data.max_rejected_fraction=0.75"])
+    assert allowed.exit_code == 0, allowed.output
+
+
+def test_check_takes_the_length_that_the_model_has_positions_for(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[2] / "deploy" / "demo" / "base_model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n} " * 40} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = tmp_path / "check.json"
+    options = ["--set", f"model.base_model={model}", "--json", str(report)]
+    result = _runner.invoke(app, ["check", str(tmp_path / "rows.jsonl"), *options])
+    assert result.exit_code == 1
+    found = json.loads(report.read_text())
+    assert found["rejected"] == {"answer_too_long": 40}
+    assert any("model has positions for 16 tokens" in warning for warning in found["warnings"])

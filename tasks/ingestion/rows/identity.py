@@ -3,10 +3,10 @@
 `example_id` is the exact identity: the first 32 hexadecimal digits of the sha256 of the canonical JSON of
 `{"messages": [...], "tools": [...] or null}` (keys sorted, no spaces, text not escaped, UTF-8).
 
-Keys are the loose identity, used to find leaks. Text is normalized by NFKC, case folding and spaces; system
-messages and tools do not count. A conversation has a key for every assistant message: a digest of everything up to
-and with it. The last one stands for the whole conversation. So a training row that begins with a held-out
-conversation is found too: it would teach that very answer to that very prompt.
+Keys are the loose identity, used to find leaks. Text is normalized by NFKC, case folding and spaces; tools do not
+count, nor do system messages, but for one that the assistant answers. A conversation has a key for every assistant
+message: a digest of everything up to and with it. The last one stands for the whole conversation. So a training row
+that begins with a held-out conversation is found too: it would teach that very answer to that very prompt.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from tasks.ingestion.rejects import RowError
+from tasks.ingestion.errors import RowError
 from tasks.ingestion.rows.messages import Message
 from tasks.ingestion.rows.quality import find_text_problems
 from tasks.ingestion.rows.screening import Screen, may_hold_any, screen_values
@@ -143,6 +143,7 @@ def _describe(
     keys, texts = [], []
     prompt_key = b""
     prompt_characters = answer_characters = 0
+    is_prompt = [message["role"] for message in messages[:2]] == ["system", "assistant"]
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
@@ -150,7 +151,7 @@ def _describe(
             answer_characters += len(content)
         else:
             prompt_characters += len(content)
-            if role == "system":
+            if role == "system" and not is_prompt:
                 continue
         text = normalize_text(content)
         texts.append(text)

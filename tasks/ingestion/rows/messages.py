@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.ingestion.rejects import RowError
+from tasks.ingestion.errors import RowError
+from tasks.ingestion.rows.flags import FLAG_KEYS, check_refused, read_train_flag
 from tasks.ingestion.rows.toolcalls import read_function_call_text, read_tool_calls
 
 Message = dict[str, Any]
@@ -20,6 +21,7 @@ ROLES: dict[str, str] = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -40,12 +42,11 @@ TEXT_KEYS = {
     "reasoning": "reasoning_content",
     "thinking": "thinking",
 }
-WEIGHT_KEYS = ("weight", "loss_weight")
-READ_KEYS = frozenset({*TEXT_KEYS, *WEIGHT_KEYS, "train", "tool_calls", "function_call"})
+READ_KEYS = frozenset({*TEXT_KEYS, *FLAG_KEYS, "tool_calls", "function_call"})
 # What may follow what; tool results may also follow calls that are written as plain assistant text.
 FOLLOWERS: dict[str | None, frozenset[str]] = {
-    None: frozenset({"system", "user"}),
-    "system": frozenset({"user"}),
+    None: frozenset({"system", "user", "assistant"}),
+    "system": frozenset({"user", "assistant"}),
     "user": frozenset({"assistant"}),
     "assistant": frozenset({"user", "assistant", "tool"}),
     "tool": frozenset({"tool", "assistant"}),
@@ -160,8 +161,10 @@ def _read_content(content: Any, number: int, role: str) -> str:
 
 
 def _read_part(part: Any, number: int) -> str:
-    """Return the text of one content part; images and sounds are not for these models."""
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+    """Return the text of one content part (LLaMA-Factory v1 calls it value); images and sounds are not trained."""
+    text = None
+    if isinstance(part, dict) and part.get("type", "text") == "text":
+        text = part.get("text", part.get("value"))
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise RowError("not_text", f"message {number}: a content part of type {kind!r}: only text is known")
@@ -193,31 +196,25 @@ def _add_optional(message: Message, item: dict[str, Any], number: int) -> None:
         if not isinstance(value, str):
             raise RowError("not_text", f"message {number}: {key} is of type {type(value).__name__}")
         message[ours] = value
-    if message["role"] != "assistant":
-        return
-    flag = item.get("train")
-    if flag is None:
-        flag = next((item[key] for key in WEIGHT_KEYS if item.get(key) is not None), None)
-    if flag is None:
-        return
-    if flag not in (0, 1):
-        raise RowError("bad_train_flag", f"message {number}: train is {flag!r}: true or false is wanted")
-    message["train"] = bool(flag)
+    check_refused(item, number)
+    flag = read_train_flag(item, message["role"], number)
+    if flag is not None:
+        message["train"] = flag
 
 
 def _parse_json(text: str) -> Any:
     """Parse messages, or one, that are kept as JSON text."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RowError("bad_message", f"messages as text are not JSON ({error}): {text[:120]}") from None
 
 
 def check_messages(messages: list[Message]) -> None:
     """Check roles, their order and that every turn says something.
 
-    The order is one optional system message, then user turns, each answered by one or more assistant messages
-    with tool results between them; the assistant has the last word.
+    The order is one optional system message, an optional first message of the assistant, then user turns, each
+    answered by one or more assistant messages with tool results between them; the assistant has the last word.
 
     Raises:
         RowError: names the message.

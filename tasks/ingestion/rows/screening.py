@@ -1,8 +1,8 @@
-"""Personal data and secrets in texts: e-mail addresses, phone numbers, tokens, private keys and passwords in addresses.
+"""Personal data and secrets in texts: addresses, phone numbers, tokens, keys, passwords, bank accounts and cards.
 
-Found by shape alone, and only by shapes that hardly anything else has; what says `password = "..."` is not looked for,
-because in published data that is nearly always an example. Addresses and numbers that are reserved for examples are
-passed over. Nothing here proves that a dataset is free of personal data.
+Found by shape and check digits alone, and only by shapes that hardly anything else has (see also identifiers.py and
+credentials.py). Full-width characters and characters of no width hide nothing. E-mail addresses and phone numbers that
+are reserved for examples are passed over. Nothing here proves that a dataset is free of personal data.
 
 Sources of the shapes: RFC 2606 and 6761 (reserved names), ITU-T E.164 (international numbers), the North American and
 the Chinese numbering plans, RFC 7468 (private keys), RFC 7519 (JWT), and the prefixes that AWS, GitHub, GitLab, Google,
@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from tasks.ingestion.rows import credentials, identifiers
+
 Screen = Literal["off", "report", "redact"]
 
 KINDS: dict[str, str] = {
@@ -21,7 +23,10 @@ KINDS: dict[str, str] = {
     "phone": "phone numbers",
     "token": "access tokens or API keys",
     "private_key": "private keys",
-    "password": "passwords in addresses",
+    "password": "passwords",
+    "iban": "bank account numbers (IBAN)",
+    "card": "payment card numbers",
+    "ssn": "US social security numbers",
 }
 PLACEHOLDERS = {kind: f"[{kind.upper()}]" for kind in KINDS}
 MIN_CHARACTERS = 6
@@ -36,7 +41,13 @@ SUSPECT = (
     r"|\+[1-9](?:[ .-]?\([0-9]{1,4}\)|[ .-]?[0-9]){7}"
     r"|[2-9][0-9]{2}(?:[.-]|\)[ .-]?)[2-9][0-9]{2}[.-][0-9]{4}"
     r"|1[3-9][0-9](?:[ -][0-9]{4}[ -][0-9]{4}|[0-9]{8})"
+    # Characters of no width, and full-width digits, letters and @, which are folded before the search.
+    r"|[\x{ad}\x{200b}-\x{200d}\x{2060}\x{feff}\x{ff10}-\x{ff19}\x{ff20}-\x{ff3a}\x{ff41}-\x{ff5a}]"
+    rf"|{identifiers.SUSPECT}|{credentials.SUSPECT}"
 )
+_HIDDEN = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff\uff10-\uff19\uff20-\uff3a\uff41-\uff5a]")
+_NO_WIDTH = frozenset("\u00ad\u200b\u200c\u200d\u2060\ufeff")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])([A-Za-z0-9_%+-]{1,64}(?:\.[A-Za-z0-9_%+-]{1,64}){0,8})"
@@ -46,8 +57,9 @@ _RESERVED_NAMES = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|net|org))?|test|inv
 # pixel densities in file names, as in logo@2x.png
 _FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts", "json", "html"})
 
-# A pattern that begins with a set of characters is fast; which of them it was is asked right after, and what may not
-# stand before a number when one is found.
+# Python's `re` searches fast for a pattern that begins with one set of characters. So the pattern begins with every
+# first character of the four forms, and each form then checks its own by a look-behind; what may not stand before a
+# number is checked after a match.
 _PHONE = re.compile(
     r"[+(1-9](?:"
     r"(?<=\+)[1-9](?:[ .-]?\([0-9]{1,4}\)|[ .-]?[0-9]){7,14}"
@@ -92,7 +104,7 @@ _PRIVATE_KEY = re.compile(
     re.DOTALL,
 )
 _ADDRESS = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s:/@?#\[\]<>{}\"'$]{0,64}:(?P<password>[^\s/@?#\[\]<>{}\"'$]{4,128})@"
+    r"[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s:/@?#\[\]<>{}\"'$]{0,64}:(?P<password>[^\s/@?\[\]<>{}\"'$]{4,128})@"
 )
 _NO_PASSWORDS = frozenset({"password", "passwd", "pass", "secret", "mypassword", "yourpassword", "your_password"})
 
@@ -113,6 +125,8 @@ def may_hold_any(text: str) -> bool:
         or _FOUR_DIGITS.search(text) is not None
         or "PRIVATE KEY" in text
         or any(map(text.__contains__, _TOKEN_HINTS))
+        or credentials.HINT.search(text) is not None
+        or _HIDDEN.search(text) is not None
     )
 
 
@@ -149,11 +163,20 @@ def find_spans(text: str) -> list[Span]:
     """Return what is found, in order and without overlaps; of two that overlap the more secret one stays."""
     if len(text) < MIN_CHARACTERS:
         return []
+    if _HIDDEN.search(text):
+        return _find_folded(text)
     spans: list[Span] = []
     for span in _search(text):
         if all(span.end <= other.start or other.end <= span.start for other in spans):
             spans.append(span)
     return sorted(spans)
+
+
+def _find_folded(text: str) -> list[Span]:
+    """Find in the text without characters of no width and in half width; the spans are those of the text itself."""
+    places = [place for place, character in enumerate(text) if character not in _NO_WIDTH]
+    folded = "".join(text[place] for place in places).translate(_FULL_WIDTH)
+    return [Span(places[start], places[end - 1] + 1, kind) for start, end, kind in find_spans(folded)]
 
 
 def _search(text: str) -> Iterator[Span]:
@@ -165,6 +188,8 @@ def _search(text: str) -> Iterator[Span]:
         for match in _TOKEN.finditer(text):
             if _is_token(match.group()):
                 yield Span(*match.span(), "token")
+    if credentials.HINT.search(text):
+        yield from map(Span._make, credentials.find_credentials(text))
     if "@" in text:
         if "://" in text:
             for match in _ADDRESS.finditer(text):
@@ -173,6 +198,8 @@ def _search(text: str) -> Iterator[Span]:
         for match in _EMAIL.finditer(text):
             if _is_email(match[1], match[2].lower()):
                 yield Span(*match.span(), "email")
+    if _FOUR_DIGITS.search(text):
+        yield from map(Span._make, identifiers.find_identifiers(text))
     if _FOUR_DIGITS.search(text) or "+" in text:
         for match in _PHONE.finditer(text):
             if _is_phone(match, text):

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from tasks.ingestion.rejects import RowError
+from tasks.ingestion.errors import RowError
 
 THINK = re.compile(r"^\s*<think>(.*?)</think>\s*", re.DOTALL)
 TOOL_CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.DOTALL)
@@ -92,6 +92,8 @@ def _read_tool_call(call: Any, schemas: dict[str, Any] | None, unused: Counter[s
     name, arguments = function["name"], function.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         arguments = _parse_text(arguments, "bad_tool_call", f"the arguments of {name}")
+        if isinstance(arguments, str) and arguments.lstrip().startswith("{"):  # encoded twice
+            arguments = _parse_text(arguments, "bad_tool_call", f"the arguments of {name}")
     elif arguments is None or isinstance(arguments, str):
         arguments = {}
     elif schemas is not None and isinstance(arguments, dict):
@@ -154,5 +156,5 @@ def _parse_text(text: str, reason: str, what: str) -> Any:
     """Parse JSON text inside a row."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(reason, f"{what} is not JSON ({error}): {text[:120]}") from None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.errors import DataError, RowError
 
 ROWS_AT_ONCE = 1000
 
@@ -58,8 +58,8 @@ def read_arrow(path: Path, span: Span) -> Iterator[RawRow]:
             else:
                 assert span == WHOLE, f"{path}: {span} of a stream"
                 batches = iter(pa.ipc.open_stream(memory))
-            yield from _number(batches, span.first_row)
-    except (pa.ArrowException, OSError) as error:
+            yield from _number(_verify(batches), span.first_row)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: not a readable Arrow file ({error}): write it again") from error
 
 
@@ -68,6 +68,60 @@ def _number(batches: Iterator[Any], first_row: int) -> Iterator[RawRow]:
     number = first_row - 1
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-            for row in batch.slice(start, ROWS_AT_ONCE).to_pylist(maps_as_pydicts="strict"):
+            for row, problem in _to_rows(batch.slice(start, ROWS_AT_ONCE)):
                 number += 1
-                yield RawRow(number, row)
+                yield RawRow(number, row, problem)
+
+
+def _to_rows(batch: Any) -> Iterator[tuple[Any, RowError | None]]:
+    """Yield the rows of a batch; where it does not become Python values as a whole, row by row, each with its problem.
+
+    What fails: bytes of a text that are not UTF-8, a date beyond the year 9999, a map that has a key twice.
+    """
+    try:
+        for row in batch.to_pylist(maps_as_pydicts="strict"):
+            yield row, None
+        return
+    except (ValueError, KeyError, OverflowError):
+        pass
+    for place in range(batch.num_rows):
+        one = batch.slice(place, 1)
+        try:
+            yield one.to_pylist(maps_as_pydicts="strict")[0], None
+        except (ValueError, KeyError, OverflowError) as error:
+            detail = f"{_find_column(one)} cannot be read: {type(error).__name__}: {error}"
+            yield str(detail), RowError("unreadable_value", detail)
+
+
+def _find_column(row: Any) -> str:
+    """Name the first column of a row that does not become a Python value."""
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.to_pylist(maps_as_pydicts="strict")
+        except (ValueError, KeyError, OverflowError):
+            return f"column {name}"
+    return "the row"
+
+
+def _verify(batches: Iterator[Any]) -> Iterator[Any]:
+    """Check the offsets of every batch before a value is read: flipped bytes would else end the process.
+
+    Raises:
+        pyarrow.ArrowInvalid: a batch is not what its schema says.
+    """
+    for batch in batches:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            _verify_column(name, column)
+        yield batch
+
+
+def _verify_column(name: str, column: Any) -> None:
+    """Check a column in full, but for text that is not UTF-8: that is one row's problem."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error) and "UTF-8" not in str(error):
+            raise pa.ArrowInvalid(f"column {name}: {error}") from error
+        column.validate()

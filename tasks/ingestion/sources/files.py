@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.ingestion.rejects import DataError
-from tasks.ingestion.sources.formats import Reading
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows.layouts import Reading
 
 KINDS: dict[str, str] = {
     ".json": "json",
@@ -56,7 +56,14 @@ def _kind_of_name(path: Path) -> str | None:
 
 
 def kind_of_file(path: Path) -> str:
-    """Return the kind by the name, else by the first bytes."""
+    """Return the kind by the name, else by the first bytes.
+
+    Raises:
+        DataError: it is no regular file (reading a pipe or a device may never end), is compressed, or is of no known
+            kind.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: neither a file nor a folder (a pipe, socket or device): save its rows to a file")
     if path.suffix.lower() in COMPRESSED:
         raise DataError(f"{path}: compressed files are not read: unpack it and give the {KNOWN} file inside")
     kind = _kind_of_name(path)
@@ -78,9 +85,9 @@ def find_in_folder(folder: Path) -> Source:
     files, skipped = [], []
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
         relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+        if path.is_dir() or any(part.startswith(".") for part in relative.parts):
             continue
-        kind = None if path.suffix.lower() in COMPRESSED else _kind_of_name(path)
+        kind = None if not path.is_file() or path.suffix.lower() in COMPRESSED else _kind_of_name(path)
         if kind is None or path.name in METADATA_NAMES:
             skipped.append(relative.as_posix())
         else:

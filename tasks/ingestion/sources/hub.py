@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.files import Source, SourceFile
 
 COMMIT = re.compile("[0-9a-f]{40}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span
 from tasks.ingestion.sources.encodings import UTF8_BOM, check_start, decode, read_text
 from tasks.ingestion.sources.json_lists import READ_BYTES, ListError, read_list
@@ -59,6 +59,10 @@ def _read_json_list(path: Path) -> Iterator[RawRow]:
         raise _describe_nesting(path) from None
     except ListError as error:
         raise _describe_broken(path, error) from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise _describe_number(path, error) from None
 
 
 NO_VALUE, NOT_ONE_VALUE = object(), object()
@@ -78,10 +82,19 @@ def _parse_exactly(path: Path) -> Any:
             return NOT_ONE_VALUE
         near = text[max(0, error.pos - 30) : error.pos + 30].replace("\n", "⏎")
         raise _describe_broken(path, ListError(error.msg, error.lineno, error.colno, near)) from None
+    except ValueError as error:
+        raise _describe_number(path, error) from None
 
 
 def _describe_nesting(path: Path) -> DataError:
     return DataError(f"{path}: the JSON is nested too deeply to be read: flatten it")
+
+
+def _describe_number(path: Path, error: ValueError) -> DataError:
+    return DataError(
+        f"{path}: a number that cannot be read ({error}): write it as text; where one row may be lost, save one "
+        "object a line as .jsonl"
+    )
 
 
 def _describe_broken(path: Path, error: ListError) -> DataError:
@@ -95,7 +108,7 @@ def _parses(line: str) -> bool:
     """Tell whether the line alone is JSON."""
     try:
         json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -125,7 +138,7 @@ def read_json_lines(path: Path, span: Span) -> Iterator[RawRow]:
             num_rows += 1
             try:
                 yield RawRow(line, json.loads(text))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError alone: an integer of too many digits
                 num_broken += 1
                 where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
                 first = first or f"broken JSON on line {line}, {where}"

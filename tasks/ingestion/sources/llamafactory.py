@@ -8,12 +8,13 @@ are not read. Two things differ, and are reported: rows are kept that LLaMA-Fact
 
 import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows.layouts import Reading
 from tasks.ingestion.rows.messages import DEFAULT_TAGS, FUNCTION_CALL, ROLES, Tags
 from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file
-from tasks.ingestion.sources.formats import Reading
 from tasks.ingestion.sources.hub import find_on_hub
 
 INDEX_NAME = "dataset_info.json"
@@ -46,8 +47,10 @@ def read_index(path: Path, names: list[str]) -> tuple[Source, ...]:
         DataError: no such index or entry, or an entry that is not for supervised fine-tuning on text.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         index = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable index of datasets ({error})") from error
     if not isinstance(index, dict) or not all(isinstance(entry, dict) for entry in index.values()):
         raise DataError(
@@ -68,6 +71,7 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> Source:
     where = f"{path}#{name}"
     # Warnings go into the dataset's report, whose digest must not depend on where the index lies.
     label = f"{path.name}#{name}"
+    _check_types(where, entry)
     if entry.get("ranking"):
         raise DataError(f"{where}: a preference dataset (ranking): supervised fine-tuning needs answers, not rankings")
     media = [key for key in MEDIA if (entry.get("columns") or {}).get(key)]
@@ -86,6 +90,26 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> Source:
         num_samples=num_samples,
         description=json.dumps(entry, sort_keys=True),
     )
+
+
+def _check_types(where: str, entry: dict[str, Any]) -> None:
+    """Refuse values of other types than LLaMA-Factory's.
+
+    Raises:
+        DataError: names the key, its value and the type.
+    """
+    for key in ("file_name", "hf_hub_url", "subset", "split", "folder", "formatting"):
+        if not isinstance(entry.get(key), (str, NoneType)):
+            raise DataError(f"{where}: {key} is {str(entry[key])[:80]!r}: a text is wanted")
+    for key in ("columns", "tags"):
+        names = entry.get(key) or {}
+        if not isinstance(names, dict) or not all(isinstance(name, (str, NoneType)) for name in names.values()):
+            raise DataError(f"{where}: {key} is {str(names)[:80]!r}: names with their columns are wanted")
+    if (entry.get("columns") or {}).get("kto_tag"):
+        raise DataError(
+            f"{where}: it has kto_tag, by which answers are good or bad: keep the rows with good ones, and leave "
+            "kto_tag out"
+        )
 
 
 def _find_files(path: Path, where: str, entry: dict[str, Any]) -> Source:

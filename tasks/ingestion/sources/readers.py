@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
 from tasks.ingestion.sources.encodings import read_text_lines
 from tasks.ingestion.sources.files import SourceFile

@@ -4,26 +4,10 @@ import hashlib
 from pathlib import Path
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
 from tasks.ingestion.sources.hub import find_on_hub
 from tasks.ingestion.sources.llamafactory import read_index, split_index_name
-
-
-def locate_source(config: DataConfig) -> list[Path]:
-    """Return the files of all trained datasets, downloading those of the hub into the local hub cache first.
-
-    Raises:
-        DataError: nothing is there, or it is of no known kind.
-    """
-    return [file.path for dataset in config.datasets for source in find_sources(dataset) for file in source.files]
-
-
-def locate_eval_source(config: DataConfig) -> list[Path]:
-    """Return the files of `data.eval_source`; none when a part of the dataset is held out instead."""
-    if config.held_out_dataset is None:
-        return []
-    return [file.path for source in find_sources(config.held_out_dataset) for file in source.files]
 
 
 def digest_source(config: DataConfig) -> str:
@@ -49,6 +33,10 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
         DataError: the path is missing, holds no rows, or neither folder nor hub knows the name.
     """
     name = dataset.source
+    try:
+        Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name}: {error}: write the whole path") from None
     index, chosen = split_index_name(name)
     path = Path(name).expanduser()
     if index is not None:

@@ -14,9 +14,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.pieces import read_frame, read_runs
+from tasks.ingestion.pieces import read_frame, read_shingles
+from tasks.ingestion.rows.shingles import Shingles, select_shingles
 from tasks.ingestion.splitting.ranks import rank_places
-from tasks.ingestion.splitting.runs import Runs, select_runs
 
 Mask = NDArray[np.bool_]
 """One entry for each row of the index."""
@@ -60,14 +60,14 @@ class Index:
         for piece, own in self._divide(rows):
             yield piece.start + np.flatnonzero(own), read_taken(piece, "index", self.seed, columns).filter(own)
 
-    def read_runs(self, rows: Mask) -> Iterator[tuple[Places, Runs]]:
+    def read_shingles(self, rows: Mask) -> Iterator[tuple[Places, Shingles]]:
         """Yield the sets by which near duplicates are found of some rows, piece by piece, with the rows' places."""
         for piece, own in self._divide(rows):
-            runs = read_runs(piece.folder, piece.number)
+            runs = read_shingles(piece.folder, piece.number)
             if piece.limit is not None:
                 ranks = rank_places(read_frame(piece.folder, "index", piece.number), self.seed)
-                runs = select_runs(runs, ranks <= piece.limit)
-            yield piece.start + np.flatnonzero(own), select_runs(runs, own)
+                runs = select_shingles(runs, ranks <= piece.limit)
+            yield piece.start + np.flatnonzero(own), select_shingles(runs, own)
 
     def name(self, places: Iterable[int]) -> list[str]:
         """Return source and line of a few rows."""

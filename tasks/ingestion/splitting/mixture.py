@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.splitting.index import Index, Mask
 from tasks.ingestion.splitting.splits import (
     DUPLICATE,
@@ -25,13 +25,13 @@ from tasks.ingestion.splitting.splits import (
     choose,
     count_held_out,
     hold_out,
-    keep_all,
+    initial_sides,
+    remove_leaks,
     select,
-    separate,
     split_dataset,
 )
 
-Times = NDArray[np.unsignedinteger]
+Repeats = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Division:
     bounds: Sequence[int]
     """Where each dataset's rows begin; one entry more than there are datasets."""
     sides: Sides
-    times: Times
+    repeats: Repeats
     """How often a row is trained."""
 
     def count(self, dataset: int | None = None) -> dict[str, int]:
         """Return the rows of each side, of one dataset or of all."""
         rows = slice(None) if dataset is None else slice(*self.bounds[dataset : dataset + 2])
-        sides, times = self.sides[rows], self.times[rows]
-        taken, total = int(np.count_nonzero(times)), int(times.sum(dtype=np.int64))
+        sides, repeats = self.sides[rows], self.repeats[rows]
+        taken, total = int(np.count_nonzero(repeats)), int(repeats.sum(dtype=np.int64))
         num_rows = {side: int(np.count_nonzero(sides == side)) for side in (TRAIN, EVAL, DUPLICATE, LEAKED, UNUSED)}
         return {
             "rows_train": total,
@@ -76,7 +76,7 @@ def divide(index: Index, config: DataConfig) -> Division:
         DataError: a dataset has fewer training rows than `num_rows` wants.
     """
     datasets = list(config.datasets)
-    sides = keep_all(index)
+    sides = initial_sides(index)
     if config.held_out_dataset is not None:
         hold_out(index, sides, len(datasets), config.max_eval_rows, index.seed)
         datasets.append(config.held_out_dataset)
@@ -84,11 +84,11 @@ def divide(index: Index, config: DataConfig) -> Division:
         sizes = [int(np.count_nonzero(select(index, sides, TRAIN, dataset=number))) for number in range(len(datasets))]
         for number, num_rows in enumerate(_share_out(sizes, config)):
             split_dataset(index, sides, number, num_rows, index.seed)
-    separate(index, sides)
-    times: Times = np.zeros(index.num_rows, dtype=np.uint8)
+    remove_leaks(index, sides)
+    repeats: Repeats = np.zeros(index.num_rows, dtype=np.uint8)
     for number, dataset in enumerate(datasets):
-        times = times + take(index, select(index, sides, TRAIN, dataset=number), dataset, index.seed)
-    return Division(tuple(datasets), index.bounds, sides, times)
+        repeats = repeats + take(index, select(index, sides, TRAIN, dataset=number), dataset, index.seed)
+    return Division(tuple(datasets), index.bounds, sides, repeats)
 
 
 def _share_out(sizes: Sequence[int], config: DataConfig) -> list[int]:
@@ -107,7 +107,7 @@ def _share_out(sizes: Sequence[int], config: DataConfig) -> list[int]:
     return [high - low for low, high in pairwise(bounds)]
 
 
-def take(index: Index, rows: Mask, dataset: DatasetConfig, seed: int) -> Times:
+def take(index: Index, rows: Mask, dataset: DatasetConfig, seed: int) -> Repeats:
     """Return how often each row of the index is taken by the weight or number of the dataset with these rows.
 
     A weight w takes round(w * n) of n rows, at least one: each floor(w) times, and a seeded choice once more. The
@@ -122,9 +122,9 @@ def take(index: Index, rows: Mask, dataset: DatasetConfig, seed: int) -> Times:
     if not size:
         return np.zeros(len(rows), dtype=np.uint8)
     wanted = num_rows if num_rows is not None else max(1, round(dataset.weight * size))
-    times, rest = divmod(wanted, size)
-    kind = np.min_scalar_type(times + 1)
-    return rows * kind.type(times) + choose(index, rows, rest, seed)
+    repeats, rest = divmod(wanted, size)
+    kind = np.min_scalar_type(repeats + 1)
+    return rows * kind.type(repeats) + choose(index, rows, rest, seed)
 
 
 def _describe_shortage(dataset: DatasetConfig, num_rows: int) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.ingestion.splitting.runs import HASH_BITS, Runs, select_runs
+from tasks.ingestion.rows.shingles import HASH_BITS, Shingles, select_shingles
 
 THRESHOLD = 0.8
 # How much of a hash is looked at first.
@@ -43,7 +43,7 @@ class HeldOut(NamedTuple):
     """Whether a hash of the union begins with these bits: an answer at the price of one look."""
 
 
-class Likest(NamedTuple):
+class BestMatch(NamedTuple):
     """The training row most like a held-out row."""
 
     held_out: int
@@ -52,8 +52,8 @@ class Likest(NamedTuple):
 
 
 def find_near_duplicates(
-    train: Iterable[tuple[Numbers, Runs]], held_out: Runs, threshold: float = THRESHOLD
-) -> list[Likest]:
+    train: Iterable[tuple[Numbers, Shingles]], held_out: Shingles, threshold: float = THRESHOLD
+) -> list[BestMatch]:
     """Return the held-out sets with a training set of a Jaccard index of at least `threshold`.
 
     Args:
@@ -62,25 +62,25 @@ def find_near_duplicates(
         threshold: above 0.
 
     Returns:
-        Pairs of numbers, the likest first; of equally like training sets the first one.
+        Pairs of numbers, the nearest first; of equally like training sets the first one.
     """
     if not len(held_out.hashes):
         return []
     known = index_held_out(held_out, threshold)
-    best: dict[int, Likest] = {}
+    best: dict[int, BestMatch] = {}
     for numbers, runs in train:
         inside = _find_inside(runs, known, threshold)
         if not inside.any():
             continue
         own = numbers[inside]
-        for rows, others, jaccard in _compare_all(select_runs(runs, inside), known, threshold):
+        for rows, others, jaccard in _compare_all(select_shingles(runs, inside), known, threshold):
             for row, other, index in zip(own[rows].tolist(), others.tolist(), jaccard.tolist(), strict=True):
                 if other not in best or (-index, row) < (-best[other].jaccard, best[other].train):
-                    best[other] = Likest(other, row, index)
+                    best[other] = BestMatch(other, row, index)
     return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
 
 
-def index_held_out(runs: Runs, threshold: float) -> HeldOut:
+def index_held_out(runs: Shingles, threshold: float) -> HeldOut:
     """Make the tables by which training sets are compared with all held-out sets at once."""
     union, places, num_owners = np.unique(runs.hashes, return_inverse=True, return_counts=True)
     rarest = _find_rarest(runs, num_owners[places], threshold)
@@ -99,7 +99,7 @@ def index_held_out(runs: Runs, threshold: float) -> HeldOut:
     )
 
 
-def _find_rarest(runs: Runs, num_owners: Numbers, threshold: float) -> Numbers:
+def _find_rarest(runs: Shingles, num_owners: Numbers, threshold: float) -> Numbers:
     """Return the places of each set's rarest hashes, as many as must hold one of every set that is alike enough.
 
     Rarity is the number of held-out sets that have a hash; of two with the same number the smaller hash comes first.
@@ -112,14 +112,14 @@ def _find_rarest(runs: Runs, num_owners: Numbers, threshold: float) -> Numbers:
     return order[rarity < num_rarest[owners]]
 
 
-def _find_inside(runs: Runs, known: HeldOut, threshold: float) -> NDArray[np.bool_]:
+def _find_inside(runs: Shingles, known: HeldOut, threshold: float) -> NDArray[np.bool_]:
     """Tell of which sets at least `threshold` lies in the union."""
     if not len(runs.sizes):
         return np.zeros(0, dtype=np.bool_)
     likely = known.table[runs.hashes >> (32 - TABLE_BITS)]
     # What the table lets pass may still be unknown; the few rows that have enough of it are looked up.
     inside = np.add.reduceat(likely, runs.bounds[:-1], dtype=np.int64) >= threshold * runs.sizes - TOLERANCE
-    rest = select_runs(runs, inside)
+    rest = select_shingles(runs, inside)
     if len(rest.sizes):
         found, _ = _look_up(rest.hashes, known.union)
         inside[inside] = np.add.reduceat(found, rest.bounds[:-1], dtype=np.int64) >= threshold * rest.sizes - TOLERANCE
@@ -135,7 +135,7 @@ def _look_up(
 
 
 def _compare_all(
-    runs: Runs, known: HeldOut, threshold: float
+    runs: Shingles, known: HeldOut, threshold: float
 ) -> Iterator[tuple[Numbers, Numbers, NDArray[np.float64]]]:
     """Yield pairs of a row and a held-out set that are alike enough, with their Jaccard index."""
     for rows, others in _find_candidates(runs, known, threshold):
@@ -145,7 +145,7 @@ def _compare_all(
             yield rows[some][alike], others[some][alike], jaccard[alike]
 
 
-def _measure(runs: Runs, known: HeldOut, rows: Numbers, others: Numbers) -> NDArray[np.float64]:
+def _measure(runs: Shingles, known: HeldOut, rows: Numbers, others: Numbers) -> NDArray[np.float64]:
     """Return the Jaccard index of each pair."""
     # The row's hashes, once for each of its candidates, under the candidate's number.
     sizes = runs.sizes[rows]
@@ -156,7 +156,7 @@ def _measure(runs: Runs, known: HeldOut, rows: Numbers, others: Numbers) -> NDAr
     return jaccard
 
 
-def _find_candidates(runs: Runs, known: HeldOut, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
+def _find_candidates(runs: Shingles, known: HeldOut, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
     """Yield pairs of a row and a held-out set that share one of the rarest hashes of both, and are alike in size."""
     sizes = runs.sizes
     owners = np.repeat(np.arange(len(sizes)), sizes)

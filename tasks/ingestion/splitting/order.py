@@ -9,7 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tasks.ingestion.splitting.index import Index, Places, read_taken
-from tasks.ingestion.splitting.mixture import Times
+from tasks.ingestion.splitting.mixture import Repeats
 from tasks.ingestion.splitting.ranks import rank_ids
 from tasks.ingestion.tables import copy_rows
 
@@ -18,7 +18,7 @@ BUCKET_ROWS = 50_000
 RANK = "rank"
 
 
-def read_chosen(index: Index, times: Times, scratch: Path) -> Iterator[pl.DataFrame]:
+def read_chosen(index: Index, repeats: Repeats, scratch: Path) -> Iterator[pl.DataFrame]:
     """Yield rows of the tables, each as often as it is taken, some at a time.
 
     One dataset's rows come in their order; those of several are mixed by the rank of seed, copy and content. Whoever
@@ -26,14 +26,14 @@ def read_chosen(index: Index, times: Times, scratch: Path) -> Iterator[pl.DataFr
 
     Args:
         index: of all datasets' rows.
-        times: how often each is taken.
+        repeats: how often each is taken.
         scratch: folder for files that are deleted again.
     """
-    frames = _read_repeated(index, times)
-    if sum(bool(times[low:high].any()) for low, high in pairwise(index.bounds)) < 2:
+    frames = _read_repeated(index, repeats)
+    if sum(bool(repeats[low:high].any()) for low, high in pairwise(index.bounds)) < 2:
         yield from (frame for frame, _ in frames)
         return
-    num_buckets = max(1, round(int(times.sum(dtype=np.int64)) / BUCKET_ROWS))
+    num_buckets = max(1, round(int(repeats.sum(dtype=np.int64)) / BUCKET_ROWS))
     scratch.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     waiting: list[pl.DataFrame] = []
@@ -49,10 +49,10 @@ def read_chosen(index: Index, times: Times, scratch: Path) -> Iterator[pl.DataFr
         path.unlink()
 
 
-def _read_repeated(index: Index, times: Times) -> Iterator[tuple[pl.DataFrame, Places]]:
+def _read_repeated(index: Index, repeats: Repeats) -> Iterator[tuple[pl.DataFrame, Places]]:
     """Yield the taken rows in their order, piece by piece, with the number of the copy that each is, from 1."""
     for piece in index.pieces:
-        own = times[piece.start : piece.start + piece.num_rows]
+        own = repeats[piece.start : piece.start + piece.num_rows]
         if own.any():
             rows = np.repeat(np.arange(len(own)), own)
             before = np.cumsum(own, dtype=np.int64) - own

@@ -29,7 +29,7 @@ KEYS_AT_ONCE = 200_000
 Sides = NDArray[np.uint8]
 
 
-def keep_all(index: Index) -> Sides:
+def initial_sides(index: Index) -> Sides:
     """Train everything but the copies within a dataset."""
     sides = np.full(index.num_rows, TRAIN, dtype=np.uint8)
     for dataset in range(len(index.bounds) - 1):
@@ -126,7 +126,7 @@ def hold_out(index: Index, sides: Sides, dataset: int, max_rows: int, seed: int)
     sides[choose(index, rows, max_rows, seed)] = EVAL
 
 
-def separate(index: Index, sides: Sides) -> None:
+def remove_leaks(index: Index, sides: Sides) -> None:
     """Take out what is on both sides, and what several datasets have, so that it is in one place.
 
     What is held out of any dataset, evaluated or not, is a leak in the training part of each: also where it is the

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from schemas.config import DataConfig
 from schemas.records import Conversations, Rejects
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.errors import REASONS, DataError
 from tasks.ingestion.pieces import CONVERSATION_SCHEMA
-from tasks.ingestion.rejects import REASONS, DataError
 from tasks.ingestion.tables import write_table
 from tests.tasks.ingestion.conftest import WriteLines
 

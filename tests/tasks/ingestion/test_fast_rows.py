@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.ingestion.errors import RowError
 from tasks.ingestion.intake import identify_rows
-from tasks.ingestion.rejects import RowError
 from tasks.ingestion.rows.identity import make_conversation, make_plain_conversation, normalize_text
 from tasks.ingestion.rows.messages import read_messages
 from tasks.ingestion.rows.quality import ODD, find_text_problems

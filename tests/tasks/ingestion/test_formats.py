@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.rows.conversations import convert_row
-from tasks.ingestion.sources.formats import Reading, find_layout
+from tasks.ingestion.rows.layouts import Reading
+from tasks.ingestion.rows.matching import find_layout
 
 
 def convert(row: Any, reading: Reading | None = None) -> list[tuple[str, str]]:
@@ -86,7 +87,7 @@ def test_format_is_that_of_most_rows_of_the_file() -> None:
         ({"prompt": "x", "text": "y"}, Reading("alpaca"), ["the columns 'prompt', 'text' do not make format alpaca"]),
         ({"prompt": "x", "completion": "y"}, Reading(columns={"prompt": "q"}), ["do not make", "'prompt': 'q'"]),
         ({"messages": CHAT}, Reading(columns={"messages": "messages", "tools": "functions"}), ["tools: functions"]),
-        ({"messages": CHAT}, Reading(columns={"answer": "a"}), ["fields answer", "no format has all of them"]),
+        ({"messages": CHAT}, Reading(columns={"reply": "a"}), ["fields reply", "no format has all of them"]),
         ({"messages": CHAT}, Reading("messages", {"prompt": "a"}), ["fields prompt", "messages: messages, system"]),
         (
             {"instruction": "a", "output": "b", "response": "c"},

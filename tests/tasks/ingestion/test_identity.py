@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.rejects import RowError
+from tasks.ingestion.errors import RowError
 from tasks.ingestion.rows.identity import Conversation, make_conversation, normalize_text
 
 

@@ -6,8 +6,9 @@ import polars as pl
 import pytest
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.messages import alternate_strictly
 from tasks.ingestion.sources.sources import digest_source, find_sources
 

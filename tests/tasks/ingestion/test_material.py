@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from schemas.config import DataConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
 
 
 @pytest.mark.parametrize(

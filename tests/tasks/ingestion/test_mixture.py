@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.identity import Conversation, make_conversation
 from tasks.ingestion.splitting import order
 from tasks.ingestion.splitting.mixture import take
@@ -49,11 +50,11 @@ def count_taken(size: int, seed: int = 0, **amount: Any) -> list[int]:
         return take(index, np.ones(size, dtype=np.bool_), DatasetConfig(source="x", **amount), seed).tolist()
 
 
-def list_written(folder: Path, *sizes: int, times: list[int], seed: int = 0) -> list[tuple[str, int]]:
+def list_written(folder: Path, *sizes: int, repeats: list[int], seed: int = 0) -> list[tuple[str, int]]:
     """Return source and line of each row that is written, of datasets of some sizes."""
     datasets = [make_rows("ab"[number], size) for number, size in enumerate(sizes)]
     index = write_index(folder, *datasets, rows_per_piece=30, seed=seed)
-    frames = list(read_chosen(index, np.array(times, dtype=np.uint8), folder / "scratch"))
+    frames = list(read_chosen(index, np.array(repeats, dtype=np.uint8), folder / "scratch"))
     return [row for frame in frames for row in frame.select("source", "line").iter_rows()]
 
 
@@ -89,24 +90,24 @@ def test_number_of_rows_is_exact_or_refused() -> None:
 
 
 def test_mixed_rows_keep_their_number_and_every_dataset_is_in_the_front(tmp_path: Path) -> None:
-    times = [1] * 100 + [2] * 100
-    mixed = list_written(tmp_path, 100, 100, times=times)
+    repeats = [1] * 100 + [2] * 100
+    mixed = list_written(tmp_path, 100, 100, repeats=repeats)
     assert Counter(mixed) == {("a", n): 1 for n in range(1, 101)} | {("b", n): 2 for n in range(1, 101)}
     assert 10 <= sum(source == "a" for source, _ in mixed[:60]) <= 30
-    assert list_written(tmp_path, 100, 100, times=times, seed=1) != mixed
+    assert list_written(tmp_path, 100, 100, repeats=repeats, seed=1) != mixed
 
 
 def test_mixed_rows_come_in_one_order_however_many_are_sorted_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixed = list_written(tmp_path, 90, 60, times=[1, 2, 0] * 50)
+    mixed = list_written(tmp_path, 90, 60, repeats=[1, 2, 0] * 50)
     monkeypatch.setattr(order, "BUCKET_ROWS", 11)
-    assert list_written(tmp_path, 90, 60, times=[1, 2, 0] * 50) == mixed
+    assert list_written(tmp_path, 90, 60, repeats=[1, 2, 0] * 50) == mixed
     assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_one_dataset_keeps_its_order(tmp_path: Path) -> None:
-    lines = [line for _, line in list_written(tmp_path, 4, 2, times=[1, 0, 3, 1, 0, 0])]
+    lines = [line for _, line in list_written(tmp_path, 4, 2, repeats=[1, 0, 3, 1, 0, 0])]
     assert lines == [1, 3, 3, 3, 4]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tasks.ingestion.pieces import make_index
 from tasks.ingestion.row_statistics import (
-    Noted,
+    Flagged,
     RowStatistics,
     describe_counts,
     find_fences,
@@ -19,8 +19,8 @@ from tasks.ingestion.row_statistics import (
 )
 from tasks.ingestion.rows.identity import Conversation, make_conversation
 from tasks.ingestion.rows.quality import find_text_problems
-from tasks.ingestion.splitting.near_duplicates import Likest, find_near_duplicates
-from tasks.ingestion.splitting.runs import hash_runs
+from tasks.ingestion.rows.shingles import hash_shingles
+from tasks.ingestion.splitting.near_duplicates import BestMatch, find_near_duplicates
 from tests.tasks.ingestion.conftest import write_index
 
 
@@ -48,21 +48,21 @@ def test_text_problems(text: str, problems: tuple[str, ...]) -> None:
 def test_problems_are_counted_with_their_places_and_the_rows_are_kept_as_they_are() -> None:
     rows = [make("a", "b"), make("cafÃ©", "b", 2), make("a", "\x07", 3), make("schÃ¶n", "\x07", 4)]
     problems = count(rows).problems
-    assert problems["mojibake"] == Noted(2, [1, 3])
-    assert problems["control_characters"] == Noted(2, [2, 3])
-    assert problems["replacement_characters"] == Noted(0, [])
+    assert problems["mojibake"] == Flagged(2, [1, 3])
+    assert problems["control_characters"] == Flagged(2, [2, 3])
+    assert problems["replacement_characters"] == Flagged(0, [])
     assert '"cafÃ©"' in rows[1].messages
 
 
 def test_length_outliers_are_far_from_the_others_and_the_trained_ones_come_first(tmp_path: Path) -> None:
     rows = [make("x" * (40 + line), "y", line) for line in range(1, 31)]
-    assert find_among(tmp_path, rows, range(30)) == Noted(0, [])
+    assert find_among(tmp_path, rows, range(30)) == Flagged(0, [])
     more = [make("x" * 5000, "y", 31), *rows, make("x", "y", 32)]
-    assert find_among(tmp_path, more, range(1, 32)) == Noted(2, [31, 0])
-    assert find_among(tmp_path, more[20:], range(12)) == Noted(0, [])
+    assert find_among(tmp_path, more, range(1, 32)) == Flagged(2, [31, 0])
+    assert find_among(tmp_path, more[20:], range(12)) == Flagged(0, [])
 
 
-def find_among(folder: Path, rows: Sequence[Conversation], trained: Iterable[int]) -> Noted:
+def find_among(folder: Path, rows: Sequence[Conversation], trained: Iterable[int]) -> Flagged:
     index = write_index(folder, rows, rows_per_piece=10)
     train = np.isin(np.arange(len(rows)), list(trained))
     return find_outliers(index, train, ~train, count(rows).lengths)
@@ -105,10 +105,10 @@ WORDS = [
 ]
 
 
-def find(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Likest]:
+def find(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[BestMatch]:
     numbers = np.arange(len(train))
-    blocks = [(numbers, hash_runs([row.text for row in train]))] if train else []
-    return find_near_duplicates(blocks, hash_runs([row.text for row in held_out]))
+    blocks = [(numbers, hash_shingles([row.text for row in train]))] if train else []
+    return find_near_duplicates(blocks, hash_shingles([row.text for row in held_out]))
 
 
 def test_near_duplicate_is_found_with_its_exact_jaccard_index() -> None:
@@ -116,7 +116,7 @@ def test_near_duplicate_is_found_with_its_exact_jaccard_index() -> None:
     held_out = make(" ".join(WORDS), "yes")
     near = make(" ".join(WORDS), "no")
     assert len(WORDS) == 19
-    assert find([make("other", "words"), near], [make("something", "else"), held_out]) == [Likest(1, 1, 20 / 22)]
+    assert find([make("other", "words"), near], [make("something", "else"), held_out]) == [BestMatch(1, 1, 20 / 22)]
 
 
 def test_case_spaces_and_punctuation_do_not_hide_a_near_duplicate() -> None:
@@ -139,7 +139,7 @@ def test_unlike_rows_and_empty_sides_give_nothing() -> None:
 def test_likest_training_row_is_named() -> None:
     base = " ".join(WORDS)
     train = [make(base + " one", "z"), make(base, "z"), make(base + " two", "z"), make(base, "z")]
-    assert find(train, [make(base, "z")]) == [Likest(0, 1, 1.0)]
+    assert find(train, [make(base, "z")]) == [BestMatch(0, 1, 1.0)]
 
 
 def list_runs(text: str) -> set[tuple[str, ...]]:
@@ -159,14 +159,14 @@ def test_all_pairs_are_found_that_a_plain_comparison_of_sets_finds(
     threshold = data.draw(st.sampled_from([0.5, 0.6, 0.75, 0.8, 1.0]))
     cut = data.draw(st.integers(0, len(train)))
     blocks = [
-        (np.arange(low, high), hash_runs([text.encode() for text in train[low:high]]))
+        (np.arange(low, high), hash_shingles([text.encode() for text in train[low:high]]))
         for low, high in ((0, cut), (cut, len(train)))
     ]
-    found = find_near_duplicates(blocks, hash_runs([text.encode() for text in held_out]), threshold)
+    found = find_near_duplicates(blocks, hash_shingles([text.encode() for text in held_out]), threshold)
     expected = []
     for number, text in enumerate(held_out):
         runs = list_runs(text)
         scores = [len(runs & list_runs(other)) / len(runs | list_runs(other)) for other in train]
         if scores and max(scores) >= threshold:
-            expected.append(Likest(number, scores.index(max(scores)), max(scores)))
+            expected.append(BestMatch(number, scores.index(max(scores)), max(scores)))
     assert found == sorted(expected, key=lambda pair: (-pair.jaccard, pair.held_out))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.ingestion.rejects import DataError, RowError
+from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.sources import json_files, json_lists
 from tasks.ingestion.sources.columnar import RawRow
 from tasks.ingestion.sources.files import SourceFile

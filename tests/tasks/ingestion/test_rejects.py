@@ -1,6 +1,7 @@
 import pytest
 
-from tasks.ingestion.rejects import DataError, Reject, RowError, Tally, check_budget, join_tallies, make_reject
+from tasks.ingestion.errors import DataError, RowError
+from tasks.ingestion.rejects import Reject, Tally, check_budget, join_tallies, make_reject
 
 
 def make_many(*reasons: str) -> list[Reject]:

@@ -13,8 +13,9 @@ import polars as pl
 import pytest
 
 from schemas.config import DataConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.rejects import DataError
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources, plan_shards
 from tests.tasks.ingestion.conftest import WriteLines
 
@@ -100,12 +101,12 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from schemas.config import DataConfig
-from tasks.ingestion import dataset, readings
+from tasks.ingestion import dataset, shard_runner
 def slow(*args):
     time.sleep(0.2)
     return finish(*args)
-finish, readings.finish_shard = readings.finish_shard, slow
-readings.is_small = lambda *_: True  # in place: one shard after the other
+finish, shard_runner.finish_shard = shard_runner.finish_shard, slow
+shard_runner.is_small = lambda *_: True  # in place: one shard after the other
 config = DataConfig(source=sys.argv[1], max_rejected_fraction=0.1)
 dataset.build_dataset(config, seed=0, folder=Path(sys.argv[2]), shard_bytes=4000)
 """
@@ -136,7 +137,7 @@ def test_killed_run_goes_on_after_the_last_finished_shard(tmp_path: Path, write_
 def test_changed_file_is_read_anew(tmp_path: Path, write_lines: WriteLines) -> None:
     source, folder = write_lines("rows.jsonl", ROWS), tmp_path / "out"
     config = DataConfig(source=str(source))
-    from tasks.ingestion.readings import name_shard
+    from tasks.ingestion.shard_runner import name_shard
 
     (shard,) = plan_shards(config, name_sources(config), 1 << 20)
     before = name_shard(shard, 0)
@@ -150,8 +151,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from schemas.config import DataConfig
-from tasks.ingestion import dataset, readings, tables
-readings.is_small = lambda *_: True
+from tasks.ingestion import dataset, shard_runner, tables
+shard_runner.is_small = lambda *_: True
 tables.GROUP_ROWS = 1000
 dataset.build_dataset(DataConfig(source=sys.argv[1]), seed=0, folder=Path(sys.argv[2]), shard_bytes=1 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

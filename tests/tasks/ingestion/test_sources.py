@@ -5,9 +5,19 @@ import polars as pl
 import pytest
 
 from schemas.config import DataConfig, DatasetConfig
-from tasks.ingestion.dataset import DatasetCounts, build_dataset
-from tasks.ingestion.rejects import DataError
-from tasks.ingestion.sources.sources import digest_source, find_sources, locate_eval_source, locate_source
+from tasks.ingestion.counts import DatasetCounts
+from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.sources.sources import digest_source, find_sources
+
+
+def _locate(config: DataConfig) -> list[Path]:
+    return [file.path for dataset in config.datasets for source in find_sources(dataset) for file in source.files]
+
+
+def _locate_held_out(config: DataConfig) -> list[Path]:
+    held_out = config.held_out_dataset
+    return [] if held_out is None else [file.path for source in find_sources(held_out) for file in source.files]
 
 
 def find_kinds(source: Path) -> dict[str, str]:
@@ -63,14 +73,14 @@ def test_folder_warns_of_held_out_files_read_among_the_others(tmp_path: Path, na
 )
 def test_missing_path_is_named_and_never_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(DataError, match="no such file or folder") as caught:
-        locate_source(DataConfig(source=name))
+        _locate(DataConfig(source=name))
     assert str(caught.value).startswith(f"{name}: ")
 
 
 def test_name_that_neither_disk_nor_hub_knows_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"neither a file or folder .* nor a readable dataset of the hub") as caught:
-        locate_source(DataConfig(source="no-such-org/no-such-dataset", revision="abc123"))
+        _locate(DataConfig(source="no-such-org/no-such-dataset", revision="abc123"))
     assert "split train, revision abc123" in str(caught.value)
 
 
@@ -96,19 +106,19 @@ def test_hub_dataset_in_the_local_cache_is_read_from_its_arrow_files(
 ) -> None:
     fill_hub_cache(tmp_path, monkeypatch, "train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    (path,) = locate_source(DataConfig(source="org/rows"))
+    (path,) = _locate(DataConfig(source="org/rows"))
     assert path.name == "rows-train.arrow"
-    assert locate_source(DataConfig(source="org/rows", revision="0" * 40)) == [path]
+    assert _locate(DataConfig(source="org/rows", revision="0" * 40)) == [path]
     with pytest.raises(DataError, match=f"has commit {'0' * 40} and data.revision is {'1' * 40}"):
-        locate_source(DataConfig(source="org/rows", revision="1" * 40))
+        _locate(DataConfig(source="org/rows", revision="1" * 40))
 
 
 def test_held_out_split_of_the_same_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_hub_cache(tmp_path, monkeypatch, "train", "test")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     config = DataConfig(source="org/rows", eval_source="org/rows", eval_split="test")
-    assert [path.name for path in locate_source(config)] == ["rows-train.arrow"]
-    assert [path.name for path in locate_eval_source(config)] == ["rows-test.arrow"]
+    assert [path.name for path in _locate(config)] == ["rows-train.arrow"]
+    assert [path.name for path in _locate_held_out(config)] == ["rows-test.arrow"]
     assert build_dataset(config, seed=0, folder=tmp_path / "out") == DatasetCounts(6, 3, 3, {}, 0, 0)
     held_out = pl.read_parquet(tmp_path / "out" / "eval.parquet")
     assert all('"content": "test ' in messages for messages in held_out["messages"])
@@ -118,32 +128,32 @@ def test_held_out_split_of_the_same_hub_dataset(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(("source", "word"), [("s3://bucket/rows.jsonl", "download"), ("https://x.org/a", "download")])
 def test_addresses_are_refused_with_the_way_out(source: str, word: str) -> None:
     with pytest.raises(DataError, match=word):
-        locate_source(DataConfig(source=source))
+        _locate(DataConfig(source=source))
 
 
 def test_unknown_and_compressed_files_and_empty_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("hello")
     with pytest.raises(DataError, match=r"known endings are .*\.parquet"):
-        locate_source(DataConfig(source=str(tmp_path / "notes")))
+        _locate(DataConfig(source=str(tmp_path / "notes")))
     (tmp_path / "rows.jsonl.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(DataError, match="unpack it"):
-        locate_source(DataConfig(source=str(tmp_path / "rows.jsonl.gz")))
+        _locate(DataConfig(source=str(tmp_path / "rows.jsonl.gz")))
     with pytest.raises(DataError, match="holds no dataset file"):
-        locate_source(DataConfig(source=str(tmp_path)))
+        _locate(DataConfig(source=str(tmp_path)))
 
 
 def test_hub_split_with_a_slice_is_refused_before_any_download() -> None:
     with pytest.raises(DataError, match=r"train\[:10\].*data\.max_rows"):
-        locate_source(DataConfig(source="org/name", split="train[:10]"))
+        _locate(DataConfig(source="org/name", split="train[:10]"))
 
 
 def test_eval_source_has_its_own_files(tmp_path: Path) -> None:
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).touch()
     config = DataConfig(source=str(tmp_path / "train.jsonl"), eval_source=str(tmp_path / "eval.jsonl"))
-    assert locate_source(config) == [tmp_path / "train.jsonl"]
-    assert locate_eval_source(config) == [tmp_path / "eval.jsonl"]
-    assert locate_eval_source(DataConfig(source="x")) == []
+    assert _locate(config) == [tmp_path / "train.jsonl"]
+    assert _locate_held_out(config) == [tmp_path / "eval.jsonl"]
+    assert _locate_held_out(DataConfig(source="x")) == []
 
 
 def test_digest_follows_names_and_contents_and_not_the_place(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from tasks.ingestion.splitting.splits import (
     count_held_out,
     count_shared_prompts,
     hold_out,
-    keep_all,
-    separate,
+    initial_sides,
+    remove_leaks,
     split_dataset,
 )
 from tests.tasks.ingestion.conftest import write_index
@@ -40,10 +40,10 @@ def split(*datasets: Sequence[Conversation], num_rows: int, seed: int = 0, rows_
     """Hold out so many rows of each dataset, and tell where each row goes."""
     with tempfile.TemporaryDirectory() as folder:
         index = write_index(Path(folder), *datasets, rows_per_piece=rows_per_piece)
-        sides = keep_all(index)
+        sides = initial_sides(index)
         for number in range(len(datasets)):
             split_dataset(index, sides, number, num_rows, seed)
-        separate(index, sides)
+        remove_leaks(index, sides)
     return sides
 
 
@@ -51,9 +51,9 @@ def split_apart(train: Sequence[Conversation], held_out: Sequence[Conversation],
     """Tell where the rows of a dataset and of a separate held-out one go."""
     with tempfile.TemporaryDirectory() as folder:
         index = write_index(Path(folder), train, held_out)
-        sides = keep_all(index)
+        sides = initial_sides(index)
         hold_out(index, sides, 1, max_rows, seed=0)
-        separate(index, sides)
+        remove_leaks(index, sides)
     return sides
 
 
@@ -63,7 +63,7 @@ def name_ids(rows: Sequence[Conversation], sides: Sides, *group: int) -> set[str
 
 def test_the_first_of_equal_rows_stays(tmp_path: Path) -> None:
     index = write_index(tmp_path, [make("a", "b", line=1), make("c", "d", line=2), make("a", "b", line=3)])
-    assert keep_all(index).tolist() == [TRAIN, TRAIN, DUPLICATE]
+    assert initial_sides(index).tolist() == [TRAIN, TRAIN, DUPLICATE]
 
 
 def test_number_of_held_out_rows() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tasks.ingestion.rejects import RowError
+from tasks.ingestion.errors import RowError
 from tasks.ingestion.rows.toolcalls import KEPT_NULL, name_schemas, read_function_call_text, read_tool_calls, read_tools
 
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}

@@ -17,7 +17,7 @@ import pytest
 
 from schemas.artifacts import DatasetRef, ModelRef
 from schemas.config import TokenizationConfig
-from tasks import workers
+from tasks import execution
 from tasks.tokenization import shards
 from tasks.tokenization.examples import TokenizationError, tokenize_dataset
 from tasks.tokenization.shards import plan_shards, work_on_shard
@@ -86,7 +86,7 @@ def test_every_file_is_the_same_whatever_the_shards_and_the_number_of_workers(
         try:
             parts = tokenize_dataset(dataset, prepared, place, config, rows_per_shard=rows_per_shard)
         finally:
-            workers.stop()
+            execution.stop()
             os.sched_setaffinity(0, cores)
         assert parts == whole
         assert read_all(place) == expected
@@ -131,8 +131,8 @@ def test_a_template_that_changes_under_way_has_its_rows_rendered_and_is_named(
 
 def test_workers_end_with_the_process_that_made_them_however_it_dies() -> None:
     script = (
-        "import os, time\nfrom tasks import workers\n"
-        "print(workers.call(os.getpid), flush=True)\nworkers.submit(time.sleep, 600)\ntime.sleep(600)\n"
+        "import os, time\nfrom tasks import execution\n"
+        "print(execution.call(os.getpid), flush=True)\nexecution.submit(time.sleep, 600)\ntime.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -166,13 +166,13 @@ def test_finished_shards_are_found_again_after_the_whole_has_failed(
     rows: dict[str, Any] = {"rows_in": 21, "rows_train": 20, "rows_eval": 1, "rows_rejected": {}}
     data = DatasetRef(uri=str(folder), digest="d", source_digest="s", rows_duplicate=0, rows_leaked=0, **rows)
     made: list[str] = []
-    call = workers.call
+    call = execution.call
 
     def call_and_note(function: Callable[..., Any], table: Path, row_groups: list[int], *rest: Any) -> Any:
         made.append(f"{table.stem} {row_groups}")
         return call(function, table, row_groups, *rest)
 
-    monkeypatch.setattr(workers, "call", call_and_note)
+    monkeypatch.setattr(execution, "call", call_and_note)
 
     @flow
     def tokenize_all() -> None:
@@ -186,5 +186,5 @@ def test_finished_shards_are_found_again_after_the_whole_has_failed(
                 with pytest.raises(TokenizationError, match=r"1 of 18 training examples"):
                     tokenize_all()
     finally:
-        workers.stop()
+        execution.stop()
     assert sorted(made) == ["eval [0]", "train [0]", "train [1]"]

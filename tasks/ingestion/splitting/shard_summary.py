@@ -1,4 +1,4 @@
-"""What came out of all shards: what is said of each dataset, and where its rows are."""
+"""The results of all shards put together: statistics and rejects of each dataset, and the index of their rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from schemas.config import DataConfig
+from tasks.ingestion.errors import DataError
 from tasks.ingestion.pieces import read_frame, read_summary
-from tasks.ingestion.rejects import DataError, Reject, Tally
+from tasks.ingestion.rejects import Reject, Tally
 from tasks.ingestion.sources.files import Source
 from tasks.ingestion.sources.json_files import raise_no_json
 from tasks.ingestion.splitting.index import Index, Piece, read_taken
@@ -18,7 +19,7 @@ from tasks.ingestion.splitting.ranks import Ranks, find_border, first_bits, rank
 
 
 @dataclass
-class Intake:
+class SourceStats:
     """What came out of a dataset's files; num_rows = conversations + rejects."""
 
     name: str = ""
@@ -32,15 +33,17 @@ class Intake:
     warnings: list[str] = field(default_factory=list)
 
 
-class Takings(NamedTuple):
+class ShardSummary(NamedTuple):
     """All datasets' rows."""
 
-    intakes: list[Intake]
+    intakes: list[SourceStats]
     """By dataset; a held-out one is the last."""
     rows: Index
 
 
-def gather(config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequence[Path], *, seed: int) -> Takings:
+def collect(
+    config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequence[Path], *, seed: int
+) -> ShardSummary:
     """Put the shards' results together, in the order of the rows.
 
     Args:
@@ -55,11 +58,11 @@ def gather(config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequ
     summaries = [(folder, read_summary(folder)) for folder in shards]
     held_out = config.held_out_dataset
     datasets = (*config.datasets, *([] if held_out is None else [held_out]))
-    intakes: list[Intake] = []
+    intakes: list[SourceStats] = []
     pieces: list[Piece] = []
     bounds = [0]
     for number, (dataset, own) in enumerate(zip(datasets, sources, strict=True)):
-        intake = Intake(PurePath(dataset.source).name)
+        intake = SourceStats(PurePath(dataset.source).name)
         intakes.append(intake)
         for place, source in enumerate(own):
             entries = [entry for entry in summaries if _name_source(entry[1]) == (number, place)]
@@ -67,7 +70,7 @@ def gather(config: DataConfig, sources: Sequence[Sequence[Source]], shards: Sequ
                 _gather_source(intake, source, entries, pieces, seed)
         bounds.append(pieces[-1].start + pieces[-1].num_rows if pieces else 0)
         assert intake.num_rows == bounds[-1] - bounds[-2] + intake.rejects.counts.total()
-    return Takings(intakes, Index(pieces, bounds, seed))
+    return ShardSummary(intakes, Index(pieces, bounds, seed))
 
 
 Entries = Sequence[tuple[Path, dict[str, Any]]]
@@ -78,7 +81,7 @@ def _name_source(summary: dict[str, Any]) -> tuple[int, int]:
     return summary["parts"][0]["dataset"], summary["parts"][0]["source"]
 
 
-def _gather_source(intake: Intake, source: Source, entries: Entries, pieces: list[Piece], seed: int) -> None:
+def _gather_source(intake: SourceStats, source: Source, entries: Entries, pieces: list[Piece], seed: int) -> None:
     """Add what came out of one source to its dataset and to the pieces."""
     parts = [part for _, summary in entries for part in summary["parts"]]
     num_rows = sum(part["num_rows"] for part in parts)

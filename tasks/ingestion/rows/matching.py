@@ -1,65 +1,23 @@
-"""Formats of rows: which columns they have, and how they are told apart."""
+"""Which format a file's rows have, by their columns."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from tasks.ingestion.rejects import DataError
-from tasks.ingestion.rows.messages import DEFAULT_TAGS, Tags
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows.formats import FORMATS
+from tasks.ingestion.rows.layouts import Layout, Reading
 
-
-@dataclass(frozen=True)
-class Format:
-    """Columns of a format; a required one may go by several names, the first being ours."""
-
-    required: tuple[tuple[str, ...], ...]
-    optional: tuple[str, ...]
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Our names of all columns."""
-        return (*(names[0] for names in self.required), *self.optional)
-
-
-# In the order of preference where a row has the columns of several.
-FORMATS: dict[str, Format] = {
-    "messages": Format((("messages",),), ("system", "tools")),
-    "sharegpt": Format((("conversations", "conversation"),), ("system", "tools")),
-    "alpaca": Format((("instruction",), ("output", "response")), ("input", "history", "system", "tools")),
-    "instruct": Format((("instruct",), ("label",)), ("input", "system")),
-    "prompt_completion": Format((("prompt",), ("completion", "response")), ("system", "tools")),
-}
-KNOWN = "; ".join(f"{name}: {', '.join('|'.join(names) for names in form.required)}" for name, form in FORMATS.items())
 ROWS_LOOKED_AT = 1000
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the config says about how rows are read."""
-
-    format: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict)
-    tags: Tags = DEFAULT_TAGS
-    only_mapped: bool = False
-    """Read no optional column that the map does not name."""
-    strict_turns: bool = False
-    """Count rows whose turns do not alternate strictly: other programs drop these."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A format, and the column of each of its fields."""
-
-    format: str
-    columns: dict[str, str]
-    tags: Tags = DEFAULT_TAGS
-
-    @cached_property
-    def read_columns(self) -> frozenset[str]:
-        """Columns that somebody reads."""
-        return frozenset(self.columns.values())
+# Kinds of rows that are no conversations, by their columns, with the way out.
+NO_CONVERSATIONS: dict[tuple[str, ...], str] = {
+    ("chosen", "rejected"): "these are preference rows: train the chosen answers by data.columns, such as "
+    "{prompt: prompt, completion: chosen}, or {messages: chosen} where chosen holds messages",
+    ("segments",): "segments are text that a template already made: give the conversations that they were made of",
+    ("message_id", "parent_id", "text"): "these are single messages of trees: give the file of whole trees",
+    ("text",): "rows of plain text (continued pretraining) hold no answer that could be trained apart from a prompt: "
+    "give rows with a prompt and its answer, such as prompt and completion",
+}
 
 
 def find_layout(rows: Sequence[Any], reading: Reading, where: str) -> Layout | None:
@@ -91,16 +49,18 @@ def find_layout(rows: Sequence[Any], reading: Reading, where: str) -> Layout | N
     (name, required), _ = votes.most_common(1)[0]
     _check_one_column_a_field(name, reading, present, len(objects), where)
     columns = dict(zip((names[0] for names in FORMATS[name].required), required, strict=True))
-    for key in FORMATS[name].optional:
+    for key, *others in FORMATS[name].optional:
         if key in reading.columns or not reading.only_mapped:
-            columns[key] = reading.columns.get(key, key)
+            found_name = next((other for other in (key, *others) if other in present), key)
+            columns[key] = reading.columns.get(key, found_name)
     missing = [f"{key}: {column}" for key, column in reading.columns.items() if column not in present]
     if missing:
         raise DataError(
             f"{where}: the column map (data.columns) names columns that are not there ({', '.join(missing)}): "
             f"the columns are {', '.join(map(repr, present))}"
         )
-    return Layout(name, columns, reading.tags)
+    is_given = bool(reading.columns)
+    return Layout(name, columns, reading.tags, is_given, reading.ignored_columns, reading.trim_trailing_user)
 
 
 def _allow_formats(reading: Reading, where: str) -> list[str]:
@@ -141,9 +101,15 @@ def _check_one_column_a_field(name: str, reading: Reading, present: Counter[str]
 
 def _describe_wrong_columns(present: Counter[str], reading: Reading, where: str) -> str:
     """Word the error of a file whose columns fit no format."""
+    known = "; ".join(
+        f"{name}: {', '.join('|'.join(names) for names in form.required)}" for name, form in FORMATS.items()
+    )
     wanted = f"format {reading.format}" if reading.format != "auto" else "any known format"
     mapped = f" with data.columns {reading.columns}" if reading.columns else ""
+    half = present.keys() & {name for form in FORMATS.values() for names in form.required for name in names}
+    kinds = {} if half - {"prompt"} else NO_CONVERSATIONS
+    advice = next((text for columns, text in kinds.items() if present.keys() >= set(columns)), None)
     return (
         f"{where}: the columns {', '.join(map(repr, present)) or '(none)'} do not make {wanted}{mapped} "
-        f"(required: {KNOWN}): rename them, or map them, such as data.columns: {{prompt: question}}"
+        f"(required: {known}): {advice or 'rename them, or map them, such as data.columns: {prompt: question}'}"
     )

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from schemas.config import DataConfig
-from tasks import workers
+from tasks import execution
 from tasks.ingestion.intake import read_shard
 from tasks.ingestion.pieces import SUMMARY_NAME
 from tasks.ingestion.shards import SHARD_BYTES, Shard, join_parts, plan_parts, plan_shards
@@ -34,13 +34,7 @@ def read_all(
         for pair in left:
             finish_shard(*pair)
         return folders
-    futures = [workers.submit(finish_shard, *pair) for pair in left]
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+    execution.map(finish_shard, left)
     return folders
 
 

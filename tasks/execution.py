@@ -1,4 +1,6 @@
-"""One pool of processes for the CPU work of shards, made when it is first asked for.
+"""How CPU work is spread: `map(function, calls)` over one pool of processes, which is made at the first call.
+
+This is the one place that knows it; callers give functions and arguments that pickle, and know of no process.
 
 Workers come from a fork server, which has imported what they need (preloading.py): they start in milliseconds, inherit
 no thread and no lock, and end when this process does, however it dies (each waits for that in a thread).
@@ -46,8 +48,12 @@ def call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return submit(function, *args, **kwargs).result()
 
 
-def call_each(function: Callable[..., R], calls: Sequence[Sequence[Any]]) -> list[R]:
-    """Run a function on each tuple of arguments in workers; return the results in order, or raise the first error."""
+def map(function: Callable[..., R], calls: Sequence[Sequence[Any]]) -> list[R]:
+    """Run a function on each tuple of arguments, spread over the cores; return the results in the order of the calls.
+
+    Raises:
+        Exception: what the first call in order that fails raises; calls that wait are then not started.
+    """
     futures = [submit(function, *arguments) for arguments in calls]
     try:
         return [future.result() for future in futures]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from schemas.config import ModelConfig
-from tasks.ingestion.base_model import BaseModelError, locate_base_model, locate_tokenizer
+from tasks.base_model import BaseModelError, locate_base_model, locate_tokenizer
 
 
 def _folder(path: Path, config: object = None) -> Path:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from schemas.artifacts import ModelRef
-from schemas.config import ModelConfig
+from schemas.config import ModelConfig, TokenizationConfig
 from tasks.families.files import PROCESSOR_FILES
 from tasks.storage import digest_folder
 
@@ -37,7 +37,7 @@ def locate_base_model(config: ModelConfig) -> ModelRef:
     Raises:
         BaseModelError: no such folder or hub model, no config.json, or weights that are not safetensors.
     """
-    folder = Path(config.base_model).expanduser()
+    folder = _expand(config.base_model)
     if folder.is_dir():
         _check_folder(folder)
         return ModelRef(uri=str(folder.absolute()), digest=digest_folder(folder), name=folder.absolute().name)
@@ -53,8 +53,35 @@ def locate_tokenizer(config: ModelConfig) -> Path:
     Raises:
         BaseModelError: no such folder or hub model.
     """
-    folder = Path(config.base_model).expanduser()
+    folder = _expand(config.base_model)
     return folder if folder.is_dir() else _download(config, _TOKENIZER_FILES)
+
+
+def limit_length(config: TokenizationConfig, folder: Path, name: str) -> tuple[TokenizationConfig, str]:
+    """Return the config with a length that the model has positions for, and a sentence where that is shorter.
+
+    Args:
+        config: with the wanted max_length.
+        folder: of the model or its tokenizer; without a config.json nothing is known.
+        name: of the model, for the sentence.
+    """
+    from tasks.models import read_context_length  # transformers, which a process that only fetches does not need
+
+    context = read_context_length(folder) if (folder / "config.json").is_file() else None
+    if context is None or context >= config.max_length:
+        return config, ""
+    told = (
+        f"{name} has positions for {context:,} tokens: longer examples are cut there, not at tokenization.max_length "
+        f"= {config.max_length:,}"
+    )
+    return config.model_copy(update={"max_length": context}), told
+
+
+def _expand(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise BaseModelError(f"model.base_model = {name!r}: {error}: write the whole path") from None
 
 
 def _is_path(name: str) -> bool:
@@ -68,8 +95,10 @@ def _check_folder(folder: Path) -> None:
         raise BaseModelError(f"{folder}: config.json is missing: a transformers model folder is wanted")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BaseModelError(f"{config}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise BaseModelError(f"{config}: an object of settings is wanted, got {str(values)[:80]!r}")
     if "auto_map" in values and not values.get("model_type"):
         raise BaseModelError(f"{config}: the model needs code of its own, which is never run here")
     if not any(folder.glob("*.safetensors")):

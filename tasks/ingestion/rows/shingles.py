@@ -34,7 +34,7 @@ U64 = NDArray[np.uint64]
 Places = NDArray[np.int64]
 
 
-class Runs(NamedTuple):
+class Shingles(NamedTuple):
     """The sets of some texts, one after the other; `bounds` has one more entry than there are texts."""
 
     hashes: NDArray[np.uint32]
@@ -47,9 +47,9 @@ class Runs(NamedTuple):
         return np.diff(self.bounds)
 
 
-def hash_runs(texts: Sequence[bytes]) -> Runs:
+def hash_shingles(texts: Sequence[bytes]) -> Shingles:
     """Return the set of each text; texts are normalized and UTF-8."""
-    parts: list[Runs] = []
+    parts: list[Shingles] = []
     texts = _space_words(texts)
     start, size = 0, 0
     for end, text in enumerate(texts, start=1):
@@ -57,19 +57,19 @@ def hash_runs(texts: Sequence[bytes]) -> Runs:
         if size >= CHARACTERS_AT_ONCE or end == len(texts):
             parts.append(_hash_some(texts[start:end]))
             start, size = end, 0
-    return join_runs(parts)
+    return join_shingles(parts)
 
 
-def join_runs(parts: Sequence[Runs]) -> Runs:
+def join_shingles(parts: Sequence[Shingles]) -> Shingles:
     """Put the sets of several parts in one sequence."""
     hashes = [np.zeros(0, dtype=np.uint32), *(part.hashes for part in parts)]
-    return Runs(np.concatenate(hashes), _bounds([part.sizes for part in parts]))
+    return Shingles(np.concatenate(hashes), _bounds([part.sizes for part in parts]))
 
 
-def select_runs(runs: Runs, chosen: NDArray[np.bool_]) -> Runs:
+def select_shingles(runs: Shingles, chosen: NDArray[np.bool_]) -> Shingles:
     """Keep the sets of the chosen texts."""
     sizes = runs.sizes
-    return Runs(runs.hashes[np.repeat(chosen, sizes)], _bounds([sizes[chosen]]))
+    return Shingles(runs.hashes[np.repeat(chosen, sizes)], _bounds([sizes[chosen]]))
 
 
 def _bounds(sizes: Sequence[Places]) -> Places:
@@ -77,7 +77,7 @@ def _bounds(sizes: Sequence[Places]) -> Places:
     return np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *sizes]))
 
 
-def _hash_some(texts: Sequence[bytes]) -> Runs:
+def _hash_some(texts: Sequence[bytes]) -> Shingles:
     """Hash some texts together."""
     data = np.frombuffer(b"".join([*texts, b" " * (EIGHT + 1)]).translate(SPACED), dtype=np.uint8)
     inside = data != SPACE
@@ -96,7 +96,7 @@ def _hash_some(texts: Sequence[bytes]) -> Runs:
     keyed.sort()
     keyed = keyed[np.concatenate(([True], keyed[1:] != keyed[:-1]))]
     bounds = np.searchsorted(keyed, np.arange(len(texts) + 1, dtype=np.uint64) << HASH_BITS)
-    return Runs((keyed & HASH_MASK).astype(np.uint32), bounds.astype(np.int64))
+    return Shingles((keyed & HASH_MASK).astype(np.uint32), bounds.astype(np.int64))
 
 
 def _space_words(texts: Sequence[bytes]) -> list[bytes]:

@@ -11,21 +11,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import workers
+from tasks import execution
 
 
 def test_function_runs_in_another_process_and_its_error_comes_back() -> None:
-    assert workers.call(math.factorial, 5) == 120
-    assert workers.call(os.getpid) != os.getpid()
+    assert execution.call(math.factorial, 5) == 120
+    assert execution.call(os.getpid) != os.getpid()
     with pytest.raises(ValueError, match=r"negative"):
-        workers.call(math.factorial, -1)
+        execution.call(math.factorial, -1)
 
 
 # As a file and without a guard: a worker that imported it would start workers in its turn.
 PROGRAM = """
 import wave
-from tasks import workers
-print(workers.call(eval, "'wave' in __import__('sys').modules"))
+from tasks import execution
+print(execution.call(eval, "'wave' in __import__('sys').modules"))
 """
 
 
@@ -38,8 +38,8 @@ def test_worker_does_not_import_the_program_that_asked(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, time
-from tasks import workers
-futures = [workers.submit(time.sleep, 60) for _ in range(3)]
+from tasks import execution
+futures = [execution.submit(time.sleep, 60) for _ in range(3)]
 print(os.getpid(), flush=True)
 time.sleep(60)
 """

@@ -1,0 +1,43 @@
+"""What rows and messages say reaches the terminal as text: a terminal never acts on it."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.console import make_visible
+
+TITLE, CLIPBOARD, CLEAR, C1 = "\x1b]0;gone\x07", "\x1b]52;c;cm0gLXJm\x07", "\x1b[2J", "\x9b2J"
+
+
+def test_controls_become_visible_and_lines_stay() -> None:
+    assert make_visible(f"a{CLEAR}b\tc\nd\r{C1}") == "a\\x1b[2Jb\tc\nd\\r\\x9b2J"
+    assert make_visible("read \u202etxt.exe") == "read \\u202etxt.exe"
+    assert make_visible("é 你好 👩‍👧 שלום") == "é 你好 👩‍👧 שלום"
+
+
+def test_check_shows_escapes_of_rows_and_does_not_send_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / "home"))
+    rows = [{"prompt": f"Say {n} {CLEAR}", "completion": f"{CLIPBOARD}{n}", f"x{TITLE}": 1} for n in range(40)]
+    bad = {"messages": [{"role": f"who{TITLE}", "content": "x"}]}
+    lines = [json.dumps(row) for row in [*rows, {"prompt": CLEAR, "completion": 3}, bad]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "rows.jsonl"), "--set", "data.max_rejected_fraction=1"])
+    assert result.exit_code == 0, result.output
+    assert "\\x1b[2J" in result.output
+    assert "\\x1b]52;c;" in result.output
+    assert not {"\x07", "\x1b", "\x9b"} & set(result.output)
+    wrong = CliRunner().invoke(app, ["check", f"{tmp_path}/no{CLIPBOARD}.jsonl"])
+    assert wrong.exit_code == 1
+    assert "\x1b" not in wrong.output
+
+
+def test_log_lines_show_escapes() -> None:
+    from flows.terminal import _show_controls
+
+    record = logging.LogRecord("x", logging.WARNING, "f.py", 1, "row %s", (CLEAR,), None)
+    assert _show_controls(record)
+    assert record.getMessage() == "row \\x1b[2J"
