@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-_MOST_FAILURES = 3
+_MOST_FAILURES = 8
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Recorder:
                 graph.capture_end()
         except RuntimeError as error:
             self._num_failures += 1
+            self._pool = torch.cuda.graph_pool_handle()  # the other one may still be open
+            logger.debug("Not recorded: %s", error)
             if self._num_failures == _MOST_FAILURES:
                 logger.warning(
                     "Passes of this model cannot be recorded, so that small steps wait for the host: %s",

@@ -62,6 +62,7 @@ def _accumulate(
                 loss_sum = weight * setup.engine.sum_losses(batch)
                 setup.optimizer.add(loss_sum / num_trained_tokens, is_last=number == len(shares))
             loss_sums.append(loss_sum.detach())
+            del loss_sum  # with its graph: a pass cannot be recorded while another one's leaves are held
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass
             raise
