@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: help install demo serve stop test check format bench-data bench-gpu bench-run bench-service clean
+.PHONY: help install demo serve stop test test-gpu check format bench-data bench-gpu bench-run bench-service clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ stop: $(INSTALLED) ## Stop the servers, the workers and their runs
 
 test: $(INSTALLED) ## Run all tests, those of the running service beside the others
 	@$(BIN)/python -m tests.together $(ARGS)
+
+test-gpu: $(INSTALLED) ## Use the whole product on this machine's GPU, story after story (ARGS="--at-once 3")
+	@$(BIN)/python -m tests.gpu.acceptance $(ARGS)
 
 check: $(INSTALLED) ## Format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

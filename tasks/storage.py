@@ -47,6 +47,14 @@ def digest_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def sync_folder(folder: Path) -> None:
+    """Return when all bytes of a folder's files are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextmanager
 def new_folder() -> Iterator[Path]:
     """Give an empty folder on the cache's own file system; what is still there at the end is deleted."""

@@ -80,7 +80,7 @@ def read_headers(model: Path) -> dict[str, StoredTensor]:
 def write_shards(plan: Sequence[PlannedTensor], folder: Path, limit: int) -> None:
     """Write the tensors in files of at most `limit` bytes each, and the index when there are several.
 
-    All bytes are on the disk when it returns.
+    The system may still hold bytes that are not on the disk: `storage.sync_folder` waits for them.
 
     Raises:
         MergeError: a file cannot be read, or a merged weight is not finite.
@@ -151,7 +151,6 @@ def _write_shard(shard: Sequence[PlannedTensor], path: Path, pool: ThreadPoolExe
         for block in blocks:
             if not block.cancelled():
                 block.result()
-        os.fsync(target.fileno())
 
 
 def _lay_out(shard: Sequence[PlannedTensor]) -> tuple[bytes, list[int]]:

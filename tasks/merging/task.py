@@ -1,5 +1,8 @@
 """The door of merging: base and adapter become one model, and the proof that they did."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import polars as pl
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
@@ -52,9 +55,11 @@ def merge(
             },
         )
         probes = pl.read_parquet(tokens_folder / "eval.parquet")
-        check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            stored = beside.submit(_store, merged)
+            check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
+            digest = stored.result()
         shown = {name: float(value) for name, value in check.model_dump().items()}
-        digest = storage.digest_folder(merged)
         uri = log_merged_model(merged, run_id, question=str(probes["question"][0]))
         # After the model: MLflow would ask for the history of each metric that is there before.
         measured = {f"merge/{name}": value for name, value in shown.items()}
@@ -76,6 +81,12 @@ def merge(
         100 * check.greedy_agreement,
     )
     return ref
+
+
+def _store(folder: Path) -> str:
+    """Wait until a folder is on the disk, and return its digest."""
+    storage.sync_folder(folder)
+    return storage.digest_folder(folder)
 
 
 def _prompts(examples: pl.DataFrame, num_probes: int) -> list[list[int]]:

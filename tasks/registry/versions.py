@@ -4,11 +4,13 @@
 """
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ import mlflow
 import mlflow.pyfunc  # by its name: MLflow itself puts it off until the first model is written, within a stage
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from mlflow.utils import environment
 
@@ -28,6 +31,7 @@ GATE_TAG, REASONS_TAG = "sft.gate_verdict", "sft.gate_reasons"
 ROLLED_BACK_TAG = "sft.rolled_back"
 _ADDRESS = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[A-Za-z0-9_-]+))?")
 _SERVING_CODE = Path(__file__).with_name("serving.py")
+_WEIGHTS = ".safetensors"
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
 
 
@@ -58,10 +62,29 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
     return f"models:/{info.model_id}"
 
 
-def _save_model(*, validate_serving_input: bool, **settings: Any) -> None:
-    """Write the files of a model; the first setting is for the caller."""
-    with _no_look_at_packages():
-        mlflow.pyfunc.save_model(**settings)
+def _save_model(
+    *, path: str, mlflow_model: Model, artifacts: dict[str, str], validate_serving_input: bool, **settings: Any
+) -> None:
+    """Write the files of a model, its weights as links: MLflow copies them only where it keeps them.
+
+    Args:
+        path: folder that MLflow takes to its store, links followed.
+        mlflow_model: its description.
+        artifacts: the merged model's folder, as `model`.
+        validate_serving_input: for the caller.
+        settings: of `mlflow.pyfunc.save_model`.
+    """
+    folder = Path(artifacts["model"])
+    weights = sorted(folder.glob(f"*{_WEIGHTS}"))
+    with _no_look_at_packages(), TemporaryDirectory() as beside:
+        light = Path(beside) / folder.name
+        shutil.copytree(folder, light, ignore=shutil.ignore_patterns(f"*{_WEIGHTS}"))
+        mlflow.pyfunc.save_model(path=path, mlflow_model=mlflow_model, artifacts={"model": str(light)}, **settings)
+    saved = Path(path) / "artifacts" / folder.name
+    for file in weights:
+        (saved / file.name).symlink_to(file)
+    mlflow_model.model_size_bytes = (mlflow_model.model_size_bytes or 0) + sum(file.stat().st_size for file in weights)
+    mlflow_model.save(str(Path(path) / MLMODEL_FILE_NAME))
 
 
 @contextmanager
