@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import prefect
+import psutil
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -75,7 +77,9 @@ def show_outcome(report: RunReport) -> None:
         console.print(f"  {escape(reason)}")
     for warning in report.training.warnings:
         console.print(f"  [yellow]warning:[/] {escape(warning)}")
-    console.print(f"Took {sum(report.durations_seconds.values()):.0f} s. To look further:")
+    wall = time.time() - psutil.Process().create_time()
+    stages = sum(report.durations_seconds.values())
+    console.print(f"Took {wall:.0f} s, {stages:.0f} s of them in the stages. To look further:")
     console.print(f"  MLflow   {_mlflow_command(report.mlflow_run_id)}", soft_wrap=True)
     console.print(f"  Prefect  {_prefect_command(report.prefect_flow_run_id)}", soft_wrap=True)
 
