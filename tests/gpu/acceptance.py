@@ -217,7 +217,7 @@ def tell(name: str, given: Inputs) -> Report:
 
 def _summarize(found: Report) -> Report:
     """Return what is told of a run's report."""
-    result = {key: found[key] for key in ("error", "left_out", "note") if key in found}
+    result: Report = {key: found[key] for key in ("error", "left_out", "note") if key in found}
     if "registry" in found:
         entry = found["registry"]
         result["version"] = f"{entry['name']}/{entry['version']}" + (
