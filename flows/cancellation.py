@@ -26,7 +26,7 @@ _WORKER_SECONDS = 40.0  # what a worker has to stop a cancelled run: after 30 it
 
 
 @contextmanager
-def heed_server() -> Iterator[None]:
+def cancel_with_server() -> Iterator[None]:
     """Interrupt the body when the server has ended this run, or cancels it and no worker does it.
 
     A run that was cancelled is then marked so.

@@ -6,7 +6,7 @@ from schemas.config import RunConfig
 from tasks.registry.task import find_champion
 
 
-def meet_champion(
+def evaluate_champion(
     config: RunConfig, tokens: TokensRef, after: EvalReport, parent_run_id: str
 ) -> tuple[Champion | None, EvalReport | None]:
     """Return the champion and its evaluation on the rows of this run.

@@ -32,7 +32,7 @@ class ChatError(ValueError):
 
 
 @dataclass
-class Speaker:
+class ChatSession:
     """A model in a conversation, with what was said to it so far."""
 
     label: str
@@ -43,7 +43,7 @@ class Speaker:
 
 
 @dataclass(frozen=True)
-class Manner:
+class SamplingConfig:
     """How answers are made."""
 
     temperature: float = 0.0
@@ -52,7 +52,7 @@ class Manner:
     system: str = ""
 
 
-def find_speakers(target: str, *, compare_base: bool, system: str = "") -> list[Speaker]:
+def open_sessions(target: str, *, compare_base: bool, system: str = "") -> list[ChatSession]:
     """Load what a target names, and the base model it was made from where wanted.
 
     Args:
@@ -74,15 +74,15 @@ def find_speakers(target: str, *, compare_base: bool, system: str = "") -> list[
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ChatError(f"{folder}: the tokenizer has no chat template: a model made by this pipeline has one")
-    speakers = [_load(label, folder, folder, tokenizer)]
+    sessions = [_load(label, folder, folder, tokenizer)]
     if compare_base:
         if not name:
             raise ChatError("--compare base needs a registered version: of a folder nobody knows the base model")
         base, base_name = _find_base(name, version)
-        speakers.insert(0, _load(f"base {base_name}", base, folder, tokenizer))
-    for speaker in speakers:
-        speaker.messages = _begin(system)
-    return speakers
+        sessions.insert(0, _load(f"base {base_name}", base, folder, tokenizer))
+    for session in sessions:
+        session.messages = _begin(system)
+    return sessions
 
 
 def _begin(system: str) -> list[dict[str, str]]:
@@ -122,7 +122,7 @@ def _find_base(name: str, version: str) -> tuple[Path, str]:
     return Path(ref.uri), ref.name
 
 
-def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenizerBase) -> Speaker:
+def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenizerBase) -> ChatSession:
     device = choose_device()
     model = load_model(folder, dtype=choose_dtype("auto", device), device=device)
     generation = (
@@ -130,53 +130,53 @@ def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenize
         if (shipped / "generation_config.json").exists()
         else None
     )
-    return Speaker(label, model, tokenizer, find_stop_ids((model.generation_config, generation), tokenizer))
+    return ChatSession(label, model, tokenizer, find_stop_ids((model.generation_config, generation), tokenizer))
 
 
-def answer(speaker: Speaker, question: str, manner: Manner) -> Iterator[str]:
+def answer(session: ChatSession, question: str, sampling: SamplingConfig) -> Iterator[str]:
     """Give the answer to a question piece by piece; afterwards both are part of the conversation.
 
     Raises:
         ChatError: the conversation is longer than the model's context.
     """
-    messages = [*speaker.messages, {"role": "user", "content": question}]
-    prompt: Any = speaker.tokenizer.apply_chat_template(
+    messages = [*session.messages, {"role": "user", "content": question}]
+    prompt: Any = session.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    limit = context_length(speaker.model)
+    limit = context_length(session.model)
     if len(prompt) >= limit:
         raise ChatError(
-            f"the conversation has {len(prompt)} tokens and {speaker.label} takes {limit}: /reset begins anew"
+            f"the conversation has {len(prompt)} tokens and {session.label} takes {limit}: /reset begins anew"
         )
     tokens = stream_tokens(
-        speaker.model,
+        session.model,
         prompt,
-        stop_ids=speaker.stop_ids,
-        max_new_tokens=manner.max_new_tokens,
-        temperature=manner.temperature,
-        generator=torch.Generator().manual_seed(manner.seed + len(messages)),
+        stop_ids=session.stop_ids,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        generator=torch.Generator().manual_seed(sampling.seed + len(messages)),
     )
     said = ""
-    for piece in stream_text(tokens, speaker.tokenizer):
+    for piece in stream_text(tokens, session.tokenizer):
         said += piece
         yield make_visible(piece)
-    speaker.messages = [*messages, {"role": "assistant", "content": said}]
+    session.messages = [*messages, {"role": "assistant", "content": said}]
 
 
-def answer_once(speakers: list[Speaker], question: str, manner: Manner) -> None:
+def answer_once(sessions: list[ChatSession], question: str, sampling: SamplingConfig) -> None:
     """Print the answer and nothing else; with two models, each under its name."""
-    for speaker in speakers:
-        if len(speakers) > 1:
-            print(f"## {speaker.label}")  # noqa: T201
-        for piece in answer(speaker, question, manner):
+    for session in sessions:
+        if len(sessions) > 1:
+            print(f"## {session.label}")  # noqa: T201
+        for piece in answer(session, question, sampling):
             print(piece, end="", flush=True)  # noqa: T201
         print()  # noqa: T201
 
 
-def converse(speakers: list[Speaker], manner: Manner, console: Console) -> None:
+def converse(sessions: list[ChatSession], sampling: SamplingConfig, console: Console) -> None:
     """Ask and answer until Ctrl-D."""
-    how = f"temperature {manner.temperature:g}" if manner.temperature > 0 else "greedy"
-    console.print(f"[bold]{' and '.join(speaker.label for speaker in speakers)}[/], {how}. [dim]{HELP}.[/]")
+    how = f"temperature {sampling.temperature:g}" if sampling.temperature > 0 else "greedy"
+    console.print(f"[bold]{' and '.join(session.label for session in sessions)}[/], {how}. [dim]{HELP}.[/]")
     while True:
         try:
             question = console.input("[bold cyan]you ›[/] ").strip()
@@ -184,40 +184,40 @@ def converse(speakers: list[Speaker], manner: Manner, console: Console) -> None:
             console.print()
             return
         if question == "/reset":
-            for speaker in speakers:
-                speaker.messages = _begin(manner.system)
+            for session in sessions:
+                session.messages = _begin(sampling.system)
             console.print("[dim]The conversation is forgotten.[/]")
         elif question.startswith("/"):
             console.print(f"[dim]{HELP}[/]")
         elif question:
             try:
-                _show_answers(speakers, question, manner, console)
+                _show_answers(sessions, question, sampling, console)
             except KeyboardInterrupt:
                 console.print("[dim]Stopped; the question is forgotten.[/]")
             except ChatError as error:
                 console.print(f"[red]{error}[/]", markup=True)
 
 
-def _show_answers(speakers: list[Speaker], question: str, manner: Manner, console: Console) -> None:
+def _show_answers(sessions: list[ChatSession], question: str, sampling: SamplingConfig, console: Console) -> None:
     """Show the answers as they grow: one below the question, or two side by side."""
-    if len(speakers) == 1:
-        console.print(f"[bold green]{speakers[0].label} ›[/] ", end="")
-        for piece in answer(speakers[0], question, manner):
+    if len(sessions) == 1:
+        console.print(f"[bold green]{sessions[0].label} ›[/] ", end="")
+        for piece in answer(sessions[0], question, sampling):
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         console.print()
         return
-    texts = ["" for _ in speakers]
-    streams = [answer(speaker, question, manner) for speaker in speakers]
+    texts = ["" for _ in sessions]
+    streams = [answer(session, question, sampling) for session in sessions]
     with Live(console=console, refresh_per_second=12, vertical_overflow="visible") as live:
         for pieces in zip_longest(*streams, fillvalue=""):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-            live.update(_put_side_by_side(speakers, texts, console.width))
+            live.update(_put_side_by_side(sessions, texts, console.width))
 
 
-def _put_side_by_side(speakers: list[Speaker], texts: list[str], width: int) -> RenderableType:
-    half = width // len(speakers) - 1
+def _put_side_by_side(sessions: list[ChatSession], texts: list[str], width: int) -> RenderableType:
+    half = width // len(sessions) - 1
     panels = [
-        Panel(Text(text), title=speaker.label, width=half, border_style="dim" if place == 0 else "green")
-        for place, (speaker, text) in enumerate(zip(speakers, texts, strict=True))
+        Panel(Text(text), title=session.label, width=half, border_style="dim" if place == 0 else "green")
+        for place, (session, text) in enumerate(zip(sessions, texts, strict=True))
     ]
     return Group(Columns(panels, padding=0))

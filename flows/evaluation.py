@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows.cancellation import heed_server
+from flows.cancellation import cancel_with_server
 from flows.gpu_stages import bring_model, hand_over
 from schemas.artifacts import ModelRef, TokensRef
 from schemas.config import EvaluationConfig
@@ -20,6 +20,6 @@ def evaluate_on_pool(model: ModelRef, tokens: TokensRef, config: EvaluationConfi
     """
     from tasks.evaluation.task import evaluate  # not at the top: a worker imports this module to cancel a run
 
-    with heed_server():
+    with cancel_with_server():
         report = evaluate(bring_model(model), tokens, config, parent_run_id=parent_run_id)
     hand_over(parent_run_id, f"evaluate-{model.kind}", report)

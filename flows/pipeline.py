@@ -13,8 +13,8 @@ from prefect.runtime import flow_run
 from flows import gpu_stages
 from flows.accounting import build_report, check_rejected, describe_run, name_warnings, summarize_facts, tell_rows
 from flows.attempts import check_inputs, git_commit, open_attempt
-from flows.cancellation import heed_server
-from flows.champion import meet_champion
+from flows.cancellation import cancel_with_server
+from flows.champion import evaluate_champion
 from flows.gpu_stages import evaluate, train
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
@@ -51,7 +51,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
     from flows import stages  # not at the top: see there
 
     gpu_stages.prepare()
-    with heed_server(), open_attempt(config, resume=resume, run_name=title) as run:
+    with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
             base_model = stages.locate_model(config.model)
             source = stages.locate_dataset(config.data)
@@ -82,7 +82,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
         with _clock(seconds, "evaluate_merged"):
             after = evaluate(merged, tokens, config.evaluation, parent_run_id=run)
         with _clock(seconds, "evaluate_champion"):
-            champion, held = meet_champion(config, tokens, after, run)
+            champion, held = evaluate_champion(config, tokens, after, run)
         with _clock(seconds, "compare"):
             comparison = stages.compare_models(
                 before,

@@ -92,16 +92,16 @@ def chat(
     if compare not in (None, "base"):
         fail(ValueError(f"--compare {compare}: base is what a version can be compared with"))
     prepare_environment(cache=True)
-    from flows.chatting import Manner, answer_once, converse, find_speakers
+    from flows.chatting import SamplingConfig, answer_once, converse, open_sessions
 
-    manner = Manner(temperature=temperature, max_new_tokens=max_tokens, seed=seed, system=system)
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_tokens, seed=seed, system=system)
     try:
         with console.status("Loading"):
-            speakers = find_speakers(model, compare_base=compare == "base", system=system)
+            sessions = open_sessions(model, compare_base=compare == "base", system=system)
         if prompt is not None:
-            answer_once(speakers, prompt, manner)
+            answer_once(sessions, prompt, sampling)
         else:
-            converse(speakers, manner, Console())
+            converse(sessions, sampling, Console())
     except ValueError as error:
         fail(error)
 

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows.cancellation import heed_server
+from flows.cancellation import cancel_with_server
 from flows.gpu_stages import bring_model, hand_over
 from schemas.artifacts import ModelRef, TokensRef
 from schemas.config import TrainingConfig
@@ -26,6 +26,6 @@ def train_on_pool(
         parent_run_id: MLflow run of the pipeline.
     """
     # A run that the server gave up may still be alive here: two must not write its checkpoints, and that one will end.
-    with heed_server(), storage.hold_run(f"{parent_run_id}/train", wait_seconds=_WAIT_SECONDS):
+    with cancel_with_server(), storage.hold_run(f"{parent_run_id}/train", wait_seconds=_WAIT_SECONDS):
         adapter = train(bring_model(base_model), tokens, config, seed=seed, parent_run_id=parent_run_id)
     hand_over(parent_run_id, "train", adapter)

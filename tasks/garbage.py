@@ -20,7 +20,7 @@ def paused() -> Iterator[None]:
             gc.enable()
 
 
-def keep() -> None:
+def freeze_heap() -> None:
     """Take all that is there now out of further passes, after a last one over it and what was kept before."""
     gc.unfreeze()
     gc.collect()

@@ -17,4 +17,4 @@ import tasks.ingestion.shard_runner  # noqa: E402
 import tasks.tokenization.shards  # noqa: E402, F401
 from tasks import garbage  # noqa: E402
 
-garbage.keep()
+garbage.freeze_heap()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.decoder.dropout import Dropout, Masked
+from tasks.decoder.dropout import Dropout, MaskedTensor
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.projections import AnyProjection
 
@@ -230,9 +230,9 @@ class Select(torch.autograd.Function):
         return *spread, None
 
 
-def _mask(values: Tensor | None, projection: AnyProjection, dropout: Dropout | None) -> Masked | None:
+def _mask(values: Tensor | None, projection: AnyProjection, dropout: Dropout | None) -> MaskedTensor | None:
     """Return a tensor together with the projection's mask; None where there is nothing to mask."""
-    return None if values is None or dropout is None else Masked(values, dropout.mask(projection.site))
+    return None if values is None or dropout is None else MaskedTensor(values, dropout.mask(projection.site))
 
 
 def _key(dropout: Dropout | None) -> Tensor | None:

@@ -46,7 +46,7 @@ class Mask(NamedTuple):
     """One over the share that is kept, exactly: the mean is that of the tensor."""
 
 
-class Masked(NamedTuple):
+class MaskedTensor(NamedTuple):
     """Room for a masked copy, or a gradient that has a mask still before it."""
 
     values: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
-from tasks.decoder.dropout import Masked, apply_mask
+from tasks.decoder.dropout import MaskedTensor, apply_mask
 
 
 class Quantized(NamedTuple):
@@ -39,7 +39,7 @@ def add_norm(
     eps: float,
     out: Tensor,
     quantized: None = None,
-    dropped: Masked | None = None,
+    dropped: MaskedTensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add delta [T, H] to the residual stream [T, H] and write its RMS norm to `out` (Zhang and Sennrich, 2019).
 
@@ -73,7 +73,7 @@ def norm_backward(
     residual_grad: Tensor | None,
     out: Tensor,
     quantized: None = None,
-    side: Masked | None = None,
+    side: MaskedTensor | None = None,
 ) -> None:
     """Write the gradient of `add_norm`'s input, from those of the norm and of the sum itself, to `out` [T, H].
 
@@ -143,7 +143,9 @@ def rotate_backward(
     to_values.copy_(grads[2])
 
 
-def gate(gate_up: Tensor, activation: str, out: Tensor, quantized: None = None, dropped: Masked | None = None) -> None:
+def gate(
+    gate_up: Tensor, activation: str, out: Tensor, quantized: None = None, dropped: MaskedTensor | None = None
+) -> None:
     """Write activation(left half) * right half of gate_up [T, 2 I] to `out` [T, I] (Shazeer, 2020)."""
     left, right = _widen(gate_up).chunk(2, dim=-1)
     out.copy_(_activate(left, activation)[0] * right)
@@ -157,7 +159,7 @@ def gate_backward(
     activation: str,
     out: Tensor,
     quantized: None = None,
-    side: Masked | None = None,
+    side: MaskedTensor | None = None,
 ) -> None:
     """Write the gradient of gate_up to `out` [T, 2 I], and over `grad` [T, I] what the adapter had been given.
 
@@ -170,15 +172,15 @@ def gate_backward(
     out.copy_(torch.cat([wide * right * slope, wide * value], dim=-1))
     grad.copy_(value * right)
     if side is not None:
-        drop(grad, Masked(grad, side.mask))
+        drop(grad, MaskedTensor(grad, side.mask))
 
 
-def drop(values: Tensor, dropped: Masked) -> None:
+def drop(values: Tensor, dropped: MaskedTensor) -> None:
     """Write a masked copy of values [T, H]; it may be in their own place."""
     dropped.values.copy_(apply_mask(_widen(values), dropped.mask))
 
 
-def drop_backward(grad: Tensor, values: Tensor, side: Masked) -> None:
+def drop_backward(grad: Tensor, values: Tensor, side: MaskedTensor) -> None:
     """Add to grad [T, H] a gradient that came by way of the masked copy of values; write that copy in its place."""
     grad.copy_(_add_side(grad, side))
     drop(values, side)
@@ -204,7 +206,7 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _add_side(grad: Tensor, side: Masked | None) -> Tensor:
+def _add_side(grad: Tensor, side: MaskedTensor | None) -> Tensor:
     """Return a gradient [T, H] and the one that came by way of the masked copy, in fp32 or wider."""
     return _widen(grad) if side is None else _widen(grad) + apply_mask(_widen(side.values), side.mask)
 

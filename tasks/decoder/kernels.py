@@ -15,7 +15,7 @@ from triton import language as tl
 
 from tasks.decoder.adapters import Copy
 from tasks.decoder.copy_programs import copy_matrices_program
-from tasks.decoder.dropout import COLUMNS_PER_CALL, Masked
+from tasks.decoder.dropout import COLUMNS_PER_CALL, MaskedTensor
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.gate_programs import (
     gate_backward_program,
@@ -43,7 +43,7 @@ def add_norm(
     eps: float,
     out: Tensor,
     quantized: Quantized | None = None,
-    dropped: Masked | None = None,
+    dropped: MaskedTensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `elementwise.add_norm`; with a float8 copy of what goes to `out`."""
     num_tokens, width = residual.shape
@@ -69,7 +69,7 @@ def norm_backward(
     residual_grad: Tensor | None,
     out: Tensor,
     quantized: Quantized | None = None,
-    side: Masked | None = None,
+    side: MaskedTensor | None = None,
 ) -> None:
     """See `elementwise.norm_backward`; with a float8 copy of what goes to `out`."""
     num_tokens, width = total.shape
@@ -138,7 +138,7 @@ def gate(
     activation: str,
     out: Tensor,
     quantized: Quantized | None = None,
-    dropped: Masked | None = None,
+    dropped: MaskedTensor | None = None,
 ) -> None:
     """See `elementwise.gate`; with a float8 copy of what goes to `out`."""
     num_tokens, width = out.shape
@@ -162,7 +162,7 @@ def gate_backward(
     activation: str,
     out: Tensor,
     quantized: Quantized | None = None,
-    side: Masked | None = None,
+    side: MaskedTensor | None = None,
 ) -> None:
     """See `elementwise.gate_backward`; with a float8 copy of what goes to `out`."""
     num_tokens, width = grad.shape
@@ -180,7 +180,7 @@ def gate_backward(
     )  # fmt: skip
 
 
-def drop(values: Tensor, dropped: Masked) -> None:
+def drop(values: Tensor, dropped: MaskedTensor) -> None:
     """See `elementwise.drop`."""
     num_tokens, width = values.shape
     copy, copy_stride, key, *numbers = _unfold(dropped, values)
@@ -189,7 +189,7 @@ def drop(values: Tensor, dropped: Masked) -> None:
     )
 
 
-def drop_backward(grad: Tensor, values: Tensor, side: Masked) -> None:
+def drop_backward(grad: Tensor, values: Tensor, side: MaskedTensor) -> None:
     """See `elementwise.drop_backward`."""
     num_tokens, width = values.shape
     further, further_stride, key, *numbers = _unfold(side, values)
@@ -252,7 +252,7 @@ def _round_up(width: int) -> int:
     return max(COLUMNS_PER_CALL, triton.next_power_of_2(width))
 
 
-def _unfold(masked: Masked | None, other: Tensor) -> tuple[Tensor, int, Tensor, int, int, float]:
+def _unfold(masked: MaskedTensor | None, other: Tensor) -> tuple[Tensor, int, Tensor, int, int, float]:
     """Return values, their row stride, key, site, threshold and scale; anything where the kernel does not look."""
     if masked is None:
         return other, 0, other, 0, 0, 1.0

@@ -51,7 +51,7 @@ def compare_with_champion(
     if num_seen:
         notes = (*notes, f"{num_seen} of {new.height} held-out rows are left out: the champion was trained on them")
     if num_seen == new.height:
-        return stand_apart(version, (*notes, "no held-out row is new to it"), num_seen=num_seen)
+        return incomparable(version, (*notes, "no held-out row is new to it"), num_seen=num_seen)
     comparison = compare(champion.filter(unseen), new.filter(unseen), config, seed=seed)
     report = ChampionReport(
         version=version,
@@ -64,7 +64,7 @@ def compare_with_champion(
     return Rival(report, comparison, champion)
 
 
-def stand_apart(version: str, notes: tuple[str, ...], *, num_seen: int = 0) -> Rival:
+def incomparable(version: str, notes: tuple[str, ...], *, num_seen: int = 0) -> Rival:
     """Return a champion that could not be compared; the notes say why."""
     return Rival(
         ChampionReport(version=version, num_examples=0, num_seen=num_seen, metrics={}, delta={}, notes=notes),

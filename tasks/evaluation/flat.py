@@ -30,7 +30,7 @@ class UnsupportedModelError(ValueError):
     """The model cannot be run flat; the message says why."""
 
 
-class Layout(Protocol):
+class RowLayout(Protocol):
     """Who attends to whom."""
 
     def attend(
@@ -76,7 +76,7 @@ def lay_flat(rows: Sequence[Sequence[int]], device: torch.device) -> FlatInput:
     return FlatInput(input_ids.to(device), positions.to(device), segments.move(device))
 
 
-def run_flat(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, layout: Layout, keep: Tensor) -> Tensor:
+def run_flat(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, layout: RowLayout, keep: Tensor) -> Tensor:
     """Return the logits [N, V] at `keep` [N] of a flat input [T]; to be called within `flat_attention`."""
     can_choose = "logits_to_keep" in inspect.signature(model.forward).parameters
     logits: Tensor = model(
@@ -107,7 +107,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: RowLayout,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **others: Any,

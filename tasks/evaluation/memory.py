@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from tasks.memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,14 +25,10 @@ def shrink_until_it_fits(work: Callable[[int], None], size: int, *, name: str, s
             work(size)
             return size
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if size <= smallest or not _is_out_of_memory(error):
+            if size <= smallest or not is_out_of_memory(error):
                 raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = max(smallest, size // 2)
         logger.warning("Out of memory: going on with %s %d", name, size)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

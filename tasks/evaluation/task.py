@@ -1,4 +1,4 @@
-"""The door of evaluation: a model meets the held-out rows; two such meetings are compared."""
+"""The door of evaluation: a model answers the held-out rows, and the evaluations of two models are compared."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,9 @@ from schemas.artifacts import Champion, ComparisonReport, EvalReport, ModelRef, 
 from schemas.config import EvaluationConfig
 from tasks import storage, tracking
 from tasks.caching import digest_conditions, stage_cache
-from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, stand_apart
+from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
 from tasks.evaluation.comparison import Comparison, compare
+from tasks.evaluation.progress import log_progress
 from tasks.evaluation.report import write_report
 from tasks.evaluation.scoring import evaluate_model
 from tasks.models import choose_device, choose_dtype
@@ -32,7 +33,8 @@ def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, pa
     """Score one model on the held-out rows and ask it the free questions."""
     stage = f"evaluate-{model.kind}"
     with tracking.stage_run(parent_run_id, stage) as run_id, storage.new_folder() as folder:
-        rows, metrics, answers = evaluate_model(tracking.resolve(model), tracking.resolve(tokens), config)
+        progress = log_progress(get_run_logger())
+        rows, metrics, answers = evaluate_model(tracking.resolve(model), tracking.resolve(tokens), config, progress)
         (folder / "evaluation").mkdir()
         rows.write_parquet(folder / "evaluation" / _ROWS)
         text = json.dumps(answers, ensure_ascii=False, indent=1)
@@ -96,7 +98,7 @@ def compare_models(
         folders = tracking.resolve(before), tracking.resolve(after)
         rows_before, rows_after = (pl.read_parquet(place / _ROWS) for place in folders)
         comparison = compare(rows_before, rows_after, config, seed=seed)
-        rival = _meet(champion, champion_evaluation, rows_after, config, seed=seed) if champion else None
+        rival = _compare_with(champion, champion_evaluation, rows_after, config, seed=seed) if champion else None
         table = add_answers(comparison.table, rival)
         base_answers, tuned_answers = (json.loads((place / _QUESTIONS).read_text("utf-8")) for place in folders)
         questions = [(q, base, tuned) for (q, base), (_, tuned) in zip(base_answers, tuned_answers, strict=True)]
@@ -133,12 +135,12 @@ def compare_models(
     return ref
 
 
-def _meet(
+def _compare_with(
     champion: Champion, evaluation: EvalReport | None, rows: pl.DataFrame, config: EvaluationConfig, *, seed: int
 ) -> Rival:
     """Compare with the champion, or say why not."""
     if champion.obstacle is not None or evaluation is None:
-        return stand_apart(champion.version, (champion.obstacle or "it was not evaluated",))
+        return incomparable(champion.version, (champion.obstacle or "it was not evaluated",))
     theirs = pl.read_parquet(tracking.resolve(evaluation) / _ROWS)
     own_run = evaluation == champion.evaluation
     notes: tuple[str, ...] = ("measured in its own run" if own_run else "measured again on these rows",)

@@ -13,13 +13,13 @@ from tasks.ingestion.errors import RowError
 from tasks.ingestion.pieces import PIECE_ROWS, write_piece, write_summary
 from tasks.ingestion.rejects import Reject, make_reject
 from tasks.ingestion.rows.conversations import convert_row
-from tasks.ingestion.rows.identity import Conversation, make_conversation, make_plain_conversation
+from tasks.ingestion.rows.identity import UsableRow, make_conversation, make_plain_conversation
 from tasks.ingestion.rows.layouts import Layout
 from tasks.ingestion.rows.matching import ROWS_LOOKED_AT, find_layout
 from tasks.ingestion.rows.messages import Message, alternate_strictly
 from tasks.ingestion.rows.quality import ODD
 from tasks.ingestion.rows.screening import SUSPECT, Screen
-from tasks.ingestion.shards import Part, Shard
+from tasks.ingestion.shards import Shard, ShardPart
 from tasks.ingestion.sources.columnar import RawRow
 from tasks.ingestion.sources.readers import read_rows
 
@@ -60,7 +60,7 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[FileStats] = []
-    conversations: list[Conversation] = []
+    conversations: list[UsableRow] = []
     rejects: list[Reject] = []
     num_rows, num_pieces = 0, 0
     for part in shard.parts:
@@ -84,10 +84,10 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
     return num_rows
 
 
-Block = tuple[list[Conversation], list[Reject]]
+Block = tuple[list[UsableRow], list[Reject]]
 
 
-def _take_in(intake: FileStats, part: Part, max_rows: int | None, screen: Screen) -> Iterator[Block]:
+def _take_in(intake: FileStats, part: ShardPart, max_rows: int | None, screen: Screen) -> Iterator[Block]:
     """Convert the rows of one part block by block, after finding its layout in the first ones."""
     where, name = str(part.file.path), part.file.name
     rows: Iterator[RawRow] = islice(read_rows(part.file, part.span), max_rows)
@@ -148,13 +148,13 @@ def _count_rejects(intake: FileStats, rejects: Sequence[Reject]) -> None:
 
 def identify_rows(
     rows: Sequence[Converted], source: str, screen: Screen
-) -> tuple[list[Conversation], list[tuple[RawRow, RowError]]]:
+) -> tuple[list[UsableRow], list[tuple[RawRow, RowError]]]:
     """Do what make_conversation does, for many rows: those that nothing is in are looked at once, all together.
 
     Returns:
         The conversations, and the rows that cannot be written with the reason.
     """
-    made: list[Conversation | None] = [
+    made: list[UsableRow | None] = [
         make_plain_conversation(messages, source, row.line) if tools is None else None for row, messages, tools in rows
     ]
     pattern = ODD if screen == "off" else f"{SUSPECT}|{ODD}"

@@ -15,7 +15,7 @@ import polars as pl
 
 from schemas.records import Conversations, Rejects, columns_of
 from tasks.ingestion.rejects import Reject
-from tasks.ingestion.rows.identity import Conversation
+from tasks.ingestion.rows.identity import UsableRow
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
 from tasks.ingestion.rows.shingles import Shingles, hash_shingles
 
@@ -40,14 +40,14 @@ INDEX_SCHEMA: dict[str, Any] = {
 PROBLEM_BITS = {code: 1 << place for place, code in enumerate(TEXT_PROBLEMS)}
 
 
-def make_index(conversations: Sequence[Conversation]) -> pl.DataFrame:
+def make_index(conversations: Sequence[UsableRow]) -> pl.DataFrame:
     """Return what is known of each conversation without its text.
 
     Loose keys are joined: the first 16 bytes are those up to the first answer. Kinds of what was found are joined by
     commas.
     """
-    columns = list(zip(*conversations, strict=True)) or [()] * len(Conversation._fields)
-    values = dict(zip(Conversation._fields, columns, strict=True))
+    columns = list(zip(*conversations, strict=True)) or [()] * len(UsableRow._fields)
+    values = dict(zip(UsableRow._fields, columns, strict=True))
     return pl.DataFrame(
         {
             "example_id": pl.Series(values["example_id"], dtype=pl.String).str.decode("hex"),
@@ -66,7 +66,7 @@ def make_index(conversations: Sequence[Conversation]) -> pl.DataFrame:
     )
 
 
-def write_piece(folder: Path, number: int, conversations: Sequence[Conversation], rejects: Sequence[Reject]) -> None:
+def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], rejects: Sequence[Reject]) -> None:
     """Write one piece of a shard."""
     columns = list(zip(*(row[:5] for row in conversations), strict=True)) or [()] * len(CONVERSATION_SCHEMA)
     rows = pl.DataFrame(dict(zip(CONVERSATION_SCHEMA, columns, strict=True)), schema=CONVERSATION_SCHEMA)

@@ -16,7 +16,7 @@ from schemas.config import DataConfig
 from tasks.ingestion.rows.layouts import Layout, Reading
 from tasks.ingestion.rows.matching import ROWS_LOOKED_AT, find_layout
 from tasks.ingestion.rows.screening import Screen
-from tasks.ingestion.sources.columnar import WHOLE, Span
+from tasks.ingestion.sources.columnar import WHOLE, FileSpan
 from tasks.ingestion.sources.files import Source, SourceFile
 from tasks.ingestion.sources.readers import read_rows
 from tasks.ingestion.sources.sources import find_sources
@@ -25,7 +25,7 @@ SHARD_BYTES = 16 << 20
 READ_BYTES = 1 << 20
 
 
-class Part(BaseModel):
+class ShardPart(BaseModel):
     """Rows of one file that lie together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,7 +35,7 @@ class Part(BaseModel):
     source: int
     """Place of its source in the dataset."""
     file: SourceFile
-    span: Span
+    span: FileSpan
     num_bytes: int
     reading: Reading
     layout: Layout | None
@@ -47,7 +47,7 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    parts: tuple[Part, ...]
+    parts: tuple[ShardPart, ...]
     screen: Screen
 
 
@@ -62,9 +62,9 @@ def plan_shards(
     return join_parts(plan_parts(config, sources, shard_bytes), config.screen, shard_bytes)
 
 
-def join_parts(parts: Iterable[Part], screen: Screen, shard_bytes: int) -> Iterator[Shard]:
+def join_parts(parts: Iterable[ShardPart], screen: Screen, shard_bytes: int) -> Iterator[Shard]:
     """Put small parts of one source together."""
-    waiting: list[Part] = []
+    waiting: list[ShardPart] = []
     for part in parts:
         size = part.num_bytes + sum(other.num_bytes for other in waiting)
         same = waiting and (waiting[-1].dataset, waiting[-1].source) == (part.dataset, part.source)
@@ -76,7 +76,7 @@ def join_parts(parts: Iterable[Part], screen: Screen, shard_bytes: int) -> Itera
         yield Shard(parts=tuple(waiting), screen=screen)
 
 
-def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_bytes: int) -> Iterator[Part]:
+def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_bytes: int) -> Iterator[ShardPart]:
     """Yield the parts of all files, in the order of their rows."""
     for dataset, named in enumerate(sources):
         own = (*config.datasets, config.held_out_dataset)[dataset]
@@ -90,7 +90,7 @@ def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_by
             for file in source.files:
                 layout, spans = _divide(file, reading, shard_bytes)
                 for span, num_bytes in spans:
-                    yield Part(
+                    yield ShardPart(
                         dataset=dataset,
                         source=place,
                         file=file,
@@ -127,7 +127,7 @@ def _name_apart(sources: Sequence[Source], folder: str, names: set[str]) -> list
     return apart
 
 
-Spans = list[tuple[Span, int]]
+Spans = list[tuple[FileSpan, int]]
 
 
 def _divide(file: SourceFile, reading: Reading, shard_bytes: int) -> tuple[Layout | None, Spans]:
@@ -162,7 +162,7 @@ def _divide_lines(path: Path, shard_bytes: int) -> Spans:
                 handle.readline()
                 stop = handle.tell()
             handle.seek(start)
-            spans.append((Span(start, stop, first_row), stop - start))
+            spans.append((FileSpan(start, stop, first_row), stop - start))
             first_row += _count_lines(handle, stop - start)
             start = stop
     return spans
@@ -209,10 +209,10 @@ def _join_spans(pieces: Sequence[tuple[int, int]], shard_bytes: int) -> Spans:
     start, first_row, rows, size = 0, 1, 0, 0
     for place, (num_rows, num_bytes) in enumerate(pieces):
         if size and size + num_bytes > shard_bytes:
-            spans.append((Span(start, place, first_row), size))
+            spans.append((FileSpan(start, place, first_row), size))
             start, first_row, rows, size = place, first_row + rows, 0, 0
         rows, size = rows + num_rows, size + num_bytes
-    return [*spans, (Span(start, len(pieces), first_row), size)]
+    return [*spans, (FileSpan(start, len(pieces), first_row), size)]
 
 
 DIVIDERS = {"jsonl": _divide_lines, "parquet": _divide_row_groups, "arrow": _divide_batches}

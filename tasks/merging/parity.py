@@ -35,7 +35,7 @@ class ParityError(ValueError):
 
 
 @dataclass(frozen=True)
-class Probe:
+class ParityProbe:
     """What base + adapter, and the base alone, say after one prompt."""
 
     input_ids: list[int]
@@ -98,7 +98,7 @@ def _probe_adapted(
     num_tokens: int,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> list[Probe]:
+) -> list[ParityProbe]:
     """Continue each prompt greedily with base + adapter, and read both sets of logits there."""
     base: Any = load_model(base_model, dtype=dtype, device=device)
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -109,7 +109,7 @@ def _probe_adapted(
     adapted = _read_logits(model, input_ids, num_tokens)
     with model.disable_adapter():
         alone = _read_logits(model, input_ids, num_tokens)
-    return [Probe(*values) for values in zip(input_ids, adapted, alone, strict=True)]
+    return [ParityProbe(*values) for values in zip(input_ids, adapted, alone, strict=True)]
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def _pad_left(rows: list[list[int]], device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _compare(probes: list[Probe], logits: list[Tensor]) -> MergeCheck:
+def _compare(probes: list[ParityProbe], logits: list[Tensor]) -> MergeCheck:
     """Measure the largest logit difference and the agreement, and say which of both models the merged one is."""
     largest, num_same, num_tokens = 0.0, 0, 0
     from_adapted, from_base = 0.0, 0.0

@@ -1,5 +1,6 @@
 """The door of registration: a merged model becomes a version, and the gate decides what it may be called."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def find_champion(name: str, tokens: TokensRef) -> Champion | None:
         model=ModelRef(uri=str(found.source), digest=tags[MODEL_TAG], name=f"{name} version {version}", kind="champion")
         if known
         else None,
-        evaluation=_recorded_evaluation(tags.get(_EVALUATION_TAG)),
+        evaluation=_recorded_evaluation(tags),
         dataset=Ref.model_validate_json(tags[_DATASET_TAG]) if _DATASET_TAG in tags else None,
         obstacle=_find_obstacle(tags, tokens),
     )
@@ -88,11 +89,13 @@ def _find_obstacle(tags: dict[str, str], tokens: TokensRef) -> str | None:
     return None
 
 
-def _recorded_evaluation(text: str | None) -> EvalReport | None:
-    """Return what the champion's own run measured, when its rows are still there."""
-    if text is None:
+def _recorded_evaluation(tags: Mapping[str, str]) -> EvalReport | None:
+    """Return what the champion's own run measured of this very model, when its rows are still there."""
+    if _EVALUATION_TAG not in tags:
         return None
-    evaluation = EvalReport.model_validate_json(text)
+    evaluation = EvalReport.model_validate_json(tags[_EVALUATION_TAG])
+    if evaluation.model_digest != tags.get(MODEL_TAG):
+        return None
     try:
         tracking.resolve(evaluation)
     except tracking.ArtifactError:

@@ -94,7 +94,7 @@ def _open(folder: Path, chat_template: str | None) -> PreparedTokenizer:
 def _prepare(folder: Path, chat_template: str | None, states: tuple[tuple[str, int, int], ...]) -> PreparedTokenizer:
     """Open a tokenizer; `states` are there for the cache: a folder's files may change under their names."""
     prepared = prepare_tokenizer(folder, chat_template)
-    garbage.keep()
+    garbage.freeze_heap()
     return prepared
 
 

@@ -22,7 +22,7 @@ from tasks.training.lora import collect_trained
 from tasks.training.loss import isolates_packed, supports_trained_only
 from tasks.training.memory_fit import fit_memory
 from tasks.training.records import TrainingError
-from tasks.training.self_check import prove, try_model
+from tasks.training.self_check import try_model, verify
 from tasks.training.sharding import is_sharded
 from tasks.training.token_table import TokenTable
 
@@ -77,7 +77,7 @@ def _build_fused(
     expected = try_model(model, table, device, dtype)
     decoder = recognize_decoder(model)
     most_tokens = _count_step_tokens(table, rows, config)
-    decoder, notes = prove(model, decoder, table, expected, device, dtype)
+    decoder, notes = verify(model, decoder, table, expected, device, dtype)
     engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS)
     if config.base_weights == "fp8":
         engine = replace(engine, decoder=quantize_decoder(decoder))

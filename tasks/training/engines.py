@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Add the gradient of scale times the sum from a recording, and return the sum; None where there is none."""
         ...
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note of every step of the optimizer."""
         ...
 
@@ -100,7 +100,7 @@ class GeneralEngine:
     def replay_gradient(self, batch: Batch, scale: float) -> None:
         """Nothing is recorded."""
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing is copied."""
 
     def bind_gradients(self) -> None:
@@ -193,7 +193,7 @@ class FusedEngine:
             return None
         return self.recorder.add_gradient(flat, scale, dropout_key=batch.dropout_key)
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy the adapter anew after each step."""
         optimizer.register_step_post_hook(lambda *_: self.decoder.invalidate())
 

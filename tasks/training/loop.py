@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from schemas.config import TrainingConfig
+from tasks.memory import is_out_of_memory
 from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
     CheckpointError,
@@ -26,7 +27,7 @@ from tasks.training.checkpoints import (
 from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
 from tasks.training.lora import save_adapter
-from tasks.training.memory import is_out_of_memory, read_memory
+from tasks.training.memory import read_memory
 from tasks.training.packing import packing_efficiency
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank

@@ -1,4 +1,4 @@
-"""What a training takes of the machine, and how a shortage of memory is told from other errors."""
+"""What a training takes of the machine: its memory, and how busy its GPU is."""
 
 import time
 from functools import lru_cache
@@ -9,13 +9,6 @@ import torch
 
 class OutOfMemory(Exception):  # noqa: N818
     """A step did not fit, on this rank or another one; the adapter and the optimizer are unchanged."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is PyTorch's way of saying that the memory is used up, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def read_memory(device: torch.device) -> int:

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from tasks.memory import is_out_of_memory
 from tasks.training.batches import Batch
 from tasks.training.distributed import gather, shard_batches, world_size
-from tasks.training.memory import OutOfMemory, is_out_of_memory
+from tasks.training.memory import OutOfMemory
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
 from tasks.training.sharding import is_sharded

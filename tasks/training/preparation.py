@@ -92,7 +92,7 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    engine.follow(optimizer)
+    engine.attach_to(optimizer)
     setup = Setup(
         config=config,
         seed=seed,

@@ -1,8 +1,19 @@
 """How many steps there are, and the learning rate of each: pure functions of the step, so resuming needs no state."""
 
 import math
+from collections.abc import Callable
 
 from schemas.config import TrainingConfig
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),  # Loshchilov and Hutter, 2017, without restarts
+    "linear": lambda done: 1.0 - done,
+    "constant": lambda done: 1.0,
+}
+"""Of each scheduler: the part of the peak that is left after a part `done`, in [0, 1), of the steps after the warm-up.
+
+A further one is an entry here and a choice of `training.scheduler`.
+"""
 
 
 def count_steps(num_rows: int, config: TrainingConfig) -> tuple[int, int]:
@@ -23,14 +34,15 @@ def compute_learning_rate(step: int, num_steps: int, config: TrainingConfig) -> 
     """Return the learning rate of a step (from 0).
 
     Warm-up over w = ceil(warmup_fraction * num_steps) steps: peak * (step + 1) / (w + 1), never zero, and the peak
-    is reached at step w. Then, with t = (step - w) / (num_steps - w) in [0, 1): cosine peak * (1 + cos(pi t)) / 2
-    (Loshchilov and Hutter, 2017, without restarts), linear peak * (1 - t), or constant.
+    is reached at step w. Then peak * SCHEDULES[scheduler](t) with t = (step - w) / (num_steps - w).
+
+    Raises:
+        ValueError: there is no such scheduler.
     """
+    fall = SCHEDULES.get(config.scheduler)
+    if fall is None:
+        raise ValueError(f"training.scheduler: no {config.scheduler!r}; there are {', '.join(SCHEDULES)}")
     num_warmup = math.ceil(config.warmup_fraction * num_steps)
     if step < num_warmup:
         return config.learning_rate * (step + 1) / (num_warmup + 1)
-    if config.scheduler == "constant":
-        return config.learning_rate
-    done = (step - num_warmup) / (num_steps - num_warmup)
-    factor = 1.0 - done if config.scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.learning_rate * factor
+    return config.learning_rate * fall((step - num_warmup) / (num_steps - num_warmup))

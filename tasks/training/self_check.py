@@ -20,11 +20,11 @@ from tasks.decoder.attention import find_attentions, name_attention, warm_up
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.dropout import SITES, Dropout, Mask, draw_kept, number_site
 from tasks.decoder.recognition import UnknownDecoderError
+from tasks.memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines import FusedEngine
 from tasks.training.lora import collect_trained
 from tasks.training.loss import cut_trial, sum_token_losses
-from tasks.training.memory import is_out_of_memory
 from tasks.training.token_table import TokenTable
 
 # The gradient may differ by this part of its norm, and the loss by this part of it. In 16 bits, two ways through a deep
@@ -62,7 +62,7 @@ def try_model(model: PeftModel, table: TokenTable, device: torch.device, dtype: 
     return Trial(float(loss.item()), grads)
 
 
-def prove(
+def verify(
     model: PeftModel,
     decoder: Decoder,
     table: TokenTable,

@@ -11,17 +11,12 @@ from functools import partial
 
 import torch
 
+from tasks.memory import is_out_of_memory
 from tasks.tokenization.masking import IGNORE_INDEX
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
 from tasks.training.distributed import check_ranks_agree, gather, share_table, world_size
-from tasks.training.memory import (
-    OutOfMemory,
-    is_out_of_memory,
-    read_memory,
-    read_utilisation,
-    reset_memory,
-)
+from tasks.training.memory import OutOfMemory, read_memory, read_utilisation, reset_memory
 from tasks.training.optimization import descend
 from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from flows.chatting import Manner, answer, find_speakers
+from flows.chatting import SamplingConfig, answer, open_sessions
 from flows.cli import app
 from tasks.evaluation.generation import render_questions
 from tasks.models import load_model, load_tokenizer
@@ -21,7 +21,7 @@ _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_MANNER = Manner(max_new_tokens=8)
+_SAMPLING = SamplingConfig(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,10 +59,10 @@ def test_one_question_prints_the_answer_and_nothing_else(folder: Path) -> None:
 
 
 def test_the_conversation_is_kept_and_is_the_prompt_of_the_next_answer(folder: Path) -> None:
-    (speaker,) = find_speakers(str(folder), compare_base=False, system="Be brief.")
-    first = "".join(answer(speaker, "Who?", _MANNER))
-    second = "".join(answer(speaker, "And?", _MANNER))
-    assert [message["content"] for message in speaker.messages] == ["Be brief.", "Who?", first, "And?", second]
+    (session,) = open_sessions(str(folder), compare_base=False, system="Be brief.")
+    first = "".join(answer(session, "Who?", _SAMPLING))
+    second = "".join(answer(session, "And?", _SAMPLING))
+    assert [message["content"] for message in session.messages] == ["Be brief.", "Who?", first, "And?", second]
     said = f"system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{first}<|im_end|>\n"
     assert second == _greedy(folder, f"<|im_start|>{said}<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -87,10 +87,10 @@ def test_a_drawn_answer_is_repeated_by_its_seed(folder: Path) -> None:
 
 
 def test_a_conversation_longer_than_the_context_says_so(folder: Path) -> None:
-    (speaker,) = find_speakers(str(folder), compare_base=False)
-    assert len(render_questions(["word " * 600], speaker.tokenizer)[0]) > 512
+    (session,) = open_sessions(str(folder), compare_base=False)
+    assert len(render_questions(["word " * 600], session.tokenizer)[0]) > 512
     with pytest.raises(ValueError, match="/reset begins anew"):
-        list(answer(speaker, "word " * 600, _MANNER))
+        list(answer(session, "word " * 600, _SAMPLING))
 
 
 @pytest.mark.parametrize(

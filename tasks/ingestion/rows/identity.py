@@ -28,7 +28,7 @@ CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(","
 WRITTEN = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-class Conversation(NamedTuple):
+class UsableRow(NamedTuple):
     """A usable row: what is written, and what it is compared by."""
 
     example_id: str
@@ -58,7 +58,7 @@ class Conversation(NamedTuple):
 
 def make_conversation(
     messages: list[Message], tools: list[dict[str, Any]] | None, source: str, line: int, screen: Screen = "off"
-) -> Conversation:
+) -> UsableRow:
     """Look for personal data and secrets, and give the conversation its identities.
 
     Identities are those of the text that is written, so with placeholders where `screen` is redact.
@@ -84,7 +84,7 @@ def make_conversation(
     return _describe(messages, canonical, source, line, text, tools_text, problems, tuple(found.elements()))
 
 
-def make_plain_conversation(messages: list[Message], source: str, line: int) -> Conversation | None:
+def make_plain_conversation(messages: list[Message], source: str, line: int) -> UsableRow | None:
     """Do what make_conversation does, five times as fast, for messages of nothing but a role and a content.
 
     Nothing is screened, and no text problems are looked for.
@@ -137,7 +137,7 @@ def _describe(
     tools: str | None,
     problems: tuple[str, ...],
     found: tuple[str, ...],
-) -> Conversation:
+) -> UsableRow:
     """Digest the canonical text, and the normalized one up to and with each assistant message."""
     state = hashlib.blake2b(digest_size=KEY_BYTES)
     keys, texts = [], []
@@ -163,7 +163,7 @@ def _describe(
             keys.append(state.digest())
     example_id = hashlib.sha256(canonical).hexdigest()[:ID_DIGITS]
     # By place: names would cost as much as the digest.
-    return Conversation(
+    return UsableRow(
         *(example_id, source, line, written, tools, tuple(keys), prompt_key, len(keys)),
         *(prompt_characters, answer_characters, problems, found, b" ".join(texts)),
     )

@@ -17,7 +17,7 @@ class RawRow(NamedTuple):
     problem: RowError | None = None
 
 
-class Span(NamedTuple):
+class FileSpan(NamedTuple):
     """A part of a file: bytes of a JSONL file, row groups or record batches; of other files only the whole."""
 
     start: int = 0
@@ -27,10 +27,10 @@ class Span(NamedTuple):
     """Number of its first line or row."""
 
 
-WHOLE = Span()
+WHOLE = FileSpan()
 
 
-def read_parquet(path: Path, span: Span) -> Iterator[RawRow]:
+def read_parquet(path: Path, span: FileSpan) -> Iterator[RawRow]:
     """Read record batches of a Parquet file."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -43,7 +43,7 @@ def read_parquet(path: Path, span: Span) -> Iterator[RawRow]:
         raise DataError(f"{path}: not a readable Parquet file ({error}): write it again") from error
 
 
-def read_arrow(path: Path, span: Span) -> Iterator[RawRow]:
+def read_arrow(path: Path, span: FileSpan) -> Iterator[RawRow]:
     """Read record batches of an Arrow file, in the file or the stream form."""
     import pyarrow as pa
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tasks.ingestion.errors import DataError, RowError
-from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span
+from tasks.ingestion.sources.columnar import WHOLE, FileSpan, RawRow
 from tasks.ingestion.sources.encodings import UTF8_BOM, check_start, decode, read_text
 from tasks.ingestion.sources.json_lists import READ_BYTES, ListError, read_list
 from tasks.jsontext import NotFast, parse_fast
@@ -113,7 +113,7 @@ def _parses(line: str) -> bool:
     return True
 
 
-def read_json_lines(path: Path, span: Span) -> Iterator[RawRow]:
+def read_json_lines(path: Path, span: FileSpan) -> Iterator[RawRow]:
     """Read one JSON value a line; blank lines are no rows. Only line feeds end a line."""
     offset, num_rows, num_broken, first = span.start, 0, 0, ""
     with path.open("rb") as handle:

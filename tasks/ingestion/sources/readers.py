@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tasks.ingestion.errors import DataError, RowError
-from tasks.ingestion.sources.columnar import WHOLE, RawRow, Span, read_arrow, read_parquet
+from tasks.ingestion.sources.columnar import WHOLE, FileSpan, RawRow, read_arrow, read_parquet
 from tasks.ingestion.sources.encodings import read_text_lines
 from tasks.ingestion.sources.files import SourceFile
 from tasks.ingestion.sources.json_files import read_json, read_json_lines
 
 
-def read_rows(file: SourceFile, span: Span = WHOLE) -> Iterator[RawRow]:
+def read_rows(file: SourceFile, span: FileSpan = WHOLE) -> Iterator[RawRow]:
     """Yield the rows of a file; a row that cannot be parsed comes with its problem and its text as value.
 
     Raises:

@@ -26,7 +26,7 @@ TOLERANCE = 1e-9
 Numbers = NDArray[np.int64]
 
 
-class HeldOut(NamedTuple):
+class HeldOutShingles(NamedTuple):
     """Held-out sets, and who has a hash."""
 
     sizes: Numbers
@@ -80,7 +80,7 @@ def find_near_duplicates(
     return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
 
 
-def index_held_out(runs: Shingles, threshold: float) -> HeldOut:
+def index_held_out(runs: Shingles, threshold: float) -> HeldOutShingles:
     """Make the tables by which training sets are compared with all held-out sets at once."""
     union, places, num_owners = np.unique(runs.hashes, return_inverse=True, return_counts=True)
     rarest = _find_rarest(runs, num_owners[places], threshold)
@@ -88,7 +88,7 @@ def index_held_out(runs: Shingles, threshold: float) -> HeldOut:
     by_hash = rarest[np.argsort(places[rarest], kind="stable")]
     table = np.zeros(1 << TABLE_BITS, dtype=np.bool_)
     table[union >> (32 - TABLE_BITS)] = True
-    return HeldOut(
+    return HeldOutShingles(
         sizes=runs.sizes,
         keyed=owners.astype(np.uint64) << HASH_BITS | runs.hashes.astype(np.uint64),
         union=union,
@@ -112,7 +112,7 @@ def _find_rarest(runs: Shingles, num_owners: Numbers, threshold: float) -> Numbe
     return order[rarity < num_rarest[owners]]
 
 
-def _find_inside(runs: Shingles, known: HeldOut, threshold: float) -> NDArray[np.bool_]:
+def _find_inside(runs: Shingles, known: HeldOutShingles, threshold: float) -> NDArray[np.bool_]:
     """Tell of which sets at least `threshold` lies in the union."""
     if not len(runs.sizes):
         return np.zeros(0, dtype=np.bool_)
@@ -135,7 +135,7 @@ def _look_up(
 
 
 def _compare_all(
-    runs: Shingles, known: HeldOut, threshold: float
+    runs: Shingles, known: HeldOutShingles, threshold: float
 ) -> Iterator[tuple[Numbers, Numbers, NDArray[np.float64]]]:
     """Yield pairs of a row and a held-out set that are alike enough, with their Jaccard index."""
     for rows, others in _find_candidates(runs, known, threshold):
@@ -145,7 +145,7 @@ def _compare_all(
             yield rows[some][alike], others[some][alike], jaccard[alike]
 
 
-def _measure(runs: Shingles, known: HeldOut, rows: Numbers, others: Numbers) -> NDArray[np.float64]:
+def _measure(runs: Shingles, known: HeldOutShingles, rows: Numbers, others: Numbers) -> NDArray[np.float64]:
     """Return the Jaccard index of each pair."""
     # The row's hashes, once for each of its candidates, under the candidate's number.
     sizes = runs.sizes[rows]
@@ -156,7 +156,7 @@ def _measure(runs: Shingles, known: HeldOut, rows: Numbers, others: Numbers) -> 
     return jaccard
 
 
-def _find_candidates(runs: Shingles, known: HeldOut, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
+def _find_candidates(runs: Shingles, known: HeldOutShingles, threshold: float) -> Iterator[tuple[Numbers, Numbers]]:
     """Yield pairs of a row and a held-out set that share one of the rarest hashes of both, and are alike in size."""
     sizes = runs.sizes
     owners = np.repeat(np.arange(len(sizes)), sizes)

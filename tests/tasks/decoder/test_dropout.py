@@ -15,7 +15,7 @@ from tasks.training.batches import form_flat_batch, iterate_steps
 from tasks.training.engines import FusedEngine
 from tasks.training.lora import collect_trained
 from tasks.training.reference import sum_losses
-from tasks.training.self_check import dropping, prove, try_model
+from tasks.training.self_check import dropping, try_model, verify
 from tests.tasks.decoder.test_fused import (
     FAMILIES,
     build,
@@ -183,7 +183,7 @@ def test_trial_finds_another_mask() -> None:
     model = build("qwen3", torch.float32, dropout=0.05)
     expected = try_model(model, table, CPU, torch.float32)
     decoder = recognize_decoder(model)
-    proven, notes = prove(model, decoder, table, expected, CPU, torch.float32)
+    proven, notes = verify(model, decoder, table, expected, CPU, torch.float32)
     assert notes == []
     assert proven.dropout is not None
     assert proven.dropout.p == 0.05
@@ -192,4 +192,4 @@ def test_trial_finds_another_mask() -> None:
     wrong = replace(decoder.layers[1], down=replace(down, site=99))
     layers = (decoder.layers[0], wrong, *decoder.layers[2:])
     with pytest.raises(UnknownDecoderError, match="its gradient differs by 0"):
-        prove(model, replace(decoder, layers=layers), table, expected, CPU, torch.float32)
+        verify(model, replace(decoder, layers=layers), table, expected, CPU, torch.float32)

@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.config import TrainingConfig
 from tasks.decoder import elementwise
 from tasks.decoder.decoder import LOGITS_BYTES
-from tasks.decoder.dropout import Dropout, Mask, Masked, derive_key, draw_kept
+from tasks.decoder.dropout import Dropout, Mask, MaskedTensor, derive_key, draw_kept
 from tasks.decoder.elementwise import Quantized
 from tasks.decoder.recognition import quantize_decoder, recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines import FusedEngine
 from tasks.training.lora import attach_adapter
-from tasks.training.self_check import prove, try_model
+from tasks.training.self_check import try_model, verify
 from tests.tasks.decoder.test_fused import FAMILIES, build, compute_fused, draw_table, measure_difference
 from tests.tasks.decoder.test_fused_gpu import assert_same, draw, rooms
 
@@ -51,7 +51,7 @@ def make(p: float, site: int) -> Mask:
 def assert_masked(masked: Tensor, values: Tensor, mask: Mask) -> None:
     """Every bit of a masked copy is that of the plain generator's."""
     wanted = torch.empty_like(values)
-    elementwise.drop(values, Masked(wanted, mask))
+    elementwise.drop(values, MaskedTensor(wanted, mask))
     assert torch.equal(masked, wanted)
     assert 0 < int((wanted == 0).sum()) < wanted.numel()
 
@@ -66,8 +66,8 @@ def test_masks_are_the_plain_generators_bit_by_bit(
         mask = make(p, site)
         values = torch.ones(77, width, device="cuda", dtype=dtype)
         left, right = rooms(77, width, dtype=dtype)
-        kernels.drop(values, Masked(left, mask))
-        elementwise.drop(values, Masked(right, mask))
+        kernels.drop(values, MaskedTensor(left, mask))
+        elementwise.drop(values, MaskedTensor(right, mask))
         assert torch.equal(left, right)
 
 
@@ -75,7 +75,7 @@ def test_rows_beyond_32_bits_of_offset(kernels: ModuleType) -> None:
     """The last rows of a tensor of 2^31 and more elements are masked by their own numbers."""
     rows, width = (1 << 31) // 4096 + 64, 4096
     values, mask = torch.ones(rows, width, device="cuda", dtype=torch.bfloat16), make(0.5, 5)
-    kernels.drop(values, Masked(values, mask))
+    kernels.drop(values, MaskedTensor(values, mask))
     kept = draw_kept(mask, torch.arange(rows - 64, rows, device="cuda"), width)
     assert torch.equal(values[-64:] != 0, kept)
 
@@ -89,15 +89,15 @@ def test_norm_kernels(kernels: ModuleType, width: int, dtype: torch.dtype, has_c
     left, dropped = rooms(77, width, dtype=dtype)
     plain, _ = rooms(77, width, dtype=dtype)
     quantized = copy(77, width, has_copy)
-    total, rstd = kernels.add_norm(residual, delta, weight, 1e-6, left, quantized, Masked(dropped, mask))
+    total, rstd = kernels.add_norm(residual, delta, weight, 1e-6, left, quantized, MaskedTensor(dropped, mask))
     kernels.add_norm(residual, delta, weight, 1e-6, plain)
     assert_same(left, plain)
     assert_masked(dropped, left, mask)
     for residual_grad in (other, None):
         left, right = rooms(77, width, dtype=dtype)
         quantized = copy(77, width, has_copy)
-        kernels.norm_backward(grad, total, rstd, weight, residual_grad, left, quantized, Masked(further, mask))
-        elementwise.norm_backward(grad, total, rstd, weight, residual_grad, right, None, Masked(further, mask))
+        kernels.norm_backward(grad, total, rstd, weight, residual_grad, left, quantized, MaskedTensor(further, mask))
+        elementwise.norm_backward(grad, total, rstd, weight, residual_grad, right, None, MaskedTensor(further, mask))
         assert_same(left, right)
         if quantized is not None:
             assert_same(quantized.values.float() * quantized.scales, right, 0.04)
@@ -111,14 +111,14 @@ def test_gate_kernels(kernels: ModuleType, activation: str, width: int, has_copy
     mask = make(0.1, 3)
     left, dropped = rooms(77, width)
     plain, _ = rooms(77, width)
-    kernels.gate(gate_up, activation, left, copy(77, width, has_copy), Masked(dropped, mask))
+    kernels.gate(gate_up, activation, left, copy(77, width, has_copy), MaskedTensor(dropped, mask))
     kernels.gate(gate_up, activation, plain)
     assert_same(left, plain)
     assert_masked(dropped, left, mask)
     left, right = rooms(77, 2 * width)
     quantized, again = copy(77, 2 * width, has_copy), grad.clone()
-    kernels.gate_backward(grad, gate_up, activation, left, quantized, Masked(further, mask))
-    elementwise.gate_backward(again, gate_up, activation, right, None, Masked(further, mask))
+    kernels.gate_backward(grad, gate_up, activation, left, quantized, MaskedTensor(further, mask))
+    elementwise.gate_backward(again, gate_up, activation, right, None, MaskedTensor(further, mask))
     assert_same(left, right)
     assert_same(grad, again)
     assert torch.equal(grad == 0, again == 0)
@@ -129,8 +129,8 @@ def test_gate_kernels(kernels: ModuleType, activation: str, width: int, has_copy
 def test_kernels_of_the_attentions_output(kernels: ModuleType) -> None:
     values, grad, side = draw(77, 2000), draw(77, 2000), draw(77, 2000)
     mask, again, further = make(0.05, 1), grad.clone(), side.clone()
-    kernels.drop_backward(grad, values, Masked(side, mask))
-    elementwise.drop_backward(again, values, Masked(further, mask))
+    kernels.drop_backward(grad, values, MaskedTensor(side, mask))
+    elementwise.drop_backward(again, values, MaskedTensor(further, mask))
     assert_same(grad, again)
     assert torch.equal(side, further)
 
@@ -162,7 +162,7 @@ def test_gradient_is_the_plain_engines_under_the_same_key(family: str) -> None:
 def test_trial_accepts_it_on_this_machine(dtype: torch.dtype) -> None:
     table, model = draw_table(), build("qwen2", dtype, "cuda", dropout=0.05)
     expected = try_model(model, table, CUDA, dtype)
-    decoder, _ = prove(model, recognize_decoder(model), table, expected, CUDA, dtype)
+    decoder, _ = verify(model, recognize_decoder(model), table, expected, CUDA, dtype)
     assert decoder.dropout is not None
     assert decoder.dropout.p == 0.05
 
@@ -170,10 +170,10 @@ def test_trial_accepts_it_on_this_machine(dtype: torch.dtype) -> None:
 def test_recorded_graph_draws_anew_by_the_key_in_its_tensor(kernels: ModuleType) -> None:
     dropout = Dropout(0.5, torch.zeros(1, dtype=torch.int64, device="cuda"))
     values, masked = draw(64, 512), torch.empty(64, 512, device="cuda", dtype=torch.bfloat16)
-    kernels.drop(values, Masked(masked, dropout.mask(2)))  # compiled before it is recorded
+    kernels.drop(values, MaskedTensor(masked, dropout.mask(2)))  # compiled before it is recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.drop(values, Masked(masked, dropout.mask(2)))
+        kernels.drop(values, MaskedTensor(masked, dropout.mask(2)))
     for key in (derive_key(0, 0, 0), derive_key(0, 0, 1)):
         dropout.start_forward(key)
         graph.replay()
@@ -242,14 +242,14 @@ def test_kernels_cost_what_their_bytes_do(kernels: ModuleType) -> None:
     }
     for name, (plain, dropping, call) in calls.items():
         room, width = (further, hidden) if "norm" in name else (gated_further, wide)
-        for num, masked in ((plain, None), (dropping, Masked(room, mask))):
+        for num, masked in ((plain, None), (dropping, MaskedTensor(room, mask))):
             milliseconds = time_call(partial(call, masked))
             speed = num * 2 * rows * width / milliseconds / 1e9
             sys.stdout.write(f"\n{name}, dropout {masked is not None}: {milliseconds:.3f} ms, {speed:.2f} TB/s")
             assert speed > 1.0
     for name, num, call in (
-        ("drop", 2, partial(kernels.drop, residual, Masked(further, mask))),
-        ("drop_backward", 5, partial(kernels.drop_backward, grad, residual, Masked(further, mask))),
+        ("drop", 2, partial(kernels.drop, residual, MaskedTensor(further, mask))),
+        ("drop_backward", 5, partial(kernels.drop_backward, grad, residual, MaskedTensor(further, mask))),
     ):
         milliseconds = time_call(call)
         sys.stdout.write(f"\n{name}: {milliseconds:.3f} ms, {num * 2 * rows * hidden / milliseconds / 1e9:.2f} TB/s\n")

@@ -177,7 +177,7 @@ def test_adapter_that_moved_is_seen() -> None:
     engine = FusedEngine(recognize_decoder(model), torch.device("cpu"), 4096, 0, LOGITS_BYTES, 4096)
     parameters = list(collect_trained(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
-    engine.follow(optimizer)
+    engine.attach_to(optimizer)
     batch = form_flat_batch(table, range(5))
     first = engine.sum_losses(batch)
     first.backward()

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from schemas.config import EvaluationConfig
-from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, stand_apart
+from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
 from tasks.evaluation.comparison import ComparisonError, compare
 from tasks.evaluation.report import describe_metric, write_report
 from tasks.evaluation.verdict import describe_rival
@@ -16,14 +16,14 @@ from tests.tasks.evaluation.test_report import HOSTILE, make_rows, read_page
 CONFIG = EvaluationConfig(num_resamples=500)
 
 
-def _meet(champion: Sequence[int], new: Sequence[int], seen: Sequence[int] = (), *, nll: float = 1.0) -> Rival:
+def _compare_with(champion: Sequence[int], new: Sequence[int], seen: Sequence[int] = (), *, nll: float = 1.0) -> Rival:
     ids = [f"{number:016x}" for number in seen]
     return compare_with_champion("4", make_rows(champion, nll=2.0), make_rows(new, nll=nll), ids, CONFIG, seed=0)
 
 
 def test_rows_that_the_champion_was_trained_on_are_left_out_and_counted() -> None:
     # It knows the first ten by heart; on the other thirty it knows nothing.
-    rival = _meet([1] * 10 + [0] * 30, [0] * 10 + [1] * 30, seen=range(10))
+    rival = _compare_with([1] * 10 + [0] * 30, [0] * 10 + [1] * 30, seen=range(10))
     assert (rival.report.num_examples, rival.report.num_seen) == (30, 10)
     assert rival.report.metrics["exact_match"] == 0.0
     assert rival.report.delta["exact_match"].value == 1.0
@@ -31,7 +31,7 @@ def test_rows_that_the_champion_was_trained_on_are_left_out_and_counted() -> Non
 
 
 def test_without_an_unseen_row_nothing_is_compared() -> None:
-    rival = _meet([1, 1], [1, 1], seen=(0, 1))
+    rival = _compare_with([1, 1], [1, 1], seen=(0, 1))
     assert rival.comparison is None
     assert (rival.report.num_examples, rival.report.num_seen) == (0, 2)
     assert "no held-out row is new to it" in describe_rival(rival)
@@ -43,14 +43,14 @@ def test_other_rows_are_refused() -> None:
 
 
 def test_the_sentence_says_which_is_better_on_how_many_rows() -> None:
-    assert describe_rival(_meet([0] * 40, [1] * 30 + [0] * 10)).startswith(
+    assert describe_rival(_compare_with([0] * 40, [1] * 30 + [0] * 10)).startswith(
         "Against the champion (version 4), on 40 held-out rows: it is better in word-for-word right, "
     )
-    worse = describe_rival(_meet([1] * 30 + [0] * 10, [0] * 40, nll=3.0))
+    worse = describe_rival(_compare_with([1] * 30 + [0] * 10, [0] * 40, nll=3.0))
     assert "it is worse in word-for-word right" in worse
-    mixed = describe_rival(_meet([0] * 40, [1] * 30 + [0] * 10, nll=3.0))
+    mixed = describe_rival(_compare_with([0] * 40, [1] * 30 + [0] * 10, nll=3.0))
     assert "but worse in surprise (nll)" in mixed
-    assert "there is no clear difference" in describe_rival(_meet([0, 1] * 20, [1, 0] * 20, nll=2.0))
+    assert "there is no clear difference" in describe_rival(_compare_with([0, 1] * 20, [1, 0] * 20, nll=2.0))
 
 
 def test_the_page_shows_base_champion_and_new_version_side_by_side(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_page_shows_base_champion_and_new_version_side_by_side(tmp_path: Pat
 
 def test_the_page_says_why_a_champion_was_not_compared(tmp_path: Path) -> None:
     comparison = compare(make_rows([0] * 40), make_rows([1] * 40), CONFIG, seed=0)
-    rival = stand_apart("4", ("it has another tokenizer",))
+    rival = incomparable("4", ("it has another tokenizer",))
     text = read_page(write_report(tmp_path, comparison, title="t", rival=rival)).text
     assert "It could not be compared with the champion (version 4): it has another tokenizer." in text
     assert "over champion" not in text
@@ -78,7 +78,7 @@ def test_the_page_says_why_a_champion_was_not_compared(tmp_path: Path) -> None:
 
 def test_the_table_gets_the_champions_answers() -> None:
     table = compare(make_rows([0, 1]), make_rows([1, 1]), CONFIG, seed=0).table
-    added = add_answers(table, _meet([1, 0], [1, 1], seen=(0,)))
+    added = add_answers(table, _compare_with([1, 0], [1, 1], seen=(0,)))
     assert added["answer_champion"].to_list() == ["yes", "no"]
     assert added["nll_champion"].to_list() == [2.0, 2.0]
     assert add_answers(table, None).columns == table.columns

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.ingestion.pieces import write_piece
-from tasks.ingestion.rows.identity import Conversation
+from tasks.ingestion.rows.identity import UsableRow
 from tasks.ingestion.splitting.index import Index, Piece
 
 MATERIAL = Path(__file__).resolve().parents[3] / ".." / "shared" / "material" / "datasets"
@@ -38,7 +38,7 @@ def write_lines(tmp_path: Path) -> WriteLines:
     return write
 
 
-def write_index(folder: Path, *datasets: Sequence[Conversation], rows_per_piece: int = 1000, seed: int = 0) -> Index:
+def write_index(folder: Path, *datasets: Sequence[UsableRow], rows_per_piece: int = 1000, seed: int = 0) -> Index:
     """Write the pieces of some datasets, as the shards' readers do, and return the index of their rows."""
     pieces: list[Piece] = []
     for rows in datasets:

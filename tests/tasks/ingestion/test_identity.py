@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from tasks.ingestion.errors import RowError
-from tasks.ingestion.rows.identity import Conversation, make_conversation, normalize_text
+from tasks.ingestion.rows.identity import UsableRow, make_conversation, normalize_text
 
 
-def make(*texts: str, system: str | None = None, tools: Any = None) -> Conversation:
+def make(*texts: str, system: str | None = None, tools: Any = None) -> UsableRow:
     messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -56,7 +56,7 @@ def test_key_is_loose_and_there_is_one_for_each_answer() -> None:
 
 
 def test_key_knows_tool_calls() -> None:
-    def call(name: str) -> Conversation:
+    def call(name: str) -> UsableRow:
         calls = [{"type": "function", "function": {"name": name, "arguments": {}}}]
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "x"},

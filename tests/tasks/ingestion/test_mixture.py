@@ -14,7 +14,7 @@ from schemas.config import DataConfig, DatasetConfig
 from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
-from tasks.ingestion.rows.identity import Conversation, make_conversation
+from tasks.ingestion.rows.identity import UsableRow, make_conversation
 from tasks.ingestion.splitting import order
 from tasks.ingestion.splitting.mixture import take
 from tasks.ingestion.splitting.order import read_chosen
@@ -25,7 +25,7 @@ def ask(name: str, number: int) -> dict[str, Any]:
     return {"prompt": f"{name} {number}", "completion": f"answer {number}"}
 
 
-def make_rows(name: str, num_rows: int) -> list[Conversation]:
+def make_rows(name: str, num_rows: int) -> list[UsableRow]:
     texts = [
         ({"role": "user", "content": f"{name} {n}"}, {"role": "assistant", "content": "x"}) for n in range(num_rows)
     ]

@@ -17,14 +17,14 @@ from tasks.ingestion.row_statistics import (
     find_fences,
     find_outliers,
 )
-from tasks.ingestion.rows.identity import Conversation, make_conversation
+from tasks.ingestion.rows.identity import UsableRow, make_conversation
 from tasks.ingestion.rows.quality import find_text_problems
 from tasks.ingestion.rows.shingles import hash_shingles
 from tasks.ingestion.splitting.near_duplicates import BestMatch, find_near_duplicates
 from tests.tasks.ingestion.conftest import write_index
 
 
-def make(prompt: str, answer: str, line: int = 1) -> Conversation:
+def make(prompt: str, answer: str, line: int = 1) -> UsableRow:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return make_conversation(messages, None, "rows.json", line)
 
@@ -62,7 +62,7 @@ def test_length_outliers_are_far_from_the_others_and_the_trained_ones_come_first
     assert find_among(tmp_path, more[20:], range(12)) == Flagged(0, [])
 
 
-def find_among(folder: Path, rows: Sequence[Conversation], trained: Iterable[int]) -> Flagged:
+def find_among(folder: Path, rows: Sequence[UsableRow], trained: Iterable[int]) -> Flagged:
     index = write_index(folder, rows, rows_per_piece=10)
     train = np.isin(np.arange(len(rows)), list(trained))
     return find_outliers(index, train, ~train, count(rows).lengths)
@@ -78,7 +78,7 @@ def test_statistics_of_a_side() -> None:
     assert RowStatistics().describe()["turns"]["max"] is None
 
 
-def count(rows: Sequence[Conversation]) -> RowStatistics:
+def count(rows: Sequence[UsableRow]) -> RowStatistics:
     statistics = RowStatistics()
     statistics.add(np.arange(len(rows)), make_index(rows))
     return statistics
@@ -105,7 +105,7 @@ WORDS = [
 ]
 
 
-def find(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[BestMatch]:
+def find(train: Sequence[UsableRow], held_out: Sequence[UsableRow]) -> list[BestMatch]:
     numbers = np.arange(len(train))
     blocks = [(numbers, hash_shingles([row.text for row in train]))] if train else []
     return find_near_duplicates(blocks, hash_shingles([row.text for row in held_out]))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.ingestion.rows.identity import Conversation, make_conversation
+from tasks.ingestion.rows.identity import UsableRow, make_conversation
 from tasks.ingestion.splitting import splits
 from tasks.ingestion.splitting.splits import (
     DUPLICATE,
@@ -27,16 +27,16 @@ from tasks.ingestion.splitting.splits import (
 from tests.tasks.ingestion.conftest import write_index
 
 
-def make(*texts: str, line: int = 1) -> Conversation:
+def make(*texts: str, line: int = 1) -> UsableRow:
     messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
     return make_conversation(messages, None, "rows.json", line)
 
 
-def make_many(num_rows: int) -> list[Conversation]:
+def make_many(num_rows: int) -> list[UsableRow]:
     return [make(f"question {number}", f"answer {number}", line=number) for number in range(1, num_rows + 1)]
 
 
-def split(*datasets: Sequence[Conversation], num_rows: int, seed: int = 0, rows_per_piece: int = 1000) -> Sides:
+def split(*datasets: Sequence[UsableRow], num_rows: int, seed: int = 0, rows_per_piece: int = 1000) -> Sides:
     """Hold out so many rows of each dataset, and tell where each row goes."""
     with tempfile.TemporaryDirectory() as folder:
         index = write_index(Path(folder), *datasets, rows_per_piece=rows_per_piece)
@@ -47,7 +47,7 @@ def split(*datasets: Sequence[Conversation], num_rows: int, seed: int = 0, rows_
     return sides
 
 
-def split_apart(train: Sequence[Conversation], held_out: Sequence[Conversation], max_rows: int) -> Sides:
+def split_apart(train: Sequence[UsableRow], held_out: Sequence[UsableRow], max_rows: int) -> Sides:
     """Tell where the rows of a dataset and of a separate held-out one go."""
     with tempfile.TemporaryDirectory() as folder:
         index = write_index(Path(folder), train, held_out)
@@ -57,7 +57,7 @@ def split_apart(train: Sequence[Conversation], held_out: Sequence[Conversation],
     return sides
 
 
-def name_ids(rows: Sequence[Conversation], sides: Sides, *group: int) -> set[str]:
+def name_ids(rows: Sequence[UsableRow], sides: Sides, *group: int) -> set[str]:
     return {row.example_id for row, side in zip(rows, sides, strict=True) if side in (group or (EVAL,))}
 
 
@@ -113,7 +113,7 @@ def test_training_row_that_is_a_held_out_one_but_for_case_and_spaces_is_a_leak(t
 
 
 def test_training_row_that_begins_with_a_held_out_conversation_is_a_leak() -> None:
-    def side(train: Conversation, held_out: Conversation) -> int:
+    def side(train: UsableRow, held_out: UsableRow) -> int:
         return int(split_apart([train], [held_out], 1000)[0])
 
     assert side(make("a", "b", "c", "d"), make("a", "b")) == LEAKED

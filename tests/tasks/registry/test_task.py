@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.artifacts import ChampionReport, TokensRef
+from schemas.artifacts import ChampionReport, EvalReport, TokensRef
 from tasks import storage
 from tasks.registry import promotion, task, versions
 from tasks.registry.gate import Verdict
@@ -41,6 +41,22 @@ def test_a_champion_is_asked_only_rows_in_its_own_tokens_and_template(tokens: To
     assert "another chat template" in str(task._find_obstacle({**tags, "sft.template_digest": "other"}, tokens))
     assert "another tokenizer" in str(task._find_obstacle({**tags, "sft.tokenizer_digest": "other"}, tokens))
     assert "was not registered by this pipeline" in str(task._find_obstacle({}, tokens))
+
+
+def test_a_recorded_evaluation_counts_for_the_model_that_it_measured(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"rows")
+    evaluation = EvalReport(
+        uri=tmp_path.as_uri(),
+        digest=storage.digest_folder(tmp_path),
+        model_digest="m",
+        conditions="c",
+        num_examples=1,
+        metrics={"nll": 1.0},
+    )
+    tags = {"sft.evaluation": evaluation.model_dump_json(), "sft.model_digest": "m"}
+    assert task._recorded_evaluation(tags) == evaluation
+    assert task._recorded_evaluation({**tags, "sft.model_digest": "another"}) is None
+    assert task._recorded_evaluation({"sft.model_digest": "m"}) is None
 
 
 def test_a_promoted_version_takes_the_place_of_the_champion_it_was_compared_with(make_version: MakeVersion) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from schemas.config import TrainingConfig
+from tasks.memory import is_out_of_memory
 from tasks.training.checkpoints import Progress
-from tasks.training.memory import is_out_of_memory
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
 from tasks.training.steps import Run, do_step, evaluate, iterate, step_down

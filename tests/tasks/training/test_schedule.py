@@ -1,11 +1,12 @@
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.config import TrainingConfig
-from tasks.training.schedule import compute_learning_rate, count_steps
+from tasks.training.schedule import SCHEDULES, compute_learning_rate, count_steps
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,22 @@ def test_linear_and_constant_by_hand() -> None:
     assert [compute_learning_rate(step, 4, linear) for step in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
     constant = TrainingConfig(learning_rate=0.8, warmup_fraction=0.0, scheduler="constant")
     assert [compute_learning_rate(step, 4, constant) for step in range(4)] == [0.8] * 4
+
+
+def test_a_scheduler_is_one_entry_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEDULES, "steps", lambda done: 1.0 if done < 0.5 else 0.1)
+    config = TrainingConfig(learning_rate=0.8, warmup_fraction=0.0).model_copy(update={"scheduler": "steps"})
+    assert [compute_learning_rate(step, 4, config) for step in range(4)] == pytest.approx([0.8, 0.8, 0.08, 0.08])
+
+
+def test_the_config_knows_the_schedulers_of_the_table() -> None:
+    assert set(get_args(TrainingConfig.model_fields["scheduler"].annotation)) == set(SCHEDULES)
+
+
+def test_an_unknown_scheduler_is_refused() -> None:
+    config = TrainingConfig().model_copy(update={"scheduler": "polynomial"})
+    with pytest.raises(ValueError, match="no 'polynomial'; there are cosine, linear, constant"):
+        compute_learning_rate(0, 4, config)
 
 
 @given(

@@ -1,0 +1,32 @@
+"""How far an evaluation is, said in its log from time to time."""
+
+import logging
+import time
+from collections.abc import Callable
+
+EVERY_SECONDS = 20.0
+
+
+def log_progress(
+    log: logging.Logger | logging.LoggerAdapter[logging.Logger], *, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Return a function that is told the units of work done and all of them, and logs them every EVERY_SECONDS.
+
+    An evaluation that is shorter logs nothing.
+
+    Args:
+        log: where the lines go.
+        clock: returns seconds.
+    """
+    start = last = clock()
+
+    def tell(num_done: int, num_all: int) -> None:
+        nonlocal last
+        now = clock()
+        if now - last < EVERY_SECONDS or not 0 < num_done < num_all:
+            return
+        last = now
+        left = (now - start) * (num_all - num_done) / num_done
+        log.info("Evaluated %.0f %%, about %.0f s to go", 100 * num_done / num_all, left)
+
+    return tell
