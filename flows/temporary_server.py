@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from prefect.server.api.server import SubprocessASGIServer
+import psutil
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 # Ends with either process, so that it leaves nothing behind itself.
@@ -35,8 +36,13 @@ def starting_server() -> Iterator[None]:
 def _start() -> None:
     # The server inherits this thread's mask: Ctrl-C is for the run, which still has to report how it ended.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    server = SubprocessASGIServer()
-    server.start()
-    assert server.server_process is not None
-    command = _WATCH.format(parent=os.getpid(), server=server.server_process.pid)
+    before = {child.pid for child in psutil.Process().children()}
+    get_client(sync_client=True)  # without a configured server a client starts one, and waits until it answers
+    servers = [
+        child.pid
+        for child in psutil.Process().children()
+        if child.pid not in before and any("prefect.server" in word for word in child.cmdline())
+    ]
+    assert servers, "Prefect's client started no server of its own: has its ephemeral mode changed?"
+    command = _WATCH.format(parent=os.getpid(), server=servers[0])
     subprocess.Popen(["/bin/sh", "-c", command], start_new_session=True, stdin=subprocess.DEVNULL)

@@ -25,6 +25,8 @@ from schemas.config import LOWER_IS_BETTER
 from tasks import tracking
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
+_STAGES = "prefect.task_runs"
+"""Prefect's logger of tasks."""
 _NUM_SHOWN = 3
 _MAX_CELL_CHARS = 120
 _MAX_RUN_CHARS = 600
@@ -40,9 +42,11 @@ def quiet_prefect() -> None:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    engine = record.pathname.startswith(_PREFECT_FOLDER)
-    # The engine logs a failed stage with its whole trace; the command prints the error itself, once.
-    return not engine or (record.levelno >= logging.WARNING and not record.exc_info and "Finished in" not in record.msg)
+    if not record.pathname.startswith(_PREFECT_FOLDER):
+        return True
+    # The engine logs a failed stage with its whole trace and its state; the command prints the error itself, once.
+    is_failure = record.exc_info is not None or (record.name == _STAGES and record.levelno >= logging.ERROR)
+    return record.levelno >= logging.WARNING and not is_failure
 
 
 def _show_controls(record: logging.LogRecord) -> bool:

@@ -5,8 +5,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,6 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from mlflow.utils import environment
 
 from tasks import tracking
 
@@ -76,7 +74,7 @@ def _save_model(
     """
     folder = Path(artifacts["model"])
     weights = sorted(folder.glob(f"*{_WEIGHTS}"))
-    with _no_look_at_packages(), TemporaryDirectory() as beside:
+    with TemporaryDirectory() as beside:
         light = Path(beside) / folder.name
         shutil.copytree(folder, light, ignore=shutil.ignore_patterns(f"*{_WEIGHTS}"))
         mlflow.pyfunc.save_model(path=path, mlflow_model=mlflow_model, artifacts={"model": str(light)}, **settings)
@@ -85,21 +83,6 @@ def _save_model(
         (saved / file.name).symlink_to(file)
     mlflow_model.model_size_bytes = (mlflow_model.model_size_bytes or 0) + sum(file.stat().st_size for file in weights)
     mlflow_model.save(str(Path(path) / MLMODEL_FILE_NAME))
-
-
-@contextmanager
-def _no_look_at_packages() -> Iterator[None]:
-    """Spare MLflow the reading of what every installed package consists of, which takes a second of processor time.
-
-    It would compare our requirements with the installed versions, which they are read from.
-    """
-    module: Any = environment
-    check = module.warn_dependency_requirement_mismatches
-    module.warn_dependency_requirement_mismatches = lambda requirements: None
-    try:
-        yield
-    finally:
-        module.warn_dependency_requirement_mismatches = check
 
 
 @tracking.tracking_time()

@@ -35,6 +35,26 @@ def test_check_shows_escapes_of_rows_and_does_not_send_them(tmp_path: Path, monk
     assert "\x1b" not in wrong.output
 
 
+def test_engines_line_of_a_failed_stage_is_not_shown_and_other_warnings_are(tmp_path: Path) -> None:
+    import prefect
+
+    from flows.terminal import _is_ours
+
+    engine, own = str(Path(prefect.__file__).parent / "task_engine.py"), str(tmp_path / "task.py")
+
+    def shows(name: str, level: int, path: str, error: Exception | None = None) -> bool:
+        info = (type(error), error, None) if error else None
+        return _is_ours(logging.LogRecord(name, level, path, 1, "Finished in state Failed('…')", None, info))
+
+    assert shows("prefect.task_runs", logging.INFO, own)
+    assert shows("prefect.task_runs", logging.ERROR, own)
+    assert not shows("prefect.task_runs", logging.ERROR, engine)
+    assert not shows("prefect.flow_runs", logging.INFO, engine)
+    assert not shows("prefect.flow_runs", logging.ERROR, engine, ValueError("x"))
+    assert shows("prefect.flow_runs", logging.WARNING, engine)
+    assert shows("prefect.events.clients", logging.ERROR, engine)
+
+
 def test_log_lines_show_escapes() -> None:
     from flows.terminal import _show_controls
 
