@@ -1,6 +1,7 @@
 """Rules of the house that no linter knows."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,3 +20,13 @@ def test_a_class_name_exists_once() -> None:
     assert len(places) > 100
     twice = {name: files for name, files in places.items() if len(files) > 1}
     assert not twice
+
+
+def test_questions_of_contributing_are_answered_in_at_most_three_files_and_these_exist() -> None:
+    text = (_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    questions = text.split("## Where is it?")[1].split("## Where is one added?")[0]
+    answers = [re.findall(r"`((?:tasks|schemas)/[\w/.]+)`", line) for line in questions.splitlines() if "?" in line]
+    assert len(answers) == 8
+    assert all(1 <= len(files) <= 3 for files in answers)
+    named = set(re.findall(r"`((?:tasks|schemas|flows|tests)/[\w/]+\.py)`", text))
+    assert not {name for name in named if not (_ROOT / name).is_file()}
