@@ -6,6 +6,7 @@ from flows.cancellation import cancel_with_server
 from flows.gpu_stages import bring_model, hand_over
 from schemas.artifacts import ModelRef, TokensRef
 from schemas.config import EvaluationConfig
+from tasks.caching import run_stage
 
 
 @flow(name="evaluate", flow_run_name="evaluate {model.name}")
@@ -21,5 +22,5 @@ def evaluate_on_pool(model: ModelRef, tokens: TokensRef, config: EvaluationConfi
     from tasks.evaluation.task import evaluate  # not at the top: a worker imports this module to cancel a run
 
     with cancel_with_server():
-        report = evaluate(bring_model(model), tokens, config, parent_run_id=parent_run_id)
+        report = run_stage(evaluate, bring_model(model), tokens, config, parent_run_id=parent_run_id).result()
     hand_over(parent_run_id, f"evaluate-{model.kind}", report)

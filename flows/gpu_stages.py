@@ -24,7 +24,7 @@ from schemas.artifacts import AdapterRef, EvalReport, ModelRef, Ref, TokensRef
 from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
-from tasks.caching import is_cached
+from tasks.caching import is_cached, run_stage
 
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
 _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not started again
@@ -69,7 +69,8 @@ def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, pa
 
     plain = ModelRef.model_validate(model.model_dump(include=set(ModelRef.model_fields)))  # without the merge's proof
     if deployment.id is None or is_cached(evaluate, model=plain, tokens=tokens, config=config):
-        return evaluate(plain, tokens, config, parent_run_id=parent_run_id)
+        report: EvalReport = run_stage(evaluate, plain, tokens, config, parent_run_id=parent_run_id).result()
+        return report
     parameters = {"model": plain, "tokens": tokens, "config": config}
     return _run_on_pool(EVALUATE, f"evaluate-{model.kind}", EvalReport, parameters, parent_run_id)
 

@@ -20,10 +20,8 @@ from schemas.artifacts import RunReport
 from schemas.config import RunConfig
 from schemas.loading import override_config
 from tasks import tracking
+from tasks.caching import CACHED, run_stage
 from tasks.storage import digest_file
-
-CACHED = "Cached"
-"""Name that Prefect gives the state of a task whose result was found."""
 
 
 def _flow_run_name() -> str:
@@ -57,18 +55,18 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
             source = stages.locate_dataset(config.data)
             check_inputs(run, source, base_model)
         with _clock(seconds, "ingest"):
-            ingested = stages.ingest(source, config.data, seed=config.seed, parent_run_id=run, return_state=True)
+            ingested = run_stage(stages.ingest, source, config.data, seed=config.seed, parent_run_id=run)
             dataset = ingested.result()
         with _clock(seconds, "tokenize"):
             template = config.model.chat_template
-            tokenized = stages.tokenize(
+            tokenized = run_stage(
+                stages.tokenize,
                 dataset,
                 base_model,
                 config.tokenization,
                 chat_template=template,
                 template_file_digest=digest_file(Path(template)) if template and Path(template).is_file() else None,
                 parent_run_id=run,
-                return_state=True,
             )
             tokens = tokenized.result()
             tell_rows(dataset, tokens, is_cached=[ingested.name == CACHED, tokenized.name == CACHED])

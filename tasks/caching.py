@@ -1,26 +1,54 @@
-"""When a stage may be skipped: same inputs, same code, same libraries, same tracking server."""
+"""When a stage may be skipped: same inputs, code, libraries and tracking server, and what it left is whole."""
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy, CachePolicy
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.results import ResultStore, get_result_store
-from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
+from prefect.serializers import JSONSerializer
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, PREFECT_TASKS_REFRESH_CACHE
 from prefect.transactions import CommitMode, Transaction, transaction
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from schemas.artifacts import Ref
 from tasks import tracking
 from tasks.dependencies import digest_files, list_libraries
 
+logger = logging.getLogger(__name__)
+
+CACHED = "Cached"
+"""Name that Prefect gives the state of a task whose result was found."""
 # Where a thing lies and which run made it does not change what it is.
 _PLACE_FIELDS = {"uri", "eval_uri", "mlflow_run_id", "name"}
+
+R = TypeVar("R", bound=Ref)
+
+
+class DigestedJson(JSONSerializer[Any]):
+    """JSON below the sha256 of its bytes: a kept result that was changed on the disk does not load."""
+
+    type: str = Field(default="digested-json", frozen=True)
+
+    def dumps(self, obj: Any) -> bytes:
+        """Return the digest, a line feed and the JSON."""
+        content = super().dumps(obj)
+        return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+    def loads(self, blob: bytes) -> Any:
+        """Return the object; raise ValueError where the digest is that of other bytes."""
+        digest, _, content = blob.partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            raise ValueError("its content is not what its digest says")
+        return super().loads(content)
 
 
 def stage_cache(stage: str) -> CacheKeyFnPolicy:
@@ -36,15 +64,46 @@ def stage_cache(stage: str) -> CacheKeyFnPolicy:
 
 
 def is_cached(task: Task[..., Any], **inputs: Any) -> bool:
-    """Tell whether this machine has kept a task's result for these inputs, so that calling it does no work."""
+    """Tell whether this machine has kept a task's result for these inputs, whole, so that calling it does no work."""
     if PREFECT_TASKS_REFRESH_CACHE.value() or not isinstance(task.cache_policy, CachePolicy):
         return False
     known: dict[str, Any] = {"task": task}  # all that a key of ours looks at
     context = TaskRunContext.model_construct(**known)
     key = task.cache_policy.compute_key(task_ctx=context, inputs=inputs, flow_parameters={})
-    store = get_result_store().update_for_task(task)
-    assert isinstance(store, ResultStore)  # a coroutine only where the caller is one
-    return key is not None and store.exists(key)
+    store = _open_store(task)
+    if key is None or not store.exists(key):
+        return False
+    kept = store.read(key).result
+    return not isinstance(kept, Ref) or _find_loss(kept) is None
+
+
+def run_stage(stage: Task[..., Any], *inputs: Any, **named: Any) -> State[Any]:
+    """Run a stage and return its state, `CACHED` where a kept result was taken.
+
+    Where the files of a kept result are gone or damaged, here and where they were published, the stage is done again.
+    """
+    state: State[Any] = stage(*inputs, **named, return_state=True)
+    if state.name == CACHED and (loss := _find_loss(state.result())) is not None:
+        logger.warning("Stage %s is done again: what it left is lost: %s", stage.name, loss)
+        state = stage.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
+    return state
+
+
+def resolve_or_repeat(ref: R, repeat: Callable[[], R]) -> Path:
+    """Return the folder of a result, made again where its files are gone or damaged."""
+    loss = _find_loss(ref)
+    if loss is None:
+        return tracking.resolve(ref)
+    logger.warning("A part of a stage is done again: what it left is lost: %s", loss)
+    return tracking.resolve(repeat())
+
+
+def _find_loss(ref: Ref) -> tracking.ArtifactError | None:
+    try:
+        tracking.resolve(ref)
+    except tracking.ArtifactError as error:
+        return error
+    return None
 
 
 def keep_at_once() -> AbstractContextManager[Transaction]:
@@ -59,9 +118,32 @@ def _key_function(stage: str) -> Callable[[TaskRunContext, dict[str, Any]], str]
     def key(context: TaskRunContext, inputs: dict[str, Any]) -> str:
         canonical = {name: _canonical(value) for name, value in sorted(inputs.items()) if name != "parent_run_id"}
         tracked = tracking.tracking_uri()
-        return digest_conditions(stage, task=context.task.task_key, inputs=canonical, tracking=tracked)
+        found = digest_conditions(stage, task=context.task.task_key, inputs=canonical, tracking=tracked)
+        _drop_damaged(context.task, found)
+        return found
 
     return key
+
+
+def _open_store(task: Task[..., Any]) -> ResultStore:
+    store = get_result_store().update_for_task(task)
+    assert isinstance(store, ResultStore)  # a coroutine only where the caller is one
+    return store
+
+
+def _drop_damaged(task: Task[..., Any], key: str) -> None:
+    """Delete a kept result that was changed on the disk, or is that of another key, and say so."""
+    path = Path(PREFECT_LOCAL_STORAGE_PATH.value()) / key
+    if not path.is_file():
+        return
+    try:
+        owner = Path(str(_open_store(task).read(key).metadata.storage_key)).name
+        damage = None if owner == key else f"it is the result of {owner}"
+    except Exception as error:  # whatever a reader says of bytes that are not its own
+        damage = next(iter(str(error).splitlines()), type(error).__name__)
+    if damage is not None:
+        logger.warning("Kept result %s is damaged (%s): its stage is done again", path, damage)
+        path.unlink(missing_ok=True)
 
 
 def digest_conditions(stage: str, **parts: Any) -> str:

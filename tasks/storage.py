@@ -8,18 +8,27 @@ without servers, `mlflow.db` and `artifacts/`.
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
 _MAX_READERS = 8
 _LOCK_SECONDS = 0.5
+# Clocks of file systems tick every few milliseconds: within a tick a file can change and keep its times.
+_SETTLED_NANOSECONDS = 50_000_000
+
+_Stamps = tuple[tuple[str, int, int, int, int, int], ...]
+_digested: dict[_Stamps, str] = {}
+"""Digests by the stamps of a folder's files, of this process."""
 
 
 def home() -> Path:
@@ -37,13 +46,23 @@ def digest_file(path: Path) -> str:
 
 
 def digest_folder(folder: Path) -> str:
-    """Return the sha256 over the sorted relative names and contents of a folder's files."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Return the sha256 over the sorted relative names and contents of a folder's files.
+
+    Files that this process has digested before, and whose sizes, times and inodes are as they were then, are not read
+    again. The time of the inode's last change is among them: nobody can set it back.
+    """
+    stamps = _read_stamps(folder)
+    if (known := _digested.get(stamps)) is not None:
+        return known
+    paths = [folder / name for name, *_ in stamps]
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as pool:  # hashing frees the interpreter
         digests = list(pool.map(digest_file, paths))
     digest = hashlib.sha256()
-    for path, content in zip(paths, digests, strict=True):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    for (name, *_), content in zip(stamps, digests, strict=True):
+        digest.update(f"{name}\0{content}\n".encode())
+    newest = max((changed for *_, changed in stamps), default=0)
+    if _read_stamps(folder) == stamps and time.time_ns() - newest > _SETTLED_NANOSECONDS:
+        _digested[stamps] = digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -53,6 +72,13 @@ def sync_folder(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _read_stamps(folder: Path) -> _Stamps:
+    """Return of each file, in the order of paths: relative name, device, inode, size, and the times of its changes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in paths)
+    return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found)
 
 
 @contextmanager
@@ -68,16 +94,35 @@ def new_folder() -> Iterator[Path]:
 
 
 def cached_folder(digest: str) -> Path | None:
-    """Return the cached folder of this digest, or None."""
-    folder = _place(digest)
-    return folder if folder.is_dir() else None
+    """Return the cached folder of this digest, or None; a damaged one is taken out of the cache, which the log says."""
+    place = _place(digest)
+    if not os.path.lexists(place):
+        return None
+    damage = _find_damage(place, digest)
+    if damage is None:
+        return place
+    logger.warning("%s is damaged (%s): it leaves the cache, to be fetched or made again", place, damage)
+    with new_folder() as aside, suppress(FileNotFoundError):  # unless another process was faster
+        place.rename(aside / "damaged")
+    return None
+
+
+def _find_damage(place: Path, digest: str) -> str | None:
+    """Return in which way a folder is not what its digest says, or None."""
+    if not place.is_dir():
+        return "it is no folder"
+    try:
+        found = digest_folder(place)
+    except OSError as error:
+        return str(error)
+    return None if found == digest else f"its digest is {found[:12]}"
 
 
 def keep_folder(folder: Path, digest: str) -> Path:
     """Move a finished folder into the cache, whole or not at all; an equal one that is there already stays."""
     place = _place(digest)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_dir():
+    if cached_folder(digest) is not None:
         return place
     try:
         folder.rename(place)

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from schemas.artifacts import Champion, ComparisonReport, EvalReport, ModelRef, TokensRef
 from schemas.config import EvaluationConfig
 from tasks import storage, tracking
-from tasks.caching import digest_conditions, stage_cache
+from tasks.caching import DigestedJson, digest_conditions, stage_cache
 from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
 from tasks.evaluation.comparison import Comparison, compare
 from tasks.evaluation.progress import log_progress
@@ -27,7 +27,7 @@ _ROWS, _QUESTIONS = "rows.parquet", "questions.json"
     task_run_name="evaluate {model.name}",
     cache_policy=stage_cache("evaluation"),
     persist_result=True,
-    result_serializer="json",
+    result_serializer=DigestedJson(),
 )
 def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, parent_run_id: str) -> EvalReport:
     """Score one model on the held-out rows and ask it the free questions."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
 from tasks import execution, storage, tracking
 from tasks.base_model import locate_base_model
-from tasks.caching import keep_at_once, stage_cache
+from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.dataset import build_dataset, check_sides_wanted
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shard_runner import finish_shard, is_small
@@ -46,7 +47,7 @@ def locate_dataset(config: DataConfig) -> SourceRef:
     task_run_name="read shard {number}",
     cache_policy=stage_cache("ingestion"),
     persist_result=True,
-    result_serializer="json",
+    result_serializer=DigestedJson(),
 )
 def read_shard(shard: Shard, number: int, *, source_digest: str, publish: bool, parent_run_id: str) -> Ref:
     """Read one shard in a worker process, and keep what came out of it.
@@ -83,10 +84,11 @@ def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> S
     apart: dict[str, Any] = {name: unmapped(value) for name, value in settings.items()}
     with keep_at_once():
         refs: list[Ref] = read_shard.map(shards, list(range(len(shards))), **apart).result()
-    for number, ref in enumerate(refs):
-        if not publish and storage.cached_folder(ref.digest) is None:  # somebody cleaned up
-            refs[number] = read_shard.with_options(refresh_cache=True)(shards[number], number, **settings)
-    return [tracking.resolve(ref) for ref in refs]
+
+    def repeat(number: int) -> Ref:
+        return read_shard.with_options(refresh_cache=True)(shards[number], number, **settings)
+
+    return [resolve_or_repeat(ref, partial(repeat, number)) for number, ref in enumerate(refs)]
 
 
 @task(
@@ -94,7 +96,7 @@ def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> S
     task_run_name="ingest {source.uri}",
     cache_policy=stage_cache("ingestion"),
     persist_result=True,
-    result_serializer="json",
+    result_serializer=DigestedJson(),
 )
 def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: str) -> DatasetRef:
     """Turn raw rows into validated, split conversations, and account for every row."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
 from tasks import execution, storage, tracking
 from tasks.base_model import limit_length
-from tasks.caching import keep_at_once, stage_cache
+from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.tokenization.examples import (
     PARTS,
@@ -30,7 +31,7 @@ from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
     task_run_name="tokenize for {base_model.name}",
     cache_policy=stage_cache("tokenization"),
     persist_result=True,
-    result_serializer="json",
+    result_serializer=DigestedJson(),
 )
 def tokenize(
     dataset: DatasetRef,
@@ -130,7 +131,7 @@ def _record(counts: TokenCounts, run_id: str) -> None:
     task_run_name="tokenize {part} from row group {row_groups[0]}",
     cache_policy=stage_cache("tokenization"),
     persist_result=True,
-    result_serializer="json",
+    result_serializer=DigestedJson(),
 )
 def tokenize_shard(
     dataset: DatasetRef,
@@ -167,7 +168,18 @@ def _map_shards(
             )
             for part, plan in plans.items()
         }
-        return {part: [tracking.resolve(ref) for ref in listed.result()] for part, listed in futures.items()}
+        refs: dict[str, list[Ref]] = {part: listed.result() for part, listed in futures.items()}
+
+    def repeat(part: str, row_groups: list[int]) -> Ref:
+        again = tokenize_shard.with_options(refresh_cache=True)
+        return again(config=config_of(part, config), part=part, row_groups=row_groups, **common)
+
+    return {
+        part: [
+            resolve_or_repeat(ref, partial(repeat, part, groups)) for ref, groups in zip(refs[part], plan, strict=True)
+        ]
+        for part, plan in plans.items()
+    }
 
 
 def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> Path:

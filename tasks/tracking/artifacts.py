@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
 import mlflow
 import polars as pl
@@ -20,7 +20,7 @@ MODEL_SUBFOLDER = "artifacts/model"  # where a logged model keeps the folder it 
 
 
 class ArtifactError(ValueError):
-    """An artifact is gone, or is not what its digest says."""
+    """A folder is gone, or is not what its digest says."""
 
 
 @tracking_time()
@@ -72,15 +72,17 @@ def publish(folder: Path, run_id: str, artifact_path: str) -> tuple[str, str]:
 def resolve(ref: Ref) -> Path:
     """Return a local folder that holds what the reference names: as is, from the cache, or downloaded.
 
+    Its content is compared with the digest wherever it lies (see storage.digest_folder for what that costs).
+
     Raises:
         ArtifactError: it is gone, or its content is not what the digest says.
     """
     if "://" not in ref.uri and not ref.uri.startswith(("runs:/", "models:/")):
-        return Path(ref.uri)
-    if ref.uri.startswith("file://"):
-        return Path(unquote(urlparse(ref.uri).path))
+        return _compare(Path(ref.uri), ref)
     if (folder := storage.cached_folder(ref.digest)) is not None:
         return folder
+    if ref.uri.startswith("file://"):
+        raise ArtifactError(f"{ref.uri} is gone from the cache: start the run again, which makes it again")
     with storage.new_folder() as target:
         try:
             local = mlflow.artifacts.download_artifacts(
@@ -88,12 +90,32 @@ def resolve(ref: Ref) -> Path:
             )
         except (mlflow.MlflowException, OSError) as error:
             raise ArtifactError(
-                f"{ref.uri} cannot be fetched from {tracking_uri()} ({error}): if it was deleted, run with --no-cache"
+                f"{ref.uri} cannot be fetched from {tracking_uri()} ({error}): if it was deleted, start the run again, "
+                "which makes it again"
             ) from error
         folder = Path(local) / MODEL_SUBFOLDER if ref.uri.startswith("models:/") else Path(local)
         found = storage.digest_folder(folder)
         if found != ref.digest:
             raise ArtifactError(
-                f"{ref.uri} has digest {found[:12]}, not {ref.digest[:12]}: it was changed or cut short"
+                f"{ref.uri} has digest {found[:12]}, not {ref.digest[:12]}: it was changed or cut short: start the run "
+                "again, which makes it again"
             )
         return storage.keep_folder(folder, ref.digest)
+
+
+def _compare(folder: Path, ref: Ref) -> Path:
+    """Return a folder that the user brought, if it is what it was when the run began.
+
+    Raises:
+        ArtifactError: it is gone or was changed since.
+    """
+    try:
+        found = storage.digest_folder(folder)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be read ({error})") from error
+    if found != ref.digest:
+        raise ArtifactError(
+            f"{folder} was changed while the run was using it (digest {ref.digest[:12]} before, {found[:12]} now): "
+            "bring the old files back, or start a new run"
+        )
+    return folder

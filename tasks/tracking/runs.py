@@ -1,6 +1,7 @@
 """One parent run a pipeline run, one child run a stage, across processes, retries and resumes."""
 
 import json
+import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from schemas.artifacts import DatasetRef, Ref, RunReport
 from schemas.config import RunConfig
 from tasks import storage
-from tasks.tracking.artifacts import log_dataset
+from tasks.tracking.artifacts import ArtifactError, log_dataset, resolve
 from tasks.tracking.calls import at_once
 from tasks.tracking.connection import client, experiment_of, get_run, tracking_uri, version_link
 from tasks.tracking.curves import log_metrics
 from tasks.tracking.stopwatch import stopwatch, tracking_time
+
+logger = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 STAGE_TAG = "sft.stage"
@@ -164,12 +167,18 @@ def recall(parent_run_id: str, stage: str, kind: type[R]) -> R | None:
     """Return the result of a stage that an interrupted pipeline run had finished, or None.
 
     A parent run has one config, one dataset and one base model (a resume with others is refused), so that a stage
-    that finished under it need not run again.
+    that finished under it need not run again, unless its files are gone or damaged, which the log says.
     """
     run = _find_stage_run(parent_run_id, stage)
     if run is None or run.info.status != "FINISHED" or RESULT_TAG not in run.data.tags:
         return None
-    return kind.model_validate_json(run.data.tags[RESULT_TAG])
+    ref = kind.model_validate_json(run.data.tags[RESULT_TAG])
+    try:
+        resolve(ref)
+    except ArtifactError as error:
+        logger.warning("Stage %s is done again: what it left is lost: %s", stage, error)
+        return None
+    return ref
 
 
 def _find_stage_run(parent_run_id: str, stage: str) -> Run | None:

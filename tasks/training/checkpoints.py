@@ -135,8 +135,13 @@ def write_snapshot(snapshot: Snapshot, folder: Path, *, keep: int) -> Path:
     return final
 
 
-def find_checkpoint(folder: Path, identity: str) -> tuple[Path | None, list[str]]:
+def find_checkpoint(folder: Path, identity: str, *, with_best: bool = False) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint, if any, and a warning for each damaged one passed over.
+
+    Args:
+        folder: with the checkpoints of a run.
+        identity: of the run.
+        with_best: the best checkpoint up to there is wanted too in the end, and must be whole.
 
     Raises:
         CheckpointError: it belongs to a run with other data, config or base model.
@@ -145,7 +150,7 @@ def find_checkpoint(folder: Path, identity: str) -> tuple[Path | None, list[str]
         shutil.rmtree(leftover)
     warnings: list[str] = []
     for path in reversed(_list_checkpoints(folder)):
-        damage = _find_damage(path)
+        damage = _find_damage(path) or (_find_best_damage(path) if with_best else None)
         if damage:
             warnings.append(f"checkpoint {path.name} is damaged ({damage}) and was passed over for an older one")
             logger.warning("%s: %s", path, warnings[-1])
@@ -181,7 +186,15 @@ def restore_checkpoint(
 
 
 def read_trained(path: Path) -> dict[str, Tensor]:
-    """Read what is trained out of a checkpoint."""
+    """Read what is trained out of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if damage := _find_damage(path):
+        raise CheckpointError(
+            f"{path}: this checkpoint is damaged ({damage}): start the run again, which goes on from an older one"
+        )
     return load_file(path / TRAINED)
 
 
@@ -213,7 +226,14 @@ def _flush(path: Path) -> None:
 
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step-")))
+    steps = {step: path for path in folder.glob("step-*") if path.is_dir() and (step := _read_step(path)) is not None}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _read_step(path: Path) -> int | None:
+    """Return the step in a checkpoint's name; None for what is named otherwise."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
 
 
 def _delete_old(folder: Path, *, keep: int, best_step: int | None) -> None:
@@ -234,9 +254,22 @@ def _find_damage(path: Path) -> str | None:
     try:
         digests: dict[str, str] = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
         changed = [name for name in (TRAINED, OPTIMIZER, RANDOM, STATE) if _digest(path / name) != digests.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
+        if changed:
+            return f"{', '.join(changed)} changed since it was written"
+        step = json.loads((path / STATE).read_text(encoding="utf-8"))["progress"]["step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
-    return f"{', '.join(changed)} changed since it was written" if changed else None
+    return None if step == _read_step(path) else f"it holds step {step}"
+
+
+def _find_best_damage(path: Path) -> str | None:
+    """Return what is wrong with the best checkpoint that there was when a whole one was written, or None."""
+    progress = json.loads((path / STATE).read_text(encoding="utf-8"))["progress"]
+    best = max((record["step"] for record in progress["evaluations"] if record["is_best"]), default=None)
+    if best is None or best == progress["step"]:
+        return None
+    damage = _find_damage(name_checkpoint(path.parent, best))
+    return damage and f"the best one before it, of step {best}, is damaged: {damage}"
 
 
 def _copy(tensor: Tensor) -> Tensor:

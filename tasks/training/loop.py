@@ -80,7 +80,8 @@ def train_adapter(
         TrainingStopped: `should_stop` said so; a checkpoint was written.
     """
     saved = run_folder / "checkpoints"
-    checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity))
+    stops_early = config.early_stopping_patience is not None
+    checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=stops_early))
     with _naming_shortage(base_model):
         setup = prepare_training(base_model, tokens, run_folder / f"examples-{machine()}", config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())

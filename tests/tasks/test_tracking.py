@@ -58,14 +58,29 @@ def test_only_unfinished_parent_runs_count_as_interrupted(parent: str) -> None:
 
 
 def test_a_finished_stage_is_recalled_and_an_unfinished_one_is_not(parent: str) -> None:
-    ref = EvalReport(
-        uri="runs:/x", digest="d" * 64, model_digest="m", conditions="c", num_examples=3, metrics={"nll": 1.5}
-    )
+    kept = _publish(parent, "rows of an evaluation")
+    ref = EvalReport(**kept.model_dump(), model_digest="m", conditions="c", num_examples=3, metrics={"nll": 1.5})
     with tracking.stage_run(parent, "evaluate") as run_id:
         tracking.remember(run_id, ref)
         assert tracking.recall(parent, "evaluate", EvalReport) is None
     assert tracking.recall(parent, "evaluate", EvalReport) == ref
     assert tracking.recall(parent, "merge", EvalReport) is None
+
+
+def test_a_finished_stage_whose_files_are_lost_is_not_recalled(
+    parent: str, tracked: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ref = _publish(parent, "to be lost")
+    with tracking.stage_run(parent, "merge") as run_id:
+        tracking.remember(run_id, ref)
+    tracking.resolve(ref).rename(tracked / "away")
+    assert tracking.recall(parent, "merge", Ref) == ref
+    for stored in (tracked / "artifacts").rglob("rows.txt"):
+        if stored.read_text() == "to be lost":
+            stored.unlink()
+    tracking.resolve(ref).rename(tracked / "away too")
+    assert tracking.recall(parent, "merge", Ref) is None
+    assert "Stage merge is done again: what it left is lost" in caplog.text
 
 
 def _publish(parent: str, text: str) -> Ref:
@@ -95,7 +110,7 @@ def test_a_changed_artifact_is_refused(parent: str, tracked: Path) -> None:
 
 def test_a_deleted_artifact_names_address_and_remedy(parent: str) -> None:
     ref = Ref(uri=f"runs:/{parent}/gone", digest="e" * 64)
-    with pytest.raises(tracking.ArtifactError, match="--no-cache"):
+    with pytest.raises(tracking.ArtifactError, match="start the run again, which makes it again"):
         tracking.resolve(ref)
 
 

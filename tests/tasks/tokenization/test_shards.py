@@ -18,6 +18,7 @@ import pytest
 from schemas.artifacts import DatasetRef, ModelRef
 from schemas.config import TokenizationConfig
 from tasks import execution
+from tasks.storage import digest_folder
 from tasks.tokenization import shards
 from tasks.tokenization.examples import TokenizationError, tokenize_dataset
 from tasks.tokenization.shards import plan_shards, work_on_shard
@@ -164,7 +165,9 @@ def test_finished_shards_are_found_again_after_the_whole_has_failed(
     folder = write(tmp_path / "data", [*CONVERSATIONS[:19], say("u:q", "a:" + "word " * 99)], [say("u:Hello", "a:Hi")])
     pl.read_parquet(folder / "train.parquet").write_parquet(folder / "train.parquet", row_group_size=10)
     rows: dict[str, Any] = {"rows_in": 21, "rows_train": 20, "rows_eval": 1, "rows_rejected": {}}
-    data = DatasetRef(uri=str(folder), digest="d", source_digest="s", rows_duplicate=0, rows_leaked=0, **rows)
+    data = DatasetRef(
+        uri=str(folder), digest=digest_folder(folder), source_digest="s", rows_duplicate=0, rows_leaked=0, **rows
+    )
     made: list[str] = []
     call = execution.call
 
@@ -177,7 +180,7 @@ def test_finished_shards_are_found_again_after_the_whole_has_failed(
     @flow
     def tokenize_all() -> None:
         config = TokenizationConfig(max_length=64, max_truncated_fraction=0.0)
-        base_model = ModelRef(uri=str(model), digest="m", name="m")
+        base_model = ModelRef(uri=str(model), digest=digest_folder(model), name="m")
         tokenize(data, base_model, config, chat_template=None, template_file_digest=None, parent_run_id=run_id)
 
     try:
