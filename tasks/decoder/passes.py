@@ -21,6 +21,10 @@ from tasks.decoder.recording import Recorder
 
 MOST_TOKENS = 8192
 """Of a recorded pass: above, the host is ahead of any GPU."""
+_LAUNCH_SECONDS = 0.002
+"""Of a layer's launches, forward and backward, less than measured: a pass that takes longer need not be recorded."""
+_FLOP_PER_SECOND = 6e14
+"""Of a fast GPU. A constant, so that a step's shapes are the same on every GPU."""
 _IGNORED = -1  # a target that does not count
 _LEAST_TOKENS = 256
 _LEAST_TRAINED = 64
@@ -48,6 +52,17 @@ class FlatBatch(NamedTuple):
     """[N] int64, distinct positions"""
     targets: Tensor
     """[N] int64; one below 0 does not count."""
+
+
+def count_recorded(decoder: Decoder) -> int:
+    """Return the most tokens of a pass that is worth recording: its products take less time than their launches.
+
+    Filling up costs tokens, so that a large model's passes are better left as they are.
+    """
+    groups = [projection.adapters for layer in decoder.layers for projection in layer.projections]
+    weights = sum(group.joint_a.shape[1] * group.joint_b.shape[0] for group in groups)
+    seconds_per_token = 4 * weights / _FLOP_PER_SECOND
+    return min(MOST_TOKENS, int(len(decoder.layers) * _LAUNCH_SECONDS / seconds_per_token))
 
 
 def choose_shape(num_tokens: int, num_trained: int, num_segments: int, *, longest: int) -> Shape:
@@ -108,6 +123,7 @@ class PassRecorder:
     """
 
     def __init__(self, decoder: Decoder, device: torch.device, *, longest: int, logits_bytes: int) -> None:
+        self.most_tokens = count_recorded(decoder)
         self._decoder = decoder
         self._device = device
         # One number for all shapes: attention needs an upper bound only, and each number is a recording of its own.

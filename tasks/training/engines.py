@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, sum_losses
-from tasks.decoder.passes import MOST_TOKENS, FlatBatch, PassRecorder
+from tasks.decoder.passes import FlatBatch, PassRecorder
 from tasks.training.batches import Batch, form_flat_step, form_padded_step
 from tasks.training.loss import sum_token_losses
 from tasks.training.token_table import TokenTable
@@ -189,7 +189,7 @@ class FusedEngine:
         )
         tokens = self.recorder.choose_shape(flat).num_tokens
         # What is recorded keeps its memory, beside that of the passes which are not.
-        if tokens > MOST_TOKENS or 2 * tokens > self.room_tokens:
+        if tokens > self.recorder.most_tokens or 2 * tokens > self.room_tokens:
             return None
         return self.recorder.add_gradient(flat, scale, dropout_key=batch.dropout_key)
 
