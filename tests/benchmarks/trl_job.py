@@ -90,7 +90,8 @@ def build_trainer(job: dict[str, Any], model: Any, tokenizer: Any) -> Any:
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.1,
-        "max_length": job["max_length"],
+        # Without padding TRL enforces no length; the job's rows are short enough.
+        "max_length": None if job["attention"] == "flash_attention_2" else job["max_length"],
         "padding_free": job["attention"] == "flash_attention_2",
         "completion_only_loss": True,
         "gradient_checkpointing": False,

@@ -137,7 +137,7 @@ def tell_service(given: Inputs) -> Report:
 
     home = given.work / "service"
     home.mkdir(parents=True)
-    served = Service(service_environment(home, PREFECT_HOME=str(home / "prefect")), home)
+    served = Service(service_environment(home, SFT_AUTH="on", PREFECT_HOME=str(home / "prefect")), home)
     served.sft("serve")
     try:
         began = time.monotonic()
