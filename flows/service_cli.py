@@ -16,14 +16,17 @@ def serve() -> None:
     """Start the Prefect and MLflow servers and a CPU and a GPU worker on this machine, in the background.
 
     These variables say how: SFT_HOST, SFT_PUBLIC_HOST, SFT_PREFECT_PORT, SFT_MLFLOW_PORT, SFT_DATABASE_URL (of a
-    PostgreSQL server), SFT_ARTIFACTS (folder or s3://bucket), SFT_AUTH (on: a log-in on this machine too).
+    PostgreSQL server), SFT_ARTIFACTS (folder or s3://bucket), SFT_ALLOWED_ORIGINS (pages of a reverse proxy), SFT_AUTH
+    (off: no log-in, on this machine only).
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     from flows.service import lifecycle, settings
 
     try:
-        for line in lifecycle.serve(settings.read_settings(), say=console.print).describe():
-            Console(highlight=False).print(line, soft_wrap=True)
+        service = lifecycle.serve(settings.read_settings(), say=console.print)
+        out = Console(highlight=False)
+        for line in service.describe(show_password=out.is_terminal):
+            out.print(line, soft_wrap=True)
     except ValueError as error:
         fail(error)
 

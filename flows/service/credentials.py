@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.service.settings import ServiceSettings
@@ -19,6 +19,8 @@ class Credentials:
     password: str
     cookie_key: str
     """Signs the MLflow pages' cookies; the same for all of its processes."""
+    is_new: bool = field(default=False, compare=False)
+    """Whether it was made just now, and has not been told to anybody yet."""
 
 
 def credentials_file(folder: Path) -> Path:
@@ -34,7 +36,8 @@ def client_file(folder: Path) -> Path:
 def load_credentials(folder: Path) -> Credentials:
     """Read the log-in, made at random when there is none yet."""
     path = credentials_file(folder)
-    if not path.is_file():
+    is_new = not path.is_file()
+    if is_new:
         made = {
             "SFT_USER": _USER,
             "SFT_PASSWORD": secrets.token_urlsafe(18),
@@ -42,14 +45,14 @@ def load_credentials(folder: Path) -> Credentials:
         }
         write_private(path, made)
     values = read_variables(path)
-    return Credentials(values["SFT_USER"], values["SFT_PASSWORD"], values["SFT_COOKIE_KEY"])
+    return Credentials(values["SFT_USER"], values["SFT_PASSWORD"], values["SFT_COOKIE_KEY"], is_new)
 
 
 def client_variables(settings: ServiceSettings, credentials: Credentials | None) -> dict[str, str]:
     """Return the environment of everything that talks to the servers."""
     variables = {
         "PREFECT_API_URL": f"{settings.prefect_url}/api",
-        "PREFECT_UI_URL": f"http://{settings.public_host}:{settings.prefect_port}",
+        "PREFECT_UI_URL": settings.page(settings.prefect_port),
         "MLFLOW_TRACKING_URI": settings.mlflow_url,
     }
     if credentials is not None:

@@ -1,6 +1,7 @@
 """Work pools, deployments and automations on the Prefect server that the settings in force name."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
@@ -17,33 +18,36 @@ from flows.service.settings import ServiceError
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
+POOLS_FILE = ROOT / "deploy" / "pools.yaml"
 AUTOMATIONS_FILE = ROOT / "deploy" / "automations.yaml"
 # Pipeline runs wait most of their time for the GPU, and each holds about 0.8 GB meanwhile: the next ones wait in line.
 # On few cores more at once would only take each other's time: one a core, then.
 # Promotions and rollbacks are in the pool's default queue and start at once.
 _QUEUE, _RUNS_AT_ONCE = ("cpu", "runs"), min(4, os.cpu_count() or 1)
+_PROCESS = "process"  # Prefect's type of pools whose runs are processes of the worker's machine
 _DEPLOY_SECONDS = 300
 _LOG_TAIL_LINES = 15
 
 
-def deploy_all(environment: dict[str, str] | None = None, *, pool_type: str = "process") -> None:
+def deploy_all(environment: dict[str, str] | None = None, *, pool_type: str = _PROCESS) -> None:
     """Create missing pools and queues, all deployments of prefect.yaml, and the automations; again and again alike.
 
     Args:
         environment: of Prefect's own command; this process's when left out.
-        pool_type: of pools that are missing; a pool that is there stays as it is.
+        pool_type: of pools that are missing; a pool that is there keeps its type, and one of another type than process
+            its template.
 
     Raises:
         ServiceError: Prefect refused a deployment; with what it said.
     """
     with get_client(sync_client=True) as client:
         for pool in sorted({deployment["work_pool"]["name"] for deployment in read_deployments()}):
-            _create_pool(client, pool, pool_type)
+            _put_pool(client, pool, pool_type)
         _create_queue(client, *_QUEUE, limit=_RUNS_AT_ONCE)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
     done = subprocess.run(
         command,
-        env={**(environment or os.environ), "SFT_ROOT": str(ROOT), "SFT_PYTHON": sys.executable},
+        env={**(environment or os.environ)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -76,11 +80,34 @@ def worker_is_online(pool: str) -> bool:
         return bool(client.read_workers_for_work_pool(pool, worker_filter=online))
 
 
-def _create_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
+def read_job_template(pool: str) -> dict[str, Any]:
+    """Return what a process pool starts runs with: values from pools.yaml, and no variable that a run could set.
+
+    The environment is part of the command: Prefect mixes a run's own `env` into one that a template has, and checks
+    job variables against the schema on some of its ways only.
+    """
+    values: dict[str, Any] = yaml.safe_load(POOLS_FILE.read_text(encoding="utf-8"))[pool]
+    variables = [f"{name}={value}" for name, value in values.pop("env").items()]
+    places = {"python": shlex.quote(sys.executable), "root": str(ROOT)}
+    fixed = {name: value.format(**places) if isinstance(value, str) else value for name, value in values.items()}
+    fixed["command"] = f"{shlex.join(['env', *variables])} {fixed['command']}"
+    return {
+        "job_configuration": fixed,
+        "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+    }
+
+
+def _put_pool(client: SyncPrefectClient, name: str, pool_type: str) -> None:
+    """Create a pool when it is missing; one of processes gets our way of starting runs, whatever it had."""
+    template = read_job_template(name)
     try:
-        client.read_work_pool(name)
+        pool = client.read_work_pool(name)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=name, type=pool_type))
+        given = {"base_job_template": template} if pool_type == _PROCESS else {}
+        client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, **given))
+        return
+    if pool.type == _PROCESS and pool.base_job_template != template:
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 def _create_queue(client: SyncPrefectClient, pool: str, name: str, *, limit: int) -> None:

@@ -33,12 +33,25 @@ class Service:
     """Of the log-in; none where no log-in is asked for."""
     folder: Path
     seconds: float
+    new_password: str | None = None
+    """Of a log-in that was made just now."""
 
-    def describe(self) -> list[str]:
-        """Return the lines that `sft serve` ends with; the password itself stays in its file."""
+    def describe(self, *, show_password: bool = False) -> list[str]:
+        """Return the lines that `sft serve` ends with.
+
+        Args:
+            show_password: tell a new password, once; it stays in its file otherwise. Only for a person's terminal.
+        """
+        where = f"SFT_PASSWORD in {credentials_file(self.folder)}"
+        password, told = "password", f"the password is {where}"
+        if show_password and self.new_password:
+            password, told = (
+                self.new_password,
+                f"password [bold]{self.new_password}[/] (shown once; it stays as {where})",
+            )
         login = [
-            f"Log in  as [bold]{self.user}[/]; the password is SFT_PASSWORD in {credentials_file(self.folder)}",
-            f"        (Prefect's page asks for both in one field: {self.user}:password)",
+            f"Log in  as [bold]{self.user}[/], {told}",
+            f"        Prefect's page asks for both in one field: [bold]{self.user}:{password}[/]",
         ]
         return [
             f"Prefect [bold]{self.prefect_page}[/]  runs, schedules, the form to start a run",
@@ -80,10 +93,11 @@ def serve(settings: ServiceSettings, *, say: Callable[[str], None]) -> Service:
             raise
     return Service(
         prefect_page=client["PREFECT_UI_URL"],
-        mlflow_page=f"http://{settings.public_host}:{settings.mlflow_port}",
+        mlflow_page=settings.page(settings.mlflow_port),
         user=credentials.user if credentials is not None else None,
         folder=settings.folder,
         seconds=time.monotonic() - began,
+        new_password=credentials.password if credentials is not None and credentials.is_new else None,
     )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import httpx
 
-from flows.service import processes
+from flows.service import guard, processes
 from flows.service.credentials import Credentials
 from flows.service.databases import DatabaseUrls
-from flows.service.settings import ServiceError, ServiceSettings, is_loopback
+from flows.service.settings import ServiceError, ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT, MLFLOW, CPU_WORKER, GPU_WORKER = "prefect-server", "mlflow-server", "cpu-worker", "gpu-worker"
@@ -19,6 +19,8 @@ PREFECT, MLFLOW, CPU_WORKER, GPU_WORKER = "prefect-server", "mlflow-server", "cp
 # does not wait for its checkpoint.
 STOP_ORDER = (GPU_WORKER, CPU_WORKER, PREFECT, MLFLOW)
 POOLS = {CPU_WORKER: "cpu", GPU_WORKER: "gpu"}
+MLFLOW_APP = "sft-pipeline"
+"""The guarded server among MLflow's apps: an entry point of this package."""
 _START_SECONDS = 180.0  # on a busy machine of two cores; a quiet one takes ten
 # Of the caller's own: a service must not be steered by what a shell happens to have set for its clients.
 _OWN = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_UI_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI")
@@ -48,13 +50,15 @@ def start_prefect(settings: ServiceSettings, urls: DatabaseUrls, credentials: Cr
         # Prefect copies its pages beside its code otherwise, which may be read-only.
         "PREFECT_UI_STATIC_DIRECTORY": str(settings.folder.parent / "prefect" / "ui"),
         # Where browsers find the API; behind a reverse proxy its address is given.
-        "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL")
-        or f"http://{settings.public_host}:{settings.prefect_port}/api",
+        "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or f"{settings.page(settings.prefect_port)}/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(settings.origins(settings.prefect_port)),
+        **_guard_variables(settings, settings.prefect_port),
     }
     if credentials is not None:
         environment["PREFECT_SERVER_API_AUTH_STRING"] = f"{credentials.user}:{credentials.password}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", settings.host]
-    command += ["--port", str(settings.prefect_port)]
+    # Prefect's own command starts this app without the guard; it has no setting for one.
+    command = [sys.executable, "-m", "uvicorn", "--factory", "flows.service.guard:create_prefect"]
+    command += ["--host", settings.host, "--port", str(settings.prefect_port), "--log-level", "warning"]
     _start_server(settings, PREFECT, settings.prefect_port, command, environment)
 
 
@@ -65,16 +69,17 @@ def start_mlflow(settings: ServiceSettings, urls: DatabaseUrls, credentials: Cre
         "MLFLOW_ARTIFACTS_DESTINATION": settings.artifacts,
         # No assistants and no background jobs of its own: nothing here uses them, and each is a process more.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # MLflow's own check of these lets every page of this machine write, so the guard comes before it.
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(_mlflow_hosts(settings)),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(settings.origins(settings.mlflow_port)),
+        guard.AUTH: "off" if credentials is None else "on",
+        **_guard_variables(settings, settings.mlflow_port),
     }
     command = [sys.executable, "-m", "mlflow", "server", "--host", settings.host, "--port", str(settings.mlflow_port)]
     # One process: several of uvicorn's share a socket without TCP_NODELAY, and each answer then waits 40 ms and more
     # for the client's acknowledgement, of which a run sees hundreds. Its threads take calls side by side all the same.
-    command += ["--serve-artifacts", "--workers", "1"]
-    if not is_loopback(settings.host):
-        names = {settings.public_host, settings.local_host, "localhost"}
-        command += ["--allowed-hosts", ",".join(sorted(f"{name}:{settings.mlflow_port}" for name in names))]
+    command += ["--serve-artifacts", "--workers", "1", "--app-name", MLFLOW_APP]
     if credentials is not None:
-        command += ["--app-name", "basic-auth"]
         environment |= {
             "MLFLOW_AUTH_CONFIG_PATH": str(_write_auth_config(settings, urls)),
             "MLFLOW_AUTH_ADMIN_USERNAME": credentials.user,
@@ -119,6 +124,15 @@ def wait_for_servers(settings: ServiceSettings, credentials: Credentials | None)
                 f"{name} refuses the log-in of {settings.folder / 'credentials.env'} (HTTP {answer.status_code}): its "
                 "database was made with another one. Put that file back, or start with an empty database"
             )
+
+
+def _guard_variables(settings: ServiceSettings, port: int) -> dict[str, str]:
+    return {guard.HOSTS: ",".join(settings.hosts), guard.ORIGINS: ",".join(settings.origins(port))}
+
+
+def _mlflow_hosts(settings: ServiceSettings) -> list[str]:
+    """Return the names as MLflow compares them: with any port or none, brackets escaped."""
+    return [name for host in settings.hosts for name in (host, f"{host.replace('[', '[[]', 1)}:*")]
 
 
 def _start_server(

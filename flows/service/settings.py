@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from flows.service.guard import split_list
 from tasks import storage
+
+_HTTP = 80  # the port that browsers leave out
 
 
 class ServiceError(ValueError):
@@ -32,6 +36,8 @@ class ServiceSettings:
     """Folder or s3://bucket/path behind the MLflow server (SFT_ARTIFACTS)."""
     auth: bool
     """Whether both servers ask for credentials."""
+    allowed_origins: tuple[str, ...]
+    """Pages beside the servers' own that may use them, as those of a reverse proxy (SFT_ALLOWED_ORIGINS)."""
 
     @property
     def local_host(self) -> str:
@@ -48,12 +54,29 @@ class ServiceSettings:
         """Address of the MLflow server, as seen from this machine."""
         return f"http://{_bracket(self.local_host)}:{self.mlflow_port}"
 
+    def page(self, port: int) -> str:
+        """Return the address at which browsers find the server of this port."""
+        return f"http://{_bracket(self.public_host)}:{port}"
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names and addresses that the servers answer to, without ports; IPv6 in brackets."""
+        own = [self.local_host, self.public_host, *(("localhost",) if is_loopback(self.local_host) else ())]
+        proxied = [urlsplit(origin).hostname or "" for origin in self.allowed_origins]
+        return sorted({_bracket(name).lower() for name in (*own, *proxied)})
+
+    def origins(self, port: int) -> list[str]:
+        """Pages that may use the server of this port: its own under each of its names, and the allowed ones."""
+        own = (f"http://{name}" if port == _HTTP else f"http://{name}:{port}" for name in self.hosts)
+        return sorted({*own, *self.allowed_origins})
+
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> ServiceSettings:
     """Read the SFT_… variables.
 
     Raises:
-        ServiceError: a port is not a number, the database is not PostgreSQL, or log-in is off beyond this machine.
+        ServiceError: a port is not a number, the database is not PostgreSQL, log-in is off beyond this machine, or an
+            allowed origin is none.
     """
     host = environment.get("SFT_HOST") or "127.0.0.1"
     home = storage.home()
@@ -66,6 +89,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> ServiceSetting
         database_url=_read_database(environment),
         artifacts=environment.get("SFT_ARTIFACTS") or str(home / "artifacts"),
         auth=_read_auth(environment, host),
+        allowed_origins=tuple(_read_origin(text) for text in split_list(environment.get("SFT_ALLOWED_ORIGINS"))),
     )
 
 
@@ -88,8 +112,8 @@ def _read_database(environment: Mapping[str, str]) -> str | None:
 
 
 def _read_auth(environment: Mapping[str, str], host: str) -> bool:
-    """On beyond this machine; SFT_AUTH=on asks for it here too."""
-    text = environment.get("SFT_AUTH") or ("off" if is_loopback(host) else "on")
+    """On, but for SFT_AUTH=off on this machine."""
+    text = environment.get("SFT_AUTH") or "on"
     if text not in ("on", "off"):
         raise ServiceError(f"SFT_AUTH = {text!r}: on or off")
     if text == "off" and not is_loopback(host):
@@ -98,6 +122,17 @@ def _read_auth(environment: Mapping[str, str], host: str) -> bool:
             "Leave SFT_AUTH out, or serve on 127.0.0.1 behind a reverse proxy that asks for a log-in"
         )
     return text == "on"
+
+
+def _read_origin(text: str) -> str:
+    """Check one allowed origin: scheme, name and port as browsers send them, nothing after."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or text != f"{parts.scheme}://{parts.netloc}":
+        raise ServiceError(
+            f"SFT_ALLOWED_ORIGINS has {text!r}: give addresses of pages without a path, such as "
+            "https://prefect.example.org, with commas between"
+        )
+    return text.lower()
 
 
 def is_loopback(host: str) -> bool:

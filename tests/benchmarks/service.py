@@ -58,7 +58,7 @@ def main() -> None:
     secret = "load"
     with ExitStack() as stack:
         address = stack.enter_context(running_postgres(secret))
-        variables = {"SFT_DATABASE_URL": f"postgresql://sft:{secret}@{address}", "SFT_AUTH": "on"}
+        variables = {"SFT_DATABASE_URL": f"postgresql://sft:{secret}@{address}"}
         service = Service(service_environment(home, HF_TOKEN=make_secret(), **variables), home)
         stack.callback(service.sft, "stop")
         service.sft("serve")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 import uuid
 from typing import Any
 
@@ -9,15 +10,20 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 
-from flows.service.deployments import read_deployments
+from flows.service.deployments import read_job_template
 from tests.end_to_end.service import ROOT
 
 worker = pytest.importorskip("prefect_kubernetes.worker", reason="the kubernetes extra is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="the kubernetes extra is not installed")
 
 
+def _read_template() -> dict[str, Any]:
+    template: dict[str, Any] = json.loads((ROOT / "deploy" / "kubernetes" / "gpu-pool.json").read_text())
+    return template
+
+
 def _render(variables: dict[str, Any]) -> dict[str, Any]:
-    template = json.loads((ROOT / "deploy" / "kubernetes" / "gpu-pool.json").read_text())
+    template = _read_template()
     # No server is asked: nothing in the template refers to one's blocks or variables.
     client = PrefectClient("http://127.0.0.1:9/api")
     configuration = asyncio.run(
@@ -29,8 +35,7 @@ def _render(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_job_is_valid_and_asks_for_a_gpu_its_node_and_shared_memory() -> None:
-    variables = next(each for each in read_deployments() if each["name"] == "train")["work_pool"]["job_variables"]
-    job = _render({**variables, "working_dir": "/app", "command": "python -m prefect.engine"})
+    job = _render({})
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -47,6 +52,21 @@ def test_a_run_can_ask_for_more_gpus_of_a_kind() -> None:
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gpu": "h200"}
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "256Gi", "nvidia.com/gpu": 4}
+
+
+def test_a_run_cannot_bring_a_command_an_image_or_a_volume_of_its_own() -> None:
+    wanted = {"command": "touch /tmp/here", "image": "mine", "env": {"PYTHONPATH": "/tmp"}, "work_claim": "mine"}
+    assert _render(wanted)["spec"] == _render({})["spec"]
+    schema = _read_template()["variables"]
+    assert sorted(schema["properties"]) == ["cpu", "gpus", "memory", "node_selector", "shm_size"]
+    assert schema["additionalProperties"] is False  # so the server refuses the others
+
+
+def test_it_starts_runs_as_the_pool_of_processes_does() -> None:
+    (container,) = _read_template()["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
+    here = shlex.split(read_job_template("gpu")["job_configuration"]["command"])
+    assert [f"{each['name']}={each['value']}" for each in container["env"]] == here[1:3]
+    assert container["args"][1:] == here[4:] == ["-m", "prefect.engine"]
 
 
 def test_a_slip_in_the_template_is_found() -> None:

@@ -1,6 +1,9 @@
 """prefect.yaml and automations.yaml say what Prefect understands: it passes over unknown keys in silence."""
 
+import asyncio
 import copy
+import shlex
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,15 +17,23 @@ from prefect.cli.deploy._models import (
     RawScheduleConfig,
     WorkPoolConfig,
 )
+from prefect.client.orchestration import PrefectClient
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import ValidationError, validate
 from prefect.workers.process import ProcessJobConfiguration
 from pydantic import BaseModel
 
-from flows.service.deployments import AUTOMATIONS_FILE, PREFECT_FILE, read_automations, read_deployments
+from flows.service.deployments import (
+    AUTOMATIONS_FILE,
+    PREFECT_FILE,
+    read_automations,
+    read_deployments,
+    read_job_template,
+)
 from schemas.loading import load_config
 from tests.end_to_end.conftest import ROOT
 
@@ -39,8 +50,6 @@ def _lint(text: dict[str, Any]) -> list[str]:
         where = deployment["name"]
         found += _unknown(deployment, DeploymentConfig, where)
         found += _unknown(deployment["work_pool"], WorkPoolConfig, f"{where}.work_pool")
-        variables = deployment["work_pool"].get("job_variables", {})
-        found += _unknown(variables, ProcessJobConfiguration, f"{where}.job_variables")
         found += _unknown(deployment.get("concurrency_limit", {}), ConcurrencyLimitSpec, f"{where}.concurrency_limit")
         for schedule in deployment.get("schedules", []):
             found += _unknown(schedule, RawScheduleConfig, f"{where}.schedules")
@@ -65,7 +74,6 @@ def test_no_key_is_unknown(text: dict[str, Any]) -> None:
         ((), "concurency_limit"),
         ((), "paramters"),
         (("work_pool",), "queue"),
-        (("work_pool", "job_variables"), "environment"),
         (("concurrency_limit",), "grace_period"),
     ],
 )
@@ -102,8 +110,31 @@ def test_the_gpu_takes_one_run_at_a_time() -> None:
     assert limits == {"train": wanted, "evaluate": wanted}
 
 
-def test_no_run_prints_into_a_pipe_of_its_worker_and_dies_with_it() -> None:
-    assert {d["work_pool"]["job_variables"]["stream_output"] for d in read_deployments()} == {False}
+def _configure(template: dict[str, Any], variables: dict[str, Any]) -> ProcessJobConfiguration:
+    # No server is asked: nothing in the template refers to one's blocks or variables.
+    client = PrefectClient("http://127.0.0.1:9/api")
+    return asyncio.run(ProcessJobConfiguration.from_template_and_values(template, variables, client=client))
+
+
+@pytest.mark.parametrize("pool", ["cpu", "gpu"])
+def test_a_run_cannot_say_how_it_is_started(pool: str) -> None:
+    template = read_job_template(pool)
+    fixed = _configure(template, {})
+    assert list(_unknown(template["job_configuration"], ProcessJobConfiguration, pool)) == []
+    wanted = {"command": "touch /tmp/here", "working_dir": "/tmp", "stream_output": True, "env": {"PYTHONPATH": "/tmp"}}
+    wanted |= {"env.LD_PRELOAD": "/tmp/here.so"}
+    assert _configure(template, wanted) == fixed
+    assert fixed.env == {}
+    assert fixed.command is not None
+    assert fixed.command.endswith(f" {shlex.quote(sys.executable)} -m prefect.engine")
+    assert fixed.working_dir == ROOT
+    assert fixed.stream_output is False  # a run that prints into a pipe of its worker dies with it
+    with pytest.raises(ValidationError, match="env"):
+        validate({"env": {"PYTHONPATH": "/tmp"}}, template["variables"], raise_on_error=True)
+
+
+def test_deployments_set_no_job_variables_either() -> None:
+    assert not [each["name"] for each in read_deployments() if "job_variables" in each["work_pool"]]
 
 
 def test_silent_runs_are_marked_crashed_after_six_missed_heartbeats() -> None:
@@ -113,8 +144,6 @@ def test_silent_runs_are_marked_crashed_after_six_missed_heartbeats() -> None:
         assert list(_unknown(raw["actions"][0], ChangeFlowRunState, "action")) == []
     (zombies,) = read_automations()
     assert isinstance(zombies.trigger, EventTrigger)
-    frequency = {
-        d["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] for d in read_deployments()
-    }
-    assert frequency == {"30"}
+    for pool in ("cpu", "gpu"):
+        assert " PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 " in read_job_template(pool)["job_configuration"]["command"]
     assert zombies.trigger.within.total_seconds() == 180

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from starlette.applications import Starlette
 
+from flows.service.guard import guarded
 from tests.end_to_end.service import ROOT
 
 _UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
@@ -18,7 +20,7 @@ def test_the_units_are_right(tmp_path: Path) -> None:
     for unit in _UNITS:
         # The installation's place stands for a program that exists here; everything else is as it ships.
         text = unit.read_text()
-        for program in ("prefect", "mlflow"):
+        for program in ("prefect", "mlflow", "uvicorn"):
             text = text.replace(f"/opt/sft-pipeline/.venv/bin/{program}", "/bin/true")
         (tmp_path / unit.name).write_text(text)
     units = [str(tmp_path / unit.name) for unit in _UNITS]
@@ -28,8 +30,8 @@ def test_the_units_are_right(tmp_path: Path) -> None:
 
 def test_the_units_begin_what_the_command_begins() -> None:
     texts = "".join(unit.read_text() for unit in _UNITS)
-    assert "prefect server start --host 127.0.0.1 --port 4200" in texts
-    assert "mlflow server --host 127.0.0.1 --port 5000 --serve-artifacts" in texts
+    assert "uvicorn --factory flows.service.guard:create_prefect --host 127.0.0.1 --port 4200" in texts
+    assert "mlflow server --host 127.0.0.1 --port 5000 --serve-artifacts --workers 1 --app-name sft-pipeline" in texts
     assert "prefect worker start --type process --pool %i" in texts
     assert "PREFECT_WORKER_QUERY_SECONDS=2\n" in texts
     assert "KillMode=mixed" in texts  # no training outlives its worker's unit
@@ -40,3 +42,12 @@ def test_the_containers_workers_ask_for_work_as_often_as_those_of_the_command() 
     for name in ("cpu-worker", "gpu-worker"):
         assert services[name]["environment"]["PREFECT_WORKER_QUERY_SECONDS"] == "2"
         assert services[name]["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"
+
+
+def test_the_containers_servers_stand_behind_the_guard_too() -> None:
+    services = yaml.safe_load((ROOT / "deploy" / "docker" / "compose.yaml").read_text())["services"]
+    assert "flows.service.guard:create_prefect" in services["prefect"]["command"]
+    assert services["mlflow"]["command"][-2:] == ["--app-name", "sft-pipeline"]
+    for name in ("prefect", "mlflow"):
+        assert guarded(Starlette(), services[name]["environment"])
+        assert name in services[name]["environment"]["SFT_GUARD_HOSTS"].split(",")

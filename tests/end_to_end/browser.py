@@ -16,12 +16,12 @@ _STEP_MILLISECONDS = 120_000
 
 
 @contextmanager
-def open_browser(service: Service) -> Iterator[Any]:
-    """Give a page that is logged in to Prefect."""
+def open_browser(service: Service, *options: str) -> Iterator[Any]:
+    """Give a page that is logged in to Prefect, in a browser with these options."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=PROGRAM, args=_OPTIONS)
+        browser = playwright.chromium.launch(executable_path=PROGRAM, args=[*_OPTIONS, *options])
         password = service.client["MLFLOW_TRACKING_PASSWORD"]
         # MLflow's log-in is the browser's own, Prefect has a page for it.
         page = browser.new_context(

@@ -82,7 +82,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Everything that `sft serve` starts, with log-ins, on PostgreSQL where there is one."""
     home = tmp_path_factory.mktemp("service")
     secret = make_secret()
-    variables = {"SFT_AUTH": "on", "HF_TOKEN": make_secret(), "AWS_SECRET_ACCESS_KEY": make_secret()}
+    variables = {"HF_TOKEN": make_secret(), "AWS_SECRET_ACCESS_KEY": make_secret()}
     with ExitStack() as stack:
         if postgres_programs() is not None:
             address = stack.enter_context(running_postgres(secret))

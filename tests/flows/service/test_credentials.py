@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flows.service.credentials import client_variables, load_credentials, read_variables, write_private
+from flows.service.lifecycle import Service
 from flows.service.settings import read_settings
 
 
@@ -10,7 +11,9 @@ def test_the_log_in_is_made_once_with_mode_600(tmp_path: Path) -> None:
     first = load_credentials(tmp_path)
     assert (tmp_path / "credentials.env").stat().st_mode & 0o777 == 0o600
     assert len(first.password) >= 24
+    assert first.is_new
     assert load_credentials(tmp_path) == first
+    assert not load_credentials(tmp_path).is_new
     assert load_credentials(tmp_path / "other").password != first.password
 
 
@@ -35,3 +38,12 @@ def test_clients_get_the_log_in_only_where_one_is_asked_for(tmp_path: Path) -> N
         "MLFLOW_TRACKING_PASSWORD": login.password,
     }
     assert "PREFECT_API_AUTH_STRING" not in client_variables(settings, None)
+
+
+def test_a_new_password_is_told_once_and_to_a_person_only(tmp_path: Path) -> None:
+    made = {"prefect_page": "http://127.0.0.1:4200", "mlflow_page": "http://127.0.0.1:5000", "seconds": 1.0}
+    service = Service(**made, user="admin", folder=tmp_path, new_password="secret-1")  # type: ignore[arg-type]
+    assert "secret-1" in "\n".join(service.describe(show_password=True))
+    assert "secret-1" not in "\n".join(service.describe())
+    later = Service(**made, user="admin", folder=tmp_path)  # type: ignore[arg-type]
+    assert f"SFT_PASSWORD in {tmp_path / 'credentials.env'}" in "\n".join(later.describe(show_password=True))
