@@ -6,6 +6,7 @@ from pathlib import Path
 from schemas.artifacts import ModelRef
 from schemas.config import ModelConfig, TokenizationConfig
 from tasks.families.files import PROCESSOR_FILES
+from tasks.families.weights import WeightsError, check_weights
 from tasks.storage import digest_folder
 
 _TOKENIZER_FILES = [
@@ -101,10 +102,10 @@ def _check_folder(folder: Path) -> None:
         raise BaseModelError(f"{config}: an object of settings is wanted, got {str(values)[:80]!r}")
     if "auto_map" in values and not values.get("model_type"):
         raise BaseModelError(f"{config}: the model needs code of its own, which is never run here")
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f" (found {', '.join(others[:3])}, which can hide code: convert it)" if others else ""
-        raise BaseModelError(f"{folder}: no *.safetensors weights{found}")
+    try:
+        check_weights(folder)
+    except WeightsError as error:
+        raise BaseModelError(str(error)) from None
 
 
 def _download(config: ModelConfig, patterns: list[str]) -> Path:

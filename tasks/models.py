@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks import garbage
+from tasks.families.weights import WeightsError, check_weights
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,8 @@ def load_model(
         quantization: transformers' description of how to quantize the weights while loading.
 
     Raises:
-        ModelError: nothing there loads, or the weights are not exactly those of the model.
+        ModelError: nothing there loads, the weights are not safetensors files in the folder, or they are not exactly
+            those of the model.
     """
     import torch
 
@@ -97,6 +99,7 @@ def load_model(
         options["quantization_config"] = quantization
     try:
         kind: Any = choose_class(read_config(folder), folder)
+        check_weights(folder)
         model, report = kind.from_pretrained(
             str(folder),
             dtype=dtype or "auto",
@@ -106,7 +109,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    except FamilyError as error:
+    except (FamilyError, WeightsError) as error:
         raise ModelError(str(error)) from error
     except Exception as error:
         raise ModelError(f"{folder}: no language model loads from here ({error})") from error

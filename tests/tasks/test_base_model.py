@@ -55,6 +55,14 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         locate_base_model(ModelConfig(base_model=str(folder)))
 
 
+def test_an_index_that_names_pickled_weights_beside_a_decoy_is_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model")
+    (folder / "weights.bin").write_bytes(b"pickled")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "weights.bin"}}))
+    with pytest.raises(BaseModelError, match=r"index\.json: it names 'weights\.bin'"):
+        locate_base_model(ModelConfig(base_model=str(folder)))
+
+
 def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "model", {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
     with pytest.raises(BaseModelError, match="code of its own"):

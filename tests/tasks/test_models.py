@@ -54,6 +54,50 @@ def test_weights_keep_their_dtype_unless_another_is_asked_for(folder: Path) -> N
     assert (model.dtype, model.training) == (torch.float32, False)
 
 
+def _point_at(folder: Path, name: object) -> None:
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    torch.save(names, folder / "weights.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "../weights.safetensors", "/tmp/w.safetensors", 3, None, ["a"]])
+def test_an_index_that_names_other_files_is_refused_before_anything_is_read(
+    folder: Path, name: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("pickled weights were read"))
+    _point_at(folder, name)
+    with pytest.raises(ModelError, match=r"index\.json: it names .*only \*\.safetensors files in the same folder"):
+        load_model(folder)
+
+
+def test_an_index_that_names_a_missing_file_is_refused(folder: Path) -> None:
+    _point_at(folder, "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match=r"it names model-00001-of-00002\.safetensors, which is missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["3", "{", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"index\.json: "):
+        load_model(folder)
+
+
+def test_other_ways_to_name_weights_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "adapter_model.bin"}))
+    with pytest.raises(ModelError, match=r"config\.json: it names 'adapter_model\.bin'"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(folder).dtype == torch.bfloat16
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')
+    with pytest.raises(ModelError, match="makes this an adapter"):
+        load_model(folder)
+
+
 def test_a_truncated_weights_file_is_named(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
