@@ -8,7 +8,9 @@ import typer
 from flows.console import console, fail, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
-from schemas.loading import ConfigError, load_config
+from schemas.config import RunConfig
+from schemas.llamafactory.translation import Translation
+from schemas.loading import ConfigError
 
 app = typer.Typer(
     name="sft",
@@ -28,7 +30,12 @@ def _callback() -> None:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML config, such as deploy/configs/demo.yaml.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value over the file's own keys.", show_default=False)
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
     ] = None,
@@ -39,12 +46,15 @@ def run(
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse results of unchanged stages.")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log lines too.")] = False,
 ) -> None:
-    """Run the pipeline: dataset and base model in, registered and evaluated model out."""
-    try:
-        loaded = load_config(config, tuple(set_ or ()))
-    except ConfigError as error:
-        fail(error)
+    """Run the pipeline: dataset and base model in, registered and evaluated model out.
+
+    A training or an export of LLaMA-Factory's is taken as it is; `sft import` shows what becomes of its keys.
+    """
+    loaded = _load(config, overrides, set_)
     prepare_environment(cache=cache)
+    if isinstance(loaded, Translation):
+        _export(loaded, config)
+        return
     from flows.temporary_server import starting_server
 
     with starting_server():
@@ -69,6 +79,53 @@ def run(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(outcome.model_dump_json(indent=2) + "\n", encoding="utf-8")
     show_outcome(outcome)
+
+
+def _load(path: Path, overrides: list[str] | None, set_: list[str] | None) -> RunConfig | Translation:
+    from flows.importing import load_any
+
+    try:
+        return load_any(path, overrides or (), set_ or ())
+    except ConfigError as error:
+        fail(error)
+
+
+def _export(translation: Translation, path: Path) -> None:
+    """Do an export of LLaMA-Factory's."""
+    if translation.kind == "chat":
+        fail(ConfigError(f"{path}: it trains nothing (no do_train, no export_dir): sft chat {path} talks to its model"))
+    from flows.exporting import export_merged
+
+    values = translation.values
+    try:
+        folder = Path(values["folder"])
+        check = export_merged(values["base_model"], values["adapter"], folder, max_shard_size=values["max_shard_size"])
+    except ValueError as error:
+        fail(error)
+    agreement = f"{check.greedy_agreement:.1%} of the greedy tokens agree"
+    console.print(f"Merged into {folder}: {agreement}, largest logit difference {check.max_abs_logit_diff:.2g}")
+
+
+@app.command("import")
+def import_(
+    config: Annotated[Path, typer.Argument(help="LLaMA-Factory's YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value over its keys.", show_default=False)] = None,
+) -> None:
+    """Translate a config of LLaMA-Factory's: ours to the output, the table of all keys to the terminal."""
+    from flows.importing import check_usable, print_config, show_translation, translate_file
+    from schemas.llamafactory.translation import is_llamafactory
+    from schemas.loading import read_mapping
+
+    try:
+        values = read_mapping(config)
+        if not is_llamafactory(values):
+            raise ConfigError(f"{config}: not LLaMA-Factory's: such a config has model_name_or_path at its top")
+        translation = translate_file(config, values, overrides or ())
+        show_translation(translation)
+        check_usable(translation, config)
+        print_config(translation, config)
+    except ConfigError as error:
+        fail(error)
 
 
 @app.command()

@@ -79,13 +79,16 @@ def publish(
 def chat(
     model: Annotated[
         str,
-        typer.Argument(help="NAME (its champion), NAME/VERSION, NAME@alias or a folder. Default: the only champion."),
+        typer.Argument(
+            help="NAME (its champion), NAME/VERSION, NAME@alias, the folder of a model or an adapter, or a chat YAML "
+            "of LLaMA-Factory's. Default: the only champion."
+        ),
     ] = "",
     compare: Annotated[str | None, typer.Option(help="base: the base model beside it.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this once and print the answer only.")] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0: greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=5.0, help="0, the default: greedy.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: 512.")] = None,
     seed: Annotated[int, typer.Option(help="Makes drawn answers repeatable.")] = 0,
 ) -> None:
     """Talk to a registered version or a model folder."""
@@ -93,11 +96,20 @@ def chat(
         fail(ValueError(f"--compare {compare}: base is what a version can be compared with"))
     prepare_environment(cache=True)
     from flows.chatting import SamplingConfig, answer_once, converse, open_sessions
+    from flows.importing import read_chat
 
-    sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_tokens, seed=seed, system=system)
     try:
+        wanted = read_chat(model)
+        sampling = SamplingConfig(
+            temperature=wanted.temperature if temperature is None else temperature,
+            max_new_tokens=max_tokens or wanted.max_new_tokens,
+            seed=seed,
+            system=system,
+        )
         with console.status("Loading"):
-            sessions = open_sessions(model, compare_base=compare == "base", system=system)
+            sessions = open_sessions(
+                wanted.target, compare_base=compare == "base", system=system, base_model=wanted.base_model
+            )
         if prompt is not None:
             answer_once(sessions, prompt, sampling)
         else:

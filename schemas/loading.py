@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from schemas.config import RunConfig
+from schemas.llamafactory.settings import SETTINGS
 
 _MAX_NODES = 10_000
 """Values of a config, those that aliases repeat counted each time; the whole config has about a hundred settings."""
@@ -25,6 +26,15 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing, is not YAML, or a field is unknown or out of bounds.
     """
+    return override_config(read_mapping(path), overrides, str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file of names with their values.
+
+    Raises:
+        ConfigError: the file is missing, or is not such YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -39,7 +49,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not valid YAML: {str(error)[:_MAX_SHOWN]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of sections is wanted, got {type(values).__name__}")
-    return override_config(values, overrides, str(path))
+    return values
 
 
 def _parse_yaml(text: str) -> Any:
@@ -80,7 +90,7 @@ def _shorten(text: str) -> str:
 def override_config(values: dict[str, Any], overrides: tuple[str, ...], where: str = "config") -> RunConfig:
     """Apply `section.field=value` overrides to a mapping, in place, and validate it; errors as `load_config`."""
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, where)
 
 
@@ -115,42 +125,74 @@ def _check_homes(config: RunConfig, where: str) -> None:
 
 def _describe(detail: Any) -> str:
     """Word one pydantic error: field, value, limit, remedy."""
-    field = ".".join(str(part) for part in detail["loc"]) or "config"
+    field, value = ".".join(str(part) for part in detail["loc"]) or "config", detail["input"]
     if detail["type"] == "extra_forbidden":
         return f"{field}: unknown setting; {_suggest(detail['loc'])}"
     if detail["type"] == "missing":
         return f"{field}: missing, and it has no default: set it"
-    return f"{field} = {_shorten(repr(detail['input']))}: {detail['msg']}" if detail["loc"] else str(detail["msg"])
+    if not detail["loc"]:
+        return str(detail["msg"])
+    told = f"{field} = {_shorten(repr(value))}: "
+    if detail["type"] == "tuple_type" and isinstance(value, (str, int, float)):
+        return f"{told}a list is wanted: [{_shorten(str(value))}]"
+    if detail["type"] == "string_pattern_mismatch" and field == "merge.max_shard_size":
+        return f"{told}a size is wanted, such as 500MB or 4GB"
+    if detail["type"] == "string_type" and isinstance(value, (int, float)):
+        return f'{told}a text is wanted: "{value}"'
+    return f"{told}{detail['msg']}"
 
 
 def _suggest(location: tuple[Any, ...]) -> str:
-    """Name the nearest known setting of the same section, or all of them."""
+    """Name the nearest known setting: of the same section, of another one, or all of the section."""
     section: type[BaseModel] = RunConfig
     for part in location[:-1]:
         if isinstance(part, int):  # the place in a list of sections
             continue
-        annotation = section.model_fields[part].annotation
-        inner = next(iter(get_args(annotation)), annotation)
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
+        inner = _find_section(section.model_fields[part].annotation)
+        assert inner is not None
         section = inner
-    known = list(section.model_fields)
-    close = get_close_matches(str(location[-1]), known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    name, known = str(location[-1]), list(section.model_fields)
+    elsewhere = _list_settings(RunConfig)
+    found = [path for path in elsewhere if path.rpartition(".")[2] == name]
+    if not found and name in SETTINGS:  # a name that another program has for it
+        found = [SETTINGS[name].field]
+    if not found and not get_close_matches(name, known, n=1, cutoff=0.8):
+        nearest = get_close_matches(name, [path.rpartition(".")[2] for path in elsewhere], n=1, cutoff=0.8)
+        found = [path for path in elsewhere if path.rpartition(".")[2] in nearest]
+    found = found or get_close_matches(name, known, n=1)
+    return f"did you mean {' or '.join(found)}?" if found else f"known here: {', '.join(known)}"
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set `section.field=value` in place."""
+def _find_section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, or holds a list of."""
+    inner = next(iter(get_args(annotation)), annotation)
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+
+
+def _list_settings(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted names of all settings of a section and those below it, lists of sections left out."""
+    names = []
+    for name, field in section.model_fields.items():
+        inner = _find_section(field.annotation)
+        if inner is None:
+            names.append(prefix + name)
+        elif not get_args(field.annotation):
+            names += _list_settings(inner, f"{prefix}{name}.")
+    return names
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `section.field=value` in place; the value is YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {override!r}: write section.field=value, such as training.rank=16")
+        raise ConfigError(f"{override!r}: write section.field=value, such as training.rank=16")
     *sections, field = key.strip().split(".")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
+            raise ConfigError(f"{override!r}: {section} is a value, not a section")
     try:
         target[field] = _parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"--set {override[:_MAX_SHOWN]!r}: {text[:_MAX_SHOWN]!r} is not a YAML value") from None
+        raise ConfigError(f"{override[:_MAX_SHOWN]!r}: {text[:_MAX_SHOWN]!r} is not a YAML value") from None

@@ -1,0 +1,167 @@
+"""Configs as they come: ours, or LLaMA-Factory's, which are translated first and said how."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from rich.table import Table
+
+from flows.console import console, escape
+from schemas.config import ModelConfig, RunConfig
+from schemas.llamafactory.lines import NOT_GIVEN, Line
+from schemas.llamafactory.translation import Translation, is_llamafactory, translate
+from schemas.loading import ConfigError, apply_override, override_config, read_mapping
+
+_COLOURS = {"becomes": "green", "implied": "dim", "not done": "yellow", "refused": "red"}
+
+
+def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()) -> RunConfig | Translation:
+    """Read a config of ours, or one of LLaMA-Factory's, whose trainings become configs of ours.
+
+    Args:
+        path: YAML file.
+        overrides: key=value, over the file's own keys.
+        set_: section.field=value, over our settings.
+
+    Raises:
+        ConfigError: it cannot be used; of LLaMA-Factory's every key that cannot be is named.
+    """
+    values = read_mapping(path)
+    if not is_llamafactory(values):
+        return override_config(values, (*overrides, *set_), str(path))
+    translation = translate_file(path, values, overrides)
+    check_usable(translation, path)
+    if translation.kind != "train":
+        return translation
+    config = override_config(_in_order(translation.values), tuple(set_), str(path))
+    num_lines = {kind: len(translation.list_lines(kind)) for kind in ("becomes", "implied")}
+    console.print(
+        f"{path.name} is LLaMA-Factory's: {num_lines['becomes']} settings translated, {num_lines['implied']} hold "
+        f"anyway. The table: sft import {path}",
+        markup=False,
+    )
+    for line in translation.list_lines("not done"):
+        console.print(f"[yellow]not done:[/] {escape(_word(line))}")
+    return config
+
+
+def translate_file(path: Path, values: dict[str, Any], overrides: Iterable[str] = ()) -> Translation:
+    """Translate the keys of a file of LLaMA-Factory's, with key=value over them."""
+    for override in overrides:
+        apply_override(values, override)
+    return translate(values, folder=path.parent, num_processes=count_devices())
+
+
+def check_usable(translation: Translation, path: Path) -> None:
+    """Raise ConfigError with every key that cannot be."""
+    refused = translation.list_lines("refused")
+    if refused:
+        lines = "\n".join(f"  {_word(line)}" for line in refused)
+        raise ConfigError(f"{path}: {len(refused)} key(s) of LLaMA-Factory's that cannot be\n{lines}")
+
+
+def count_devices() -> int:
+    """Return how many processes LLaMA-Factory would start here: NPROC_PER_NODE, or one a GPU that is visible."""
+    if given := os.environ.get("NPROC_PER_NODE"):
+        if not given.isdigit() or int(given) < 1:
+            raise ConfigError(f"NPROC_PER_NODE = {given!r}: a number of processes from 1 is wanted")
+        return int(given)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+    import pynvml  # type: ignore[import-untyped]
+
+    try:
+        pynvml.nvmlInit()
+        return max(1, int(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return 1
+
+
+@dataclass(frozen=True)
+class ChatTarget:
+    """Whom to talk to, and how."""
+
+    target: str
+    base_model: str = ""
+    """Of an adapter."""
+    temperature: float = 0.0
+    max_new_tokens: int = 512
+
+
+def read_chat(model: str) -> ChatTarget:
+    """Return what a chat YAML of LLaMA-Factory's names; anything else is a target itself.
+
+    Raises:
+        ConfigError: the YAML is none of a chat.
+    """
+    path = Path(model).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return ChatTarget(model)
+    values = read_mapping(path)
+    translation = translate_file(path, values) if is_llamafactory(values) else None
+    if translation is None or translation.kind != "chat":
+        raise ConfigError(f"{path}: no chat of LLaMA-Factory's (it has model_name_or_path): name a model or a folder")
+    check_usable(translation, path)
+    for line in translation.list_lines("not done"):
+        console.print(f"[yellow]not done:[/] {escape(_word(line))}")
+    chat = translation.values
+    base_model = chat["base_model"]
+    return ChatTarget(
+        chat.get("adapter") or _find_folder(base_model), base_model, chat["temperature"], chat["max_new_tokens"]
+    )
+
+
+def _find_folder(base_model: str) -> str:
+    """Return the folder of a model, downloaded where it is one of the hub."""
+    from tasks.base_model import locate_base_model
+
+    return locate_base_model(ModelConfig(base_model=base_model)).uri
+
+
+def show_translation(translation: Translation) -> None:
+    """Print what became of each key, on the error stream: the config may be piped into a file."""
+    table = Table(title="LLaMA-Factory's config here", title_justify="left")
+    for column in ("key", "value", "", "here"):
+        table.add_column(column, overflow="fold")
+    order = list(_COLOURS)
+    for line in sorted(translation.lines, key=lambda line: order.index(line.outcome)):
+        shown = [escape(text) for text in (line.key, _show(line.value), line.outcome, line.text)]
+        table.add_row(*shown, style=_COLOURS[line.outcome])
+    console.print(table)
+
+
+def print_config(translation: Translation, path: Path) -> None:
+    """Print the config of ours, or the command that takes the place of one."""
+    lines = [f"# {_word(line)}: not done" for line in translation.list_lines("not done")]
+    if translation.kind == "train":
+        config = _in_order(translation.values)
+        override_config(config, (), str(path))
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        lines = [f"# From {path.name} of LLaMA-Factory.", *lines, text.rstrip()]
+    else:
+        command = "run" if translation.kind == "export" else "chat"
+        lines = [f"# sft {command} {path}", *lines]
+    typer.echo("\n".join(lines))
+
+
+def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+    """Return sections and settings in the order in which they are defined."""
+    ordered = {name: values[name] for name in RunConfig.model_fields if name in values}
+    for name, section in ordered.items():
+        kind: Any = RunConfig.model_fields[name].annotation
+        if isinstance(section, dict):
+            ordered[name] = {key: section[key] for key in kind.model_fields if key in section}
+    return ordered
+
+
+def _word(line: Line) -> str:
+    return f"{line.key} = {_show(line.value)}: {line.text}"
+
+
+def _show(value: Any) -> str:
+    return value if value == NOT_GIVEN else yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]

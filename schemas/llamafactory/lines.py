@@ -1,0 +1,134 @@
+"""What becomes of the keys of a config: lines for a person, and settings of ours."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import yaml
+
+from schemas.config import RunConfig
+from schemas.llamafactory.keys import IMPLIED, NOT_DONE, REFUSED
+
+Outcome = Literal["becomes", "implied", "not done", "refused"]
+NOT_GIVEN = "(not given)"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one key."""
+
+    key: str
+    value: Any
+    """NOT_GIVEN where it is the default."""
+    outcome: Outcome
+    text: str
+    """The setting, or why."""
+
+
+def to_number(value: Any) -> float:
+    """Return a number; raise TypeError or ValueError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError("a number is wanted")
+    return float(value)
+
+
+def to_whole(value: Any) -> int:
+    """Return a whole number; raise TypeError or ValueError for anything else."""
+    number = to_number(value)
+    if number != int(number):
+        raise ValueError("a whole number is wanted")
+    return int(number)
+
+
+def to_flag(value: Any) -> bool:
+    """Return true or false; raise TypeError for anything else."""
+    if not isinstance(value, bool):
+        raise TypeError("true or false is wanted")
+    return value
+
+
+def to_names(value: Any) -> tuple[str, ...]:
+    """Return the names of a list, or of a text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("names with commas between them are wanted")
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+@dataclass
+class Work:
+    """Keys that are still to be looked at, and what has become of the others."""
+
+    given: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    """Sections of a RunConfig."""
+    lines: list[Line] = field(default_factory=list)
+
+    known: set[str] = field(default_factory=lambda: {*IMPLIED, *NOT_DONE, *REFUSED})
+    """Names of keys."""
+
+    def take(self, key: str, default: Any, convert: Callable[[Any], Any] = lambda value: value) -> tuple[Any, Any]:
+        """Return a key as it was given, and its value; the default where it is not given, or wrong and thus refused."""
+        self.known.add(key)
+        if key not in self.given:
+            return NOT_GIVEN, default
+        shown = self.given.pop(key)
+        try:
+            return shown, convert(shown)
+        except (TypeError, ValueError) as error:
+            self.say(key, shown, "refused", str(error))
+            return NOT_GIVEN, default
+
+    def say(self, key: str, shown: Any, outcome: Outcome, text: str) -> None:
+        """Add a line."""
+        self.lines.append(Line(key, shown, outcome, text))
+
+    def put(self, key: str, shown: Any, name: str, value: Any, why: str = "") -> None:
+        """Set `section.field`; what is not given and is our default too has no line."""
+        if shown == NOT_GIVEN and value == find_default(name):
+            return
+        *sections, last = name.split(".")
+        target = self.values
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = list(value) if isinstance(value, tuple) else value
+        self.say(key, shown, "becomes", f"{name} = {_show(value)}" + (f" ({why})" if why else ""))
+
+    def find(self, name: str) -> Any:
+        """Return what `section.field` was set to, or its default."""
+        section, _, last = name.partition(".")
+        values = self.values.get(section, {})
+        return values[last] if last in values else find_default(name)
+
+    def finish(self) -> tuple[Line, ...]:
+        """Give every key that is left its line, and return all lines."""
+        for key, value in self.given.items():
+            if key in IMPLIED:
+                self.say(key, value, "implied", IMPLIED[key])
+            elif key in NOT_DONE:
+                harmless, why = NOT_DONE[key]
+                self.say(key, value, "implied" if value in harmless else "not done", why)
+            elif key in REFUSED:
+                harmless, why = REFUSED[key]
+                self.say(key, value, "implied" if value in harmless else "refused", why)
+            else:
+                close = get_close_matches(key, self.known, n=1, cutoff=0.8)
+                remedy = f"did you mean {close[0]}?" if close else "leave it out"
+                self.say(key, value, "refused", f"no such key is known: {remedy}")
+        self.given.clear()
+        return tuple(self.lines)
+
+
+def _show(value: Any) -> str:
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=10_000)
+    return text.split("\n")[0]
+
+
+def find_default(name: str) -> Any:
+    """Return the default of `section.field`."""
+    section: Any = RunConfig
+    *parents, last = name.split(".")
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    return section.model_fields[last].default

@@ -1,0 +1,41 @@
+"""LLaMA-Factory's keys that are a setting of ours under another name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.llamafactory.lines import to_flag, to_names, to_number, to_whole
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key that is a setting of ours under another name."""
+
+    field: str
+    convert: Callable[[Any], Any]
+    default: Any = None
+    """LLaMA-Factory's; None: ours holds where the key is not given."""
+
+
+SETTINGS: dict[str, Setting] = {
+    "model_name_or_path": Setting("model.base_model", str),
+    "seed": Setting("seed", to_whole, 42),
+    "max_samples": Setting("data.max_rows", to_whole),
+    "cutoff_len": Setting("tokenization.max_length", to_whole, 2048),
+    "train_on_prompt": Setting("tokenization.train_on_prompt", to_flag, False),
+    "lora_rank": Setting("training.rank", to_whole, 8),
+    "lora_dropout": Setting("training.dropout", to_number, 0.0),
+    "use_rslora": Setting("training.use_rslora", to_flag, False),
+    "use_dora": Setting("training.use_dora", to_flag, False),
+    "additional_target": Setting("training.modules_to_save", to_names),
+    "learning_rate": Setting("training.learning_rate", to_number, 5e-5),
+    "weight_decay": Setting("training.weight_decay", to_number, 0.0),
+    "max_grad_norm": Setting("training.max_grad_norm", to_number, 1.0),
+    "num_train_epochs": Setting("training.num_epochs", to_number, 3.0),
+    "save_steps": Setting("training.checkpoint_every_steps", to_whole, 500),
+    "save_total_limit": Setting("training.keep_checkpoints", to_whole),
+    "early_stopping_steps": Setting("training.early_stopping_patience", to_whole),
+    "max_new_tokens": Setting("evaluation.max_new_tokens", to_whole),
+    "gradient_checkpointing": Setting("training.gradient_checkpointing", lambda value: to_flag(value) or None),
+    "activation_checkpointing": Setting("training.gradient_checkpointing", lambda value: to_flag(value) or None),
+}

@@ -1,0 +1,262 @@
+"""LLaMA-Factory's config of a training as sections of ours."""
+
+from pathlib import Path
+
+import yaml
+
+from schemas.llamafactory.lines import NOT_GIVEN, Work, find_default, to_flag, to_names, to_number, to_whole
+from schemas.llamafactory.settings import SETTINGS
+
+INDEX = "dataset_info.json"
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+
+
+def read_training(work: Work, folder: Path, num_processes: int) -> None:
+    """Turn all keys that are settings here into sections of a RunConfig.
+
+    Args:
+        work: the keys.
+        folder: of the YAML file.
+        num_processes: devices that train.
+    """
+    _read_name(work)
+    _read_settings(work)
+    _read_datasets(work, folder)
+    _read_held_out(work)
+    _read_labels(work)
+    _read_lora(work)
+    _read_batch(work, num_processes)
+    _read_schedule(work)
+    _read_evaluations(work)
+    _read_memory(work)
+    _read_strategy(work, folder)
+    _read_reports(work)
+
+
+def _read_name(work: Work) -> None:
+    """Name the run and the registered model by run_name, or by the output folder."""
+    (output, _), (name, _) = work.take("output_dir", ""), work.take("run_name", "")
+    key, shown = ("output_dir", output) if name == NOT_GIVEN else ("run_name", name)
+    parts = [part for part in Path(str(shown)).parts if part not in ("saves", "output", "outputs", "/", "..")]
+    text = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in "-".join(parts))
+    text = text.encode("ascii", "ignore").decode().strip("-._")
+    place = "weights and reports are in the registry and in MLflow"
+    if shown != NOT_GIVEN and text:
+        work.put(key, shown, "name", text)
+        work.put(key, shown, "registry.name", text, place)
+    if output not in (NOT_GIVEN, shown):
+        work.say("output_dir", output, "implied", place)
+
+
+def _read_settings(work: Work) -> None:
+    for key, setting in SETTINGS.items():
+        shown, value = work.take(key, setting.default, setting.convert)
+        if value is not None:
+            work.put(key, shown, setting.field, value)
+    shown, max_steps = work.take("max_steps", -1, to_whole)
+    if max_steps > 0:
+        work.put("max_steps", shown, "training.max_steps", max_steps)
+    elif shown != NOT_GIVEN:
+        work.say("max_steps", shown, "implied", "the epochs decide")
+    shown, revision = work.take("model_revision", "main", str)
+    if revision != "main":
+        work.put("model_revision", shown, "model.revision", revision)
+    elif shown != NOT_GIVEN:
+        work.say("model_revision", shown, "implied", "it is the default of the hub")
+
+
+def _read_datasets(work: Work, folder: Path) -> None:
+    """Name the datasets as entries of the index, or as datasets of the hub."""
+    shown, names = work.take("dataset", (), to_names)
+    shown_held_out, held_out = work.take("eval_dataset", (), to_names)
+    shown_index, index = work.take("dataset_dir", "data")
+    if not names:
+        work.say("dataset", NOT_GIVEN, "refused", f"name entries of a {INDEX}")
+        return
+    if not isinstance(index, str) or index.startswith("REMOTE:"):
+        work.say("dataset_dir", shown_index, "refused", f"give a folder with a {INDEX}, or ONLINE")
+        return
+    if index == "ONLINE":
+        sources, given, eval_source = list(names), {"format": "alpaca"}, ",".join(held_out)
+    else:
+        path = find_path(Path(index) / INDEX, folder)
+        if not path.is_file():
+            text = f"{path}: no such file, neither from the working folder nor from the config's or one above it"
+            work.say("dataset_dir", shown_index, "refused", text)
+            return
+        # With max_samples each dataset gives as many rows, so that each has to stand by itself.
+        together = work.find("data.max_rows") is None
+        sources = [f"{path}#{','.join(names)}"] if together else [f"{path}#{name}" for name in names]
+        given, eval_source = {}, f"{path}#{','.join(held_out)}"
+    work.put("dataset", shown, "data.source", sources[0])
+    if given:
+        work.put("dataset_dir", shown_index, "data.format", given["format"])
+    elif shown_index != NOT_GIVEN:
+        work.say("dataset_dir", shown_index, "becomes", "the folder of data.source")
+    if len(sources) > 1:
+        mixture = [{"source": source, **given} for source in sources[1:]]
+        work.put("dataset", shown, "data.mixture", mixture, "each by itself")
+    if held_out:
+        work.put("eval_dataset", shown_held_out, "data.eval_source", eval_source)
+
+
+def find_path(path: Path, folder: Path) -> Path:
+    """Return a path as it is found from the working folder, or else from the YAML's folder or one above it."""
+    path = path.expanduser()
+    if path.is_absolute() or path.exists():
+        return path
+    absolute = folder.resolve()
+    return next((parent / path for parent in (absolute, *absolute.parents) if (parent / path).exists()), path)
+
+
+def _read_held_out(work: Work) -> None:
+    """Hold out what val_size says; a run without held-out rows could not be judged."""
+    shown, size = work.take("val_size", 0.0, to_number)
+    if work.find("data.eval_source") is not None:
+        if size:
+            work.say("val_size", shown, "refused", "it excludes eval_dataset")
+    elif size > 1:
+        work.put("val_size", shown, "data.max_eval_rows", int(size))
+        work.put("val_size", shown, "data.eval_fraction", 0.999, "that many rows, at most all but one")
+    elif 0 < size < 1:
+        work.put("val_size", shown, "data.eval_fraction", size, "at most data.max_eval_rows")
+    else:
+        part = f"data.eval_fraction = {find_default('data.eval_fraction')}"
+        work.say("val_size", shown, "implied", f"{part}: a part is held out, so that the result can be judged")
+
+
+def _read_labels(work: Work) -> None:
+    """Say which tokens are trained, and how a conversation that is too long is cut."""
+    shown, _ = work.take("template", None)
+    if shown != NOT_GIVEN:
+        own = "the tokenizer's own chat template is used; where it has none chatml, or plain (model.chat_template)"
+        work.say("template", shown, "implied", own)
+    shown, is_last = work.take("mask_history", False, to_flag)
+    if is_last and work.find("tokenization.train_on_prompt"):
+        work.say("mask_history", shown, "refused", "it excludes train_on_prompt")
+    elif shown != NOT_GIVEN:
+        work.put("mask_history", shown, "tokenization.train_on", "last_turn" if is_last else "all_turns")
+    why = "answers beyond cutoff_len are cut; prompts are cut inside their contents, never in a header"
+    work.put("cutoff_len", NOT_GIVEN, "tokenization.truncation", "cut_answer", why)
+
+
+def _read_lora(work: Work) -> None:
+    shown, alpha = work.take("lora_alpha", 2.0 * work.find("training.rank"), to_number)
+    work.put("lora_alpha", shown, "training.alpha", alpha, "twice the rank" if shown == NOT_GIVEN else "")
+    shown, names = work.take("lora_target", ("all",), to_names)
+    if names != ("all",):
+        work.put("lora_target", shown, "training.target_modules", names)
+    elif shown != NOT_GIVEN:
+        work.put("lora_target", shown, "training.target_modules", ("all-linear",))
+
+
+def _read_batch(work: Work, num_processes: int) -> None:
+    """Take batch sizes as they are meant: of each device."""
+    key = "per_device_train_batch_size"
+    shown, size = work.take(key, 8, to_whole)
+    work.put(key, shown, "training.micro_batch", size)
+    if num_processes > 1:
+        work.put(key, shown, "training.num_processes", num_processes)
+    shown, steps = work.take("gradient_accumulation_steps", 1, to_whole)
+    why = f"{steps} on each of {num_processes} devices" if num_processes > 1 else ""
+    name = "training.gradient_accumulation_steps"
+    work.put("gradient_accumulation_steps", shown, name, steps * num_processes, why)
+    (shown_packing, packing), (shown_neat, neat) = (
+        work.take(key, False, to_flag) for key in ("packing", "neat_packing")
+    )
+    for key, shown in (("packing", shown_packing), ("neat_packing", shown_neat)):
+        if shown != NOT_GIVEN:
+            why = "examples of a pack never see each other" if packing or neat else ""
+            work.put(key, shown, "training.packing", packing or neat, why)
+
+
+def _read_schedule(work: Work) -> None:
+    shown, kind = work.take("lr_scheduler_type", "linear", str)
+    if kind in _SCHEDULERS:
+        work.put("lr_scheduler_type", shown, "training.scheduler", _SCHEDULERS[kind])
+    else:
+        work.say("lr_scheduler_type", shown, "refused", f"there are {', '.join(_SCHEDULERS)}")
+    shown_ratio, ratio = work.take("warmup_ratio", 0.0, to_number)
+    shown_steps, steps = work.take("warmup_steps", 0.0, to_number)
+    max_steps = work.find("training.max_steps")
+    if steps >= 1 and max_steps is None:
+        text = "a number of steps is known with max_steps only: write warmup_ratio, the part of all steps"
+        work.say("warmup_steps", shown_steps, "refused", text)
+        return
+    key, shown, part = "warmup_ratio", shown_ratio, ratio
+    if steps > 0:  # it goes before the ratio
+        key, shown, part = "warmup_steps", shown_steps, steps / max_steps if steps >= 1 else steps
+    for other, value in (("warmup_ratio", shown_ratio), ("warmup_steps", shown_steps)):
+        if other != key and value != NOT_GIVEN:
+            work.say(other, value, "implied", f"{key} decides")
+    if kind == "constant" and part:
+        work.put(key, shown, "training.warmup_fraction", 0.0, "as in LLaMA-Factory; constant_with_warmup has a warm-up")
+        return
+    work.put(key, shown, "training.warmup_fraction", part)
+
+
+def _read_evaluations(work: Work) -> None:
+    key = "evaluation_strategy" if "evaluation_strategy" in work.given else "eval_strategy"
+    (shown, strategy), (shown_steps, steps) = work.take(key, "no", str), work.take("eval_steps", None, to_whole)
+    text = "the evaluation loss is measured ten times a run"
+    if strategy == "steps" and steps is not None:
+        work.put("eval_steps", shown_steps, "training.eval_every_steps", steps)
+        text = "the evaluation loss is measured between steps"
+    elif steps is not None:
+        work.say("eval_steps", shown_steps, "implied", text)
+    if shown != NOT_GIVEN:
+        work.say(key, shown, "implied", text)
+
+
+def _read_memory(work: Work) -> None:
+    shown, bits = work.take("quantization_bit", None, to_whole)
+    if bits == 4:
+        work.put("quantization_bit", shown, "training.base_weights", "nf4")
+    elif bits is not None:
+        work.say(
+            "quantization_bit", shown, "refused", "4 bits (NF4) are what there is; training.base_weights knows fp8"
+        )
+    key = "disable_gradient_checkpointing"
+    shown, is_off = work.take(key, False, to_flag)
+    if is_off:
+        work.put(key, shown, "training.gradient_checkpointing", False)
+    elif shown != NOT_GIVEN:
+        work.say(key, shown, "implied", "activations are recomputed where the memory asks for it")
+
+
+def _read_strategy(work: Work, folder: Path) -> None:
+    """Read the stage of a DeepSpeed config, or fsdp."""
+    shown, fsdp = work.take("fsdp", "")
+    if fsdp:
+        work.put("fsdp", shown, "training.strategy", "fsdp")
+    shown, settings = work.take("deepspeed", None)
+    if settings is None:
+        return
+    if isinstance(settings, str):
+        try:
+            settings = yaml.safe_load(find_path(Path(settings), folder).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = f"the file cannot be read ({type(error).__name__}): correct its path"
+            work.say("deepspeed", shown, "refused", text)
+            return
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
+    stage = zero.get("stage", 0)
+    if stage in (1, 2, 3):
+        work.put("deepspeed", shown, "training.strategy", f"zero{max(2, stage)}", f"its stage is {stage}")
+    else:
+        work.say("deepspeed", shown, "implied", "stage 0 divides nothing: training.strategy = ddp")
+    for key in ("offload_optimizer", "offload_param"):
+        device = zero.get(key, {}).get("device", "none") if isinstance(zero.get(key), dict) else "none"
+        if device != "none":
+            work.say(f"deepspeed: {key}", device, "not done", "nothing is moved to the host's memory")
+
+
+def _read_reports(work: Work) -> None:
+    shown, names = work.take("report_to", (), to_names)
+    if {"tensorboard", "all"} & set(names):
+        work.put("report_to", shown, "training.report_to", ("tensorboard",), "besides MLflow")
+    elif set(names) <= {"mlflow", "none"} and shown != NOT_GIVEN:
+        work.say("report_to", shown, "implied", "the curves are in MLflow in any case")
+    for name in sorted(set(names) - {"tensorboard", "all", "mlflow", "none"}):
+        work.say("report_to", name, "not done", "the curves go to MLflow and TensorBoard")

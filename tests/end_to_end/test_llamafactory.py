@@ -1,0 +1,46 @@
+"""A documented LoRA config of LLaMA-Factory's goes through `sft run` as it is, to a registered version."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import BASE_MODEL, ROOT
+from tests.schemas.test_llamafactory import TRAIN
+
+pytestmark = pytest.mark.slow
+
+
+def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: dict[str, str]) -> None:
+    (tmp_path / "data").mkdir()
+    index = {
+        "identity": {"file_name": "identity.json"},
+        "talk": {
+            "file_name": "talk.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages"},
+            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+        },
+    }
+    rows = [{"instruction": f"Name number {n}.", "input": "", "output": f"It is {n}."} for n in range(40)]
+    talk = [
+        {"messages": [{"role": "user", "content": f"And {n}?"}, {"role": "assistant", "content": f"{n + 1}."}]}
+        for n in range(20)
+    ]
+    for name, value in (("dataset_info", index), ("identity", rows), ("talk", talk)):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(value))
+    (tmp_path / "my_sft.yaml").write_text(TRAIN)
+    overrides = [f"model_name_or_path={BASE_MODEL}", "dataset=identity,talk", "max_samples=30", "num_train_epochs=1"]
+    command = [sys.executable, "-m", "flows.cli", "run", "my_sft.yaml", *overrides, "--report", "report.json"]
+    environment = {**command_environment, "PYTHONPATH": str(ROOT), "NPROC_PER_NODE": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    # 30 of the 40 rows, and all 20 of the other: a tenth of each is held out.
+    assert report["dataset"]["rows_in"] == 50
+    assert (report["dataset"]["rows_train"], report["dataset"]["rows_eval"]) == (45, 5)
+    assert report["training"]["steps"] == 6  # 45 rows in steps of 1 x 8
+    assert report["registry"]["name"] == "model-4b-lora-sft"
+    assert "settings translated" in result.stderr
