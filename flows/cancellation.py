@@ -1,4 +1,4 @@
-"""A run that the server has ended ends by itself where no worker is left to end it.
+"""A run asks the server for its own state, and ends itself when the server has ended it and no worker stops it.
 
 A worker stops the process of a run that is cancelled. It may be gone, though, or have lost its line to the server for
 good in an outage; the process would then keep its GPU although the server has given its place away.

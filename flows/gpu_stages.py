@@ -64,7 +64,7 @@ def train(
 
 
 def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, parent_run_id: str) -> EvalReport:
-    """Evaluate on the GPU pool, or here; what is cached on this machine waits for no turn and no process."""
+    """Evaluate on the GPU pool, or here; a result that this machine has cached is returned at once."""
     from tasks.evaluation.task import evaluate
 
     plain = ModelRef.model_validate(model.model_dump(include=set(ModelRef.model_fields)))  # without the merge's proof

@@ -1,6 +1,6 @@
 """LLaMA-Factory's keys (0.9) that need no arithmetic: what holds here anyway, what is not done, what cannot be.
 
-Keys that become settings are in `llamafactory.py`. Any key in none of the tables is unknown.
+Keys that become settings are in `settings.py` and `training.py`. A key that is nowhere is unknown.
 """
 
 from typing import Any

@@ -68,7 +68,7 @@ class AnyProjection(Protocol):
         ...
 
     def forget_grad(self) -> None:
-        """Take back the wish for a float8 copy: whoever writes the gradient makes none."""
+        """Make no float8 copy of the gradient, although one was asked for."""
         ...
 
     def project_small(self, inputs: Input) -> None:
@@ -124,7 +124,7 @@ class Projection:
         return self.matrix.new_empty(num_tokens, self.matrix.shape[0])[:, : self.num_out], None
 
     def forget_grad(self) -> None:
-        """Nothing was wished."""
+        """Do nothing: no float8 copy is ever asked for here."""
 
     def forward_values(self, values: Tensor, inputs: Input) -> Tensor:
         """Copy x into its place, and go on as `forward`."""

@@ -1,4 +1,4 @@
-"""Reading shards into conversations and rejects; every row becomes the one or the other."""
+"""Reads a shard: every row becomes a conversation or a reject."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Rejected rows by reason, read from their tables a row group at a time: of each reason its number and first rows."""
+"""Counts rejected rows by reason and keeps the first rows of each, reading their tables one row group at a time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

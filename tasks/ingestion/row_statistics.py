@@ -1,4 +1,4 @@
-"""What rows are like and what is found in them, counted piece by piece: as large for many rows as for few."""
+"""Statistics of rows (lengths, turns, findings), counted piece by piece: their size does not grow with the rows."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The shards of a run, read: one after the other in place, or by worker processes."""
+"""Reads all shards of a run: one after the other in this process, or in worker processes."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""Shards: the parts of a dataset's files that are read apart from each other, by whichever process or machine.
+"""Shards: the parts of a dataset's files that are read independently, each by any process or machine.
 
 A shard is about 16 MB of consecutive rows: a range of bytes of a JSONL file that ends with a line, row groups of a
 Parquet file, record batches of an Arrow file, or whole files. JSON lists and CSV files are never divided.

@@ -1,4 +1,4 @@
-"""Tables on disk, written as a stream of row groups, every row of them validated."""
+"""Writes tables as a stream of row groups, and validates every row."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The door of ingestion: the base model and the dataset come in."""
+"""Ingestion's task: finds the base model, and turns the dataset's files into validated tables."""
 
 import json
 from collections.abc import Sequence

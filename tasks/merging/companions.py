@@ -1,4 +1,4 @@
-"""What lies beside the weights of a merged model: config, generation config, tokenizer, model card."""
+"""Writes the files beside the weights of a merged model: config, generation config, tokenizer, model card."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The door of merging: base and adapter become one model, and the proof that they did."""
+"""Merging's task: base and adapter become one model, which is then compared with base + adapter."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a version says of itself on its page in MLflow: what it is, and before and after in a table."""
+"""The description on a version's page in MLflow: what it is, and a table of its metrics before and after."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The door of registration: a merged model becomes a version, and the gate decides what it may be called."""
+"""Registration's task: a merged model becomes a version, and the gate decides whether it becomes champion."""
 
 from collections.abc import Mapping
 from functools import partial

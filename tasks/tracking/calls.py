@@ -1,4 +1,4 @@
-"""Calls to the tracking server that do not wait for each other."""
+"""Makes several calls to the tracking server at the same time."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

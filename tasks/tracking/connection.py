@@ -1,4 +1,4 @@
-"""The tracking server in force: its address, its client, and a run's page on it."""
+"""The tracking server that is used: its address, its client, and the address of a run's page."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""How many seconds of a stage go into tracking, so that they can be told from its own work."""
+"""Measures how many seconds of a stage are spent on tracking."""
 
 import time
 from collections.abc import Iterator

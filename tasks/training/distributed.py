@@ -144,7 +144,7 @@ def run_on_rank0(work: Callable[[], T]) -> T:
 
 
 def run_once_per_node(work: Callable[[], None]) -> None:
-    """Have one rank of each machine do something, after all ranks came here; when it is done, go on together.
+    """Call a function on one rank of each machine; all ranks wait before and after it.
 
     Raises:
         Exception: on every rank, what one of them raised.

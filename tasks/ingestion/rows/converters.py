@@ -1,4 +1,4 @@
-"""What each format makes of a row: its messages, and tools where the format keeps them in its own way."""
+"""One converter a format: it makes the messages of a row, and its tools where the format has its own way for them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Secrets that are told by what stands before them: `"password": "…"`, AWS and Azure keys, bearer tokens, webhooks."""
+"""Secrets that are recognized by the words before them: `"password": "…"`, cloud keys, bearer tokens, webhooks."""
 
 import re
 from collections.abc import Iterator

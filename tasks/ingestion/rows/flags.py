@@ -1,4 +1,4 @@
-"""Keys of a message that decide what is trained of it: read where an example can carry them, else refused by name."""
+"""Keys of a message that decide whether it is trained; a key that an example cannot carry is refused by name."""
 
 from typing import Any
 

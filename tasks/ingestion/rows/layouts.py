@@ -1,4 +1,4 @@
-"""A row's fields by the names of its format: what a layout is, and how a field is read."""
+"""A layout: the format of a file's rows, and which column each of its fields is read from."""
 
 from dataclasses import dataclass, field
 from functools import cached_property

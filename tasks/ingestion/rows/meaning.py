@@ -1,4 +1,4 @@
-"""Columns that change what a row means and that its format does not read: the row is refused by name.
+"""Columns that change what a row means but that its format does not read: such a row is refused, and the column named.
 
 "Not read" is for columns that cannot matter (an id, a category). A column of this table matters: what is trained
 without it teaches something else. `data.ignored_columns` takes a column out of the table where a person knows better.

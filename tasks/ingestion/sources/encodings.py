@@ -1,4 +1,4 @@
-"""Text files are UTF-8, with a byte order mark or without; anything else is an error that names the byte."""
+"""Reads text files as UTF-8, with or without a byte order mark; any other encoding is an error that names the byte."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of a dataset: which of a folder's files hold rows, and of what kind each is."""
+"""Finds the files of a dataset: which files of a folder hold rows, and their kinds (JSON, CSV, Parquet and so on)."""
 
 from dataclasses import dataclass
 from pathlib import Path

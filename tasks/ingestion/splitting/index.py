@@ -1,7 +1,7 @@
 """The index of all rows: on disk, and read piece by piece, so that memory does not grow with the rows.
 
-What is kept in memory of a row are a few bytes in arrays (a side, a number of copies); whatever else has to be known
-of the rows is asked for by columns, once more where it does not fit at once.
+In memory are a few bytes a row (its side, its number of copies). Other columns are read from disk piece by piece when
+they are needed, several times where they do not fit at once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

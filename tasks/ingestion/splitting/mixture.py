@@ -1,4 +1,4 @@
-"""The datasets of a run: each is split by itself, and then its training rows are taken by weight or number.
+"""Splits each dataset of a run by itself, and then takes its training rows by weight or number.
 
 The order matters. Were the datasets mixed before the split, a copy that a weight makes could stand on both sides of
 it. Split by itself, a dataset holds out the same rows alone and in every mixture (as long as data.max_eval_rows does

@@ -1,10 +1,10 @@
 """Held-out conversations that a training row nearly repeats: found and measured exactly, and reported.
 
-A conversation is the set of its runs of three words (see runs.py); likeness is the Jaccard index of two sets. No pair
-is missed, and few are compared, by two bounds. Where J(A, B) is at least t, at least t of A lies in B, and so in the
-union of all held-out sets: most training rows end there. And where the members of all sets are put in one order, the
-first len(A) - ceil(t * len(A)) + 1 of A and the first as many of B have one in common (prefix filtering; Chaudhuri et
-al. 2006, Bayardo et al. 2007): in the order of rarity, few pairs do.
+A conversation is the set of its runs of three words (see shingles.py); likeness is the Jaccard index of two sets. No
+pair is missed, and few are compared, by two bounds. Where J(A, B) is at least t, at least t of A lies in B, and so in
+the union of all held-out sets: most training rows end there. And where the members of all sets are put in one order,
+the first len(A) - ceil(t * len(A)) + 1 of A and the first as many of B have one in common (prefix filtering; Chaudhuri
+et al. 2006, Bayardo et al. 2007): in the order of rarity, few pairs do.
 """
 
 from collections.abc import Iterable, Iterator

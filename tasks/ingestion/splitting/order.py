@@ -1,4 +1,4 @@
-"""The taken rows in the order in which they are written: one dataset's in their own, those of several mixed."""
+"""Puts the chosen rows in the order in which they are written: the dataset's own, or a seeded mix of several ones."""
 
 from collections.abc import Iterator
 from itertools import pairwise

@@ -1,6 +1,6 @@
 """Which conversations are trained and which are held out, each exactly once.
 
-A split says for every row of the index its one side, as a code; texts are not needed here. The held-out part is
+Every row of the index gets one side, as a code (TRAIN, EVAL and so on); texts are not needed here. The held-out part is
 chosen by rank: conversations are ordered by sha256 of seed and example_id, and the first ones are held out. So the
 choice depends on the seed and the contents alone; neither the order of the rows, nor the number of copies of one,
 matters, and a row added later moves at most one other row across the border.

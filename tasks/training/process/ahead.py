@@ -1,4 +1,4 @@
-"""A training process that is started before there is a job for it: its imports take longer than many a training.
+"""Starts a training process before there is a job for it, because its imports take longer than a short training.
 
 It waits on its standard input for a line with the job, and ends when that closes: no job came, or this process died.
 """

@@ -1,4 +1,4 @@
-"""What went wrong in a training's processes, as the error that the launcher raises."""
+"""Turns the errors of a training's processes into the one error that the launcher raises."""
 
 import signal
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A training in a thread of this process, so that an interruption finds the main thread and tears no step apart.
+"""Runs a training in a thread of this process, so that signals reach the main thread and interrupt no step halfway.
 
 Signals reach the main thread only, which waits here and passes on what the training tells. Their handlers stay as they
 are: Prefect knows a cancelled run from a crashed one by its own, and would take another for a crash.

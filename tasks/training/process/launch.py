@@ -1,4 +1,4 @@
-"""Runs a training where it belongs, and keeps hold of it: in place on a CPU, else in processes of its own.
+"""Runs a training: in a thread of this process on a CPU, else in processes of its own, which it supervises.
 
 A GPU's memory is given back for certain only when the process that took it ends, and a crash in a library must not take
 the pipeline along; so a training on a GPU, or on several, gets its own processes. They report over a socket (steps,

@@ -19,6 +19,7 @@ from tasks.ingestion.splitting.splits import (
     choose,
     count_held_out,
     count_shared_prompts,
+    find_first,
     hold_out,
     initial_sides,
     remove_leaks,
@@ -55,6 +56,11 @@ def split_apart(train: Sequence[UsableRow], held_out: Sequence[UsableRow], max_r
         hold_out(index, sides, 1, max_rows, seed=0)
         remove_leaks(index, sides)
     return sides
+
+
+def test_ids_are_compared_whole() -> None:
+    ids = np.array([[1, 1], [1, 2], [2, 1], [1, 2], [1, 1]], dtype=np.uint64)
+    assert find_first(ids).tolist() == [True, True, True, False, False]
 
 
 def name_ids(rows: Sequence[UsableRow], sides: Sides, *group: int) -> set[str]:
