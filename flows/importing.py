@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flows.console import console, escape
 from schemas.config import ModelConfig, RunConfig
-from schemas.llamafactory.lines import NOT_GIVEN, Line
+from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
 from schemas.llamafactory.translation import Translation, is_llamafactory, translate
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
 
@@ -159,7 +159,7 @@ def _in_order(values: dict[str, Any]) -> dict[str, Any]:
     return ordered
 
 
-def _word(line: Line) -> str:
+def _word(line: KeyLine) -> str:
     return f"{line.key} = {_show(line.value)}: {line.text}"
 
 

@@ -15,7 +15,7 @@ NOT_GIVEN = "(not given)"
 
 
 @dataclass(frozen=True)
-class Line:
+class KeyLine:
     """What became of one key."""
 
     key: str
@@ -63,7 +63,7 @@ class Work:
     given: dict[str, Any]
     values: dict[str, Any] = field(default_factory=dict)
     """Sections of a RunConfig."""
-    lines: list[Line] = field(default_factory=list)
+    lines: list[KeyLine] = field(default_factory=list)
 
     known: set[str] = field(default_factory=lambda: {*IMPLIED, *NOT_DONE, *REFUSED})
     """Names of keys."""
@@ -82,7 +82,7 @@ class Work:
 
     def say(self, key: str, shown: Any, outcome: Outcome, text: str) -> None:
         """Add a line."""
-        self.lines.append(Line(key, shown, outcome, text))
+        self.lines.append(KeyLine(key, shown, outcome, text))
 
     def put(self, key: str, shown: Any, name: str, value: Any, why: str = "") -> None:
         """Set `section.field`; what is not given and is our default too has no line."""
@@ -101,7 +101,7 @@ class Work:
         values = self.values.get(section, {})
         return values[last] if last in values else find_default(name)
 
-    def finish(self) -> tuple[Line, ...]:
+    def finish(self) -> tuple[KeyLine, ...]:
         """Give every key that is left its line, and return all lines."""
         for key, value in self.given.items():
             if key in IMPLIED:

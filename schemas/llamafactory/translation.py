@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from schemas.llamafactory.lines import NOT_GIVEN, Line, Outcome, Work, to_flag, to_names, to_number, to_whole
+from schemas.llamafactory.lines import NOT_GIVEN, KeyLine, Outcome, Work, to_flag, to_names, to_number, to_whole
 from schemas.llamafactory.training import read_training
 
 Kind = Literal["train", "export", "chat"]
@@ -25,9 +25,9 @@ class Translation:
     values: dict[str, Any]
     """train: sections of a RunConfig; export: base_model, adapter, folder, max_shard_size; chat: base_model, adapter,
     temperature, max_new_tokens."""
-    lines: tuple[Line, ...]
+    lines: tuple[KeyLine, ...]
 
-    def list_lines(self, *outcomes: Outcome) -> list[Line]:
+    def list_lines(self, *outcomes: Outcome) -> list[KeyLine]:
         """Return the lines of these outcomes."""
         return [line for line in self.lines if line.outcome in outcomes]
 
