@@ -132,7 +132,7 @@ def join_shards(
             f"{prepared.template_name}: {warning}" for report in reports.values() for warning in report.warn()
         ),
     )
-    _check_budgets(counts, train, folder / "rejects.parquet", config)
+    _check_budgets(counts, train, folder / "rejects.parquet", prepared, config)
     return counts
 
 
@@ -147,17 +147,25 @@ def _write_report(path: Path, prepared: PreparedTokenizer, reports: Mapping[str,
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_budgets(counts: TokenCounts, train: MaskReport, rejects: Path, config: TokenizationConfig) -> None:
+def _check_budgets(
+    counts: TokenCounts, train: MaskReport, rejects: Path, prepared: PreparedTokenizer, config: TokenizationConfig
+) -> None:
     """Refuse a dataset of which too little is left.
 
     Raises:
-        TokenizationError: no training example, or more cut or too long than the budget allows.
+        TokenizationError: no training example, none that ends, or more cut or too long than the budget allows.
     """
     reasons = ", ".join(f"{reason}: {number}" for reason, number in Counter(counts.rows_rejected).most_common())
     if not train.num_examples:
         listed = pl.scan_parquet(rejects).head(1).select("source", "line", "detail").collect().rows()
         first = "".join(f" The first: {source}, line {line}: {detail}" for source, line, detail in listed)
         raise TokenizationError(f"no training example is left ({reasons or 'the dataset is empty'}).{first}")
+    if not train.num_ending and train.num_truncated < train.num_examples:
+        raise TokenizationError(
+            f"none of {train.num_examples} training examples ends in a token that ends a generation, so that the model "
+            f"would learn never to stop: {prepared.template_name} ends its turns with another token than the "
+            "tokenizer's eos_token: set model.chat_template, or eos_token in tokenizer_config.json"
+        )
     for_length = train.num_truncated + train.num_too_long
     share = for_length / (train.num_examples + train.num_too_long)
     if share > config.max_truncated_fraction:

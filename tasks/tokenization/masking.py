@@ -21,6 +21,9 @@ from tasks.tokenization.turns import Rendered, Turn, render_turns
 __all__ = ["IGNORE_INDEX", "Conversation", "Example", "MaskError", "Masked", "build_examples", "build_many"]
 
 IGNORE_INDEX = -100
+MOST_PROMPT_MESSAGES = 125_000
+"""Of all trained turns of a conversation together, each of which is rendered with all that comes before it: what 707
+messages of two who take turns have."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig)
     """Return the indices of the assistant messages to train on.
 
     Raises:
-        MaskError: there is none, or a `train` key is not a boolean.
+        MaskError: there is none, a `train` key is not a boolean, or their prompts are too much together.
     """
     assistants = []
     for number, message in enumerate(messages):
@@ -149,6 +152,13 @@ def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig)
     chosen = [number for number in chosen if messages[number].get("train") is not False]
     if not chosen:
         raise MaskError("no_trained_tokens", "no assistant message is left to train on")
+    if sum(chosen) > MOST_PROMPT_MESSAGES:
+        raise MaskError(
+            "too_many_turns",
+            f"{len(chosen)} answers are trained, and their prompts have {sum(chosen):,} messages together, more than "
+            f"{MOST_PROMPT_MESSAGES:,}, which would take minutes: divide the conversation, or set "
+            "tokenization.train_on to last_turn",
+        )
     return chosen
 
 

@@ -16,6 +16,7 @@ from transformers.utils import chat_template_utils
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.endings import Ending, any_of, find_anchor, find_ending
 from tasks.tokenization.errors import MaskError
+from tasks.tokenization.limits import TemplateLimitError, call_limited, compile_limited
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -81,7 +82,7 @@ def open_chat(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] | None =
 def _probe(tokenizer: PreTrainedTokenizerBase, source: str, variables: dict[str, Any]) -> Chat:
     """Compile a template and learn how its prompts and turns end."""
     try:
-        compiled = chat_template_utils._compile_jinja_template(source)
+        compiled = compile_limited(chat_template_utils._compile_jinja_template("").environment, source)
     except Exception as error:
         raise MaskError("template_error", f"the chat template is not valid Jinja: {error}") from None
     tokens = tokenizer.added_tokens_decoder
@@ -111,17 +112,20 @@ def render(
 
     Raises:
         MaskError: the template refuses the messages.
+        TemplateLimitError: it takes too long or writes too much.
     """
     try:
-        return str(
-            chat.compiled.render(
-                messages=list(messages),
-                tools=list(tools) if tools is not None else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **chat.variables,
-            )
+        text = call_limited(
+            chat.name,
+            chat.compiled.render,
+            messages=list(messages),
+            tools=list(tools) if tools is not None else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **chat.variables,
         )
+    except TemplateLimitError:
+        raise
     except Exception as error:
         number = len(messages) - 1
         role = messages[-1].get("role") if messages else None
@@ -129,6 +133,7 @@ def render(
             "template_error",
             f"{chat.name} refuses the conversation up to message {number} ({role}): {type(error).__name__}: {error}",
         ) from None
+    return str(text)
 
 
 def plain_messages(messages: Sequence[Message]) -> list[Message]:

@@ -98,13 +98,19 @@ class MaskReport:
 
     def warn(self) -> list[str]:
         """Return what went another way than it should, a sentence each."""
-        if not self.num_rendered_anew:
-            return []
-        return [
-            f"{self.num_rendered_anew:,} conversations in {self.num_groups_rendered:,} row group(s) were rendered one "
-            f"by one, which is slower: put together from the template's parts, {self.differences[0]}. The labels are "
-            "those of the rendering; please report the template"
-        ]
+        warnings = []
+        if (unending := self.num_examples - self.num_ending - self.num_truncated) > 0:
+            warnings.append(
+                f"{unending:,} of {self.num_examples:,} examples do not end in a token that ends a generation: the "
+                "model learns not to stop there"
+            )
+        if self.num_rendered_anew:
+            warnings.append(
+                f"{self.num_rendered_anew:,} conversations in {self.num_groups_rendered:,} row group(s) were rendered "
+                f"one by one, which is slower: put together from the template's parts, {self.differences[0]}. The "
+                "labels are those of the rendering; please report the template"
+            )
+        return warnings
 
     def summary(self) -> dict[str, Any]:
         """Return the report as plain data."""

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from tasks.models import load_tokenizer
 from tasks.tokenization.endings import find_anchor
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.rendering import open_chat
+from tasks.tokenization.rendering import Chat, open_chat, render
 
 BUILT_IN = ("chatml", "plain")
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+# What templates that change contents touch: quotes, markup, case, digits, inner spaces, other scripts; and length.
+_PROBE = 'Say "it\'s" & <b>BOLD</b>: 3,50 x 1e5\n\n  naïve 水 – ünï\t/end\n' * 50 + "Done"
 
 # Tokens that vocabularies keep for padding or for nothing, best first; a pattern matches the whole token.
 _PAD_LIKE = (
@@ -68,6 +70,7 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
         chat = open_chat(tokenizer)
     except MaskError as error:
         raise TemplateError(f"{model_folder}: {error}") from None
+    _check_contents(chat)
     end_of_turn = find_anchor(chat.ending.kept, chat.pattern)
     stops = [chat.added[end_of_turn]] if end_of_turn in chat.added else []
     if chat.ending.known and not chat.ending.closed:
@@ -85,6 +88,31 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
     digest = hashlib.sha256(_text_of(tokenizer).encode()).hexdigest()
     title = f"the chat template {name or f'of {model_folder.name}'}"
     return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops), title, chat.ending.kept)
+
+
+def _check_contents(chat: Chat) -> None:
+    """Refuse a template that writes other words than a question and its answer hold.
+
+    Outer spaces do not count. A template that refuses the probe is judged by its rows.
+
+    Raises:
+        TemplateError: it changes, cuts or leaves out contents.
+    """
+    question, answer = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE[::-1]}
+    try:
+        texts = {
+            "user": render(chat, [question], None, add_generation_prompt=True),
+            "assistant": render(chat, [question, answer], None, add_generation_prompt=False),
+        }
+    except MaskError:
+        return
+    for message in (question, answer):
+        if message["content"].strip() not in texts[message["role"]]:
+            raise TemplateError(
+                f"{chat.name} does not write what the {message['role']} says as it is: it changes, cuts or leaves out "
+                "contents, so that the model would learn other words than those of the rows: set model.chat_template "
+                f"to another one ({' or '.join(BUILT_IN)}, or a .jinja file)"
+            )
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase) -> str:

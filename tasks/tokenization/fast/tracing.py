@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import Environment, Template
 
+from tasks.tokenization.limits import TemplateLimitError, call_limited
 from tasks.tokenization.rendering import Chat, Message
 
 
@@ -114,9 +115,17 @@ def trace(
         for number, message in enumerate(messages)
     ]
     try:
-        text = _watching(chat).render(
-            messages=watched, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **chat.variables
+        text: Any = call_limited(
+            chat.name,
+            _watching(chat).render,
+            messages=watched,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **chat.variables,
         )
+    except TemplateLimitError:
+        raise
     except Exception as error:
         raise Untraceable from error
     return merge(parts_of(text))

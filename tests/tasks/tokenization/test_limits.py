@@ -1,0 +1,147 @@
+"""A template that loops, swells, rewrites or never ends a turn is refused in seconds; others render as they did."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from schemas.config import TokenizationConfig
+from tasks.tokenization import limits
+from tasks.tokenization.examples import TokenizationError, tokenize_dataset
+from tasks.tokenization.limits import TemplateLimitError
+from tasks.tokenization.masking import MaskError, build_examples
+from tasks.tokenization.rendering import open_chat, render
+from tasks.tokenization.templates import TemplateError, prepare_tokenizer
+from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
+from tests.tasks.tokenization.conversations import CONVERSATIONS, say
+from tests.tasks.tokenization.test_examples import write
+
+_LONG = "{% set ns = namespace(t='abcdefgh', n=9) %}{% for n in range(99) %}"
+HOSTILE = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops that write": "{% for a in range(99999) %}{% for b in range(99999) %}word{% endfor %}{% endfor %}",
+    "a macro that calls itself": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+    ),
+    "doubled by ~": _LONG + "{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+    "doubled by +": _LONG + "{% set ns.t = ns.t + ns.t %}{% endfor %}",
+    "repeated text": "{{ 'word' * 999999999 }}",
+    "repeated list": "{{ ([1, 2] * 999999999) | length }}",
+    "tower of powers": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "squared": _LONG + "{% set ns.n = ns.n * ns.n %}{% endfor %}",
+}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_loops_or_swells_is_refused(tmp_path: Path, name: str) -> None:
+    make_tokenizer(HOSTILE[name] + CHATML).save_pretrained(str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"template") as caught:
+        prepare_tokenizer(tmp_path, None)
+    assert time.monotonic() - began < 10
+    assert isinstance(caught.value, TemplateLimitError) or "RecursionError" in str(caught.value), caught.value
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_template_that_loops_on_some_rows_ends_the_run_and_not_one_row_after_the_other(tmp_path: Path) -> None:
+    loop = "{% if messages | length > 3 %}" + HOSTILE["nested loops"] + "{% endif %}"
+    make_tokenizer(loop + CHATML).save_pretrained(str(tmp_path / "model"))
+    prepared = prepare_tokenizer(tmp_path / "model", None)
+    long = say("u:a", "a:b", "u:c", "a:d")
+    dataset = write(tmp_path / "data", [long] * 50, [say("u:Hello", "a:Hi")])
+    began = time.monotonic()
+    with pytest.raises(
+        TemplateLimitError, match=r"longer than 1 seconds for one conversation.*set model\.chat_template"
+    ):
+        tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_thread_has_its_own_time() -> None:
+    chats = [open_chat(make_tokenizer(text + CHATML)) for text in ("", "{# another #}")]
+    errors: list[Exception] = []
+
+    def render_often(chat: Any) -> None:
+        end = time.monotonic() + 2.5  # longer than one rendering may take
+        try:
+            while time.monotonic() < end:
+                render(chat, say("u:q"), None, add_generation_prompt=True)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=render_often, args=(chat,)) for chat in chats]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.parametrize("shape", CONVERSATIONS)
+def test_a_limited_template_writes_what_transformers_writes(chatml: PreTrainedTokenizerBase, shape: str) -> None:
+    messages, tools = CONVERSATIONS[shape]
+    extra = (
+        "{{ 'a' ~ 1 ~ 'b' + 'c' * 3 }}{{ 2 ** 5 + 7 * 6 }}{% set x = [1] + [2] * 2 %}{{ x }}{{ [1, 2] | join('-') }}"
+    )
+    tokenizer = make_tokenizer(extra + CHATML.replace("{{ m.content }}", "{{ '' ~ m.content ~ '' }}"))
+    chat = open_chat(tokenizer, tools)
+    expected = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert render(chat, messages, tools, add_generation_prompt=True) == expected
+    assert expected.startswith("a1bccc74[1, 2, 2]1-2")
+
+
+@pytest.mark.parametrize(
+    ("change", "who"),
+    [
+        ("m.content | upper", "user"),
+        ("m.content | e", "user"),
+        ("m.content | truncate(400)", "user"),
+        ("m.content.replace('  ', ' ')", "user"),
+        ("m.content | replace('0', 'O')", "user"),
+        ("(m.content | title) if m.role == 'assistant' else m.content", "assistant"),
+        ("m.content[:200] if m.role == 'assistant' else m.content", "assistant"),
+        ("'I do not know' if m.role == 'assistant' else m.content", "assistant"),
+    ],
+)
+def test_a_template_that_rewrites_contents_is_refused(tmp_path: Path, change: str, who: str) -> None:
+    make_tokenizer(CHATML.replace("m.content", change)).save_pretrained(str(tmp_path))
+    with pytest.raises(TemplateError, match=f"does not write what the {who} says as it is.*set model.chat_template"):
+        prepare_tokenizer(tmp_path, None)
+
+
+def test_outer_spaces_are_no_rewriting(tmp_path: Path) -> None:
+    make_tokenizer(CHATML.replace("m.content", "m.content | trim")).save_pretrained(str(tmp_path))
+    assert prepare_tokenizer(tmp_path, None).end_of_turn == "<|im_end|>"
+
+
+def test_a_template_whose_turns_never_end_a_generation_is_refused(tmp_path: Path) -> None:
+    # It wants a system message, so that a probe without one does not tell how its turns end.
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    make_tokenizer(strict + CHATML).save_pretrained(str(tmp_path / "model"))
+    prepared = prepare_tokenizer(tmp_path / "model", None)
+    rows = [say("s:Be brief.", "u:Why?", "a:Because.")]
+    dataset = write(tmp_path / "data", rows * 3, rows)
+    with pytest.raises(TokenizationError, match="none of 3 training examples ends in a token that ends a generation"):
+        tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+
+
+def test_a_conversation_of_thousands_of_messages_is_refused_at_once_or_quick(chatml: PreTrainedTokenizerBase) -> None:
+    turns = say(*(f"{'ua'[number % 2]}:word {number}" for number in range(2000)))
+    config = TokenizationConfig(max_length=100_000)
+    began = time.monotonic()
+    with pytest.raises(MaskError, match=r"set tokenization\.train_on to last_turn") as caught:
+        build_examples(turns, chatml, config=config)
+    assert caught.value.reason == "too_many_turns"
+    (example,) = build_examples(turns, chatml, config=config.model_copy(update={"train_on": "last_turn"}))
+    assert example.turns == (1999,)
+    assert time.monotonic() - began < 5
