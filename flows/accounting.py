@@ -151,8 +151,9 @@ def summarize_facts(
     tokens: TokensRef,
     adapter: AdapterRef,
     merged: MergedRef,
+    expected: str,
 ) -> dict[str, dict[str, str]]:
-    """Return sections of facts for the report page, worded for people."""
+    """Return sections of facts for the report page; `expected` says what the held-out rows can show."""
     rows = account_rows(dataset, tokens)
     return {
         "Data": {
@@ -160,6 +161,7 @@ def summarize_facts(
             "Rows in": f"{rows.rows_in:,}",
             "Trained on": f"{rows.rows_train:,}",
             "Held out": f"{rows.rows_eval:,}",
+            "What these can show": expected,
             "Duplicates removed": f"{rows.rows_duplicate:,}",
             "Leaks removed": f"{rows.rows_leaked:,}",
             **{f"Rejected: {reason}": f"{number:,}" for reason, number in rows.rows_rejected.items()},
@@ -214,10 +216,14 @@ def build_report(
         merge=merged.check,
         evaluation=EvaluationReport(
             num_examples=comparison.num_examples,
+            num_conversations=comparison.num_conversations,
+            sentence=comparison.sentence,
             before=comparison.before,
             after=comparison.after,
             delta=comparison.delta,
             champion=comparison.champion,
+            checks=comparison.decision.checks,
+            warnings=comparison.warnings,
         ),
         registry=entry,
         durations_seconds=durations_seconds,

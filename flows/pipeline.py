@@ -48,6 +48,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
     title = describe_run(config)
     from flows import stages  # not at the top: see there
 
+    stages.check_settings(config.registry.gate)
     gpu_stages.prepare()
     with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
@@ -73,6 +74,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
             check_rejected(config.data, dataset, tokens)
         with _clock(seconds, "evaluate_base"):
             before = evaluate(base_model, tokens, config.evaluation, parent_run_id=run)
+            expected, few = stages.foresee(before, dataset, config.evaluation, config.registry.gate)
         with _clock(seconds, "train"):
             adapter = train(base_model, tokens, config.training, seed=config.seed, parent_run_id=run)
         with _clock(seconds, "merge"):
@@ -86,12 +88,14 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
                 before,
                 after,
                 config.evaluation,
+                config.registry.gate,
+                dataset=dataset,
                 champion=champion,
                 champion_evaluation=held,
                 seed=config.seed,
                 title=title,
-                facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged),
-                warnings=(*name_warnings(dataset, tokens), *adapter.warnings),
+                facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged, expected),
+                warnings=(*few, *name_warnings(dataset, tokens), *adapter.warnings),
                 train_run_id=str(adapter.mlflow_run_id),
                 parent_run_id=run,
             )

@@ -4,10 +4,21 @@ The flows import it in their bodies and not at the top: a worker imports a flow'
 not load for seconds first what it never uses.
 """
 
-from tasks.evaluation.task import compare_models
+from tasks.evaluation.gate import check_settings
+from tasks.evaluation.task import compare_models, foresee
 from tasks.ingestion.task import ingest, locate_dataset, locate_model
 from tasks.merging.task import merge
 from tasks.registry.task import register
 from tasks.tokenization.task import tokenize
 
-__all__ = ["compare_models", "ingest", "locate_dataset", "locate_model", "merge", "register", "tokenize"]
+__all__ = [
+    "check_settings",
+    "compare_models",
+    "foresee",
+    "ingest",
+    "locate_dataset",
+    "locate_model",
+    "merge",
+    "register",
+    "tokenize",
+]

@@ -21,8 +21,8 @@ from rich.text import Text
 from flows.checking import Check
 from flows.console import escape, make_visible
 from schemas.artifacts import ComparisonReport, Delta, RunReport
-from schemas.config import LOWER_IS_BETTER
 from tasks import tracking
+from tasks.evaluation.verdict import judge
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
 _STAGES = "prefect.task_runs"
@@ -31,6 +31,7 @@ _NUM_SHOWN = 3
 _MAX_CELL_CHARS = 120
 _MAX_RUN_CHARS = 600
 _BAR_WIDTH = 24
+_COLOURS = {"better": "green", "worse": "red", "unclear": "dim", "changed": "default"}
 
 
 def quiet_prefect() -> None:
@@ -71,6 +72,7 @@ def show_outcome(report: RunReport) -> None:
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
     if comparison is not None:
         console.print(_answers_table(tracking.resolve(comparison)))
+    console.print(escape(report.evaluation.sentence))
     entry = report.registry
     colour = "green" if entry.verdict == "promoted" else "yellow"
     console.print(
@@ -79,7 +81,7 @@ def show_outcome(report: RunReport) -> None:
     )
     for reason in entry.reasons:
         console.print(f"  {escape(reason)}")
-    for warning in report.training.warnings:
+    for warning in report.evaluation.warnings:
         console.print(f"  [yellow]warning:[/] {escape(warning)}")
     wall = time.time() - psutil.Process().create_time()
     stages = sum(report.durations_seconds.values())
@@ -192,15 +194,12 @@ def _metrics_table(title: str, who: str, values: Mapping[str, float], deltas: Ma
     for column in ("metric", who, "fine-tuned", "change", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, delta in deltas.items():
-        better = (delta.ci_high < 0) if name in LOWER_IS_BETTER else (delta.ci_low > 0)
-        worse = (delta.ci_low > 0) if name in LOWER_IS_BETTER else (delta.ci_high < 0)
-        colour = "green" if better else "red" if worse else "dim"
         table.add_row(
             name,
-            f"{values[name]:.4g}",
-            f"{values[name] + delta.value:.4g}",
-            f"[{colour}]{delta.value:+.4g}[/]",
-            f"{delta.ci_low:+.4g} to {delta.ci_high:+.4g}",
+            f"{values[name] + 0.0:.4g}",
+            f"{values[name] + delta.value + 0.0:.4g}",
+            f"[{_COLOURS[judge(name, delta)]}]{delta.change}[/]",
+            delta.interval,
         )
     return table
 

@@ -8,9 +8,6 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MetricName = Literal["nll", "perplexity", "exact_match", "rouge_l", "chrf", "repetition_rate"]
-LOWER_IS_BETTER: frozenset[str] = frozenset({"nll", "perplexity", "repetition_rate"})
-
 
 def _number_fields(schema: dict[str, Any]) -> None:
     """Give every property its place, so that the Prefect form keeps the order of definition."""
@@ -343,15 +340,37 @@ class EvaluationConfig(Section):
 class GateConfig(Section):
     """What a version must show to become champion."""
 
-    metric: MetricName = Field(default="nll", title="Metric")
-    """Judged on the held-out rows; a gain is an improvement, also where lower is better."""
+    metric: str = Field(default="nll", min_length=1, title="Metric")
+    """nll, perplexity, exact_match, rouge_l, chrf, … (the table of the report). Judged on the held-out rows; a gain is
+    an improvement, also where lower is better."""
+    further_metrics: tuple[str, ...] = Field(default=(), title="Further metrics")
+    """A gain in one of these is as good. All of them are then tested more strictly, as there are several (Holm)."""
     min_gain: float = Field(default=0.0, ge=0.0, title="Smallest gain")
     """The gain must be larger than this, in the metric's unit."""
     require_significance: bool = Field(default=True, title="Interval must exclude zero")
-    """Refuse when the confidence interval of the gain includes zero."""
+    """Refuse when the confidence interval of the gain includes zero, or chance could explain the gain."""
+    min_conversations: int = Field(default=30, ge=1, title="Fewest held-out conversations")
+    """With fewer, no version becomes champion: they cannot show that it is better."""
+    guards: dict[str, float | None] = Field(default_factory=dict, title="Guards")
+    """Metric to the largest loss that is tolerated: even the worse end of the interval may not lose more. Without a
+    setting: repetition_rate 0.1, empty_answers 0.1, chrf 5. null takes one away."""
     min_gain_over_champion: float = Field(default=0.0, title="Smallest gain over the champion")
     """The same against the present champion, on rows that neither was trained on: the gain must be larger, and its
     interval must lie above the smaller of zero and this. Negative: a loss up to this is tolerated."""
+
+    @model_validator(mode="after")
+    def _check_margins(self) -> Self:
+        for name, margin in self.guards.items():
+            if margin is not None and not margin >= 0:
+                raise ValueError(
+                    f"guards.{name} is {margin}: it is the largest loss that is tolerated: 0 or more, or null for none"
+                )
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics of which one has to gain, none twice."""
+        return tuple(dict.fromkeys((self.metric, *self.further_metrics)))
 
 
 class RegistryConfig(Section):

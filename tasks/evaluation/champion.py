@@ -1,6 +1,6 @@
 """The new version against the champion: the same rows, and only those that neither was trained on."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import polars as pl
@@ -8,6 +8,7 @@ import polars as pl
 from schemas.artifacts import ChampionReport
 from schemas.config import EvaluationConfig
 from tasks.evaluation.comparison import Comparison, check_same_rows, compare
+from tasks.evaluation.metrics import METRICS, is_derived, row_values
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ def compare_with_champion(
     *,
     seed: int,
     notes: tuple[str, ...] = (),
+    judged: Collection[str] = (),
+    conversations: Mapping[str, str] | None = None,
 ) -> Rival:
     """Compare two evaluations (EvaluationRows) of the same rows, without those that the champion was trained on.
 
@@ -41,6 +44,8 @@ def compare_with_champion(
         config: resamples and confidence.
         seed: of the resamples.
         notes: for the report.
+        judged: metrics that the gate decides by.
+        conversations: as in `compare`.
 
     Raises:
         ComparisonError: these are not the same rows.
@@ -52,10 +57,12 @@ def compare_with_champion(
         notes = (*notes, f"{num_seen} of {new.height} held-out rows are left out: the champion was trained on them")
     if num_seen == new.height:
         return incomparable(version, (*notes, "no held-out row is new to it"), num_seen=num_seen)
-    comparison = compare(champion.filter(unseen), new.filter(unseen), config, seed=seed)
+    kept = champion.filter(unseen), new.filter(unseen)
+    comparison = compare(*kept, config, seed=seed, judged=judged, conversations=conversations)
     report = ChampionReport(
         version=version,
         num_examples=comparison.num_examples,
+        num_conversations=comparison.num_conversations,
         num_seen=num_seen,
         metrics=comparison.before,
         delta=comparison.delta,
@@ -77,10 +84,5 @@ def add_answers(table: pl.DataFrame, rival: Rival | None) -> pl.DataFrame:
     """Put the champion's answers and measures beside the other two, as columns that end in _champion."""
     if rival is None or rival.rows is None:
         return table
-    rows = rival.rows
-    return table.with_columns(
-        rows["answer"].alias("answer_champion"),
-        (rows["nll_sum"] / rows["num_tokens"]).alias("nll_champion"),
-        rows["exact_match"].alias("exact_match_champion"),
-        rows["chrf"].alias("chrf_champion"),
-    )
+    measured = [row_values(rival.rows, name).alias(f"{name}_champion") for name in METRICS if not is_derived(name)]
+    return table.with_columns(rival.rows["answer"].alias("answer_champion"), *measured)

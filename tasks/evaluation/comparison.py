@@ -1,27 +1,22 @@
-"""Two models on the same rows: differences with paired bootstrap intervals, and the rows side by side.
+"""Two models on the same rows: differences with paired intervals and tests, and the rows side by side.
 
-Dimensions: `N` conversations, `M` metrics, `R` resamples.
+Dimensions: `N` conversations, `M` columns of sums, `R` resamples.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from schemas.artifacts import Delta
 from schemas.config import EvaluationConfig
-from tasks.evaluation.averages import AVERAGED, METRICS, average_rows
+from tasks.evaluation import paired
+from tasks.evaluation.metrics import METRICS, Floats, average_rows, column_of, columns, is_derived, row_values
 
 CHRF_TOLERANCE = 1.0
 """An answer changes for better or worse when its chrF (0 to 100) moves by more than this; our choice."""
-RESAMPLE_BLOCK = 2**22
-"""Most resampling counts that exist at once (32 MiB)."""
-
-Floats = NDArray[np.float64]
+SIDES = ("before", "after")
 
 
 class ComparisonError(ValueError):
@@ -33,6 +28,8 @@ class Comparison:
     """Base (before) against fine-tuned model (after) on the same held-out rows."""
 
     num_examples: int
+    num_conversations: int
+    """Source conversations of these rows."""
     confidence: float
     """Level of all intervals, such as 0.95."""
     before: dict[str, float]
@@ -45,30 +42,55 @@ class Comparison:
     """A held-out row a row: example_id, question, reference, both answers, each measure before and after, outcome."""
 
 
-def compare(before: pl.DataFrame, after: pl.DataFrame, config: EvaluationConfig, *, seed: int) -> Comparison:
+def compare(
+    before: pl.DataFrame,
+    after: pl.DataFrame,
+    config: EvaluationConfig,
+    *,
+    seed: int,
+    judged: Collection[str] = (),
+    conversations: Mapping[str, str] | None = None,
+) -> Comparison:
     """Compare two evaluations (EvaluationRows) of the same rows in the same order.
 
     The intervals are paired: each resample draws conversations with replacement and takes both models' rows of
-    them, so that what makes a row hard for both does not widen the interval of the difference. Examples of one
-    conversation stay together, because they are not independent.
+    them, so that what makes a row hard for both does not widen the interval of the difference. The p-values are those
+    of paired randomization, corrected by Holm's method for the number of metrics: those that a gate judges are one
+    family, all others another.
+
+    Args:
+        before: rows of one model.
+        after: rows of the other.
+        config: resamples and confidence.
+        seed: of the resamples.
+        judged: metrics that the gate decides by.
+        conversations: example_id to the source conversation, where several rows come from one; others are their own.
 
     Raises:
         ComparisonError: the rows differ in number, example_id, order or reference length, or there are none.
     """
     check_same_rows(before, after)
-    resamples = _resample(before, after, config.num_resamples, seed)
-    tail = tail_probability(config.confidence, before["example_id"].n_unique())
+    groups = before["example_id"].replace(conversations or {})
+    sums = {"before": _sum_groups(before, groups), "after": _sum_groups(after, groups)}
+    num_conversations = len(sums["before"])
+    source = np.random.default_rng(seed)
+    counts = paired.draw_counts(num_conversations, config.num_resamples, source)
+    halves = np.split(paired.resample(np.hstack([sums[side] for side in SIDES]), counts), 2, axis=1)
+    resamples = dict(zip(SIDES, map(_read_sums, halves), strict=True))
+    tail = paired.tail_probability(config.confidence, num_conversations)
     metrics = {"before": average_rows(before), "after": average_rows(after)}
     intervals: dict[str, dict[str, tuple[float, float]]] = {"before": {}, "after": {}}
+    p_values = _test(sums, config, source, judged)
     delta: dict[str, Delta] = {}
     for name in METRICS:
-        for side in ("before", "after"):
+        for side in SIDES:
             intervals[side][name] = _interval(resamples[side][name], metrics[side][name], tail)
         value = metrics["after"][name] - metrics["before"][name]
         low, high = _interval(resamples["after"][name] - resamples["before"][name], value, tail)
-        delta[name] = Delta(value=value, ci_low=low, ci_high=high)
+        delta[name] = Delta(value=value, ci_low=low, ci_high=high, p_value=p_values[name], confidence=config.confidence)
     return Comparison(
         num_examples=before.height,
+        num_conversations=num_conversations,
         confidence=config.confidence,
         before=metrics["before"],
         after=metrics["after"],
@@ -97,71 +119,50 @@ def check_same_rows(before: pl.DataFrame, after: pl.DataFrame) -> None:
             )
 
 
-def _resample(
-    before: pl.DataFrame, after: pl.DataFrame, num_resamples: int, seed: int
-) -> dict[str, Mapping[str, Floats]]:
-    """Return each metric of each side in R bootstrap resamples, both sides on the same conversations.
-
-    Every metric is a ratio of sums over rows, so a resample is a vector of how often each conversation was drawn
-    (multinomial), and all of them at once are one matrix product `[R, N] x [N, M]`.
-    """
-    sums = {"before": _sums_by_conversation(before), "after": _sums_by_conversation(after)}
-    num_conversations = len(sums["before"])
-    stacked = np.hstack([sums["before"], sums["after"]])
-    source = np.random.default_rng(seed)
-    block = max(1, RESAMPLE_BLOCK // num_conversations)
-    chances = np.full(num_conversations, 1 / num_conversations)
-    drawn = [
-        source.multinomial(num_conversations, chances, size=min(block, num_resamples - start)) @ stacked
-        for start in range(0, num_resamples, block)
-    ]
-    halves = np.split(np.vstack(drawn), 2, axis=1)
-    return {side: _ratios(half) for side, half in zip(("before", "after"), halves, strict=True)}
-
-
-def _sums_by_conversation(rows: pl.DataFrame) -> Floats:
-    """Return `[N, M]`: num_rows, num_tokens, nll_sum and the averaged metrics, summed over each conversation."""
-    grouped = rows.group_by("example_id", maintain_order=True).agg(
-        pl.len().alias("num_rows"), pl.col("num_tokens", "nll_sum", *AVERAGED).sum()
+def _sum_groups(rows: pl.DataFrame, groups: pl.Series) -> Floats:
+    """Return `[N, M]`: num_rows, num_tokens and the columns of the metrics, summed over each conversation."""
+    listed = list(columns())
+    grouped = rows.select("num_tokens", *listed).with_columns(groups.alias("group"))
+    summed = grouped.group_by("group", maintain_order=True).agg(
+        pl.len().alias("num_rows"), pl.col("num_tokens", *listed).sum()
     )
-    return grouped.drop("example_id").to_numpy().astype(np.float64)
+    return summed.drop("group").to_numpy().astype(np.float64)
 
 
-def _ratios(sums: Floats) -> dict[str, Floats]:
-    """Turn resampled sums `[R, M]` into metrics, as scoring.average_rows does."""
-    nll = sums[:, 2] / sums[:, 1]
-    with np.errstate(over="ignore"):
-        values = {"nll": nll, "perplexity": np.exp(nll)}
-    return values | {name: sums[:, 3 + at] / sums[:, 0] for at, name in enumerate(AVERAGED)}
+def _read_sums(sums: Floats) -> dict[str, Floats]:
+    """Turn sums `[R, M]` into metrics, as average_rows does."""
+    weights = {"row": sums[:, 0], "token": sums[:, 1]}
+    return {name: metric.link(sums[:, _place_of(name)] / weights[metric.weight]) for name, metric in METRICS.items()}
 
 
-def tail_probability(confidence: float, num_conversations: int) -> float | None:
-    """Return the quantile at which the interval ends on either side; None for one conversation, which has no spread.
+def _place_of(name: str) -> int:
+    """Return the column of a metric in the sums."""
+    return 2 + list(columns()).index(column_of(name))
 
-    For many conversations it is (1 - confidence) / 2. A percentile interval is too narrow for few; the quantile is
-    then moved outwards as Student's t is wider than the normal: Phi(-sqrt(n / (n - 1)) * t), the expanded percentile
-    interval of Hesterberg 2015 (arXiv:1411.5279), with t from Abramowitz and Stegun 26.7.5.
+
+def _test(
+    sums: Mapping[str, Floats], config: EvaluationConfig, source: np.random.Generator, judged: Collection[str]
+) -> dict[str, float]:
+    """Return the corrected p-value of each metric's difference.
+
+    The two models have the same rows and tokens, so that swapping them within a conversation turns the sign of its
+    difference; a metric that is derived from another by an increasing function has the same p-value.
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    freedom = num_conversations - 1
-    if freedom < 1:
-        return None
-    t = (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    signs = paired.draw_signs(len(sums["before"]), max(config.num_resamples, paired.MIN_RANDOMIZATIONS), source)
+    found = paired.randomize(sums["after"] - sums["before"], signs)
+    raw = {name: float(found[_place_of(name)]) for name in METRICS}
+    families = (
+        {name: p for name, p in raw.items() if name in judged},
+        {name: p for name, p in raw.items() if name not in judged and not is_derived(name)},
     )
-    return NormalDist().cdf(-t * math.sqrt(num_conversations / freedom))
+    corrected = {name: p for family in families for name, p in paired.correct_p_values(family).items()}
+    first = columns()
+    return {name: corrected.get(name, corrected[first[column_of(name)]]) for name in METRICS}
 
 
 def _interval(resamples: Floats, value: float, tail: float | None) -> tuple[float, float]:
-    """Return the interval between the quantiles; one conversation says nothing of chance, so it takes in zero too."""
-    if tail is None:
-        return min(0.0, value), max(0.0, value)
-    low, high = np.quantile(resamples, [tail, 1 - tail])
-    # A mean of resamples and the plain mean may differ in the last digit.
-    return min(float(low), value), max(float(high), value)
+    low, high = paired.find_interval(resamples[:, None], np.array([value]), tail)
+    return float(low[0]), float(high[0])
 
 
 def put_side_by_side(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
@@ -171,10 +172,10 @@ def put_side_by_side(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
     """
     table = before.select("example_id", "question", "reference", pl.col("answer").alias("answer_before"))
     table = table.with_columns(after["answer"].alias("answer_after"))
-    for name in ("nll", *AVERAGED):
-        for side, rows in (("before", before), ("after", after)):
-            values = rows["nll_sum"] / rows["num_tokens"] if name == "nll" else rows[name]
-            table = table.with_columns(values.alias(f"{name}_{side}"))
+    for name in METRICS:
+        if not is_derived(name):
+            for side, rows in zip(SIDES, (before, after), strict=True):
+                table = table.with_columns(row_values(rows, name).alias(f"{name}_{side}"))
     exact = pl.col("exact_match_after") - pl.col("exact_match_before")
     gain = pl.col("chrf_after") - pl.col("chrf_before")
     improved = (exact > 0) | ((exact == 0) & (gain > CHRF_TOLERANCE))

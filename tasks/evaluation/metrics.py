@@ -1,111 +1,206 @@
-"""What an answer is worth: measures of one answer against one reference.
+"""The table of metrics: a metric is one row of it. Scoring, comparison, gate, report, terminal and MLflow read it."""
 
-ROUGE-L and chrF are those of `rouge-score` and `sacrebleu`; only the splitting into words for ROUGE-L is ours,
-because the library's own keeps nothing but a-z and 0-9.
-"""
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import unicodedata
-from collections.abc import Hashable, Sequence
-from functools import cache
-from typing import Any
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 
-from sacrebleu.metrics.chrf import CHRF
+from tasks.evaluation.answers import chrf, exact_match, repetition_rate, rouge_l
 
-REPETITION_ORDER = 4
-"""Tokens of an n-gram that counts as repeated; as seq-rep-4 in Welleck et al. 2020, arXiv:1908.04319."""
-
-_UNSPACED_RANGES = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3005, 0x3007),  # Ideographic iteration mark, closing mark, zero
-    (0x3040, 0x30FF),  # Hiragana, katakana
-    (0x31F0, 0x31FF),  # Katakana extensions
-    (0x3400, 0x4DBF),  # Han, extension A
-    (0x4E00, 0x9FFF),  # Han
-    (0xF900, 0xFAFF),  # Han compatibility
-    (0x20000, 0x3FFFF),  # Han, extensions B and later
-)
-"""Scripts written without spaces between words (Unicode blocks): a character is a word there."""
+Floats = NDArray[np.float64]
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """Return 1.0 when both texts are the same but for white space around and between words, else 0.0."""
-    return float(answer.split() == reference.split())
+class MetricError(ValueError):
+    """A setting names a metric that is not in the table."""
 
 
-def split_words(text: str) -> list[str]:
-    """Split text into lower-case words without punctuation; a Chinese or Japanese character is a word.
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """A held-out row with what a model made of it."""
 
-    On plain ASCII this gives the words of rouge-score's default tokenizer. Text is NFKC-normalized first, so that
-    full-width letters and digits are like their plain forms.
+    answer: str
+    """Decoded, without special tokens."""
+    reference: str
+    answer_ids: Sequence[int]
+    nll_sum: float
+    """Of the reference and its end of turn, in nats."""
+    num_tokens: int
+    """Tokens in that sum."""
+
+
+def _keep(values: Any) -> Any:
+    return values
+
+
+def _exp(values: Any) -> Any:
+    with np.errstate(over="ignore"):  # above 709 it is infinite
+        return np.exp(values)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of answers: how a row is measured, how rows become one number, and how people read it.
+
+    The number is `link(sum of the rows' values / sum of their weights)`.
     """
-    words: list[str] = []
-    in_word, joins = False, False  # The character before is part of a word; a letter may join it.
-    for character in unicodedata.normalize("NFKC", text).lower():
-        category = unicodedata.category(character)
-        if category == "Cf":  # Joiners and direction marks neither belong to a word nor end it.
-            continue
-        is_mark = category.startswith("M")  # Vowel signs and accents are not letters, but part of them.
-        if in_word and (is_mark or (joins and character.isalnum() and not _is_unspaced(character))):
-            words[-1] += character
-            continue
-        in_word = character.isalnum()
-        joins = in_word and not _is_unspaced(character)
-        if in_word:
-            words.append(character)
-    return words
+
+    label: str
+    meaning: str
+    """For people: what it is, in a sentence or two."""
+    form: Literal["percent", "points", "nats", "count", "tokens"]
+    """How a value is written; percent is kept as a share of one."""
+    direction: Literal["higher", "lower", "neither"]
+    """Which side is better."""
+    measure: Callable[[ScoredAnswer], float]
+    """Gives a row's value."""
+    bounds: tuple[float, float] = (0.0, float("inf"))
+    """Of a row's value."""
+    weight: Literal["row", "token"] = "row"
+    """row: each row counts once; token: a row's value is a sum over the reference's tokens."""
+    link: Callable[[Any], Any] = _keep
+    """Applied to the mean; increasing."""
+    column: str = ""
+    """Where the rows' values are kept; empty: under the metric's name. Who shares another's is derived from it."""
+    guard_margin: float | None = None
+    """Loss that the gate tolerates where no setting says otherwise; None: the gate does not look at it."""
+    is_binary: bool = False
+    """A row's value is 0 or 1."""
+
+    def gain(self, change: float) -> float:
+        """Return a change with its sign turned where lower is better."""
+        return (-change if self.direction == "lower" else change) + 0.0  # -0.0 becomes 0.0
+
+    def gains(self, low: float, high: float) -> tuple[float, float]:
+        """Return an interval of changes as gains, the worse end first."""
+        first, second = sorted((self.gain(low), self.gain(high)))
+        return first, second
 
 
-def _is_unspaced(character: str) -> bool:
-    """Tell whether the character's script has no spaces between words."""
-    code = ord(character)
-    return any(low <= code <= high for low, high in _UNSPACED_RANGES)
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric(
+        label="Word-for-word right",
+        meaning="Answers that equal the expected answer, spaces aside. More is better.",
+        form="percent",
+        direction="higher",
+        measure=lambda row: exact_match(row.answer, row.reference),
+        bounds=(0, 1),
+        is_binary=True,
+    ),
+    "rouge_l": Metric(
+        label="Word overlap (ROUGE-L)",
+        meaning="How far answer and expected answer share their words in order; 100 % is all of them. More is better.",
+        form="percent",
+        direction="higher",
+        measure=lambda row: rouge_l(row.answer, row.reference),
+        bounds=(0, 1),
+    ),
+    "chrf": Metric(
+        label="Spelling overlap (chrF)",
+        meaning="How far they share pieces of up to six characters, 0 to 100; forgives word forms. More is better.",
+        form="points",
+        direction="higher",
+        measure=lambda row: chrf(row.answer, row.reference),
+        bounds=(0, 100),
+        guard_margin=5.0,
+    ),
+    "nll": Metric(
+        label="Surprise (nll)",
+        meaning="How little the model expected each token of the right answer, in nats; 0 is certainty. "
+        "Less is better.",
+        form="nats",
+        direction="lower",
+        measure=lambda row: row.nll_sum,
+        weight="token",
+        column="nll_sum",
+    ),
+    "perplexity": Metric(
+        label="Perplexity",
+        meaning="The same as a number of choices: between how many equally likely tokens it wavers. Less is better.",
+        form="count",
+        direction="lower",
+        measure=lambda row: row.nll_sum,
+        weight="token",
+        link=_exp,
+        column="nll_sum",
+    ),
+    "repetition_rate": Metric(
+        label="Repetition",
+        meaning="Share of four-token phrases that an answer has said before. Less is better.",
+        form="percent",
+        direction="lower",
+        measure=lambda row: repetition_rate(row.answer_ids),
+        bounds=(0, 1),
+        guard_margin=0.1,
+    ),
+    "empty_answers": Metric(
+        label="No answer",
+        meaning="Answers without a visible character. Less is better.",
+        form="percent",
+        direction="lower",
+        measure=lambda row: float(not row.answer.strip()),
+        bounds=(0, 1),
+        guard_margin=0.1,
+        is_binary=True,
+    ),
+    "answer_tokens": Metric(
+        label="Answer length",
+        meaning="Tokens of an answer. Neither more nor less is better.",
+        form="tokens",
+        direction="neither",
+        measure=lambda row: len(row.answer_ids),
+    ),
+}
+"""By name, in the order of the report."""
 
 
-class _Words:
-    """The form in which rouge-score takes a tokenizer."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Split text into words."""
-        return split_words(text)
+def column_of(name: str) -> str:
+    """Return the column in which a metric's row values are kept."""
+    return METRICS[name].column or name
 
 
-@cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # not at the top: it imports nltk, which takes seconds
-
-    return RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-@cache
-def _chrf() -> Any:
-    return CHRF()
+def columns() -> dict[str, str]:
+    """Return each column of row values with the first metric that is read from it."""
+    found: dict[str, str] = {}
+    for name in METRICS:
+        found.setdefault(column_of(name), name)
+    return found
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """Return the F-measure of the longest common subsequence of words, 0 to 1 (ROUGE-L, Lin 2004).
+def is_derived(name: str) -> bool:
+    """Tell whether a metric says with another scale what one above it in the table says."""
+    return columns()[column_of(name)] != name
 
-    A reference without any word (such as an emoji) has no subsequence: there it is exact_match.
+
+def check_metrics(names: Iterable[str], setting: str, known: Collection[str] = METRICS.keys()) -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        MetricError: a name is unknown; it names the setting and the known ones.
     """
-    if not split_words(reference):
-        return exact_match(answer, reference)
-    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+    for name in names:
+        if name not in known:
+            raise MetricError(f"{setting} = {name!r}: no such metric to judge by; known are {', '.join(known)}")
 
 
-def chrf(answer: str, reference: str) -> float:
-    """Return sentence chrF, 0 to 100: the F2 of character n-grams of order 1 to 6 (Popović 2015), as in sacrebleu."""
-    # Rounding in the library can give a hair more than 100.
-    return min(100.0, float(_chrf().sentence_score(answer, [reference]).score))
+def weights_of(rows: pl.DataFrame, name: str) -> pl.Series:
+    """Return the weights of the rows in a metric."""
+    if METRICS[name].weight == "token":
+        return rows["num_tokens"].cast(pl.Float64)
+    return pl.Series("weight", np.ones(rows.height))
 
 
-def repetition_rate(tokens: Sequence[Hashable]) -> float:
-    """Return the share of 4-grams that occurred before in the same answer: `1 - distinct / all`.
+def row_values(rows: pl.DataFrame, name: str) -> pl.Series:
+    """Return a metric of each row by itself."""
+    values = rows[column_of(name)] / weights_of(rows, name)
+    return pl.Series(name, METRICS[name].link(values.to_numpy()))
 
-    0.0 when nothing repeats and for an answer of fewer than four tokens; near 1.0 for a loop.
-    """
-    num_grams = len(tokens) - REPETITION_ORDER + 1
-    if num_grams < 1:
-        return 0.0
-    distinct = {tuple(tokens[at : at + REPETITION_ORDER]) for at in range(num_grams)}
-    return 1.0 - len(distinct) / num_grams
+
+def average_rows(rows: pl.DataFrame) -> dict[str, float]:
+    """Return each metric over the rows of an evaluation."""
+    return {
+        name: float(metric.link(float(rows[column_of(name)].sum()) / float(weights_of(rows, name).sum())))
+        for name, metric in METRICS.items()
+    }

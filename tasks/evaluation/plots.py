@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from tasks.evaluation.champion import Rival
 from tasks.evaluation.comparison import Comparison
+from tasks.evaluation.metrics import METRICS
 
 BEFORE, AFTER, CHAMPION = "#8c95a4", "#2f7de1", "#d08b1d"
 """Base and fine-tuned model, champion; readable on white and on near black."""
@@ -66,13 +67,9 @@ def draw_metrics(comparison: Comparison, ink: str, rival: Rival | None = None) -
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
     shares, surprise = figure.subplots(1, 2, width_ratios=[4, 1.35])
     sides = _list_sides(comparison, rival)
-    _draw_bars(
-        shares,
-        sides,
-        {"exact_match": 100, "rouge_l": 100, "chrf": 1, "repetition_rate": 100},
-        ["Word-for-word\nright", "Word overlap\n(ROUGE-L)", "Spelling overlap\n(chrF)", "Repetition"],
-        ink,
-    )
+    of_hundred = {name: metric for name, metric in METRICS.items() if metric.form in ("percent", "points")}
+    scales = {name: 100 if metric.form == "percent" else 1 for name, metric in of_hundred.items()}
+    _draw_bars(shares, sides, scales, [_break_label(metric.label) for metric in of_hundred.values()], ink)
     shares.set_ylim(0, 104)
     shares.set_ylabel("%")
     _draw_bars(surprise, sides, {"nll": 1}, ["Surprise (nll),\nless is better"], ink)
@@ -82,6 +79,12 @@ def draw_metrics(comparison: Comparison, ink: str, rival: Rival | None = None) -
         _dress(axes, ink)
     figure.legend(*shares.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, labelcolor=ink)
     return figure
+
+
+def _break_label(label: str) -> str:
+    """Write a label on two lines: before the parenthesis or the last word."""
+    before, space, last = label.partition(" (") if " (" in label else label.rpartition(" ")
+    return f"{before}\n{space.strip()}{last}" if space else label
 
 
 def _list_sides(comparison: Comparison, rival: Rival | None) -> list[Side]:

@@ -8,12 +8,12 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from schemas.artifacts import Delta
+from schemas.artifacts import Decision, Delta
 from tasks.evaluation.champion import Rival, add_answers
 from tasks.evaluation.comparison import Comparison
+from tasks.evaluation.metrics import METRICS
 from tasks.evaluation.plots import Curve, draw_figures, render_svg, save_png
 from tasks.evaluation.verdict import (
-    MEASURES,
     describe_rival,
     format_change,
     format_value,
@@ -88,6 +88,7 @@ def write_report(
     warnings: Sequence[str] = (),
     curves: Sequence[Curve] | None = None,
     rival: Rival | None = None,
+    decision: Decision | None = None,
 ) -> Path:
     """Write report.html and plots/*.png into a folder, which is made where it is missing.
 
@@ -99,9 +100,10 @@ def write_report(
         title: heading of the page.
         questions: free questions as (question, base model's answer, fine-tuned model's answer).
         facts: sections of key and value, such as the accounting of the rows.
-        warnings: what the other stages want a person to know, a sentence each.
+        warnings: what a person should know, a sentence each; those of `list_caveats` are added.
         curves: (step, training loss, evaluation loss or None), in order.
         rival: the champion, when there is one.
+        decision: of the gate.
 
     Returns:
         The path of report.html.
@@ -118,11 +120,12 @@ def write_report(
         verdict=sentence,
         num_examples=comparison.num_examples,
         confidence=f"{100 * comparison.confidence:g} %",
-        metrics={name: describe_metric(comparison, name, rival) for name in MEASURES},
+        metrics={name: describe_metric(comparison, name, rival) for name in METRICS},
         champion=rival.report if rival else None,
         against_champion=describe_rival(rival) if rival else "",
         tiles=TILES,
-        warnings=[*warnings, *list_caveats(comparison)],
+        decision=decision,
+        warnings=list(dict.fromkeys((*warnings, *list_caveats(comparison)))),
         # The SVG is drawn from numbers and fixed words only, so it may enter unescaped.
         figures={name: (*FIGURE_TEXTS[name], Markup(render_svg(draw))) for name, draw in figures.items()},
         groups=group_rows(add_answers(comparison.table, rival)),
@@ -154,7 +157,7 @@ def clip_text(text: str) -> str:
 
 def describe_metric(comparison: Comparison, name: str, rival: Rival | None = None) -> MetricRow:
     """Write one measure's values and changes as text."""
-    delta, measure = comparison.delta[name], MEASURES[name]
+    delta, measure = comparison.delta[name], METRICS[name]
     direction = judge(name, delta)
     row = MetricRow(
         label=measure.label,

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandera.polars as pa
 import polars as pl
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.config import EvaluationConfig
 from schemas.records import EvaluationRows
-from tasks.evaluation.averages import average_rows
 from tasks.evaluation.generation import context_length, decode, find_stop_ids, generate_greedy, render_questions
 from tasks.evaluation.likelihood import score_targets
-from tasks.evaluation.metrics import chrf, exact_match, repetition_rate, rouge_l
+from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, columns
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
 
 IGNORE_INDEX = -100
@@ -165,23 +165,29 @@ def score_rows(
                 f"example_id {example.example_id}: the model gives a likelihood of {nll_sum}, a finite number is "
                 "wanted: its weights hold NaN or overflow; train again with a lower learning rate or in fp32"
             )
-        text = decode(tokenizer, answer)
+        scored = ScoredAnswer(decode(tokenizer, answer), example.reference, answer, nll_sum, len(example.target))
         rows.append(
             {
                 "example_id": example.example_id,
                 "question": example.question,
                 "reference": example.reference,
-                "answer": text,
+                "answer": scored.answer,
                 "nll_sum": nll_sum,
-                "num_tokens": len(example.target),
-                "exact_match": exact_match(text, example.reference),
-                "rouge_l": rouge_l(text, example.reference),
-                "chrf": chrf(text, example.reference),
-                "repetition_rate": repetition_rate(answer),
-                "answer_tokens": len(answer),
+                "num_tokens": scored.num_tokens,
+                **{column: float(METRICS[name].measure(scored)) for column, name in columns().items()},
             }
         )
-    return EvaluationRows.validate(pl.DataFrame(rows))
+    return validate_rows(pl.DataFrame(rows))
+
+
+def validate_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """Check the rows of an evaluation: the columns that all have, and one for each metric within its bounds."""
+    bounds = {column: METRICS[name].bounds for column, name in columns().items() if column != "nll_sum"}
+    measured = {
+        column: pa.Column(float, pa.Check.in_range(low, high, include_min=True, include_max=True))
+        for column, (low, high) in bounds.items()
+    }
+    return EvaluationRows.to_schema().add_columns(measured).validate(rows)
 
 
 def _check_context(model: PreTrainedModel, examples: Sequence[HeldOut]) -> None:

@@ -2,21 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from schemas.artifacts import Champion, ComparisonReport, EvalReport, ModelRef, TokensRef
-from schemas.config import EvaluationConfig
+from schemas.artifacts import Champion, ComparisonReport, DatasetRef, EvalReport, ModelRef, TokensRef
+from schemas.config import EvaluationConfig, GateConfig
 from tasks import storage, tracking
 from tasks.caching import DigestedJson, digest_conditions, stage_cache
 from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
 from tasks.evaluation.comparison import Comparison, compare
+from tasks.evaluation.conversations import find_conversations
+from tasks.evaluation.gate import judge
+from tasks.evaluation.power import expect_effects
 from tasks.evaluation.progress import log_progress
 from tasks.evaluation.report import write_report
 from tasks.evaluation.scoring import evaluate_model
+from tasks.evaluation.verdict import list_caveats, state_verdict
 from tasks.models import choose_device, choose_dtype
 
 _ROWS, _QUESTIONS = "rows.parquet", "questions.json"
@@ -70,6 +75,19 @@ def _digest_conditions(tokens: TokensRef, config: EvaluationConfig) -> str:
     )
 
 
+def foresee(
+    before: EvalReport, dataset: DatasetRef, config: EvaluationConfig, gate: GateConfig
+) -> tuple[str, tuple[str, ...]]:
+    """Say, before training, what the held-out rows can show, and warn when they are too few to promote anything."""
+    rows = pl.read_parquet(tracking.resolve(before) / _ROWS)
+    conversations = find_conversations(tracking.resolve(dataset) / "eval.parquet")
+    sentence, warnings = expect_effects(rows, conversations, config, gate)
+    get_run_logger().info("%s", sentence)
+    for warning in warnings:
+        get_run_logger().warning("%s", warning)
+    return sentence, warnings
+
+
 @task(
     name="compare",
     task_run_name="compare base and merged",
@@ -81,7 +99,9 @@ def compare_models(
     before: EvalReport,
     after: EvalReport,
     config: EvaluationConfig,
+    gate: GateConfig,
     *,
+    dataset: DatasetRef,
     champion: Champion | None = None,
     champion_evaluation: EvalReport | None = None,
     seed: int,
@@ -91,14 +111,22 @@ def compare_models(
     train_run_id: str,
     parent_run_id: str,
 ) -> ComparisonReport:
-    """Compare base and merged model row by row, the champion too where there is one, and write the page for people."""
+    """Compare base and merged model row by row, the champion too, let the gate judge, and write the page for people."""
     if (done := tracking.recall(parent_run_id, "compare", ComparisonReport)) is not None:
         return done
     with tracking.stage_run(parent_run_id, "compare") as run_id, storage.new_folder() as folder:
         folders = tracking.resolve(before), tracking.resolve(after)
         rows_before, rows_after = (pl.read_parquet(place / _ROWS) for place in folders)
-        comparison = compare(rows_before, rows_after, config, seed=seed)
-        rival = _compare_with(champion, champion_evaluation, rows_after, config, seed=seed) if champion else None
+        common: dict[str, Any] = {
+            "seed": seed,
+            "judged": gate.metrics,
+            "conversations": find_conversations(tracking.resolve(dataset) / "eval.parquet"),
+        }
+        comparison = compare(rows_before, rows_after, config, **common)
+        rival = _compare_with(champion, champion_evaluation, rows_after, config, **common) if champion else None
+        against = rival.report if rival else None
+        decision = judge(comparison.delta, gate, against, num_conversations=comparison.num_conversations)
+        warnings = tuple(dict.fromkeys((*warnings, *list_caveats(comparison))))
         table = add_answers(comparison.table, rival)
         base_answers, tuned_answers = (json.loads((place / _QUESTIONS).read_text("utf-8")) for place in folders)
         questions = [(q, base, tuned) for (q, base), (_, tuned) in zip(base_answers, tuned_answers, strict=True)]
@@ -109,9 +137,10 @@ def compare_models(
             title=title,
             questions=questions,
             facts=facts,
-            warnings=list(warnings),
+            warnings=warnings,
             curves=tracking.training_curves(train_run_id),
             rival=rival,
+            decision=decision,
         )
         table.write_parquet(folder / "comparison" / "table.parquet")
         text = json.dumps(answers, ensure_ascii=False, indent=1)
@@ -125,10 +154,14 @@ def compare_models(
             digest=digest,
             mlflow_run_id=run_id,
             num_examples=comparison.table.height,
+            num_conversations=comparison.num_conversations,
+            sentence=state_verdict(comparison)[1],
+            decision=decision,
+            warnings=warnings,
             before=comparison.before,
             after=comparison.after,
             delta=comparison.delta,
-            champion=rival.report if rival else None,
+            champion=against,
         )
         tracking.remember(run_id, ref)
     _show_tables(ref, title)
@@ -136,7 +169,7 @@ def compare_models(
 
 
 def _compare_with(
-    champion: Champion, evaluation: EvalReport | None, rows: pl.DataFrame, config: EvaluationConfig, *, seed: int
+    champion: Champion, evaluation: EvalReport | None, rows: pl.DataFrame, config: EvaluationConfig, **common: Any
 ) -> Rival:
     """Compare with the champion, or say why not."""
     if champion.obstacle is not None or evaluation is None:
@@ -150,7 +183,7 @@ def _compare_with(
             seen = _read_ids(tracking.resolve(champion.dataset) / "train.parquet")
     except tracking.ArtifactError as error:
         notes = (*notes, f"its training rows are gone, so that some of these may be among them ({error})")
-    return compare_with_champion(champion.version, theirs, rows, seen, config, seed=seed, notes=notes)
+    return compare_with_champion(champion.version, theirs, rows, seen, config, notes=notes, **common)
 
 
 def _read_ids(file: Path) -> set[str]:
@@ -181,8 +214,8 @@ def _show_tables(ref: ComparisonReport, title: str) -> None:
                     "metric": name,
                     who: round(values[name], 4),
                     "fine-tuned": round(values[name] + delta.value, 4),
-                    "change": round(delta.value, 4),
-                    "interval": f"{delta.ci_low:.4g} to {delta.ci_high:.4g}",
+                    "change": round(delta.value, 4) + 0.0,
+                    "interval": delta.interval,
                 }
                 for name, delta in deltas.items()
             ],

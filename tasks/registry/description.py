@@ -2,25 +2,23 @@
 
 from collections.abc import Mapping
 
-from schemas.artifacts import ComparisonReport, Delta
+from schemas.artifacts import ComparisonReport, Decision, Delta
 
 MAX_CHARACTERS = 5000
 """MLflow's column for a version's description."""
 
 
-def describe_version(
-    title: str, comparison: ComparisonReport, verdict: str, reasons: tuple[str, ...], links: str
-) -> str:
+def describe_version(title: str, comparison: ComparisonReport, decision: Decision, links: str) -> str:
     """Return Markdown: title, verdict with its reasons, the table of measures, and where to look further.
 
     Args:
         title: what the version is.
         comparison: with the base model, and with the champion where there was one.
-        verdict: of the gate.
-        reasons: of the verdict.
+        decision: of the gate, or of whoever was faster.
         links: a line of Markdown.
     """
-    lines = [title, "", f"Gate: **{verdict}**", *(f"- {reason}" for reason in reasons), ""]
+    lines = [title, "", f"Gate: **{decision.verdict}**", *(f"- {reason}" for reason in decision.reasons), ""]
+    lines += [comparison.sentence, ""]
     lines += [f"Against the base model, on {comparison.num_examples} held-out rows:", ""]
     lines += _table("base", comparison.before, comparison.delta)
     champion = comparison.champion
@@ -31,10 +29,34 @@ def describe_version(
     return "\n".join(lines)[: MAX_CHARACTERS - len(links) - 2] + f"\n\n{links}"
 
 
+def describe_decision(decision: Decision, comparison: ComparisonReport, what: str) -> str:
+    """Return Markdown that says what the gate decided and what it looked at, for a page of its own.
+
+    Args:
+        decision: of the gate, or of whoever was faster.
+        comparison: that it was decided on.
+        what: name and version, where there is one.
+    """
+    lines = [
+        f"# {what}: {decision.verdict}",
+        "",
+        comparison.sentence,
+        "",
+        "| | what the gate looked at |",
+        "| --- | --- |",
+    ]
+    for check in decision.checks:
+        finding = check.finding.replace("|", "\\|")
+        lines.append(f"| {'passed' if check.passed else '**failed**'} | {finding} |")
+    if comparison.warnings:
+        lines += ["", "## Please note", "", *(f"- {warning}" for warning in comparison.warnings)]
+    return "\n".join(lines) + "\n"
+
+
 def _table(rival: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> list[str]:
     lines = [f"| | {rival} | this version | change | interval |", "| --- | ---: | ---: | ---: | --- |"]
     for name, delta in deltas.items():
         before = values[name]
-        interval = f"{delta.ci_low:+.4g} to {delta.ci_high:+.4g}"
-        lines.append(f"| {name} | {before:.4g} | {before + delta.value:.4g} | {delta.value:+.4g} | {interval} |")
+        after = before + delta.value
+        lines.append(f"| {name} | {before + 0.0:.4g} | {after + 0.0:.4g} | {delta.change} | {delta.interval} |")
     return lines

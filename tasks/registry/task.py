@@ -16,7 +16,9 @@ from schemas.artifacts import (
     ChampionReport,
     ComparisonReport,
     DatasetRef,
+    Decision,
     EvalReport,
+    GateCheck,
     MergedRef,
     ModelRef,
     Ref,
@@ -26,8 +28,7 @@ from schemas.artifacts import (
 from schemas.config import RegistryConfig
 from tasks import storage, tracking
 from tasks.registry.audit import describe_user
-from tasks.registry.description import describe_version
-from tasks.registry.gate import Verdict, judge
+from tasks.registry.description import describe_decision, describe_version
 from tasks.registry.promotion import OvertakenError, place_version
 from tasks.registry.versions import (
     CHAMPION,
@@ -132,8 +133,8 @@ def register(
             "sft.prefect_flow_run": str(flow_run.id or ""),
         }
         links = _describe_links(parent_run_id)
-        decision = judge(comparison.delta, config.gate, comparison.champion)
-        text = describe_version(title, comparison, *decision, links)
+        decision = comparison.decision
+        text = describe_version(title, comparison, decision, links)
         # A resumed run may have registered already: the version is found again by its run.
         entry = find_version(config.name, RUN_TAG, parent_run_id)
         if entry is None:
@@ -147,17 +148,24 @@ def register(
         try:
             previous = _take_place(entry, comparison.champion, decision)
         except OvertakenError as error:
-            decision, previous = ("refused", (str(error),)), None
-            text = describe_version(title, comparison, *decision, links)
+            overtaken = GateCheck(kind="champion", passed=False, finding=str(error))
+            decision, previous = Decision(verdict="refused", checks=(*decision.checks, overtaken)), None
+            text = describe_version(title, comparison, decision, links)
             update_version(entry, tags=_tags_of(decision), description=text)
         version = str(entry.version)
         named = {VERSION_TAG: f"{config.name}/{version}"}
         *_, aliases = tracking.at_once(
             partial(tracking.set_tags, run_id, {**tags, **_tags_of(decision), **named}),
-            partial(tracking.set_tags, parent_run_id, {**named, "sft.verdict": decision[0]}),
+            partial(tracking.set_tags, parent_run_id, {**named, "sft.verdict": decision.verdict}),
+            partial(
+                tracking.log_text,
+                parent_run_id,
+                describe_decision(decision, comparison, f"{config.name} version {version}"),
+                "gate/gate.md",
+            ),
             partial(aliases_of, config.name, version),
         )
-    verdict, reasons = decision
+    verdict, reasons = decision.verdict, decision.reasons
     get_run_logger().info("%s version %s: %s. %s", config.name, version, verdict, "; ".join(reasons))
     _show_verdict(config.name, version, verdict, reasons, links)
     return RegistryEntry(
@@ -165,8 +173,8 @@ def register(
     )
 
 
-def _tags_of(decision: Verdict) -> dict[str, str]:
-    return {GATE_TAG: decision[0], REASONS_TAG: "; ".join(decision[1])}
+def _tags_of(decision: Decision) -> dict[str, str]:
+    return {GATE_TAG: decision.verdict, REASONS_TAG: "; ".join(decision.reasons)}
 
 
 def _collect_tags(
@@ -196,20 +204,19 @@ def _collect_tags(
     }
 
 
-def _take_place(entry: ModelVersion, champion: ChampionReport | None, decision: Verdict) -> str | None:
+def _take_place(entry: ModelVersion, champion: ChampionReport | None, decision: Decision) -> str | None:
     """Give the version its aliases; return the champion that it took the place of.
 
     Raises:
         OvertakenError: the champion is not the one any more that it was compared with.
     """
-    verdict, reasons = decision
     previous = champion.version if champion else None
     moved = place_version(
         entry,
-        is_promoted=verdict == "promoted",
+        is_promoted=decision.verdict == "promoted",
         expected=previous,
         who=f"pipeline run by {describe_user()}",
-        why="; ".join(reasons),
+        why="; ".join(decision.reasons),
     )
     return previous if moved else None
 

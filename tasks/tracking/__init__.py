@@ -10,6 +10,7 @@ from tasks.tracking.artifacts import (
     log_file,
     log_folder,
     log_table,
+    log_text,
     publish,
     resolve,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "log_folder",
     "log_metrics",
     "log_table",
+    "log_text",
     "metric_log",
     "open_experiment",
     "publish",

@@ -30,6 +30,12 @@ def log_file(run_id: str, path: Path, artifact_path: str | None = None) -> None:
 
 
 @tracking_time()
+def log_text(run_id: str, text: str, artifact_file: str) -> None:
+    """Write a text file that MLflow's pages show."""
+    client().log_text(run_id, text, artifact_file)
+
+
+@tracking_time()
 def log_folder(run_id: str, folder: Path, artifact_path: str | None = None) -> None:
     """Upload a folder's files."""
     client().log_artifacts(run_id, str(folder), artifact_path)

@@ -218,12 +218,13 @@ def _describe(report: RunReport, prefect_page: str | None) -> str:
     name = f"{entry.name} version {entry.version}"
     page = version_link(entry.name, entry.version)
     lines = [f"**{f'[{name}]({page})' if page else name}: {entry.verdict}**", ""]
-    lines += [f"- {reason}" for reason in (*entry.reasons, *report.training.warnings)]
+    lines += [report.evaluation.sentence, "", *(f"- {reason}" for reason in entry.reasons)]
+    lines += ["", *(f"- Please note: {warning}" for warning in report.evaluation.warnings)]
     compared = "base, champion and fine-tuned model" if report.evaluation.champion else "base and fine-tuned model"
     lines += [
         "",
-        f"Artifacts: `report/report.html` compares {compared}, `quality/quality.html` shows rows and "
-        "masks, `side_by_side.json` has every held-out row.",
+        f"Artifacts: `report/report.html` compares {compared}, `gate/gate.md` has the gate's verdict, "
+        "`quality/quality.html` shows rows and masks, `side_by_side.json` has every held-out row.",
         f"Prefect flow run: [{flow_run}]({prefect_page})" if prefect_page else f"Prefect flow run: `{flow_run}`",
     ]
     return "\n".join(lines)

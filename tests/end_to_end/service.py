@@ -138,7 +138,7 @@ def small_config(folder: Path) -> dict[str, Any]:
         "training": {"rank": 4, "alpha": 8, "micro_batch": 8, "num_epochs": 4, "checkpoint_every_steps": 5},
         "evaluation": {"max_examples": 6, "max_new_tokens": 8, "num_resamples": 100},
         "merge": {"num_probes": 4, "probe_tokens": 4},
-        "registry": {"name": "served-model", "gate": {"metric": "nll"}},
+        "registry": {"name": "served-model", "gate": {"metric": "nll", "min_conversations": 6}},
     }
 
 

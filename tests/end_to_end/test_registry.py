@@ -49,7 +49,7 @@ def reports(run_pipeline: RunPipeline, published: list[Published], folder: Path)
             "data": {"source": source, "eval_fraction": 0.5},
             "training": {"rank": 8, "alpha": 16, "max_steps": max_steps, "micro_batch": 8, "learning_rate": 2e-3},
             "evaluation": {"batch_size": 32, "max_new_tokens": 8, "num_resamples": 200},
-            "registry": {"name": _NAME, "gate": {"metric": "nll"}},
+            "registry": {"name": _NAME, "gate": {"metric": "nll", "min_conversations": 8}},
         }
         return run_pipeline(settings)
 

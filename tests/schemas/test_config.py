@@ -47,7 +47,7 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
         ({"registry": {"name": 7}}, 'registry.name = 7: a text is wanted: "7"'),
         ({"training": {"rank": 0}}, "training.rank = 0: Input should be greater than or equal to 1"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
-        ({"registry": {"gate": {"metric": "vibes"}}}, "registry.gate.metric = 'vibes'"),
+        ({"registry": {"gate": {"guards": {"chrf": -1}}}}, "guards.chrf is -1.0: it is the largest loss"),
         ({"model": {}}, "model.base_model: missing"),
         ({"data": {"source": "a", "mixture": [{"weight": 2}]}}, "data.mixture.0.source: missing"),
         ({"data": {"source": "a", "weight": 0}}, "data.weight = 0: Input should be greater than 0"),

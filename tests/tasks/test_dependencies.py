@@ -48,7 +48,7 @@ def _add_line(path: Path) -> None:
         ("evaluation", "decoder/attention.py", "training/loop.py"),  # imported by evaluation/flat.py
         ("evaluation", "evaluation/report.html.jinja", "ingestion/quality.html.jinja"),
         ("ingestion", "registry/publication.py", "registry/gate.py"),
-        ("tokenization", "tokenization/chatml.jinja", "evaluation/metrics.py"),
+        ("tokenization", "tokenization/chatml.jinja", "evaluation/answers.py"),
     ],
 )
 def test_what_is_reached_across_stages_counts(stage: str, inside: str, outside: str) -> None:

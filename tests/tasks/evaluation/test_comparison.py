@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from schemas.config import EvaluationConfig
-from tasks.evaluation.comparison import ComparisonError, compare, tail_probability
+from tasks.evaluation.comparison import ComparisonError, compare
+from tasks.evaluation.paired import tail_probability
 
 
 def make_rows(
@@ -35,6 +36,7 @@ def make_rows(
             "rouge_l": [float(right) for right in exact],
             "chrf": list(chrf or [100.0 * right for right in exact]),
             "repetition_rate": [0.0] * count,
+            "empty_answers": [0.0] * count,
             "answer_tokens": [1] * count,
         }
     )
@@ -131,7 +133,7 @@ def test_the_seed_decides() -> None:
 def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = make_rows([0] * 30), make_rows([1, 0, 0] * 10)
     whole = compare(before, after, CONFIG, seed=1).delta
-    monkeypatch.setattr("tasks.evaluation.comparison.RESAMPLE_BLOCK", 30 * 7)
+    monkeypatch.setattr("tasks.evaluation.paired.BLOCK", 30 * 7)
     assert compare(before, after, CONFIG, seed=1).delta == whole
 
 

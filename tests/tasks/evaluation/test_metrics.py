@@ -1,80 +1,86 @@
+"""A metric is one row of one table: whoever adds it there has it in rows, comparison, gate, report and MLflow."""
+
+import math
+from pathlib import Path
+
+import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from rouge_score.tokenizers import DefaultTokenizer
 
-from tasks.evaluation.metrics import chrf, exact_match, repetition_rate, rouge_l, split_words
-
-
-def test_exact_match_looks_past_white_space_only() -> None:
-    assert exact_match(" The  cat\nsat. ", "The cat sat.") == 1.0
-    assert exact_match("The cat sat", "The cat sat.") == 0.0
-    assert exact_match("the cat sat.", "The cat sat.") == 0.0
-    assert exact_match("", " ") == 1.0
-    assert exact_match("", "x") == 0.0
+from schemas.config import EvaluationConfig, GateConfig
+from tasks.evaluation.comparison import compare
+from tasks.evaluation.gate import check_settings, judge
+from tasks.evaluation.metrics import METRICS, Metric, MetricError, average_rows, check_metrics, is_derived
+from tasks.evaluation.report import write_report
+from tasks.evaluation.scoring import HeldOut, score_rows
+from tests.tasks.evaluation.conftest import WORDS
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("红色的灯笼。", ["红", "色", "的", "灯", "笼"]),
-        ("GPT-4模型 v2,好!", ["gpt", "4", "模", "型", "v2", "好"]),
-        ("ＡＢＣ１２", ["abc12"]),  # Full-width forms.
-        ("𠀀𠀁", ["𠀀", "𠀁"]),  # Han beyond the first 65,536 characters.
-        ("カタカナとひらがな", list("カタカナとひらがな")),
-        ("Ça va, Émile? Größe", ["ça", "va", "émile", "größe"]),
-        ("don’t — “so”", ["don", "t", "so"]),
-        ("हिन्दी में", ["हिन्दी", "में"]),  # Vowel signs are not letters, but belong to the word.
-        ("مرحبا بالعالم", ["مرحبا", "بالعالم"]),
-        ("ที่นี่", ["ที่", "นี่"]),
-        ("한국어 문장", ["한국어", "문장"]),
-        ("😀 …", []),
-    ],
-)
-def test_words_of_each_script(text: str, words: list[str]) -> None:
-    assert split_words(text) == words
+def _score(tokenizer: object, answers: list[list[int]], nll: float) -> pl.DataFrame:
+    held_out = [HeldOut(f"{at:016x}", f"q {at}", "i am red", [5], [9, 10, 11, 4]) for at in range(len(answers))]
+    return score_rows(held_out, answers, [nll] * len(answers), tokenizer)  # type: ignore[arg-type]
 
 
-@given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_on_ascii_the_words_are_those_of_rouge_score(text: str) -> None:
-    assert split_words(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+def test_a_metric_from_outside_is_a_row_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: object
+) -> None:
+    metric = Metric(
+        label="Says red",
+        meaning="Answers with the word red.",
+        form="percent",
+        direction="higher",
+        measure=lambda row: float("red" in row.answer.split()),
+        bounds=(0, 1),
+        guard_margin=0.2,
+    )
+    monkeypatch.setitem(METRICS, "says_red", metric)
+    red, blue = WORDS.index("red"), WORDS.index("blue")
+    before, after = _score(tokenizer, [[9, 10, blue]] * 40, 8.0), _score(tokenizer, [[9, 10, red]] * 40, 4.0)
+    comparison = compare(before, after, EvaluationConfig(num_resamples=100), seed=0, judged=("says_red",))
+    assert (comparison.before["says_red"], comparison.after["says_red"]) == (0.0, 1.0)
+    gate = GateConfig(metric="says_red", min_gain=0.5)
+    check_settings(gate)
+    assert judge(comparison.delta, gate, num_conversations=40).reasons[0].startswith("says_red gained 1 over")
+    back = compare(after, before, EvaluationConfig(num_resamples=100), seed=0)
+    refused = judge(back.delta, GateConfig(metric="chrf", guards={"chrf": None}), num_conversations=40)
+    assert any(reason.startswith("says_red against the base model") for reason in refused.reasons)
+    assert "Says red" in write_report(tmp_path, comparison, title="t").read_text()
 
 
-def test_rouge_l_is_the_f_measure_of_the_common_subsequence() -> None:
-    # Common: police the gunman, 3 of 4 words on either side.
-    assert rouge_l("police kill the gunman", "police the gunman killed") == pytest.approx(3 / 4)
-    # Common: 2 of 5 words of the answer, 2 of 2 of the reference: 2 * 0.4 * 1 / 1.4.
-    assert rouge_l("a b c d e", "b d") == pytest.approx(0.8 / 1.4)
-    # Chinese: 灯 笼 是 色, 4 of 5 characters on either side.
-    assert rouge_l("灯笼是红色", "灯笼是绿色。") == pytest.approx(4 / 5)
-    assert rouge_l("", "word") == 0.0
-    assert rouge_l("😀", "😀") == 1.0
-    assert rouge_l("words", "😀") == 0.0
+def test_looping_answers_do_not_pass_for_a_better_nll(tokenizer: object) -> None:
+    # Four rows of sixty become wrong and none right; the others were wrong before.
+    good, loop = [9, 10, 11], [11] * 24
+    before = _score(tokenizer, [good] * 4 + [[9, 10, 12]] * 56, 8.0)
+    after = _score(tokenizer, [loop] * 60, 4.0)
+    comparison = compare(before, after, EvaluationConfig(num_resamples=500), seed=0, judged=("nll",))
+    assert METRICS["nll"].gain(comparison.delta["nll"].value) > 0
+    decision = judge(comparison.delta, GateConfig(metric="nll"), num_conversations=comparison.num_conversations)
+    assert decision.verdict == "refused"
+    assert [reason.split()[0] for reason in decision.reasons] == ["chrf", "repetition_rate"]
+    without = GateConfig(metric="nll", guards={"chrf": None, "repetition_rate": None, "empty_answers": None})
+    assert judge(comparison.delta, without, num_conversations=60).verdict == "promoted"
 
 
-def test_chrf_compares_character_pieces() -> None:
-    assert chrf("灯笼是红色", "灯笼是红色") == 100.0
-    assert chrf("", "灯笼") == 0.0
-    assert chrf("xyz", "abc") == pytest.approx(0.0, abs=1e-6)
-    # One-grams: a, b of 3: 2/3; two-grams: ab of 2: 1/2; three-grams: 0 of 1. No longer ones in three characters.
-    assert chrf("abx", "aby") == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+def test_means_are_over_rows_or_over_tokens(tokenizer: object) -> None:
+    rows = _score(tokenizer, [[9, 10, 11], [], [12]], 2.0)
+    means = average_rows(rows)
+    assert means["exact_match"] == pytest.approx(1 / 3)
+    assert means["empty_answers"] == pytest.approx(1 / 3)
+    assert means["nll"] == pytest.approx(3 * 2.0 / 12)
+    assert means["perplexity"] == pytest.approx(math.exp(0.5))
+    assert means["answer_tokens"] == pytest.approx(4 / 3)
 
 
-def test_repetition_rate_is_the_share_of_four_grams_seen_before() -> None:
-    assert repetition_rate([]) == 0.0
-    assert repetition_rate([1, 1, 1]) == 0.0
-    assert repetition_rate([1, 2, 3, 4, 5, 6]) == 0.0
-    # 1111 five times: one is new.
-    assert repetition_rate([1] * 8) == pytest.approx(4 / 5)
-    # 1234 2341 3412 4123 1234: one of five has occurred.
-    assert repetition_rate([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+def test_a_row_out_of_a_metrics_bounds_is_an_error(monkeypatch: pytest.MonkeyPatch, tokenizer: object) -> None:
+    broken = Metric("x", "x", "percent", "higher", measure=lambda row: 2.0, bounds=(0, 1))
+    monkeypatch.setitem(METRICS, "broken", broken)
+    with pytest.raises(Exception, match="broken"):
+        _score(tokenizer, [[9]], 1.0)
 
 
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_measures_stay_in_their_bounds_and_are_full_for_the_reference(answer: str, reference: str) -> None:
-    assert 0.0 <= rouge_l(answer, reference) <= 1.0
-    assert 0.0 <= chrf(answer, reference) <= 100.0
-    assert rouge_l(reference, reference) == 1.0
-    assert exact_match(reference, reference) == 1.0
-    if reference.strip():
-        assert chrf(reference, reference) == pytest.approx(100.0)
+def test_perplexity_says_what_nll_says() -> None:
+    assert [name for name in METRICS if is_derived(name)] == ["perplexity"]
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(MetricError, match=r"here = 'vibes': no such metric to judge by; known are exact_match, "):
+        check_metrics(["vibes"], "here")

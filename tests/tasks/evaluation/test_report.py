@@ -28,6 +28,7 @@ def make_rows(exact: Sequence[int], *, nll: float = 1.0, answers: Sequence[str] 
             "rouge_l": [float(right) for right in exact],
             "chrf": [100.0 * right for right in exact],
             "repetition_rate": [0.0] * len(exact),
+            "empty_answers": [float(not answer.strip()) for answer in answers or ["no"] * len(exact)],
             "answer_tokens": [1] * len(exact),
         }
     )

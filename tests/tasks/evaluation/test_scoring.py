@@ -102,7 +102,7 @@ def test_the_generation_config_beside_the_tokenizer_ends_answers(
     model, folder = save(make_model(), tmp_path / "model"), write_tokens(tmp_path, tokenizer)
     config = EvaluationConfig(max_new_tokens=6)
     rows, _, _ = evaluate_model(model, folder, config)
-    assert 6 in rows["answer_tokens"]
+    assert 6.0 in rows["answer_tokens"]
     GenerationConfig(eos_token_id=list(range(13))).save_pretrained(str(folder / "tokenizer"))
     rows, _, _ = evaluate_model(model, folder, config)
     assert rows["answer_tokens"].to_list() == [0, 0, 0]

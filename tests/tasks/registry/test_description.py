@@ -1,6 +1,6 @@
 """A version's description says what it is, what the gate said, and before and after; never more than MLflow takes."""
 
-from schemas.artifacts import ChampionReport, ComparisonReport, Delta
+from schemas.artifacts import ChampionReport, ComparisonReport, Decision, Delta, GateCheck
 from tasks.registry.description import MAX_CHARACTERS, describe_version
 
 _GAIN = {"exact_match": Delta(value=0.25, ci_low=0.1, ci_high=0.4)}
@@ -11,6 +11,8 @@ _COMPARISON = ComparisonReport(
     uri="runs:/x",
     digest="d",
     num_examples=40,
+    sentence="It is better.",
+    decision=Decision(verdict="promoted", checks=(GateCheck(kind="gain", passed=True, finding="it gained"),)),
     before={"exact_match": 0.0},
     after={"exact_match": 0.75},
     delta={"exact_match": Delta(value=0.75, ci_low=0.6, ci_high=0.9)},
@@ -19,12 +21,14 @@ _COMPARISON = ComparisonReport(
 
 
 def test_both_comparisons_are_tables_with_their_rows() -> None:
-    text = describe_version("base on rows, 2026", _COMPARISON, "promoted", ("it gained",), "[run](there)")
+    text = describe_version("base on rows, 2026", _COMPARISON, _COMPARISON.decision, "[run](there)")
     assert text.splitlines() == [
         "base on rows, 2026",
         "",
         "Gate: **promoted**",
         "- it gained",
+        "",
+        "It is better.",
         "",
         "Against the base model, on 40 held-out rows:",
         "",
@@ -43,6 +47,7 @@ def test_both_comparisons_are_tables_with_their_rows() -> None:
 
 
 def test_the_links_stay_where_the_reasons_are_endless() -> None:
-    text = describe_version("t", _COMPARISON, "refused", ("why " * 5000,), "[run](there)")
+    endless = Decision(verdict="refused", checks=(GateCheck(kind="gain", passed=False, finding="why " * 5000),))
+    text = describe_version("t", _COMPARISON, endless, "[run](there)")
     assert len(text) == MAX_CHARACTERS
     assert text.endswith("\n\n[run](there)")

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from schemas.artifacts import ChampionReport, EvalReport, TokensRef
+from schemas.artifacts import ChampionReport, Decision, EvalReport, GateCheck, TokensRef
 from tasks import storage
 from tasks.registry import promotion, task, versions
-from tasks.registry.gate import Verdict
 from tests.tasks.registry.conftest import MakeVersion
 
 _COMPARED_WITH_1 = ChampionReport(version="1", num_examples=40, num_seen=0, metrics={}, delta={}, notes=())
-_PROMOTED: Verdict = ("promoted", ("it is better",))
-_REFUSED: Verdict = ("refused", ("it is worse",))
+_PROMOTED = Decision(verdict="promoted", checks=(GateCheck(kind="gain", passed=True, finding="it is better"),))
+_REFUSED = Decision(verdict="refused", checks=(GateCheck(kind="gain", passed=False, finding="it is worse"),))
 
 
 @pytest.fixture

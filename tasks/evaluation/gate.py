@@ -1,0 +1,140 @@
+"""The gate: may this version become champion? A pure decision, with its reasons in words.
+
+A version is promoted when every check passes, so that each check keeps its own level and none needs to be corrected for
+the others. Only where a gain in one of several metrics is enough, their p-values are corrected (comparison.py).
+"""
+
+from collections.abc import Iterator, Mapping
+
+from schemas.artifacts import ChampionReport, Decision, Delta, GateCheck
+from schemas.config import GateConfig
+from tasks.evaluation.metrics import METRICS, check_metrics
+
+
+def check_settings(gate: GateConfig) -> None:
+    """Refuse metrics that are not in the table, and one of which neither side is better.
+
+    Raises:
+        MetricError: which setting, and what is known.
+    """
+    check_metrics((gate.metric,), "registry.gate.metric")
+    check_metrics(gate.further_metrics, "registry.gate.further_metrics")
+    check_metrics(gate.guards, "registry.gate.guards")
+    check_metrics(
+        (name for name in (*gate.metrics, *gate.guards) if METRICS[name].direction == "neither"),
+        "registry.gate",
+        [name for name, metric in METRICS.items() if metric.direction != "neither"],
+    )
+
+
+def judge(
+    delta: Mapping[str, Delta],
+    gate: GateConfig,
+    champion: ChampionReport | None = None,
+    *,
+    num_conversations: int,
+) -> Decision:
+    """Decide on the comparisons with the base model and with the champion, and say why.
+
+    A gain is an improvement: `after - before`, with its sign turned where lower is better. Over the base model it must
+    be larger than `min_gain`, and with `require_significance` the whole interval must lie on the better side of zero
+    and the randomization test must agree. Over the champion it must be larger than `min_gain_over_champion` = m, and
+    the interval must lie above min(0, m): for m < 0 this is the usual test of non-inferiority. A champion that could
+    not be compared stays. No guard may get worse by more than its margin, the worse end of its interval included.
+    Each comparison needs `min_conversations`.
+
+    Args:
+        delta: new version minus base model.
+        gate: what is asked for.
+        champion: new version minus champion; None when there is none.
+        num_conversations: held-out conversations of the comparison with the base model.
+    """
+    checks = list(_check_rival(delta, gate, "the base model", num_conversations, "min_gain", gate.min_gain))
+    if champion is not None:
+        checks += _check_champion(champion, gate)
+    return Decision(verdict="promoted" if all(check.passed for check in checks) else "refused", checks=tuple(checks))
+
+
+def find_margins(gate: GateConfig) -> dict[str, float]:
+    """Return the guards in force: metric to the largest tolerated loss. What has to gain needs no guard."""
+    margins = {name: metric.guard_margin for name, metric in METRICS.items()} | gate.guards
+    return {name: margin for name, margin in margins.items() if margin is not None and name not in gate.metrics}
+
+
+def _check_champion(champion: ChampionReport, gate: GateConfig) -> Iterator[GateCheck]:
+    who = f"champion version {champion.version}"
+    if champion.num_examples:
+        least = gate.min_gain_over_champion
+        yield from _check_rival(
+            champion.delta, gate, who, champion.num_conversations, "min_gain_over_champion", least, min(0.0, least)
+        )
+        return
+    finding = (
+        f"{who} could not be compared ({'; '.join(champion.notes)}): it stays until somebody promotes another version "
+        "by hand"
+    )
+    yield GateCheck(kind="champion", passed=False, finding=finding)
+
+
+def _check_rival(
+    delta: Mapping[str, Delta],
+    gate: GateConfig,
+    rival: str,
+    num_conversations: int,
+    setting: str,
+    least: float,
+    floor: float = 0.0,
+) -> Iterator[GateCheck]:
+    """Give what was found against one rival."""
+    yield _check_number(num_conversations, gate, rival)
+    gains = [_check_gain(name, delta[name], gate, rival, setting, least, floor) for name in gate.metrics]
+    # One gain is enough; the others are then not held against the version.
+    any_gained = any(check.passed for check in gains)
+    yield from (check for check in gains if check.passed or not any_gained)
+    for name, margin in find_margins(gate).items():
+        yield _check_guard(name, delta[name], margin, rival)
+
+
+def _check_number(num_conversations: int, gate: GateConfig, rival: str) -> GateCheck:
+    finding = f"{num_conversations:,} held-out conversations to compare with {rival}"
+    passed = num_conversations >= gate.min_conversations
+    if not passed:
+        finding += (
+            f": at least registry.gate.min_conversations = {gate.min_conversations} are wanted: hold out more "
+            "(data.eval_fraction, data.eval_source, evaluation.max_examples)"
+        )
+    return GateCheck(kind="conversations", passed=passed, finding=finding)
+
+
+def _check_gain(
+    name: str, change: Delta, gate: GateConfig, rival: str, setting: str, least: float, floor: float
+) -> GateCheck:
+    """Say what was gained over a rival, and what speaks against it."""
+    gain = METRICS[name].gain(change.value)
+    low, high = METRICS[name].gains(change.ci_low, change.ci_high)
+    measured = f"{name} gained {gain:.4g} over {rival} (interval {low:.4g} to {high:.4g})"
+    against = []
+    if not gain > least:
+        against.append(f"more than registry.gate.{setting} = {least:g} is wanted")
+    if gate.require_significance:
+        if not low > floor:
+            against.append(f"the interval does not exclude {f'{floor:g}' if floor else 'zero'}")
+        elif floor == 0 and not change.is_beyond_chance:
+            against.append(f"chance could explain it (p = {change.p_value:.2g} in a randomization test)")
+    finding = f"{measured}: {', and '.join(against)}" if against else measured
+    return GateCheck(kind="gain", passed=not against, finding=finding)
+
+
+def _check_guard(name: str, change: Delta, margin: float, rival: str) -> GateCheck:
+    """Say whether a guard held: its loss, at the worse end of the interval, is within the margin."""
+    metric = METRICS[name]
+    worst = -metric.gains(change.ci_low, change.ci_high)[0]
+    passed = worst <= margin
+    finding = (
+        f"{name} against {rival}: changed by {change.change} (interval {change.interval}); "
+        f"a loss of up to {margin:g} is tolerated"
+    )
+    if not passed:
+        lost = "it got worse" if metric.gain(change.value) < 0 else "it did not get worse, but these rows leave it open"
+        finding += f": {lost} (registry.gate.guards)"
+    return GateCheck(kind="guard", passed=passed, finding=finding)
