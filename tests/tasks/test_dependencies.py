@@ -47,7 +47,7 @@ def _add_line(path: Path) -> None:
     [
         ("evaluation", "decoder/attention.py", "training/loop.py"),  # imported by evaluation/flat.py
         ("evaluation", "evaluation/report.html.jinja", "ingestion/quality.html.jinja"),
-        ("ingestion", "registry/publication.py", "registry/gate.py"),
+        ("ingestion", "registry/publication.py", "registry/description.py"),
         ("tokenization", "tokenization/chatml.jinja", "evaluation/answers.py"),
     ],
 )
