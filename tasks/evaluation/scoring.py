@@ -18,8 +18,7 @@ from tasks.evaluation.generation import context_length, decode, find_stop_ids, g
 from tasks.evaluation.likelihood import score_targets
 from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, columns
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
-
-IGNORE_INDEX = -100
+from tasks.tokenization.labels import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 

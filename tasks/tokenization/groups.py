@@ -5,14 +5,13 @@ compared do not depend on which shard it is in, nor on who made the one before. 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 from pydantic import TypeAdapter
@@ -20,19 +19,17 @@ from pydantic import TypeAdapter
 from schemas.config import TokenizationConfig
 from schemas.records import Rejects
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.fast.assembly import Assembler
+from tasks.tokenization.labels import Example
 from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.tables import (
     EXAMPLE_SCHEMA,
     REJECT_SCHEMA,
-    Line,
     Row,
-    join_lines,
+    join_examples,
     lay_out,
     open_batches,
     read_rows,
-    to_line,
 )
 from tasks.tokenization.templates import PreparedTokenizer
 
@@ -43,7 +40,9 @@ _MAX_RAW_CHARACTERS = 2000
 _NUM_FIRST_CHECKED = 32
 _CHECKED_ONE_IN = 256
 
-Outcome = list[Line] | MaskError
+Outcome = list[Example] | MaskError
+Fast = Callable[[Conversation], list[Example] | None]
+"""Makes the examples of a conversation without rendering it, or returns None where it has to be rendered."""
 
 
 class _NotAsRendered(Exception):  # noqa: N818 - the row group is made again
@@ -56,7 +55,7 @@ class _Work:
 
     prepared: PreparedTokenizer
     config: TokenizationConfig
-    assembler: Assembler | None
+    fast: Fast | None
     report: MaskReport = field(default_factory=MaskReport)
 
 
@@ -65,7 +64,7 @@ def tokenize_group(
     number: int,
     prepared: PreparedTokenizer,
     config: TokenizationConfig,
-    assembler: Assembler | None,
+    fast: Fast | None,
     folder: Path,
 ) -> None:
     """Make the examples of one row group, in their rows' order; a row that differs when rendered has all rendered.
@@ -75,11 +74,11 @@ def tokenize_group(
         number: Of the row group.
         prepared: The tokenizer.
         config: Masks and limits.
-        assembler: The fast way, where the tokenizer has one.
+        fast: The fast way, where the tokenizer has one.
         folder: Where examples, rejects and report are written; made when missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    work = _Work(prepared, config, assembler)
+    work = _Work(prepared, config, fast)
     try:
         _write_group(read_rows(table, number), work, folder)
     except _NotAsRendered as difference:
@@ -114,18 +113,18 @@ def _write_group(batches: Iterator[list[Row]], work: _Work, folder: Path) -> Non
 
 def _lay_out_batch(rows: Sequence[Row], outcomes: Sequence[Outcome], work: _Work) -> pa.Table:
     """Count a batch, and lay its examples out as columns."""
-    example_ids, lines = [], []
+    rows_of, examples = [], []
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, MaskError):
             work.report.reject(outcome.reason)
             continue
         work.report.num_conversations += 1
         work.report.num_split_conversations += len(outcome) > 1
-        example_ids += [row.example_id] * len(outcome)
-        lines += outcome
-    columns = join_lines(lines)
-    work.report.add(lines, columns, work.prepared.stop_token_ids, work.prepared.tokenizer)
-    return lay_out(example_ids, lines, columns, work.prepared.tokenizer)
+        rows_of += [row] * len(outcome)
+        examples += outcome
+    columns = join_examples(examples)
+    work.report.add(examples, columns, work.prepared.stop_token_ids, work.prepared.tokenizer)
+    return lay_out(rows_of, examples, columns, work.prepared.tokenizer, work.prepared.end_of_turn)
 
 
 def _make(batches: Iterator[list[Row]], work: _Work) -> Iterator[tuple[list[Row], list[Outcome]]]:
@@ -134,11 +133,11 @@ def _make(batches: Iterator[list[Row]], work: _Work) -> Iterator[tuple[list[Row]
     One thread renders a batch while another encodes the one before: encoding leaves Python to Rust.
     """
     tokenizer, config = work.prepared.tokenizer, work.config
-    waiting: tuple[list[Row], list[list[Line] | None], list[int], Future[list[Masked | MaskError]]] | None = None
+    waiting: tuple[list[Row], list[list[Example] | None], list[int], Future[list[Masked | MaskError]]] | None = None
     with ThreadPoolExecutor(1) as pool:
         for rows in batches:
-            assembled = [work.assembler.assemble(row.conversation) if work.assembler else None for row in rows]
-            numbers = [n for n, lines in enumerate(assembled) if lines is None or _is_checked(rows[n], work.report)]
+            assembled = [work.fast(row.conversation) if work.fast else None for row in rows]
+            numbers = [n for n, made in enumerate(assembled) if made is None or _is_checked(rows[n], work.report)]
             plans: list[Plan | MaskError] = plan_many([rows[n].conversation for n in numbers], tokenizer, config)
             pending = pool.submit(finish, plans, tokenizer, config)
             if waiting:
@@ -157,7 +156,7 @@ def _is_checked(row: Row, report: MaskReport) -> bool:
 
 def _settle(
     rows: Sequence[Row],
-    assembled: Sequence[list[Line] | None],
+    assembled: Sequence[list[Example] | None],
     numbers: Sequence[int],
     pending: "Future[list[Masked | MaskError]]",
     work: _Work,
@@ -167,37 +166,33 @@ def _settle(
     Raises:
         _NotAsRendered: one that is both is not the same.
     """
-    outcomes: dict[int, Outcome] = {n: lines for n, lines in enumerate(assembled) if lines is not None}
+    outcomes: dict[int, Outcome] = {n: made for n, made in enumerate(assembled) if made is not None}
     for number, rendered in zip(numbers, pending.result(), strict=True):
-        row, lines = rows[number], assembled[number]
+        row, made = rows[number], assembled[number]
         outcome = _retry_adapted(row, rendered, work)
-        if lines is not None:
-            expected = (
-                [to_line(row, example, work.prepared.end_of_turn) for example in outcome.examples]
-                if isinstance(outcome, Masked)
-                else []
-            )
-            if [line.normal() for line in expected] != [line.normal() for line in lines]:
-                raise _NotAsRendered(f"{row.source}, line {row.line} became {_differ(lines, expected)}")
+        if made is not None:
+            expected = outcome.examples if isinstance(outcome, Masked) else []
+            if expected != made:
+                raise _NotAsRendered(f"{row.source}, line {row.line} became {_differ(made, expected)}")
         elif isinstance(outcome, MaskError):
             outcomes[number] = outcome
         else:
             work.report.num_literals += outcome.num_literals
             work.report.dropped.update(outcome.dropped)
-            outcomes[number] = [to_line(row, example, work.prepared.end_of_turn) for example in outcome.examples]
+            outcomes[number] = outcome.examples
     return [outcomes[number] for number in range(len(rows))]
 
 
-def _differ(lines: Sequence[Line], expected: Sequence[Line]) -> str:
+def _differ(made: Sequence[Example], expected: Sequence[Example]) -> str:
     """Say how examples differ from the rendered ones."""
-    if len(lines) != len(expected):
-        return f"{len(lines)} example(s) in place of {len(expected)}"
-    for line, wanted in zip(lines, expected, strict=True):
-        ids, others = (np.frombuffer(each.ids, np.int32).tolist() for each in (line, wanted))
+    if len(made) != len(expected):
+        return f"{len(made)} example(s) in place of {len(expected)}"
+    for example, wanted in zip(made, expected, strict=True):
+        ids, others = example.input_ids, wanted.input_ids
         if ids != others:
             place = next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(others))
             return f"{len(ids)} tokens in place of {len(others)}, the first different one at position {place}"
-    return "examples with other labels, questions or references"
+    return "examples with other labels or targets"
 
 
 def _to_reject(row: Row, outcome: MaskError) -> tuple[Any, ...]:

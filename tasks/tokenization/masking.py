@@ -1,8 +1,8 @@
-"""Labels: made here once, carried by everything after.
+"""Which tokens are trained: a conversation becomes examples with the spans of its trained turns.
 
-An example is a prompt's ids as served, the ids of the answer behind it, and so on for the turns that continue it.
-Labels are the ids of the answers and their ends of turn, and -100 (`IGNORE_INDEX`) elsewhere. A turn whose served
-prompt does not continue the example before it begins an example of its own.
+An example is a prompt's ids as served, the ids of the answer behind it, and so on for the turns that continue it. A
+span is an answer with its end of turn. A turn whose served prompt does not continue the example before it begins an
+example of its own.
 """
 
 from collections.abc import Sequence
@@ -12,34 +12,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
+from tasks.tokenization.batching import Encoded, encode_turns
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.fast.pieces import Encoded, encode_turns
+from tasks.tokenization.labels import Example, write_ids
 from tasks.tokenization.rendering import Chat, Message, Tool, open_chat, plain_messages
 from tasks.tokenization.truncation import cut_turn
 from tasks.tokenization.turns import Rendered, Turn, render_turns
 
-__all__ = ["IGNORE_INDEX", "Conversation", "Example", "MaskError", "Masked", "build_examples", "build_many"]
+__all__ = ["Conversation", "Example", "MaskError", "Masked", "build_examples", "build_many"]
 
-IGNORE_INDEX = -100
 MOST_PROMPT_MESSAGES = 125_000
 """Of all trained turns of a conversation together, each of which is rendered with all that comes before it: what 707
 messages of two who take turns have."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids and labels of the same length, `[T]`."""
-
-    input_ids: list[int]
-    labels: list[int]
-    turns: tuple[int, ...] = ()
-    """Indices of the messages trained here."""
-    target: str = ""
-    """Text of the last of them, with its end of turn."""
-    truncated: bool = False
-    """Whether the prompt's contents or the answer were cut."""
-    closed: bool = True
-    """Whether the template writes the end of turn; if not, eos was appended."""
 
 
 @dataclass(frozen=True)
@@ -221,13 +205,14 @@ class _Chain:
 
     truncated: bool = False
     input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
     def add(self, turn: Turn, front_ids: Sequence[int], target_ids: Sequence[int]) -> None:
         """Append what is served and what is said."""
+        start = len(self.input_ids) + len(front_ids)
         self.input_ids += [*front_ids, *target_ids]
-        self.labels += [*[IGNORE_INDEX] * len(front_ids), *target_ids]
+        self.spans.append((start, len(self.input_ids)))
         self.turns.append(turn)
 
     def close(self, config: TokenizationConfig) -> list[Example]:
@@ -235,6 +220,6 @@ class _Chain:
         if not self.turns:
             return []
         last = self.turns[-1]
-        labels = list(self.input_ids) if config.train_on_prompt else self.labels
+        spans = ((0, len(self.input_ids)),) if config.train_on_prompt else tuple(self.spans)
         indices = tuple(turn.index for turn in self.turns)
-        return [Example(self.input_ids, labels, indices, last.target, self.truncated, last.closed)]
+        return [Example(write_ids(self.input_ids), spans, indices, last.target, self.truncated, last.closed)]

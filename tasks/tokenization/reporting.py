@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tasks.tokenization.encoding import decode
-from tasks.tokenization.masking import IGNORE_INDEX
-from tasks.tokenization.tables import Columns, Line
+from tasks.tokenization.labels import IGNORE_INDEX, Example
+from tasks.tokenization.tables import Columns
 
 NUM_SAMPLES = 5
 _HISTOGRAM_EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -66,23 +66,23 @@ class MaskReport:
         self.num_too_long += reason in ("answer_too_long", "prompt_too_long")
 
     def add(
-        self, lines: Sequence[Line], columns: Columns, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase
+        self, examples: Sequence[Example], columns: Columns, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Count a batch's examples."""
-        if not lines:
+        if not examples:
             return
         is_trained = columns.labels != IGNORE_INDEX
         num_trained = np.add.reduceat(is_trained, columns.offsets[:-1], dtype=np.int64)
-        assert num_trained.all(), f"an example without trained tokens: {lines[int(num_trained.argmin())].question!r}"
-        self.num_examples += len(lines)
-        self.num_truncated += sum(line.truncated for line in lines)
-        self.num_eos_appended += sum(not line.closed for line in lines)
+        assert num_trained.all(), f"an example without trained tokens: {examples[int(num_trained.argmin())].target!r}"
+        self.num_examples += len(examples)
+        self.num_truncated += sum(example.truncated for example in examples)
+        self.num_eos_appended += sum(not example.closed for example in examples)
         self.num_ending += int(np.isin(columns.labels[columns.offsets[1:] - 1], stops).sum())
         self.total_tokens += columns.input_ids.size
         self.trained_tokens += int(num_trained.sum())
         self.lengths.update(_count(columns.lengths))
         self.trained.update(_count(num_trained))
-        for number in range(min(len(lines), NUM_SAMPLES - len(self.samples))):
+        for number in range(min(len(examples), NUM_SAMPLES - len(self.samples))):
             span = slice(columns.offsets[number], columns.offsets[number + 1])
             self.samples.append(color_runs(columns.input_ids[span], is_trained[span], tokenizer))
 

@@ -6,14 +6,14 @@ where they begin and end. A worker keeps the tokenizer, and all that was found o
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
 from tasks import garbage
-from tasks.tokenization.fast.assembly import open_assembler
-from tasks.tokenization.groups import tokenize_group
+from tasks.tokenization.groups import Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 
@@ -59,9 +59,18 @@ def tokenize_shard(
         folder: Where the row groups' folders are made; made when missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    assembler = open_assembler(prepared.tokenizer, config)
+    fast = _open_fast(prepared, config)
     for number in row_groups:
-        tokenize_group(table, number, prepared, config, assembler, folder / f"{number:06}")
+        tokenize_group(table, number, prepared, config, fast, folder / f"{number:06}")
+
+
+def _open_fast(prepared: PreparedTokenizer, config: TokenizationConfig) -> Fast | None:
+    """Return the fast way; None where the tokenizer has none, or the folder `fast` was taken out."""
+    if find_spec("tasks.tokenization.fast") is None:
+        return None
+    from tasks.tokenization.fast.encoder import open_fast
+
+    return open_fast(prepared.tokenizer, config)
 
 
 def work_on_shard(

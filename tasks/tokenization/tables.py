@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from schemas.records import Conversations, Examples, Rejects, columns_of
 from tasks.jsontext import parse
-from tasks.tokenization.masking import IGNORE_INDEX, Conversation, Example
+from tasks.tokenization.labels import ID_TYPE, Example, make_labels
+from tasks.tokenization.masking import Conversation
 
 _ROWS_PER_BATCH = 2500
 EXAMPLE_SCHEMA = pa.schema(
@@ -73,25 +74,6 @@ def join_batches(paths: Sequence[Path], schema: Any, target: Path) -> None:
                     writer.write_batch(batches.get_batch(number))
 
 
-class Line(NamedTuple):
-    """An example as it is written."""
-
-    ids: bytes
-    """input_ids, as int32."""
-    runs: list[int]
-    """Tokens of the runs without and with labels in turn, the first without."""
-    question: str
-    reference: str | None
-    """None where it is what the labels of the last answer decode to."""
-    truncated: bool = False
-    closed: bool = True
-    """Whether the template writes the end of turn; if not, eos was appended."""
-
-    def normal(self) -> tuple[Any, ...]:
-        """Return what two lines of one example share, however their runs are cut."""
-        return *self._replace(runs=[]), join_lines([self]).labels.tobytes()
-
-
 class Columns(NamedTuple):
     """Examples end to end: `N` of them, with `S` tokens together."""
 
@@ -108,38 +90,41 @@ class Columns(NamedTuple):
         return np.diff(self.offsets)
 
 
-def to_line(row: Row, example: Example, end_of_turn: str) -> Line:
-    """Write an example as a line."""
-    is_trained = np.asarray(example.labels) != IGNORE_INDEX
-    borders = np.flatnonzero(np.diff(is_trained, prepend=False)).tolist()
-    runs = np.diff([0, *borders, len(is_trained)]).tolist()
-    ids = np.asarray(example.input_ids, np.int32).tobytes()
-    return Line(
-        ids, runs, _question(row, example), _reference(row, example, end_of_turn), example.truncated, example.closed
-    )
-
-
-def join_lines(lines: Sequence[Line]) -> Columns:
+def join_examples(examples: Sequence[Example]) -> Columns:
     """Put examples end to end, with their labels."""
-    input_ids = np.frombuffer(b"".join([line.ids for line in lines]), np.int32)
-    lengths = np.fromiter((len(line.ids) // 4 for line in lines), np.int64, len(lines))
-    runs = np.fromiter(chain.from_iterable(line.runs for line in lines), np.int64)
-    numbers = np.fromiter((len(line.runs) for line in lines), np.int64, len(lines))
+    input_ids = np.frombuffer(b"".join([example.ids for example in examples]), ID_TYPE)
+    lengths = np.fromiter((len(example.ids) // ID_TYPE.itemsize for example in examples), np.int64, len(examples))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    # Runs alternate within an example and begin anew with each.
-    starts = np.repeat(np.cumsum(numbers) - numbers, numbers)
-    is_trained = np.repeat((np.arange(runs.size) - starts) % 2 == 1, runs)
-    assert is_trained.size == input_ids.size == offsets[-1]
-    return Columns(offsets, input_ids, np.where(is_trained, input_ids, np.int32(IGNORE_INDEX)))
+    numbers = np.fromiter((len(example.spans) for example in examples), np.int64, len(examples))
+    borders = chain.from_iterable(chain.from_iterable(example.spans for example in examples))
+    spans = np.fromiter(borders, np.int64, 2 * int(numbers.sum())).reshape(-1, 2)
+    spans += np.repeat(offsets[:-1], numbers)[:, None]
+    return Columns(offsets, input_ids, make_labels(input_ids, spans))
 
 
 def lay_out(
-    example_ids: Sequence[str], lines: Sequence[Line], columns: Columns, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    end_of_turn: str,
 ) -> pa.Table:
-    """Lay examples out as Arrow columns."""
-    references = [line.reference if line.reference is not None else _decode_last(line, tokenizer) for line in lines]
+    """Lay examples out as Arrow columns.
+
+    Args:
+        rows: The row that each example is of.
+        examples: In order.
+        columns: Of the examples.
+        tokenizer: Decodes answers that are not in their conversation as they are said.
+        end_of_turn: As the template writes it.
+    """
+    pairs = list(zip(rows, examples, strict=True))
     frame = pl.DataFrame(
-        {"example_id": example_ids, "question": [line.question for line in lines], "reference": references},
+        {
+            "example_id": [row.example_id for row in rows],
+            "question": [_question(row, example) for row, example in pairs],
+            "reference": [_reference(row, example, tokenizer, end_of_turn) for row, example in pairs],
+        },
         schema={"example_id": pl.String, "question": pl.String, "reference": pl.String},
     )
     Examples.validate(frame)
@@ -159,20 +144,14 @@ def _question(row: Row, example: Example) -> str:
     return ""
 
 
-def _reference(row: Row, example: Example, end_of_turn: str) -> str | None:
-    """Return the example's last answer, or None where it is not in the conversation as it is said."""
+def _reference(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> str:
+    """Return the example's last answer; decoded where it is not in the conversation as it is said."""
     content = row.conversation.messages[example.turns[-1]].get("content")
     if isinstance(content, str) and example.target.startswith(content):
         rest = example.target[len(content) :]
         if not rest or rest == end_of_turn:
             return content
-    return None
-
-
-def _decode_last(line: Line, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the last run with labels as a decoder without special tokens would give it."""
-    borders = np.cumsum(line.runs)
-    number = len(line.runs) - 1 - len(line.runs) % 2
-    ids = np.frombuffer(line.ids, np.int32)[borders[number - 1] : borders[number]].tolist()
+    start, stop = example.spans[-1]
+    ids = example.input_ids[start:stop]
     text: Any = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)

@@ -19,7 +19,7 @@ from torch import Tensor
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import Segments
 from tasks.decoder.dropout import derive_key
-from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
 

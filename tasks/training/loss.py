@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
-from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch, form_batch
 from tasks.training.token_table import TokenTable
 

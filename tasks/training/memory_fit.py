@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch, form_flat_batch
 from tasks.training.engines import FusedEngine
 from tasks.training.token_table import TokenTable
@@ -101,7 +102,7 @@ def _make_up(num_tokens: int) -> Batch:
     """Return a flat batch of segments of 256 tokens, two thirds of them trained."""
     length = 256
     input_ids = np.arange(num_tokens, dtype=np.int32) % 97
-    targets = np.where(np.arange(num_tokens) % 3 == 0, -100, input_ids).astype(np.int32)
+    targets = np.where(np.arange(num_tokens) % 3 == 0, IGNORE_INDEX, input_ids).astype(np.int32)
     offsets = np.arange(0, num_tokens + 1, length, dtype=np.int64)
     table = TokenTable([f"made up {i}" for i in range(len(offsets) - 1)], offsets, input_ids, targets)
     return form_flat_batch(table, range(len(offsets) - 1))

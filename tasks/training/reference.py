@@ -26,7 +26,8 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody read
 from schemas.config import RunConfig, TrainingConfig
 from schemas.loading import load_config
 from tasks.models import choose_device, load_model
-from tasks.tokenization.masking import IGNORE_INDEX, Example, build_examples
+from tasks.tokenization.labels import IGNORE_INDEX, Example
+from tasks.tokenization.masking import build_examples
 from tasks.tokenization.templates import prepare_tokenizer
 from tasks.training.lora import attach_adapter
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from tasks.memory import is_out_of_memory
-from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
 from tasks.training.distributed import check_ranks_agree, gather, share_table, world_size

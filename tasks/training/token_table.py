@@ -20,7 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from tasks.tokenization.masking import IGNORE_INDEX
+from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.packing import pack
 
 EXAMPLES_PER_WINDOW = 100_000

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from tasks.tokenization.fast.skeletons import Skeleton, fill
 from tasks.tokenization.fast.tracing import Part, Slot
-from tasks.tokenization.fast.words import ID_TYPE, NotByWords
+from tasks.tokenization.fast.words import NotByWords
+from tasks.tokenization.labels import ID_TYPE
 from tasks.tokenization.rendering import Chat
 
 Contents = Sequence[str]
@@ -38,17 +39,10 @@ class Program:
     """An example's segments, and what else is known of it."""
 
     segments: tuple[Segment, ...]
-    question: int | None
-    """The message that its last answer is to."""
-    answer: Slot | None
-    """What is said last, where the template writes nothing but its end of turn beside it."""
-
-    def refer(self, contents: Contents) -> str | None:
-        """Return the reference, or None where it has to be decoded."""
-        if self.answer is None:
-            return None
-        said = self.answer.fill(contents)
-        return said if said == contents[self.answer.number] else None
+    turns: tuple[int, ...]
+    """Indices of the messages trained in it."""
+    target: Callable[[Contents], str]
+    """Text of the last of them, with its end of turn."""
 
 
 def compile_skeleton(skeleton: Skeleton, encode: Encode) -> tuple[Program, ...] | None:
@@ -58,12 +52,7 @@ def compile_skeleton(skeleton: Skeleton, encode: Encode) -> tuple[Program, ...] 
         for chain, indices in zip(skeleton.chains, skeleton.chained, strict=True):
             _check_joints(skeleton.chat, chain)
             segments = _merge_constants(list(_cut_segments(skeleton.chat, encode, chain)))
-            last = indices[-1]
-            asked = max((index for index in range(last) if skeleton.roles[index] == "user"), default=None)
-            is_plain = len(chain[-1]) == 2 and chain[-1][1] == skeleton.chat.ending.kept
-            answer = chain[-1][0] if is_plain else None
-            is_own = isinstance(answer, Slot) and answer.number == last
-            programs.append(Program(segments, asked, answer if isinstance(answer, Slot) and is_own else None))
+            programs.append(Program(segments, indices, _writer(chain[-1])))
     except NotByWords:
         return None
     return tuple(programs)
@@ -137,6 +126,8 @@ def _writer(parts: Sequence[Part]) -> Callable[[Contents], str]:
     match parts:
         case [Slot(index, ())]:
             return lambda contents: contents[index]
+        case [Slot(index, ()), str(after)]:
+            return lambda contents: contents[index] + after
         case [str(before), Slot(index, ())]:
             return lambda contents: before + contents[index]
         case [str(before), Slot(index, ()), str(after)]:

@@ -21,9 +21,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from tasks.tokenization.encoding import uses_backend
-
-ID_TYPE = np.dtype(np.int32)
-"""Ids travel as bytes of this type: joining those of many words is one call."""
+from tasks.tokenization.labels import ID_TYPE
 
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CLASS = re.compile(r"\\p\{(\w+)\}")

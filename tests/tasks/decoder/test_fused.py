@@ -15,12 +15,13 @@ from schemas.config import TrainingConfig
 from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
-from tasks.tokenization.masking import Example
+from tasks.tokenization.labels import Example
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines import FusedEngine
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.reference import sum_losses
 from tasks.training.token_table import TokenTable
+from tests.tasks.tokenization.oracle import trained_runs
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 LENGTHS = (17, 1, 3, 40, 9)
@@ -77,7 +78,7 @@ def list_examples(table: TokenTable) -> list[Example]:
     examples = []
     for begin, end in zip(table.offsets, table.offsets[1:], strict=False):
         labels = [-100, *table.targets[begin : end - 1].tolist()]
-        examples.append(Example(input_ids=table.input_ids[begin:end].tolist(), labels=labels))
+        examples.append(Example(table.input_ids[begin:end].tobytes(), tuple(trained_runs(labels))))
     return examples
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
-from tasks.tokenization.masking import Conversation, Example, Masked, MaskError, build_examples, build_many
+from tasks.tokenization.labels import Example
+from tasks.tokenization.masking import Conversation, Masked, MaskError, build_examples, build_many
 from tests.tasks.tokenization import oracle
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import call, say

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
-from tasks.tokenization.masking import Example, MaskError, build_examples
+from tasks.tokenization.labels import Example
+from tasks.tokenization.masking import MaskError, build_examples
 from tests.tasks.tokenization.conversations import say
 
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"

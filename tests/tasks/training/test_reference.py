@@ -10,19 +10,20 @@ import torch
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
-from tasks.tokenization.masking import Example
+from tasks.tokenization.labels import Example, write_ids
 from tasks.training.batches import iterate_steps
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.records import EvalRecord, StepRecord
 from tasks.training.reference import average_loss, fine_tune, learning_rate, main, plan_steps, sum_losses
 from tasks.training.schedule import compute_learning_rate
+from tests.tasks.tokenization.oracle import trained_runs
 from tests.tasks.training.conftest import KINDS, build_model, build_tokenizer, read_tokens, write_tokens
 
 
 def read_examples(tokens: Path, split: str = "train") -> dict[str, Example]:
     rows = pl.read_parquet(tokens / f"{split}.parquet", columns=["example_id", "input_ids", "labels"]).rows()
-    return {name: Example(input_ids=ids, labels=labels) for name, ids, labels in rows}
+    return {name: Example(write_ids(ids), tuple(trained_runs(labels))) for name, ids, labels in rows}
 
 
 def test_loss_is_the_models_own(base_model: Path, tokens: Path) -> None:
@@ -104,7 +105,7 @@ def test_any_model_with_or_without_an_adapter(base_model: Path, tokens: Path) ->
 
 
 def test_steps_see_each_example_once_an_epoch() -> None:
-    examples = [Example(input_ids=[number], labels=[-100]) for number in range(10)]
+    examples = [Example(write_ids([number]), ()) for number in range(10)]
     config = TrainingConfig(micro_batch=2, gradient_accumulation_steps=2, num_epochs=2)
     steps = list(plan_steps(examples, config, seed=0))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]

@@ -4,24 +4,26 @@ Every content is looked through for added tokens first, and what is not known fo
 `masking.build_many`, which is also the meaning of what is done here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.fast.programs import Contents, Program, compile_skeleton
 from tasks.tokenization.fast.skeletons import MOST_SHAPES, Skeleton, find_skeleton
-from tasks.tokenization.fast.words import ID_TYPE, NotByWords, WordEncoder, open_words
+from tasks.tokenization.fast.words import NotByWords, WordEncoder, open_words
+from tasks.tokenization.labels import ID_TYPE, Example
 from tasks.tokenization.masking import Conversation, choose_turns
 from tasks.tokenization.rendering import Chat, open_chat
-from tasks.tokenization.tables import Line
 
 _PLAIN_KEYS = {"role", "content"}
 
 
 @dataclass(frozen=True, eq=False)
-class Assembler:
+class _Assembler:
     """A tokenizer and template whose conversations can be assembled."""
 
     chat: Chat
@@ -33,7 +35,7 @@ class Assembler:
     turns: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
     """The messages to train on, by the roles of all; nothing else decides it where messages have no further keys."""
 
-    def assemble(self, conversation: Conversation) -> list[Line] | None:
+    def __call__(self, conversation: Conversation) -> list[Example] | None:
         """Return a conversation's examples, or None where it has to be rendered."""
         if conversation.tools is not None:
             return None
@@ -69,7 +71,7 @@ class Assembler:
                 return self.chat.pattern.search(content) is not None
         return False
 
-    def _run(self, program: Program, contents: Contents) -> Line:
+    def _run(self, program: Program, contents: Contents) -> Example:
         """Encode one example.
 
         Raises:
@@ -77,35 +79,36 @@ class Assembler:
         """
         encode = self.words.encode
         pieces: list[bytes] = []
-        runs: list[int] = []
-        size = 0  # bytes since the last border
+        spans: list[tuple[int, int]] = []
+        size = start = 0  # tokens so far, and where the last answer begins
         for text, ids, front, front_ids, ends in program.segments:
             if ends:
-                runs.append(size)
-                size = 0
+                spans.append((start, size))
             if front is not None:
                 head = front_ids or encode(front(contents))
                 ids = encode(text(contents))
                 if not ids.startswith(head):
                     raise NotByWords  # the tokenizer merges across the border
-                runs.append(size + len(head))
-                size = -len(head)
+                start = size + len(head) // ID_TYPE.itemsize
             elif not ids:
                 ids = encode(text(contents))
             pieces.append(ids)
-            size += len(ids)
-        runs.append(size)
-        if sum(runs) > self.config.max_length * ID_TYPE.itemsize:
+            size += len(ids) // ID_TYPE.itemsize
+        spans.append((0, size) if self.config.train_on_prompt else (start, size))
+        if size > self.config.max_length:
             raise NotByWords
-        runs = [run // ID_TYPE.itemsize for run in runs]
         if self.config.train_on_prompt:
-            runs = [0, sum(runs)]
-        question = "" if program.question is None else contents[program.question]
-        return Line(b"".join(pieces), runs, question, program.refer(contents))
+            del spans[:-1]
+        return Example(b"".join(pieces), tuple(spans), program.turns, program.target(contents))
 
 
-def open_assembler(tokenizer: Any, config: TokenizationConfig) -> Assembler | None:
-    """Return what assembles this tokenizer's conversations, or None where its words are not encoded apart."""
+def open_fast(
+    tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig
+) -> Callable[[Conversation], list[Example] | None] | None:
+    """Return what makes a conversation's examples without rendering it; None where the tokenizer has no such way.
+
+    What is returned gives the examples of `masking.build_many`, or None for a conversation that has to be rendered.
+    """
     words = open_words(tokenizer)
     if words is None:
         return None
@@ -114,4 +117,4 @@ def open_assembler(tokenizer: Any, config: TokenizationConfig) -> Assembler | No
     except MaskError:
         return None
     starts = {token[0] for token in chat.added}
-    return Assembler(chat, words, config, tuple(sorted(starts)))
+    return _Assembler(chat, words, config, tuple(sorted(starts)))

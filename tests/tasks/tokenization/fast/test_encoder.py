@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
-from tasks.tokenization.fast.assembly import Assembler, open_assembler
+from tasks.tokenization.fast.encoder import open_fast
+from tasks.tokenization.groups import Fast
 from tasks.tokenization.masking import Conversation, Masked, build_many
-from tasks.tokenization.tables import Row, to_line
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import CONVERSATIONS, say
 from tests.tasks.tokenization.material import TEMPLATES, TOKENIZERS, dress, load
@@ -19,58 +19,84 @@ from tests.tasks.tokenization.test_masking import CONTENTS, TURNS, conversation
 LONG = TokenizationConfig(max_length=100_000)
 # Of the borrowed tokenizers those that encode words apart; the others' conversations are all rendered.
 BY_WORDS = ("gpt2", "minimind", "qwen2.5-base", "qwen2.5-instruct", "smollm2-135m-instruct")
+# Their answers do not follow from the contents by joining, trimming and asking alone.
+NEVER = ("trl__deepseekv3", "trl__diffusion_gemma", "trl__glm4moe", "trl__nemotron")
 needs_material = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="borrowed tokenizers are not here")
 
 
-def compare(assembler: Assembler, messages: list[dict[str, Any]], config: TokenizationConfig = LONG) -> bool:
-    """Assert that what is assembled is what rendering gives; tell whether anything was."""
-    item = Conversation(messages)
-    lines = assembler.assemble(item)
-    if lines is None:
-        return False
-    tokenizer = assembler.chat.tokenizer
-    (outcome,) = build_many([item], tokenizer, config)
-    assert isinstance(outcome, Masked), outcome
-    assert (outcome.num_literals, outcome.dropped) == (0, ())
-    row = Row("id", "data.jsonl", 1, "", item)
-    end = assembler.chat.ending.kept
-    assert [line.normal() for line in lines] == [to_line(row, example, end).normal() for example in outcome.examples]
-    return True
+class Opened:
+    """A tokenizer's fast way, beside the way that it has to agree with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig = LONG) -> None:
+        fast = open_fast(tokenizer, config)
+        assert fast is not None
+        self.fast: Fast = fast
+        self.tokenizer, self.config = tokenizer, config
+
+    def compare(self, messages: list[dict[str, Any]]) -> bool:
+        """Assert that what is assembled is what rendering gives; tell whether anything was."""
+        item = Conversation(messages)
+        examples = self.fast(item)
+        if examples is None:
+            return False
+        (outcome,) = build_many([item], self.tokenizer, self.config)
+        assert isinstance(outcome, Masked), outcome
+        assert (outcome.num_literals, outcome.dropped) == (0, ())
+        assert examples == outcome.examples
+        return True
+
+
+def compare_any(opened: Opened, num_examples: int) -> float:
+    """Compare conversations of all kinds; return the share that was assembled, of those that should be.
+
+    A conversation should be when its contents are the plain words below: they hold no added token, and are in the
+    normal form of Unicode.
+    """
+    plain = st.lists(st.sampled_from(["a", " word", "\n", "你好", "42", ".", "  ", "é"]), min_size=1).map("".join)
+    made: list[bool] = []
+
+    @settings(max_examples=num_examples, deadline=None)
+    @given(pairs=TURNS, system=st.one_of(st.none(), st.just(""), CONTENTS))
+    def hold(pairs: list[tuple[str, str]], system: str | None) -> None:
+        opened.compare(conversation(pairs, system))
+
+    @settings(max_examples=num_examples, deadline=None)
+    @given(pairs=st.lists(st.tuples(plain, plain.map(lambda text: f"x{text}x")), min_size=1, max_size=3))
+    def hold_plain(pairs: list[tuple[str, str]]) -> None:
+        made.append(opened.compare(conversation(pairs, None)))
+
+    hold()
+    hold_plain()
+    return sum(made) / len(made)
 
 
 @pytest.fixture(scope="module")
-def assembler() -> Assembler:
-    opened = open_assembler(make_tokenizer(CHATML), LONG)
-    assert opened is not None
-    return opened
+def opened() -> Opened:
+    return Opened(make_tokenizer(CHATML))
 
 
-def test_an_ordinary_conversation_is_assembled_id_by_id(assembler: Assembler) -> None:
-    lines = assembler.assemble(Conversation(say("u:Hello", "a:Hi")))
-    assert lines is not None
-    (line,) = lines
-    tokenizer = assembler.chat.tokenizer
+def test_an_ordinary_conversation_is_assembled_id_by_id(opened: Opened) -> None:
+    examples = opened.fast(Conversation(say("u:Hello", "a:Hi")))
+    assert examples is not None
+    (example,) = examples
+    tokenizer = opened.tokenizer
     front = tokenizer("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     answer = tokenizer("Hi<|im_end|>")["input_ids"]
-    assert (list(memoryview(line.ids).cast("i")), line.runs) == (front + answer, [len(front), len(answer)])
-    assert (line.question, line.reference) == ("Hello", "Hi")
+    assert example.input_ids == front + answer
+    assert example.labels == [-100] * len(front) + answer
+    assert (example.turns, example.target) == ((1,), "Hi<|im_end|>")
 
 
-@settings(max_examples=150, deadline=None)
-@given(pairs=TURNS, system=st.one_of(st.none(), st.just(""), CONTENTS))
-def test_any_contents_are_assembled_as_rendered_or_not_at_all(
-    assembler: Assembler, pairs: list[tuple[str, str]], system: str | None
-) -> None:
-    compare(assembler, conversation(pairs, system))
+def test_any_contents_are_assembled_as_rendered_or_not_at_all_and_plain_ones_always(opened: Opened) -> None:
+    assert compare_any(opened, 150) == 1.0
 
 
 @pytest.mark.parametrize("train_on", ["all_turns", "last_turn"])
 @pytest.mark.parametrize("train_on_prompt", [False, True])
 def test_what_is_trained_is_as_asked(train_on: Any, train_on_prompt: bool) -> None:
     config = TokenizationConfig(train_on=train_on, train_on_prompt=train_on_prompt)
-    opened = open_assembler(make_tokenizer(CHATML), config)
-    assert opened is not None
-    assert compare(opened, say("s:Be brief.", "u:Why?", "a:Because.", "u:And?", "a:So."), config)
+    opened = Opened(make_tokenizer(CHATML), config)
+    assert opened.compare(say("s:Be brief.", "u:Why?", "a:Because.", "u:And?", "a:So."))
 
 
 @pytest.mark.parametrize(
@@ -84,9 +110,8 @@ def test_what_is_trained_is_as_asked(train_on: Any, train_on_prompt: bool) -> No
     ],
 )
 def test_what_needs_a_closer_look_is_left_to_rendering(messages: list[dict[str, Any]]) -> None:
-    opened = open_assembler(make_tokenizer(CHATML), TokenizationConfig())
-    assert opened is not None
-    assert opened.assemble(Conversation(messages)) is None
+    opened = Opened(make_tokenizer(CHATML), TokenizationConfig())
+    assert opened.fast(Conversation(messages)) is None
 
 
 # What a template may do to a content beyond writing it; each has to be noticed.
@@ -121,9 +146,8 @@ READING = [
 
 @pytest.mark.parametrize("expression", READING)
 def test_a_template_that_reads_contents_is_not_trusted(expression: str) -> None:
-    opened = open_assembler(make_tokenizer(CHATML.replace("{{ m.content }}", "{{ " + expression + " }}")), LONG)
-    assert opened is not None
-    assert opened.assemble(Conversation(say("u:abc", "a:abc"))) is None
+    opened = Opened(make_tokenizer(CHATML.replace("{{ m.content }}", "{{ " + expression + " }}")))
+    assert opened.fast(Conversation(say("u:abc", "a:abc"))) is None
 
 
 # What is answered for the contents at hand and asked again of the next ones.
@@ -143,10 +167,9 @@ ASKING = [
 
 @pytest.mark.parametrize("expression", ASKING)
 def test_what_a_template_asks_of_contents_is_asked_of_each(expression: str) -> None:
-    opened = open_assembler(make_tokenizer(CHATML.replace("{{ m.content }}", "{{ " + expression + " }}")), LONG)
-    assert opened is not None
+    opened = Opened(make_tokenizer(CHATML.replace("{{ m.content }}", "{{ " + expression + " }}")))
     contents = ["abc", "x", " x ", "\nabc\n", "x|y", "axb", "", "abc", "x"]
-    assembled = [compare(opened, say(f"u:{a}", f"a:{b}")) for a in contents for b in contents]
+    assembled = [opened.compare(say(f"u:{a}", f"a:{b}")) for a in contents for b in contents]
     assert sum(assembled) >= 20
 
 
@@ -155,16 +178,9 @@ def test_what_a_template_asks_of_contents_is_asked_of_each(expression: str) -> N
 def test_borrowed_tokenizers_give_the_same_word_by_word(name: str) -> None:
     tokenizer = load(name)
     tokenizer.chat_template = tokenizer.chat_template or CHATML.replace("<|im_end|>", "<|endoftext|>")
-    opened = open_assembler(tokenizer, LONG)
-    assert opened is not None
-
-    @settings(max_examples=60, deadline=None)
-    @given(pairs=TURNS, system=st.one_of(st.none(), CONTENTS))
-    def hold(pairs: list[tuple[str, str]], system: str | None) -> None:
-        compare(opened, conversation(pairs, system))
-
-    hold()
-    assert compare(opened, say("u:Hello, how are you?", "a:I'm fine,  thanks!\n\n1234 é 你好 🙂"))
+    opened = Opened(tokenizer)
+    assert compare_any(opened, 60) == 1.0
+    assert opened.compare(say("u:Hello, how are you?", "a:I'm fine,  thanks!\n\n1234 é 你好 🙂"))
 
 
 @pytest.fixture(scope="module")
@@ -175,15 +191,11 @@ def carrier() -> PreTrainedTokenizerBase:
 @needs_material
 @pytest.mark.parametrize("template", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
 def test_borrowed_templates_are_assembled_as_rendered(carrier: PreTrainedTokenizerBase, template: str) -> None:
-    opened = open_assembler(dress(carrier, template), LONG)
-    assert opened is not None
-    for messages, tools in CONVERSATIONS.values():
-        if tools is None:
-            compare(opened, messages)
-
-    @settings(max_examples=15, deadline=None)
-    @given(pairs=TURNS, system=st.one_of(st.none(), CONTENTS))
-    def hold(pairs: list[tuple[str, str]], system: str | None) -> None:
-        compare(opened, conversation(pairs, system))
-
-    hold()
+    opened = Opened(dress(carrier, template))
+    made = [opened.compare(messages) for messages, tools in CONVERSATIONS.values() if tools is None]
+    share = compare_any(opened, 15)
+    if template.startswith(NEVER):
+        assert (sum(made), share) == (0, 0.0)
+    else:
+        assert sum(made) >= 8
+        assert share == 1.0
