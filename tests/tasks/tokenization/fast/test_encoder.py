@@ -197,5 +197,5 @@ def test_borrowed_templates_are_assembled_as_rendered(carrier: PreTrainedTokeniz
     if template.startswith(NEVER):
         assert (sum(made), share) == (0, 0.0)
     else:
-        assert sum(made) >= 8
+        assert sum(made) >= 4
         assert share == 1.0
