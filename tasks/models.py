@@ -61,6 +61,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with garbage.paused():
             tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer("a")  # settings of other types than they should be are an error only in use
     except Exception as error:
         raise ModelError(f"{folder}: no tokenizer loads from here ({error}): tokenizer.json is wanted") from error
     return tokenizer

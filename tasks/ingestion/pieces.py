@@ -80,7 +80,8 @@ def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], r
 def write_summary(folder: Path, parts: Sequence[dict[str, Any]], num_pieces: int) -> None:
     """Write what a shard holds; a shard is finished when this is there."""
     summary = {"num_pieces": num_pieces, "parts": parts}
-    (folder / SUMMARY_NAME).write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    # "replace" turns half surrogates, which names of columns may hold, into question marks.
+    (folder / SUMMARY_NAME).write_bytes(json.dumps(summary, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from jinja2 import Environment, Template
 from jinja2.runtime import markup_join, str_join
 
 MAX_SECONDS = 15.0
+MAX_SLOW_SECONDS = 30.0
+"""Of processor time, for all renderings of a process together that take longer than SLOW_SECONDS each."""
+SLOW_SECONDS = 0.25
 MAX_CHARACTERS = 50_000_000
 _MAX_EXPONENT = 64
 _MAX_NUMBER = 10**30
@@ -25,6 +28,7 @@ _LOOK_SECONDS = 0.25
 
 R = TypeVar("R")
 
+_slow_seconds = 0.0
 _deadlines: dict[int, float] = {}
 """When each thread's rendering has taken too long, by the thread's number."""
 _lock = threading.Lock()
@@ -49,14 +53,17 @@ def call_limited(name: str, render: Callable[..., R], **inputs: Any) -> R:
         inputs: of it.
 
     Raises:
-        TemplateLimitError: it took longer than MAX_SECONDS, or wrote too much.
+        TemplateLimitError: it took longer than MAX_SECONDS, slow ones have come too often, or it wrote too much.
     """
     if _watch is None:
         _start_watch()
-    thread = threading.get_ident()
+    thread, began = threading.get_ident(), time.thread_time()
     _deadlines[thread] = time.monotonic() + MAX_SECONDS
     try:
-        return render(**inputs)
+        rendered = render(**inputs)
+        if (spent := time.thread_time() - began) > SLOW_SECONDS:
+            _count_slow(spent)
+        return rendered
     except TemplateLimitError as error:
         raise TemplateLimitError(
             f"{error} for one conversation ({name}): it loops or repeats texts: set model.chat_template to another one"
@@ -76,10 +83,21 @@ def compile_limited(sandbox: Environment, source: str) -> Template:
     environment.intercepted_binops = frozenset(environment.intercepted_binops | {"+", "*", "**"})
     environment.binop_table = {**environment.binop_table, "+": _add, "*": _multiply, "**": _raise_to_power}
     environment.concat = _concat
+    # They write something else every time.
+    environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
+    environment.filters = {name: value for name, value in environment.filters.items() if name != "random"}
     compiled: Template = environment.from_string(source)
     names: dict[str, Any] = compiled.root_render_func.__globals__
     names["str_join"], names["markup_join"] = _limit_join(str_join), _limit_join(markup_join)
     return compiled
+
+
+def _count_slow(seconds: float) -> None:
+    global _slow_seconds
+    _slow_seconds += seconds
+    if _slow_seconds > MAX_SLOW_SECONDS:
+        _slow_seconds = 0.0  # another template may come
+        raise TemplateLimitError(f"the chat template took longer than {SLOW_SECONDS:g} seconds again and again, also")
 
 
 def _check(characters: int) -> None:

@@ -254,7 +254,20 @@ def _handle_template(folder: Path, draw: Random, tiny: Path) -> str:
     return f"{tokens.num_examples} examples"
 
 
+def _handle_fault(fault: Callable[[], Any]) -> Callable[[Path, Random, Path], str]:
+    """Return a handler that goes wrong: the laboratory has to notice."""
+    return lambda folder, draw, tiny: str(fault())
+
+
+def _lose_rows() -> None:
+    raise UnaccountedError("2 rows in, 1 out")
+
+
 _HANDLERS: dict[str, Callable[[Path, Random, Path], str]] = {
+    "crash": _handle_fault(os.abort),
+    "hang": _handle_fault(lambda: time.sleep(10 * HANG_SECONDS)),
+    "traceback": _handle_fault(lambda: {}["nothing"]),
+    "unaccounted": _handle_fault(_lose_rows),
     "config": _handle_config,
     "dataset": _handle_dataset,
     "model": _handle_model,

@@ -2,10 +2,12 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -210,7 +212,9 @@ def draw_model(tiny: Path, folder: Path, draw: Random) -> Path:
         elif how < 0.4 or file.suffix != ".json":
             file.write_bytes(spoil(file.read_bytes(), draw))
         else:
-            values: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file.stat().st_size < 20_000 else None
+            values: Any = None
+            with suppress(ValueError):  # it was spoiled before
+                values = json.loads(file.read_bytes())
             file.write_bytes(dump(mutate(values, draw)))
         if not any(model.iterdir()):
             break

@@ -1,6 +1,7 @@
 """Models load from safetensors in a folder, and say what they lack."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def folder(tmp_path: Path) -> Path:
     model: Any = Qwen3ForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_a_tokenizer_that_loads_and_encodes_nothing_is_refused(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copyfile(Path("deploy/demo/base_model") / name, tmp_path / name)
+    assert load_tokenizer(tmp_path)("a")["input_ids"]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": "long"}))
+    with pytest.raises(ModelError, match="no tokenizer loads from here"):
+        load_tokenizer(tmp_path)
 
 
 def test_weights_keep_their_dtype_unless_another_is_asked_for(folder: Path) -> None:

@@ -39,6 +39,14 @@ def test_nesting_is_one_rows_reject(tmp_path: Path, write_lines: WriteLines, dep
     assert sum(rejected.values()) == 2
 
 
+def test_half_a_surrogate_in_a_name_of_a_column_is_no_error(tmp_path: Path, write_lines: WriteLines) -> None:
+    odd = '{"prompt": "x", "completion": "y", "\\ud800": 1}'
+    config = DataConfig(source=str(write_lines("rows.jsonl", [*GOOD, odd])), max_rejected_fraction=1.0)
+    counts = build_dataset(config, seed=0, folder=tmp_path / "out")
+    assert counts.rows_train + counts.rows_eval == len(GOOD) + 1
+    assert "?" in (tmp_path / "out" / "quality.json").read_text(encoding="utf-8")
+
+
 def test_nesting_in_the_arguments_of_a_call_is_one_rows_reject(tmp_path: Path, write_lines: WriteLines) -> None:
     call = '{"function": {"name": "f", "arguments": {"a": ' + "[" * 975 + "]" * 975 + "}}}"
     row = (

@@ -66,6 +66,24 @@ def test_a_template_that_loops_on_some_rows_ends_the_run_and_not_one_row_after_t
     assert time.monotonic() - began < 10
 
 
+def test_a_template_that_is_slow_on_every_row_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SLOW_SECONDS", 0.02)
+    monkeypatch.setattr(limits, "MAX_SLOW_SECONDS", 1.0)
+    slow = "{% for a in range(40) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    make_tokenizer("{% if messages | length > 3 %}" + slow + "{% endif %}" + CHATML).save_pretrained(tmp_path / "model")
+    prepared = prepare_tokenizer(tmp_path / "model", None)
+    rows = [say("u:a", "a:b", f"u:{n}", "a:d") for n in range(200)]
+    dataset = write(tmp_path / "data", rows, [say("u:Hello", "a:Hi")])
+    with pytest.raises(TemplateLimitError, match="again and again"):
+        tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+
+
+@pytest.mark.parametrize("text", ["{{ lipsum(9) }}", "{{ ['a', 'b'] | random }}"])
+def test_what_writes_something_else_every_time_is_not_there(text: str) -> None:
+    with pytest.raises(MaskError, match=r"lipsum|random"):
+        render(open_chat(make_tokenizer(text + CHATML)), say("u:q"), None, add_generation_prompt=True)
+
+
 @pytest.mark.usefixtures("quick")
 def test_each_thread_has_its_own_time() -> None:
     chats = [open_chat(make_tokenizer(text + CHATML)) for text in ("", "{# another #}")]
