@@ -117,7 +117,7 @@ def _write_oddity(folder: Path, draw: Random) -> str:
     elif kind == 4:
         place.write_bytes(draw.randbytes(draw.randrange(300)))
     elif kind == 5:
-        return str(draw_value(draw))[:300]
+        return str(draw_value(draw))[:300].encode("utf-8", "replace").decode()
     elif kind == 6:
         place.write_bytes(b"")
     return str(place)
