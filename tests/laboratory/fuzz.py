@@ -266,7 +266,7 @@ def _lose_rows() -> None:
 _HANDLERS: dict[str, Callable[[Path, Random, Path], str]] = {
     "crash": _handle_fault(os.abort),
     "hang": _handle_fault(lambda: time.sleep(10 * HANG_SECONDS)),
-    "traceback": _handle_fault(lambda: os.environ["nothing here"]),
+    "traceback": _handle_fault(lambda: os.environ["NOTHING HERE"]),
     "unaccounted": _handle_fault(_lose_rows),
     "config": _handle_config,
     "dataset": _handle_dataset,
