@@ -243,7 +243,9 @@ class TrainingConfig(Section):
     eval_every_steps: int | None = Field(default=None, ge=1, title="Steps between evaluation losses")
     """Empty: ten times a run."""
     early_stopping_patience: int | None = Field(default=None, ge=1, title="Early stopping")
-    """Stop after this many evaluations without a better loss, and keep the best adapter. Empty: off."""
+    """Stop after this many evaluations without a better loss. Empty: off."""
+    keep: Literal["auto", "best", "last"] = Field(default="auto", title="Adapter to keep")
+    """best: of the smallest evaluation loss; last: of the last step; auto: best with early stopping, else last."""
     checkpoint_every_steps: int = Field(default=100, ge=1, title="Steps between checkpoints")
     """A killed run goes on from the last checkpoint."""
     keep_checkpoints: int = Field(default=2, ge=1, title="Checkpoints kept")
@@ -257,6 +259,11 @@ class TrainingConfig(Section):
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(default="ddp", title="Several processes")
     """ddp: each holds everything; fsdp: the frozen weights are divided among them; zero2, zero3 (DeepSpeed, an extra):
     gradients and optimizer are divided, with zero3 all weights too. All but ddp train with the general engine."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the adapter of the smallest evaluation loss is kept, and not the last one."""
+        return self.keep == "best" or (self.keep == "auto" and self.early_stopping_patience is not None)
 
     @model_validator(mode="after")
     def _check_every_process_gets_work(self) -> Self:

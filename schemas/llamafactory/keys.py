@@ -77,7 +77,7 @@ IMPLIED: dict[str, str] = {
         "the order is drawn by the seed, and padding costs nothing",
     ),
     **dict.fromkeys(("ignore_pad_token_for_loss",), "padding is never trained"),
-    **dict.fromkeys(("load_best_model_at_end", "greater_is_better"), "the best adapter of the run is merged"),
+    **dict.fromkeys(("greater_is_better",), "a smaller evaluation loss is better"),
     **dict.fromkeys(
         ("save_only_model", "save_safetensors", "save_strategy", "save_on_each_node"),
         "checkpoints are whole and safetensors",
@@ -128,7 +128,7 @@ IMPLIED: dict[str, str] = {
 """Holds anyway, whatever the value: why."""
 
 NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metric_for_best_model": (("eval_loss", "loss"), "the best adapter is the one of the smallest evaluation loss"),
+    "metric_for_best_model": (("eval_loss", "loss"), "the best adapter is that of the smallest evaluation loss"),
     "split_special_tokens": ((True,), "control tokens in contents stay text: see tokenization.allow_special_tokens"),
     "tool_format": ((), "the chat template writes tools in its own way"),
     "push_to_hub": ((False,), "nothing is uploaded"),

@@ -28,6 +28,7 @@ def read_training(work: Work, folder: Path, num_processes: int) -> None:
     _read_batch(work, num_processes)
     _read_schedule(work)
     _read_evaluations(work)
+    _read_kept(work)
     _read_memory(work)
     _read_strategy(work, folder)
     _read_reports(work)
@@ -206,6 +207,13 @@ def _read_evaluations(work: Work) -> None:
         work.say("eval_steps", shown_steps, "implied", text)
     if shown != NOT_GIVEN:
         work.say(key, shown, "implied", text)
+
+
+def _read_kept(work: Work) -> None:
+    """Keep the last adapter, unless the best one is asked for."""
+    shown, is_best = work.take("load_best_model_at_end", False, to_flag)
+    if is_best or shown != NOT_GIVEN or work.find("training.early_stopping_patience") is not None:
+        work.put("load_best_model_at_end", shown, "training.keep", "best" if is_best else "last")
 
 
 def _read_memory(work: Work) -> None:

@@ -80,8 +80,7 @@ def train_adapter(
         TrainingStopped: `should_stop` said so; a checkpoint was written.
     """
     saved = run_folder / "checkpoints"
-    stops_early = config.early_stopping_patience is not None
-    checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=stops_early))
+    checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=config.keeps_best))
     with _naming_shortage(base_model):
         setup = prepare_training(base_model, tokens, run_folder / f"examples-{machine()}", config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())
@@ -117,12 +116,13 @@ def _restore(run: Run, checkpoint: Path) -> None:
 
 
 def _save_chosen(run: Run, run_folder: Path) -> int:
-    """Save the last adapter, or with early stopping the best one; return its step."""
+    """Save the best adapter or the last one, as `training.keep` says; return its step."""
     setup, progress = run.setup, run.progress
     step = progress.step
     trained: Mapping[str, Tensor] = setup.optimizer.unsharded()[0]
-    if setup.config.early_stopping_patience is not None and progress.best_step is not None:
-        step = progress.best_step
+    if setup.config.keeps_best and progress.best_step not in (None, step):
+        step = int(progress.best_step or step)
+        logger.info("The adapter of step %d is kept, whose evaluation loss is the smallest", step)
     if is_rank0():
         if step != progress.step:
             trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
@@ -214,8 +214,7 @@ def _run_steps(
         is_kept = False
         if setup.eval_table is not None and (progress.step % setup.eval_every_steps == 0 or is_last):
             evaluation = evaluate(run)
-            # Only early stopping takes the best adapter; the others end with the last one.
-            is_kept = evaluation.is_best and setup.config.early_stopping_patience is not None
+            is_kept = evaluation.is_best and setup.config.keeps_best
             for on_eval in on_evals:
                 on_eval(evaluation)
         if progress.step % setup.config.checkpoint_every_steps == 0 or is_last or is_kept:

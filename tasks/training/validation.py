@@ -1,6 +1,7 @@
 """The loss on the held-out examples on the way, and what its curve says: best step, when to stop, over-fitting."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from tasks.training.token_table import TokenTable
 
 # Two rises of the evaluation loss within noise are no over-fitting: together they must be at least this part of it.
 MIN_RISE = 0.01
+# Our choice: four evaluations in a row, over which the gap grows by a fifth of the loss.
+MIN_BEHIND = 4
+MIN_GAP = 0.2
 
 
 def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable) -> float:
@@ -37,16 +41,30 @@ def count_evals_since_best(evaluations: Sequence[EvalRecord]) -> int:
 
 
 def find_overfitting(evaluations: Sequence[EvalRecord]) -> str | None:
-    """Return a warning when the evaluation loss rises twice in a row while the training loss falls, else None.
+    """Return a warning when the training loss falls while the evaluation loss rises, or stays behind for long.
 
-    The two rises together must reach MIN_RISE of the loss they start from.
+    It rises: twice in a row, together by MIN_RISE of the loss that they start from. It stays behind: over
+    MIN_BEHIND evaluations in a row the gap between the two widens each time, together by MIN_GAP of that loss,
+    which does not fall by MIN_RISE meanwhile.
     """
+    advice = "train for fewer epochs, give more data, lower the rank, or set training.early_stopping_patience"
     for first, second, third in zip(evaluations, evaluations[1:], evaluations[2:], strict=False):
         rises = first.loss < second.loss < third.loss and third.loss - first.loss >= MIN_RISE * first.loss
         if rises and first.train_loss > second.train_loss > third.train_loss:
             return (
                 f"over-fitting: from step {first.step} to {third.step} the held-out loss rose from {first.loss:.4f} to "
                 f"{third.loss:.4f} while the training loss fell from {first.train_loss:.4f} to {third.train_loss:.4f}: "
-                "train for fewer epochs, give more data, lower the rank, or set training.early_stopping_patience"
+                f"{advice}"
+            )
+    for start in range(len(evaluations) - MIN_BEHIND):
+        window = evaluations[start : start + MIN_BEHIND + 1]
+        first, last = window[0], window[-1]
+        gaps = [record.loss - record.train_loss for record in window]
+        widens = all(gap < wider for gap, wider in pairwise(gaps)) and gaps[-1] - gaps[0] >= MIN_GAP * last.loss
+        if widens and first.loss - last.loss < MIN_RISE * first.loss:
+            return (
+                f"over-fitting: from step {first.step} to {last.step} the training loss fell from "
+                f"{first.train_loss:.4f} to {last.train_loss:.4f}, and the held-out loss from {first.loss:.4f} only to "
+                f"{last.loss:.4f}: {advice}"
             )
     return None

@@ -148,6 +148,37 @@ def test_overfitting_by_hand(curve: list[tuple[float, float]], expected: bool) -
         assert "from step 20 to 40 the held-out loss rose from 1.5000 to 1.7000" in warning
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        # The held-out loss stands still, the training loss goes on to fall.
+        ([(1.50, 1.4), (1.499, 1.2), (1.499, 1.0), (1.498, 0.9), (1.497, 0.7)], True),
+        ([(1.50, 1.4), (1.499, 1.2), (1.499, 1.0), (1.498, 0.9)], False),  # not for long enough
+        ([(1.50, 1.4), (1.45, 1.2), (1.40, 1.0), (1.35, 0.9), (1.30, 0.7)], False),  # both learn
+        ([(1.50, 1.4), (1.499, 1.2), (1.499, 1.25), (1.498, 0.9), (1.497, 0.7)], False),  # the gap narrowed once
+        ([(1.50, 1.4), (1.499, 1.39), (1.499, 1.38), (1.498, 1.37), (1.497, 1.36)], False),  # a small gap
+    ],
+)
+def test_gap_that_keeps_widening_is_overfitting(losses: list[tuple[float, float]], expected: bool) -> None:
+    warning = find_overfitting(make_curve(*losses))
+    assert (warning is not None) is expected
+    if warning is not None:
+        assert "from step 10 to 50 the training loss fell from 1.4000 to 0.7000" in warning
+
+
+def test_best_or_last_adapter_is_kept_as_the_config_says(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    settings = {"num_epochs": 6, "learning_rate": 5e-2, "eval_every_steps": 5, "keep_checkpoints": 1}
+    best, _, evaluations = train(base_model, tokens, tmp_path / "best", keep="best", **settings)
+    lowest = min(evaluations, key=lambda record: record.loss)
+    assert best.adapter_step == lowest.step < best.num_steps
+    last, _, _ = train(base_model, tokens, tmp_path / "last", keep="last", **settings)
+    assert last.adapter_step == last.num_steps == best.num_steps
+    one, other = read_adapter(best.adapter), read_adapter(last.adapter)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    kept = load_file(tmp_path / "best" / "checkpoints" / f"step-{lowest.step:06d}" / "trained.safetensors")
+    assert all(torch.equal(tensor, kept[name.replace(".weight", ".default.weight")]) for name, tensor in one.items())
+
+
 def test_patience_counts_from_the_best() -> None:
     assert count_evals_since_best([]) == 0
     assert count_evals_since_best(make_curve((2.0, 1.0))) == 0

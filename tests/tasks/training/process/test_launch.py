@@ -388,6 +388,65 @@ def test_a_training_that_told_its_outcome_has_ended_well_however_its_process_end
     assert (outcome.num_steps, outcome.final_loss) == (3, 0.5)
 
 
+def test_what_a_process_said_before_it_ended_is_heard(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def listen(level: int, text: str) -> None:
+        said.append(text)
+        if text == "0":
+            time.sleep(3)  # meanwhile the process says its outcome and ends
+
+    program = TELL.format(then=f"import os, time; time.sleep(0.5)\n{OUTCOME}\nconnection.close()\nos._exit(0)")
+    assert supervise(program, tmp_path / "log", on_log=listen).num_steps == 3
+    assert said == [str(number) for number in range(50)]
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path: Path) -> None:
+    children: list[int] = []
+    program = TELL.format(
+        then="import os, subprocess; child = subprocess.Popen(['sleep', '60'])\n"
+        "connection.send('log', level=20, message=f'child {child.pid}')\nconnection.close()\nos._exit(3)"
+    )
+    with pytest.raises(TrainingCrash, match="ended with exit code 3"):
+        supervise(
+            program,
+            tmp_path / "log",
+            on_log=lambda level, text: children.append(int(text.split()[1])) if text.startswith("child") else None,
+        )
+    (child,) = children
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it outlives the training"
+        time.sleep(0.1)
+
+
+def test_rank_that_connects_while_the_others_stop_is_stopped_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = """
+import time
+from tasks.training.process.connection import connect_worker
+first = connect_worker(role="rank")
+first.should_stop()
+first.send("log", level=20, message="ready")
+while not first.should_stop():
+    time.sleep(0.05)
+late = connect_worker(role="rank")
+while not late.should_stop():
+    time.sleep(0.05)
+late.send("stopped")
+late.close()
+first.close()
+"""
+
+    def stop(level: int, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise(program, tmp_path / "log", on_log=stop)
+    assert "did not stop" not in caplog.text
+
+
 def test_a_process_that_never_speaks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.training.process.supervise._START_SECONDS", 1.0)
     with pytest.raises(TrainingCrash, match="did not start within 1 s"):
