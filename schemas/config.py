@@ -199,6 +199,9 @@ class TrainingConfig(Section):
     """Scale numerator: the merged weight is W + (alpha / r) B A."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, title="LoRA dropout")
     """Dropout on the adapter's input."""
+    base_dropout: bool = Field(default=False, title="The base's own dropout")
+    """Keep the dropout that the base model's own config asks for, if any. Off, the base computes as it does when it
+    answers."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1, title="Target modules")
     """Names of the linear layers to adapt; all-linear means every one but the output head."""
     modules_to_save: tuple[str, ...] = Field(default=(), title="Fully trained modules")

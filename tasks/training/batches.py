@@ -28,6 +28,8 @@ MIN_PACK_TOKENS = 2048
 MIN_STEPS_PER_EPOCH = 50
 # Tokens of a flat batch: the matrix products like their sides round, and float8 ones want multiples of 16.
 FLAT_MULTIPLE = 64
+# Tokens of a padded batch that keep a device busy.
+_LEAST_BUCKET_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,31 @@ def iterate_steps(
         yield [replace(batch, dropout_key=derive_key(seed, step, i)) for i, batch in enumerate(batches)]
 
 
-def form_padded_step(table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int) -> list[Batch]:
-    """Cut a step's rows into micro batches, the longest rows first: less padding, and the same sum of gradients."""
+def form_padded_step(
+    table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int, tokens_per_forward: int | None = None
+) -> list[Batch]:
+    """Cut a step's rows into micro batches, the longest rows first: less padding, and the same sum of gradients.
+
+    Args:
+        table: the examples.
+        rows: of the step.
+        micro_batch: most rows of a batch.
+        tokens_per_forward: most tokens of a batch of more than one row, padding included; None: any number.
+    """
     lengths = np.array([table.lengths[list(row)].sum() for row in rows])
-    ordered = [rows[index] for index in np.argsort(-lengths, kind="stable")]
-    return [form_batch(table, ordered[start : start + micro_batch]) for start in range(0, len(ordered), micro_batch)]
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        most = micro_batch if tokens_per_forward is None else min(micro_batch, max(1, tokens_per_forward // longest))
+        stop = min(start + most, len(order))
+        # Rows of less than half the length get a batch of their own, once there is enough to compute in this one.
+        short = np.flatnonzero(2 * lengths[order[start:stop]] < longest)
+        if len(short) and short[0] * longest >= _LEAST_BUCKET_TOKENS:
+            stop = start + int(short[0])
+        batches.append(form_batch(table, [rows[index] for index in order[start:stop]]))
+        start = stop
+    return batches
 
 
 def form_flat_step(

@@ -4,26 +4,25 @@ What is decided here is said in a line each, so that nobody has to guess why a t
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
-from tasks.training.distributed import gather
-from tasks.training.engines import Engine, FusedEngine, GeneralEngine, recompute_layers
+from tasks.training.engines import Engine, FusedEngine
+from tasks.training.general_engine import GeneralEngine, build_engine
 from tasks.training.lora import collect_trained
-from tasks.training.loss import isolates_packed, supports_trained_only
-from tasks.training.memory_fit import fit_memory
+from tasks.training.memory_fit import SMALLEST_FULL_FORWARD, agree, fit_memory
 from tasks.training.records import TrainingError
 from tasks.training.self_check import try_model, verify
-from tasks.training.sharding import is_sharded
+from tasks.training.sharding import is_sharded, is_zero
+from tasks.training.short_cuts import take_short_cuts
 from tasks.training.token_table import TokenTable
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
@@ -57,7 +56,7 @@ def choose_engine(
             f"the fused engine does not do this {type(model.get_base_model()).__name__}: {reason}; set "
             "training.engine to auto" + (" and training.base_weights to full" if config.base_weights == "fp8" else "")
         )
-    return _build_general(model, table, config, reason, device=device, dtype=dtype)
+    return _build_general(model, table, rows, config, reason, device=device, dtype=dtype)
 
 
 def _build_fused(
@@ -85,19 +84,13 @@ def _build_fused(
     if config.tokens_per_pack != "auto":
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
     if device.type == "cuda":
-        num_parameters = sum(parameter.numel() for parameter in collect_trained(model).values())
-        engine = fit_memory(
-            engine, num_parameters=num_parameters, most_tokens=most_tokens, recompute=config.gradient_checkpointing
-        )
-        # Each rank makes all of a step's batches and takes its share: they have to be the same everywhere.
-        needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes, engine.room_tokens))
-        tokens, kept, logits_bytes, room = (min(values) for values in zip(*needs, strict=True))
-        engine = replace(
-            engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes, room_tokens=room
+        trained = list(collect_trained(model).values())
+        engine = agree(
+            fit_memory(engine, trained=trained, most_tokens=most_tokens, recompute=config.gradient_checkpointing)
         )
         if not engine.num_recomputed and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
-            recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=logits_bytes)
+            recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=engine.logits_bytes)
             engine = replace(engine, recorder=recorder)
         if engine.decoder.attend is attend_one_by_one:
             notes.append(f"no FlashAttention for {dtype} here: examples are attended one by one, which is slower")
@@ -112,34 +105,63 @@ def _build_fused(
 def _build_general(
     model: PeftModel,
     table: TokenTable,
+    rows: Sequence[Sequence[int]],
     config: TrainingConfig,
     reason: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[GeneralEngine, tuple[str, ...]]:
-    """Try out which short cuts the model's own forward pass allows."""
-    if config.gradient_checkpointing:
-        recompute_layers(model)
-    notes = [f"the general engine trains, which is slower than the fused one: {reason}"]
-    model.eval()
+    """Try out which short cuts the model's own forward pass allows, and fit it into the memory."""
     place = next(model.parameters()).device  # the CPU still, where the base is going to be divided
-    context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype=dtype)
-    with context:
-        keeps_packs = not config.packing or isolates_packed(model, table, place)
-        trained_only = supports_trained_only(model, table, place)
-    model.train()
-    if not keeps_packs:
-        notes.append(
-            "this model does not keep packed examples apart: a pack's examples are padded side by side instead"
+    engine = build_engine(model, device=device, dtype=dtype, micro_batch=config.micro_batch, tokens_per_forward=1)
+    engine, notes = take_short_cuts(engine, table, packing=config.packing, place=place)
+    most_tokens = _count_step_tokens(table, rows, config)
+    if engine.attend is None:
+        most_tokens = engine.micro_batch * max(int(table.lengths[list(row)].sum()) for row in rows)
+    elif config.tokens_per_pack != "auto":
+        most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
+    if device.type == "cpu" and engine.attend is not None:
+        most_tokens = min(most_tokens, CPU_TOKENS)
+    engine = replace(
+        engine,
+        tokens_per_forward=most_tokens,
+        room_tokens=most_tokens,
+        num_recomputed=engine.num_layers if config.gradient_checkpointing else 0,
+        may_recompute=config.gradient_checkpointing is None,
+    )
+    if not is_sharded(config):
+        engine = fit_general(engine, table, config, list(collect_trained(model).values()))
+    elif is_zero(config):
+        engine = replace(engine, is_head_whole=False)
+        if device.type == "cuda" and config.gradient_checkpointing is None:
+            # Its passes cannot be measured before the first step: as small as the fused engine's smallest full ones.
+            tokens = min(most_tokens, SMALLEST_FULL_FORWARD)
+            engine = replace(engine, num_recomputed=engine.num_layers, tokens_per_forward=tokens, room_tokens=tokens)
+    return engine, (f"the general engine trains, which is slower than the fused one: {reason}", *notes)
+
+
+def fit_general(
+    engine: GeneralEngine, table: TokenTable, config: TrainingConfig, trained: Sequence[nn.Parameter]
+) -> GeneralEngine:
+    """Return the general engine with a forward pass that fits into the memory of every rank; on a CPU, as it is.
+
+    Args:
+        engine: whose tokens_per_forward is the most that a step could use, on its device, perhaps divided by FSDP.
+        table: the examples.
+        config: of the training.
+        trained: parameters.
+    """
+    if engine.device.type != "cuda":
+        return engine
+    return agree(
+        fit_memory(
+            engine,
+            trained=trained,
+            most_tokens=engine.tokens_per_forward,
+            recompute=config.gradient_checkpointing,
+            longest=int(table.lengths.max()),
         )
-    if not trained_only:
-        notes.append("this model's output head cannot be computed at chosen positions alone: training is slower")
-    base: Any = model.get_base_model()
-    may_recompute = config.gradient_checkpointing is None and bool(base.supports_gradient_checkpointing)
-    return (
-        GeneralEngine(model, device, dtype, config.micro_batch, trained_only, keeps_packs, may_recompute),
-        tuple(notes),
     )
 
 

@@ -1,27 +1,21 @@
 """How a step's rows go through the model: through the fused decoder, or through the model's own forward pass.
 
 Both give the sum of the token losses and leave its gradient with the adapter; which one is a matter of speed alone.
+This is the fused one; the other is in `general_engine`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, sum_losses
 from tasks.decoder.passes import FlatBatch, PassRecorder
-from tasks.training.batches import Batch, form_flat_step, form_padded_step
-from tasks.training.loss import sum_token_losses
-from tasks.training.token_table import TokenTable
-
-# Examples of an evaluation that are divided among forward passes together.
-EVALUATION_ROWS = 4096
+from tasks.training.batches import Batch, form_flat_batch, form_flat_step
+from tasks.training.token_table import TokenTable, cut_by_length
 
 
 class Engine(Protocol):
@@ -66,70 +60,6 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class GeneralEngine:
-    """Any causal language model of transformers: padded micro batches."""
-
-    model: PeftModel
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch: int
-    trained_only: bool
-    """Whether the head can be computed at the trained positions alone."""
-    keeps_packs: bool = True
-    """Whether examples in one row stay apart; where not, a pack's examples get rows of their own."""
-    may_recompute: bool = False
-    """Whether the model can compute its layers again in the backward pass, and does not yet."""
-
-    def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
-        """Pad rows side by side."""
-        if not self.keeps_packs:
-            rows = [[index] for row in rows for index in row]
-        micro_batch = max(1, min(self.micro_batch, len(rows) // num_parts))
-        return form_padded_step(table, rows, micro_batch)
-
-    def form_evaluation(self, table: TokenTable) -> Iterator[Batch]:
-        """Pad examples of like length side by side."""
-        for rows in _cut_by_length(table, self.micro_batch):
-            yield from self.form_step(table, rows)
-
-    def sum_losses(self, batch: Batch) -> Tensor:
-        """Go through the model's own forward pass, in 16-bit products where the base is 16-bit."""
-        with self._autocast():
-            return sum_token_losses(self.model, batch.move(self.device), trained_only=self.trained_only)
-
-    def replay_gradient(self, batch: Batch, scale: float) -> None:
-        """Nothing is recorded."""
-
-    def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing is copied."""
-
-    def bind_gradients(self) -> None:
-        """A parameter that has no gradient in a step, such as an expert's, must not be moved by it."""
-
-    def shrink(self) -> "GeneralEngine | None":
-        """Recompute all layers, then halve the micro batch."""
-        if self.may_recompute:
-            recompute_layers(self.model)
-            return replace(self, may_recompute=False)
-        return replace(self, micro_batch=self.micro_batch // 2) if self.micro_batch > 1 else None
-
-    def describe(self) -> str:
-        """Say how it computes."""
-        recomputed = ", layers recomputed" if self.model.is_gradient_checkpointing else ""
-        return f"general engine, {self.micro_batch} row(s) a forward pass{recomputed}"
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-
-def recompute_layers(model: PeftModel) -> None:
-    """Have a model keep only its layers' inputs, and run them again in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-@dataclass(frozen=True)
 class FusedEngine:
     """The fused decoder: flat batches, no padding, logits at the trained positions alone."""
 
@@ -148,9 +78,18 @@ class FusedEngine:
         """Lay the step's examples end to end."""
         return form_flat_step(table, rows, self.tokens_per_forward, num_parts=num_parts)
 
+    @property
+    def num_layers(self) -> int:
+        """Return how many layers can run again in the backward pass."""
+        return len(self.decoder.layers)
+
+    def form_trial(self, table: TokenTable) -> Batch:
+        """Make one batch of all examples, whatever its size."""
+        return form_flat_batch(table, range(len(table.example_ids)))
+
     def form_evaluation(self, table: TokenTable) -> Iterator[Batch]:
         """Lay as many examples end to end as fit into the memory."""
-        for rows in _cut_by_length(table, EVALUATION_ROWS):
+        for rows in cut_by_length(table):
             yield from form_flat_step(table, rows, self.room_tokens)
 
     def sum_losses(self, batch: Batch) -> Tensor:
@@ -215,10 +154,3 @@ class FusedEngine:
         recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
         attention = name_attention(self.decoder.attend)
         return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}, {attention}"
-
-
-def _cut_by_length(table: TokenTable, num_rows: int) -> Iterator[list[list[int]]]:
-    """Give all examples, so many at a time, the longest first."""
-    order = np.argsort(-table.lengths, kind="stable")
-    for start in range(0, len(order), num_rows):
-        yield [[int(index)] for index in order[start : start + num_rows]]

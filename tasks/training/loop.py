@@ -9,12 +9,14 @@ about what is optimized. `reference.py` is the same training in the plainest for
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.memory import is_out_of_memory
+from tasks.training.adapter_costs import describe_costs
 from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
     CheckpointError,
@@ -26,6 +28,8 @@ from tasks.training.checkpoints import (
 )
 from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
+from tasks.training.engine_choice import fit_general
+from tasks.training.general_engine import GeneralEngine
 from tasks.training.lora import save_adapter
 from tasks.training.memory import read_memory
 from tasks.training.packing import packing_efficiency
@@ -84,6 +88,8 @@ def train_adapter(
     with _naming_shortage(base_model):
         setup = prepare_training(base_model, tokens, run_folder / f"examples-{machine()}", config, seed=seed)
     logger.info("Training with the %s", setup.engine.describe())
+    for sentence in describe_costs(config, setup.parameters, setup.engine.describe().partition(",")[0]):
+        logger.info(sentence)
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     seed_per_rank(seed, 0)
@@ -163,6 +169,9 @@ def _divide(setup: Setup) -> Setup:
         return divide(setup)
     if is_sharded(setup.config):
         shard_base(setup.model, setup.device)
+        assert isinstance(setup.engine, GeneralEngine)
+        engine = fit_general(setup.engine, setup.table, setup.config, list(setup.parameters.values()))
+        return replace(setup, engine=engine)
     return setup
 
 

@@ -1,10 +1,8 @@
-"""The loss of a batch, with the output head computed only where something is learned.
+"""The loss of a batch in the plainest form: one forward pass, and logits at every position.
 
-Dimensions: `B` rows, `S` tokens a row, `N` trained positions, `V` vocabulary.
+Dimensions: `B` rows, `S` tokens a row, `V` vocabulary.
 
-Of a padded batch of short answers perhaps a third of the positions count, and the head is the largest layer of a small
-model. The model's own `logits_to_keep` takes a mask of positions, so that whatever it does to its logits (scale, soft
-cap) stays its own affair. Models differ in what they support, so both short cuts are tried out before training.
+What is faster is compared with this before a training (`self_check`), and in the tests.
 """
 
 from typing import Any
@@ -22,29 +20,15 @@ from tasks.training.token_table import TokenTable
 TRIAL_TOKENS = 24
 
 
-def sum_token_losses(model: nn.Module, batch: Batch, *, trained_only: bool) -> Tensor:
+def sum_token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the sum of -log p(target) over the trained positions (nats, fp32 scalar); 0 where there are none.
 
     Args:
         model: causal LM, with or without an adapter.
         batch: on the model's device.
-        trained_only: compute logits for the trained positions alone; see `supports_trained_only`.
     """
-    logits, targets = _compute_logits(model, batch, trained_only=trained_only)
+    logits, targets = _compute_logits(model, batch)
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-@torch.no_grad()
-def supports_trained_only(model: nn.Module, table: TokenTable, device: torch.device) -> bool:
-    """Try out on one example whether logits at chosen positions are the model's full logits there."""
-    batch = form_batch(cut_trial(table, count=1), [[0]]).move(device)
-    try:
-        chosen, _ = _compute_logits(model, batch, trained_only=True)
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False
-    everything, all_targets = _compute_logits(model, batch, trained_only=False)
-    wanted = everything[all_targets != IGNORE_INDEX]
-    return chosen.shape == wanted.shape and _is_close(chosen, wanted)
 
 
 @torch.no_grad()
@@ -55,20 +39,17 @@ def isolates_packed(model: nn.Module, table: TokenTable, device: torch.device) -
     functions, without a cache and without an attention mask. Recurrent layers do not look at them.
     """
     pair = cut_trial(table, count=2)
-    packed, _ = _compute_logits(model, form_batch(pair, [[0, 1]]).move(device), trained_only=False)
-    alone, _ = _compute_logits(model, form_batch(pair, [[1]]).move(device), trained_only=False)
+    packed, _ = _compute_logits(model, form_batch(pair, [[0, 1]]).move(device))
+    alone, _ = _compute_logits(model, form_batch(pair, [[1]]).move(device))
     return _is_close(packed[int(pair.offsets[1]) :], alone)
 
 
-def _compute_logits(model: nn.Module, batch: Batch, *, trained_only: bool) -> tuple[Tensor, Tensor]:
-    """Return logits [N, V] and targets [N], or those of all B * S positions."""
+def _compute_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits [B * S, V] and targets [B * S] of all positions."""
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.position_ids is not None:
         arguments["position_ids"] = batch.position_ids
-    if not trained_only:
-        return model(**arguments).logits.flatten(0, 1), batch.targets.flatten()
-    is_trained = batch.targets != IGNORE_INDEX
-    return model(**arguments, logits_to_keep=is_trained).logits, batch.targets[is_trained]
+    return model(**arguments).logits.flatten(0, 1), batch.targets.flatten()
 
 
 def _is_close(left: Tensor, right: Tensor) -> bool:

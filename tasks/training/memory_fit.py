@@ -1,19 +1,22 @@
-"""How many tokens go through the fused decoder at once: measured on the machine, not guessed.
+"""How many tokens go through the model at once, and how many layers run again: measured on the machine, not guessed.
 
 A forward and backward pass takes, at its peak, a fixed amount and so many bytes a token. Two small passes with made-up
 tokens give both, once with everything kept and once with every layer recomputed; the rest is arithmetic.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from tasks.tokenization.labels import IGNORE_INDEX
-from tasks.training.batches import Batch, form_flat_batch
+from tasks.training.distributed import gather
 from tasks.training.engines import FusedEngine
+from tasks.training.general_engine import GeneralEngine
 from tasks.training.token_table import TokenTable
 
 LARGEST_FORWARD = 65536
@@ -22,11 +25,13 @@ SMALLEST_FULL_FORWARD = 8192
 # Part of the free memory that is planned for; the rest is for what the measurement does not see.
 _SHARE = 0.9
 _TRIALS = (1024, 2048)
+_EXAMPLE_TOKENS = 256
 # Bytes of logits at a time where memory is short.
 _SMALL_LOGITS = 1 << 28
 
 
 logger = logging.getLogger(__name__)
+AnyEngine = TypeVar("AnyEngine", FusedEngine, GeneralEngine)
 
 
 class Need(NamedTuple):
@@ -45,28 +50,35 @@ class Need(NamedTuple):
 
 
 def fit_memory(
-    engine: FusedEngine, *, num_parameters: int, most_tokens: int, recompute: bool | None, reserved_bytes: int = 0
-) -> FusedEngine:
+    engine: AnyEngine,
+    *,
+    trained: Sequence[nn.Parameter],
+    most_tokens: int,
+    recompute: bool | None,
+    longest: int = _EXAMPLE_TOKENS,
+    reserved_bytes: int = 0,
+) -> AnyEngine:
     """Return the engine with the forward pass and the recomputation that the GPU's free memory allows.
 
     Args:
         engine: on a CUDA device.
-        num_parameters: that are trained: AdamW will take 8 bytes each.
+        trained: parameters; AdamW will take 8 bytes for each of their values.
         most_tokens: of a step: more would never be used.
         recompute: every layer or none; None: what fits.
+        longest: tokens of an example; where examples are padded, memory may grow with it.
         reserved_bytes: left free.
     """
-    num_layers = len(engine.decoder.layers)
+    num_parameters = sum(parameter.numel() for parameter in trained)
     free_bytes = _SHARE * _read_free(engine.device) - 8 * num_parameters - reserved_bytes
     most_tokens = min(most_tokens, LARGEST_FORWARD)
-    small = replace(engine, num_recomputed=num_layers, logits_bytes=_SMALL_LOGITS)
-    kept = _measure(engine) if recompute is not True else None
+    small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)
+    kept = _measure(engine, trained, longest) if recompute is not True or not engine.num_layers else None
     logger.info("Free for a forward pass: %.1f GiB; everything kept: %s", free_bytes / 2**30, kept)
     if kept is not None:
         tokens = kept.count_tokens(free_bytes)
-        if recompute is False or tokens >= min(most_tokens, SMALLEST_FULL_FORWARD):
+        if recompute is False or not engine.num_layers or tokens >= min(most_tokens, SMALLEST_FULL_FORWARD):
             return _plan(engine, tokens, most_tokens)
-    lean = _measure(small)
+    lean = _measure(small, trained, longest)
     logger.info("Every layer recomputed: %s", lean)
     tokens = lean.count_tokens(free_bytes)
     if kept is None or min(tokens, most_tokens) <= SMALLEST_FULL_FORWARD:
@@ -74,38 +86,45 @@ def fit_memory(
     # What is left over at a full forward pass keeps some layers' activations.
     tokens = SMALLEST_FULL_FORWARD
     left = free_bytes - lean.fixed_bytes - lean.bytes_per_token * tokens
-    a_layer = (kept.bytes_per_token - lean.bytes_per_token) * tokens / num_layers
-    num_kept = max(0, min(num_layers, int(left / a_layer))) if a_layer > 0 else 0
-    return replace(_plan(small, tokens, tokens), num_recomputed=num_layers - num_kept)
+    a_layer = (kept.bytes_per_token - lean.bytes_per_token) * tokens / engine.num_layers
+    num_kept = max(0, min(engine.num_layers, int(left / a_layer))) if a_layer > 0 else 0
+    return replace(_plan(small, tokens, tokens), num_recomputed=engine.num_layers - num_kept)
 
 
-def _measure(engine: FusedEngine) -> Need:
-    """Do two passes with made-up tokens; the adapter's gradient is left as it was: none."""
+def agree(engine: AnyEngine) -> AnyEngine:
+    """Return the engine that fits on every rank: each makes all of a step's batches and takes its share."""
+    needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes, engine.room_tokens))
+    tokens, kept, logits_bytes, room = (min(values) for values in zip(*needs, strict=True))
+    return replace(engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes, room_tokens=room)
+
+
+def _measure(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -> Need:
+    """Do two passes with made-up tokens; the trained parameters' gradient is left as it was: none."""
+    length = _EXAMPLE_TOKENS
+    if isinstance(engine, GeneralEngine) and engine.attend is None:
+        length = max(length, longest)
+    sizes = [max(tokens, number * length) for number, tokens in enumerate(_TRIALS, start=1)]
     peaks = []
-    for tokens in _TRIALS:
-        batch = _make_up(tokens)
+    for size in sizes:
+        batch = engine.form_trial(_make_up(size, length))
         torch.cuda.synchronize(engine.device)
         before = torch.cuda.memory_allocated(engine.device)
         torch.cuda.reset_peak_memory_stats(engine.device)
-        (engine.sum_losses(batch) / tokens).backward()
+        (engine.sum_losses(batch) / size).backward()
         peaks.append(torch.cuda.max_memory_allocated(engine.device) - before)
-        for layer in engine.decoder.layers:
-            for projection in layer.projections:
-                for parameter in projection.adapters.parameters:
-                    parameter.grad = None
-    slope = max(1.0, (peaks[1] - peaks[0]) / (_TRIALS[1] - _TRIALS[0]))
+        for parameter in trained:
+            parameter.grad = None
+    slope = max(1.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
     # The logits do not grow any more once a chunk is full; small passes have not filled it.
-    return Need(max(0.0, peaks[0] - slope * _TRIALS[0]) + engine.logits_bytes, slope)
+    return Need(max(0.0, peaks[0] - slope * sizes[0]) + engine.logits_bytes, slope)
 
 
-def _make_up(num_tokens: int) -> Batch:
-    """Return a flat batch of segments of 256 tokens, two thirds of them trained."""
-    length = 256
+def _make_up(num_tokens: int, length: int) -> TokenTable:
+    """Return examples of so many tokens, the last one perhaps of fewer; two thirds of them are trained."""
     input_ids = np.arange(num_tokens, dtype=np.int32) % 97
     targets = np.where(np.arange(num_tokens) % 3 == 0, IGNORE_INDEX, input_ids).astype(np.int32)
-    offsets = np.arange(0, num_tokens + 1, length, dtype=np.int64)
-    table = TokenTable([f"made up {i}" for i in range(len(offsets) - 1)], offsets, input_ids, targets)
-    return form_flat_batch(table, range(len(offsets) - 1))
+    offsets = np.array([*range(0, num_tokens, length), num_tokens], np.int64)
+    return TokenTable([f"made up {i}" for i in range(len(offsets) - 1)], offsets, input_ids, targets)
 
 
 def _read_free(device: torch.device) -> float:
@@ -116,7 +135,7 @@ def _read_free(device: torch.device) -> float:
     return float(free)
 
 
-def _plan(engine: FusedEngine, tokens: int, most_tokens: int) -> FusedEngine:
+def _plan(engine: AnyEngine, tokens: int, most_tokens: int) -> AnyEngine:
     """Plan for the tokens that fit, rounded down to a multiple of 512, at least 512; no more than ever asked for."""
     room = min(max(512, tokens // 512 * 512), LARGEST_FORWARD)
     return replace(engine, tokens_per_forward=most_tokens if tokens >= most_tokens else room, room_tokens=room)

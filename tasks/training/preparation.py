@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
+from tasks.training.base_dropout import describe_dropout, find_dropout, switch_off_dropout
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import run_once_per_node
 from tasks.training.engine_choice import choose_engine
@@ -79,6 +80,7 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
     dtype = choose_dtype(config.precision, device)
     model = load_base(base_model, config, dtype=dtype, device=device)
     _check_vocabulary(model, table, eval_table)
+    found = find_dropout(model) if config.base_dropout else switch_off_dropout(model)
     # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there, and
     # the adapter with it while the model is tried out.
     adapted = attach_adapter(model, config, seed=seed)
@@ -87,6 +89,8 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
     parameters = collect_trained(adapted)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
     engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
+    if found:
+        notes = (describe_dropout(found, is_kept=config.base_dropout), *notes)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(device)
     optimizer = torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""The fused engine's proof at every start: its loss and gradient against those of the model's own forward pass.
+"""The proof of what is fast, at every start: loss and gradient against those of the model's own plain forward pass.
 
 Two short pieces of the data and a made-up adapter, on the machine that is going to train. Where the adapter drops, both
 sides draw the same masks, of half of all columns: a wrong one would change the gradient by about its norm.
@@ -23,6 +23,7 @@ from tasks.decoder.recognition import UnknownDecoderError
 from tasks.memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines import FusedEngine
+from tasks.training.general_engine import GeneralEngine
 from tasks.training.lora import collect_trained
 from tasks.training.loss import cut_trial, sum_token_losses
 from tasks.training.token_table import TokenTable
@@ -41,8 +42,18 @@ class Trial(NamedTuple):
     grads: dict[str, Tensor]
 
 
-def try_model(model: PeftModel, table: TokenTable, device: torch.device, dtype: torch.dtype) -> Trial:
-    """Return loss and gradients of two short pieces by the model's own forward pass, with a made-up adapter."""
+def try_model(
+    model: PeftModel, table: TokenTable, device: torch.device, dtype: torch.dtype, *, drops: bool = True
+) -> Trial:
+    """Return loss and gradients of two short pieces by the model's own forward pass, with a made-up adapter.
+
+    Args:
+        model: on the device.
+        table: the examples.
+        device: of the trial.
+        dtype: of its products.
+        drops: whether the adapter drops what the fused decoder would.
+    """
     parameters = collect_trained(model)
     trial = cut_trial(table, count=2)
     flat = form_flat_batch(trial, [0, 1]).move(device)
@@ -54,8 +65,9 @@ def try_model(model: PeftModel, table: TokenTable, device: torch.device, dtype: 
         with context:
             for index in range(2):
                 batch = form_batch(trial, [[index]]).move(device)
-                with dropping(model, dropout, flat, first=int(trial.offsets[index])):
-                    loss = loss + sum_token_losses(model, batch, trained_only=False)
+                first = int(trial.offsets[index])
+                with dropping(model, dropout, flat, first=first) if drops else nullcontext():
+                    loss = loss + sum_token_losses(model, batch)
         loss.backward()
         grads = _take_grads(parameters)
     model.train()
@@ -82,35 +94,50 @@ def verify(
         candidate = replace(decoder, attend=kind)
         try:
             warm_up(kind, heads, windows, device)
-            _compare(model, FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES, _TOKENS), table, expected, dtype)
+            engine = FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES, _TOKENS)
+            compare(model, engine, cut_trial(table, count=2), expected, dtype)
         except Exception as error:  # a kernel that does not compile here raises what it likes
             if kind is kinds[-1] or is_out_of_memory(error):
                 raise
-            _take_grads(collect_trained(model))
+            forget_grads(model)
             notes.append(f"{name_attention(kind)} is not used: {str(error).partition(chr(10))[0]}")
         else:
             return candidate, notes
     raise AssertionError("there is always one kind of attention")
 
 
-def _compare(
+def compare(
     model: PeftModel,
-    engine: FusedEngine,
-    table: TokenTable,
+    engine: FusedEngine | GeneralEngine,
+    pieces: TokenTable,
     expected: Trial,
     dtype: torch.dtype,
 ) -> None:
-    """Raise UnknownDecoderError unless the fused engine gives the same loss and gradients."""
+    """Raise UnknownDecoderError unless an engine gives the same loss and gradients.
+
+    Args:
+        model: with the adapter.
+        engine: that computes with the model.
+        pieces: of the trial.
+        expected: from `try_model`.
+        dtype: of the products.
+    """
     parameters = collect_trained(model)
-    dropout = engine.decoder.dropout
-    if dropout is not None:
-        engine = replace(engine, decoder=replace(engine.decoder, dropout=replace(dropout, p=_DROPPED_SHARE)))
+    if isinstance(engine, FusedEngine) and engine.decoder.dropout is not None:
+        dropout = replace(engine.decoder.dropout, p=_DROPPED_SHARE)
+        engine = replace(engine, decoder=replace(engine.decoder, dropout=dropout))
     with _made_up(parameters), torch.enable_grad():
-        loss = engine.sum_losses(form_flat_batch(cut_trial(table, count=2), [0, 1]))
+        loss = engine.sum_losses(engine.form_trial(pieces))
         loss.backward()
         grads = _take_grads(parameters)
-    engine.decoder.refresh()
+    if isinstance(engine, FusedEngine):
+        engine.decoder.refresh()
     limit, loss_limit = _TOLERANCES[dtype]
+    missing = expected.grads.keys() ^ grads.keys()
+    if missing:
+        raise UnknownDecoderError(
+            f"on a trial there is a gradient on one side alone of {', '.join(sorted(missing)[:3])}"
+        )
     differences = [(grads[name] - grad).double().norm() ** 2 for name, grad in expected.grads.items()]
     norms = [grad.double().norm() ** 2 for grad in expected.grads.values()]
     off = float((sum(differences) / sum(norms)) ** 0.5)
@@ -137,6 +164,11 @@ def _made_up(parameters: dict[str, Any]) -> Iterator[None]:
         with torch.no_grad():
             for matrix, values in zip(matrices, saved, strict=True):
                 matrix.copy_(values)
+
+
+def forget_grads(model: PeftModel) -> None:
+    """Leave no gradient of a trial that failed."""
+    _take_grads(collect_trained(model))
 
 
 def _take_grads(parameters: dict[str, Any]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from tasks.training.packing import pack
 
 EXAMPLES_PER_WINDOW = 100_000
 _EXAMPLES_AT_ONCE = 8192
+_ROWS_AT_ONCE = 4096
 _NAMED = 3
 _NAMES_SCHEMA = pa.schema([("example_id", pa.large_string())])
 _TYPES = {"input_ids": "<i4", "targets": "<i4", "offsets": "<i8", "packs": "<i8", "bounds": "<i8"}
@@ -229,3 +230,10 @@ def _open(folder: Path, name: str) -> NDArray[Any]:
     if not path.stat().st_size:
         return np.zeros(0, _TYPES[name])
     return np.memmap(path, _TYPES[name], mode="r")
+
+
+def cut_by_length(table: TokenTable) -> Iterator[list[list[int]]]:
+    """Give all examples, each a row, some thousands at a time, the longest first."""
+    order = np.argsort(-table.lengths, kind="stable")
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        yield [[int(index)] for index in order[start : start + _ROWS_AT_ONCE]]

@@ -211,14 +211,14 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
     from schemas.config import TrainingConfig
     from tasks.models import choose_device, load_model
     from tasks.training.batches import lay_out, open_rows
-    from tasks.training.engines import GeneralEngine
+    from tasks.training.general_engine import build_engine
     from tasks.training.validation import compute_eval_loss
 
     device = choose_device()
     model: Any = load_model(options.work / "model", dtype=torch.bfloat16, device=device)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    engine = GeneralEngine(model, device, torch.bfloat16, 16, trained_only=False)
+    engine = build_engine(model, device=device, dtype=torch.bfloat16, micro_batch=16, tokens_per_forward=1 << 16)
     lay_out(options.work / "tokens" / "eval.parquet", options.work / "eval", TrainingConfig())
     return compute_eval_loss(model, engine, open_rows(options.work / "eval")[0])
 

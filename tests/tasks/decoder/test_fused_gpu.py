@@ -19,6 +19,7 @@ from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines import FusedEngine
 from tasks.training.loop import train_adapter
+from tasks.training.lora import collect_trained
 from tasks.training.memory_fit import fit_memory
 from tests.tasks.decoder.test_fused import (
     FAMILIES,
@@ -212,12 +213,13 @@ def test_odd_packs_give_numbers(lengths: tuple[int, ...], untrained: tuple[int, 
 def test_forward_pass_fits_into_what_is_left() -> None:
     model = build("qwen3", torch.bfloat16, "cuda")
     engine = FusedEngine(recognize_decoder(model), torch.device("cuda"), 2048, 0, LOGITS_BYTES, 2048)
+    trained = list(collect_trained(model).values())
     free, _ = torch.cuda.mem_get_info()
-    roomy = fit_memory(engine, num_parameters=0, most_tokens=4096, recompute=None)
+    roomy = fit_memory(engine, trained=trained, most_tokens=4096, recompute=None)
     assert (roomy.tokens_per_forward, roomy.num_recomputed) == (4096, 0)
     left = 2 * LOGITS_BYTES
     tight = fit_memory(
-        engine, num_parameters=0, most_tokens=1 << 20, recompute=None, reserved_bytes=int(0.9 * free) - left
+        engine, trained=trained, most_tokens=1 << 20, recompute=None, reserved_bytes=int(0.9 * free) - left
     )
     assert tight.tokens_per_forward < 1 << 20
     table = draw_table([256] * (tight.tokens_per_forward // 256))

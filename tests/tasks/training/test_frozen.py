@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_those_of_the_weights_it_stands_for(llama: Path, 
             for name, parameter in collect_trained(model).items():
                 if ".lora_B." in name:
                     parameter.fill_(0.01)
-        loss_sum = sum_token_losses(model, batch, trained_only=True)
+        loss_sum = sum_token_losses(model, batch)
         loss_sum.backward()
         results.append((loss_sum.item(), [parameter.grad for parameter in collect_trained(model).values()]))
     (loss, grads), (loss_in_4_bits, grads_in_4_bits) = results

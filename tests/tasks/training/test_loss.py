@@ -1,4 +1,4 @@
-"""The same loss and gradient whatever the arrangement: padded, packed, accumulated, with or without a full head."""
+"""The same loss and gradient whatever the arrangement: padded, packed, accumulated."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from schemas.config import TrainingConfig
 from tasks.models import load_model
 from tasks.training.batches import Batch, form_batch
 from tasks.training.lora import attach_adapter, collect_trained
-from tasks.training.loss import isolates_packed, sum_token_losses, supports_trained_only
+from tasks.training.loss import isolates_packed, sum_token_losses
 from tasks.training.token_table import TokenTable
 from tests.tasks.training.conftest import KINDS, build_model, draw_examples, read_tokens, write_split
 
@@ -37,14 +37,12 @@ def table(tmp_path: Path) -> TokenTable:
     return read_tokens(tmp_path / "train.parquet")[0]
 
 
-def differentiate(
-    model: Any, batches: list[Batch], *, trained_only: bool = True
-) -> tuple[float, dict[str, torch.Tensor]]:
+def differentiate(model: Any, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss and the gradients of one optimizer step."""
     count = sum(batch.num_trained_tokens for batch in batches)
     loss = 0.0
     for batch in batches:
-        part = sum_token_losses(model, batch, trained_only=trained_only) / count
+        part = sum_token_losses(model, batch) / count
         part.backward()
         loss += part.item()
     gradients = {}
@@ -79,13 +77,6 @@ def test_accumulation_changes_nothing(adapted: Any, table: TokenTable) -> None:
     assert_same(together, one_by_one, 1e-5)
 
 
-def test_head_at_trained_positions_is_the_full_head_there(adapted: Any, table: TokenTable) -> None:
-    batches = [form_batch(table, [[0], [1], [2]])]
-    assert supports_trained_only(adapted, table, CPU)
-    few = differentiate(adapted, batches, trained_only=True)
-    assert_same(few, differentiate(adapted, batches, trained_only=False), 1e-5)
-
-
 def test_what_stands_before_an_example_in_its_pack_does_not_matter(adapted: Any, table: TokenTable) -> None:
     assert isolates_packed(adapted.eval(), table, CPU)
     batch = form_batch(table, [[0, 1]])
@@ -107,5 +98,4 @@ def test_recurrent_model_is_found_not_to_isolate(table: TokenTable) -> None:
 def test_no_trained_position_gives_zero_not_nan(adapted: Any, table: TokenTable) -> None:
     batch = form_batch(table, [[0], [1]])
     batch.targets.fill_(-100)
-    for trained_only in (True, False):
-        assert sum_token_losses(adapted, batch, trained_only=trained_only).item() == 0.0
+    assert sum_token_losses(adapted, batch).item() == 0.0

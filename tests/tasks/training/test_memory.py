@@ -18,14 +18,14 @@ CONFIG = TrainingConfig(
 )
 
 
-def prepare(base_model: Path, tokens: Path, *, most_rows: int | None = None) -> Run:
-    """Prepare a training on a machine whose memory holds so many rows."""
+def prepare(base_model: Path, tokens: Path, *, most_tokens: int | None = None) -> Run:
+    """Prepare a training on a machine whose memory holds so many tokens, padding included."""
     setup = prepare_training(base_model, tokens, tokens / "examples", CONFIG, seed=5)
 
     def refuse(module: Any, arguments: Any, options: dict[str, Any]) -> None:
-        rows = options["input_ids"].shape[0]
-        if most_rows is not None and rows > most_rows:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {rows} GiB.\nMore lines.")
+        tokens = options["input_ids"].numel()
+        if most_tokens is not None and tokens > most_tokens:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {tokens} GiB.\nMore lines.")
 
     setup.model.register_forward_pre_hook(refuse, with_kwargs=True)
     return Run(setup, Progress(), "this run")
@@ -44,37 +44,51 @@ def values_of(setup: Setup) -> torch.Tensor:
 
 
 def test_step_that_does_not_fit_is_done_in_smaller_pieces(base_model: Path, tokens: Path) -> None:
-    roomy, tight = prepare(base_model, tokens), prepare(base_model, tokens, most_rows=2)
+    roomy, tight = prepare(base_model, tokens), prepare(base_model, tokens, most_tokens=64)
     wanted, found = do_steps(roomy, 4), do_steps(tight, 4)
     assert [record.step for record in found] == [1, 2, 3, 4]
     assert [record.num_tokens for record in found] == [record.num_tokens for record in wanted]
     assert [record.loss for record in found] == pytest.approx([record.loss for record in wanted], abs=1e-5)
     assert [record.grad_norm for record in found] == pytest.approx([r.grad_norm for r in wanted], rel=1e-5)
     assert (values_of(tight.setup) - values_of(roomy.setup)).abs().max() < 1e-5
-    # Recomputed, then 3 rows, then 1: the last holds.
-    assert tight.setup.engine.describe() == "general engine, 1 row(s) a forward pass, layers recomputed"
+    # Recomputed, then half the tokens, then a quarter: the last holds.
+    where = "general engine, up to {} tokens end to end a forward pass{}, one call for each example"
+    recomputed = ", 2 layers recomputed"
+    assert tight.setup.engine.describe() == where.format(62, recomputed)
     assert tight.setup.model.is_gradient_checkpointing
     assert not roomy.setup.model.is_gradient_checkpointing
-    where = "general engine, {} row(s) a forward pass"
     assert [text.partition("): went on with the ")[2] for text in tight.warnings] == [
-        f"{where.format(rows)}, layers recomputed, the same rows a step" for rows in (6, 3, 1)
+        f"{where.format(tokens, recomputed)}, the same rows a step" for tokens in (249, 124, 62)
     ]
-    assert tight.warnings[0].startswith(f"step 1: out of memory with the {where.format(6)} (CUDA out of memory. Tried")
+    beginning = f"step 1: out of memory with the {where.format(249, '')} (CUDA out of memory. Tried"
+    assert tight.warnings[0].startswith(beginning)
     assert roomy.warnings == []
 
 
 def test_evaluation_that_does_not_fit_is_done_in_smaller_pieces(base_model: Path, tokens: Path) -> None:
     records: list[EvalRecord] = []
-    for most_rows in (None, 3):
-        run = prepare(base_model, tokens, most_rows=most_rows)
+    for most_tokens in (None, 64):
+        run = prepare(base_model, tokens, most_tokens=most_tokens)
         run.progress = Progress(step=1, losses=[4.0])
         records.append(evaluate(run))
         assert run.setup.model.training
     assert records[1].loss == pytest.approx(records[0].loss, abs=1e-6)
 
 
+def test_padded_passes_have_fewer_rows_where_they_do_not_fit(tmp_path: Path, tokens: Path) -> None:
+    from tests.tasks.training.families import build_family
+
+    model = build_family(tmp_path / "model", "gemma2")  # its attention has a soft cap: padded
+    roomy, tight = prepare(model, tokens), prepare(model, tokens, most_tokens=60)
+    wanted, found = do_steps(roomy, 2), do_steps(tight, 2)
+    assert [record.loss for record in found] == pytest.approx([record.loss for record in wanted], abs=1e-5)
+    assert "up to 6 row(s) side by side" in roomy.setup.engine.describe()
+    assert "up to 1 row(s) side by side" in tight.setup.engine.describe()
+    assert len(tight.warnings) == 3
+
+
 def test_one_row_that_does_not_fit_is_an_error_with_remedies(base_model: Path, tokens: Path) -> None:
-    run = prepare(base_model, tokens, most_rows=0)
+    run = prepare(base_model, tokens, most_tokens=0)
     with pytest.raises(
         TrainingError, match=r"step 1: out of memory with the smallest forward pass \(CUDA .*set training"
     ):

@@ -1,0 +1,36 @@
+"""What the kinds of adapter beside plain LoRA cost, in a sentence each for the run's log."""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from schemas.config import TrainingConfig
+
+# A value in fp32, its gradient and AdamW's two moments.
+_BYTES_PER_TRAINED = 16
+
+
+def describe_costs(config: TrainingConfig, parameters: Mapping[str, Tensor], engine: str) -> list[str]:
+    """Return the sentences for what a config asks for.
+
+    Args:
+        config: of the training.
+        parameters: what is trained, by name.
+        engine: that trains, in a word or two.
+    """
+    sentences = []
+    if config.use_rslora:
+        scale = config.alpha / math.sqrt(config.rank)
+        sentences.append(f"rsLoRA trains with the {engine} at no cost: the adapter's scale alone differs ({scale:.3g})")
+    if config.use_dora:
+        sentences.append(
+            f"DoRA trains with the {engine}: every pass computes B A of each adapted layer in full, to measure its norm"
+        )
+    if config.modules_to_save:
+        count = sum(parameter.numel() for name, parameter in parameters.items() if ".modules_to_save." in name)
+        sentences.append(
+            f"{', '.join(config.modules_to_save)} train in full with the {engine}: {count:,} values, "
+            f"{count * _BYTES_PER_TRAINED / 2**30:.2f} GiB with their gradient and AdamW's moments"
+        )
+    return sentences

@@ -1,0 +1,143 @@
+"""What makes a model's own forward pass faster, each tried out before the training and left out where it is not exact.
+
+- the head at trained positions only, some at a time (`chunked_head`)
+- examples end to end in one row, through an attention of variable lengths (`flat_attention`)
+- Liger's kernels, where that package is installed (`liger`)
+
+The trial's loss and gradients are compared with those of each example alone, with the model's own attention and whole
+head (`self_check`). What a short trial cannot see is read from the masks and from the config.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tasks.decoder.attention import Attention, Segments, attend_one_by_one
+from tasks.memory import is_out_of_memory
+from tasks.training.base_dropout import find_dropout
+from tasks.training.batches import form_batch
+from tasks.training.flat_attention import FlatLayout, find_kinds, laid_out, use_flat_attention
+from tasks.training.general_engine import GeneralEngine, autocast_to
+from tasks.training.liger import use_liger
+from tasks.training.loss import cut_trial, isolates_packed, sum_token_losses
+from tasks.training.self_check import Trial, compare, forget_grads, try_model
+from tasks.training.token_table import TokenTable
+
+# Positions turn with another frequency once a row is longer than the model was trained for.
+_LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
+
+
+def take_short_cuts(
+    engine: GeneralEngine, table: TokenTable, *, packing: bool, place: torch.device
+) -> tuple[GeneralEngine, list[str]]:
+    """Return the engine with the short cuts that its model allows, and a line for each that it does not.
+
+    Args:
+        engine: the plain one, see `build_engine`.
+        table: the examples.
+        packing: whether rows hold several examples.
+        place: where the model is: its device, or the CPU still, where it is going to be divided.
+    """
+    model, notes = engine.model, []
+    # Where the model is not on its device yet, the trial takes the attention that is exact anywhere.
+    kinds = find_kinds(engine.device, engine.dtype)
+    tried = replace(engine, device=place)
+    trial = Checker(try_model(model, table, place, engine.dtype, drops=False), cut_trial(table, count=2))
+    model.eval()
+    if reason := trial.refuse(replace(tried, has_chunked_head=True)):
+        notes.append(f"this model's output head cannot be computed at chosen positions alone ({reason}): slower")
+    else:
+        engine, tried = replace(engine, has_chunked_head=True), replace(tried, has_chunked_head=True)
+    longest = int(table.lengths.max())
+    if changes_with_length(engine.base.config.get_text_config(), longest):
+        model.train()
+        notes.append(f"this model's positions depend on the row's length above {longest:,} tokens: one example a pass")
+        return replace(engine, micro_batch=1, keeps_packs=False), notes
+    kind, reason = _choose_attention(tried, trial, kinds if place == engine.device else (attend_one_by_one,), longest)
+    if kind is None:
+        notes.append(f"examples are padded side by side, which is slower than end to end: {reason}")
+        with autocast_to(engine.dtype, place):
+            keeps_packs = not packing or isolates_packed(model, table, place)
+        if not keeps_packs:
+            notes.append("this model does not keep packed examples apart: a pack's examples are padded side by side")
+        engine = replace(engine, keeps_packs=keeps_packs)
+    else:
+        engine = replace(engine, attend=kind if place == engine.device else kinds[0])
+    if place == engine.device and (note := use_liger(engine.base, lambda: trial.refuse(engine))):
+        notes.append(note)
+    model.train()
+    return engine, notes
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Compares engines with what the plain forward pass gives on two short pieces of the data."""
+
+    expected: Trial
+    pieces: TokenTable
+
+    def refuse(self, engine: GeneralEngine) -> str:
+        """Return why an engine is not exact, or nothing where it is."""
+        try:
+            compare(engine.model, engine, self.pieces, self.expected, engine.dtype)
+        except Exception as error:  # a family's code, or a kernel that does not compile here, raises what it likes
+            forget_grads(engine.model)
+            if is_out_of_memory(error):
+                raise
+            return str(error).partition("\n")[0] or type(error).__name__
+        return ""
+
+
+def changes_with_length(config: Any, longest: int) -> bool:
+    """Say whether an example's positions would depend on the other examples of its row.
+
+    Args:
+        config: of the text decoder.
+        longest: tokens of the longest example.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
+            found = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return longest > int(found or config.max_position_embeddings)
+    return False
+
+
+def _choose_attention(
+    engine: GeneralEngine, trial: Checker, kinds: tuple[Attention, ...], longest: int
+) -> tuple[Attention | None, str]:
+    """Have the model attend to examples end to end; return by what, or nothing and why not."""
+    if found := find_dropout(engine.base):
+        return None, f"its own dropout is on ({', '.join(sorted(found))})"
+    give_back: Callable[[], None] | None = None
+    try:
+        give_back = use_flat_attention(engine.base)
+        _check_masks(engine, trial.pieces, longest)
+    except Exception as error:  # likewise
+        if is_out_of_memory(error):
+            raise
+        if give_back is not None:
+            give_back()
+        return None, str(error).partition("\n")[0]
+    reason = ""
+    for kind in kinds:
+        reason = trial.refuse(replace(engine, attend=kind))
+        if not reason:
+            return kind, ""
+    give_back()
+    return None, reason
+
+
+@torch.no_grad()
+def _check_masks(engine: GeneralEngine, pieces: TokenTable, longest: int) -> None:
+    """Raise FlatAttentionError where a mask, up to the longest example, is not what the attention is told."""
+    batch = form_batch(pieces, [[0]]).move(engine.device)
+    num_tokens = batch.input_ids.shape[1]
+    borders = torch.tensor([0, num_tokens], dtype=torch.int32, device=engine.device)
+    layout = FlatLayout(Segments(borders, (num_tokens,)), attend_one_by_one, checked_length=longest)
+    with autocast_to(engine.dtype, engine.device), laid_out(layout):
+        sum_token_losses(engine.model, batch)
