@@ -66,6 +66,9 @@ def create_prefect() -> Guard:
     """Return Prefect's server behind the guard, as uvicorn's `--factory` wants it."""
     from prefect.server.api.server import create_app
 
+    from flows.service.prefect_database import use_immediate_transactions
+
+    use_immediate_transactions()
     return guarded(create_app(final=True), os.environ)
 
 

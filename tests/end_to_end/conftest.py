@@ -79,12 +79,12 @@ def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Everything that `sft serve` starts, with log-ins, on PostgreSQL where there is one."""
+    """Everything that `sft serve` starts, on PostgreSQL where there is one; SFT_SERVICE_DATABASE=sqlite: on SQLite."""
     home = tmp_path_factory.mktemp("service")
     secret = make_secret()
     variables = {"HF_TOKEN": make_secret(), "AWS_SECRET_ACCESS_KEY": make_secret()}
     with ExitStack() as stack:
-        if postgres_programs() is not None:
+        if postgres_programs() is not None and os.environ.get("SFT_SERVICE_DATABASE") != "sqlite":
             address = stack.enter_context(running_postgres(secret))
             variables["SFT_DATABASE_URL"] = f"postgresql://sft:{quote(secret, safe='')}@{address}"
         served = Service(service_environment(home, **variables), home)

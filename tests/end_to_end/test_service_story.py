@@ -281,3 +281,17 @@ def _dump_databases(service: Service) -> dict[str, bytes]:
         done = subprocess.run(["pg_dump", f"{url}/sft_{name}"], check=True, capture_output=True)
         dumps[f"{name}.db"] = done.stdout
     return dumps
+
+
+def test_the_logs_of_servers_and_workers_have_no_traceback_and_no_lost_message(
+    service: Service, second: tuple[str, dict[str, Any]]
+) -> None:
+    logs = sorted((service.folder / "logs").glob("*.log"))
+    assert [log.stem for log in logs] == ["cpu-worker", "gpu-worker", "mlflow-server", "prefect-server"]
+    found = [
+        f"{log.name}:{number}: {line}"
+        for log in logs
+        for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if "Traceback" in line or "dead letter" in line
+    ]
+    assert found == []
