@@ -8,6 +8,7 @@ from sqlalchemy.engine import URL, make_url
 
 from flows.service.settings import ServiceError, ServiceSettings
 from tasks import storage
+from tasks.tracking.database import prepare_database
 
 _MAINTENANCE = "postgres"
 _CONNECT_SECONDS = 10
@@ -31,6 +32,7 @@ def prepare_databases(settings: ServiceSettings) -> DatabaseUrls:
     if settings.database_url is None:
         home = storage.home()
         home.mkdir(parents=True, exist_ok=True)
+        prepare_database(home / "mlflow.db", artifact_root="mlflow-artifacts:/")
         return DatabaseUrls(
             prefect=f"sqlite+aiosqlite:///{home / 'prefect.db'}",
             mlflow=f"sqlite:///{home / 'mlflow.db'}",  # the file of runs without servers: they appear on the pages

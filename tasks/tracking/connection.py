@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 from tasks import storage
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_SQLITE = "sqlite:///"
 
 
 def tracking_uri() -> str:
@@ -23,8 +24,12 @@ def tracking_uri() -> str:
 def _client_for(uri: str) -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if uri.startswith(_SQLITE):
+        from tasks.tracking.database import (
+            prepare_database,
+        )  # loads MLflow's store, which a server's clients do without
+
+        prepare_database(Path(uri.removeprefix(_SQLITE)), artifact_root=str(storage.home() / "artifacts"))
     return MlflowClient(tracking_uri=uri)
 
 

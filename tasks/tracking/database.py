@@ -1,0 +1,75 @@
+"""MLflow's SQLite file, whole or not there: made beside its place under a lock, and moved there in one step.
+
+MLflow makes its tables in dozens of transactions, without a lock. A process that is killed among them leaves a file
+that MLflow refuses ever after, and of two first runs at once one fails.
+"""
+
+import fcntl
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+_log = logging.getLogger(__name__)
+_SIDE_FILES = ("-journal", "-wal", "-shm")  # what SQLite keeps beside a database
+# What MLflow's store has written last when it is whole: its first experiment. Without one there can be no run.
+_CONTENTS = ("experiments", "registered_models")
+
+
+def prepare_database(path: Path, *, artifact_root: str) -> None:
+    """Make sure that MLflow's database at this path is whole; safe for several processes at once, and however they end.
+
+    A file that MLflow was killed in while making it holds nothing of anybody, and is made anew.
+
+    Args:
+        path: of the file.
+        artifact_root: where MLflow's first experiment keeps artifacts; every other has a place of its own.
+
+    Raises:
+        ValueError: the file is no database, or cannot be read or made there.
+    """
+    try:
+        if _is_whole(path):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # which the kernel gives back however this process ends
+            if not _is_whole(path):
+                _make(path, artifact_root)
+    except (OSError, sqlite3.Error) as error:
+        raise ValueError(
+            f"MLflow's database {path}: {error}. If another program holds it, wait for that; if it is damaged, put a "
+            "copy back or move it away, and the next start makes a new one"
+        ) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether MLflow has made its tables to the end; a file that is not there is not whole."""
+    if not path.is_file():
+        return False
+    with closing(sqlite3.connect(path, timeout=60)) as database:  # by its path: any character may be in it
+        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return any(database.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in _CONTENTS if name in tables)
+
+
+def _make(path: Path, artifact_root: str) -> None:
+    if path.exists():
+        _log.warning("%s was not made to its end, and nothing is in it: it is made anew", path)
+    new = path.with_name(f"{path.name}.new")
+    for each in (path, new):
+        for suffix in ("", *_SIDE_FILES):
+            each.with_name(each.name + suffix).unlink(missing_ok=True)
+    store = SqlAlchemyStore(sqlite_uri(new), artifact_root)
+    store.engine.dispose()
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
+    new.chmod(0o600)  # it names people, data and models
+    new.replace(path)
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a SQLite file as SQLAlchemy and MLflow take it."""
+    return f"sqlite:///{path}"

@@ -1,0 +1,87 @@
+"""MLflow's database is whole or not there, whoever is killed while making it, and however many begin at once."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.tracking.database import prepare_database
+
+_OURS = "from tasks import tracking; tracking.client().search_experiments()"
+# As MLflow makes it by itself, in its place: what earlier versions left behind when they were killed.
+_MLFLOWS = """
+import os
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore(f"sqlite:///{os.environ['SFT_HOME']}/mlflow.db", os.environ["SFT_HOME"])
+"""
+
+
+def _begin(home: Path, program: str) -> "subprocess.Popen[bytes]":
+    environment = {"SFT_HOME": str(home), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _kill_at(home: Path, program: str, num_bytes: int) -> None:
+    """Kill a process as soon as the database that it makes has this size; whole it has 950,000."""
+    with _begin(home, program) as process:
+        deadline = time.monotonic() + 60
+        while not any(_size(home / name) >= num_bytes for name in ("mlflow.db", "mlflow.db.new")):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+def _check_it_works(home: Path) -> None:
+    with _begin(home, _OURS) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error.decode()
+    with sqlite3.connect(home / "mlflow.db") as database:
+        assert database.execute("SELECT name FROM experiments").fetchall() == [("Default",)]
+    assert sorted(path.name for path in home.glob("mlflow.db*")) == ["mlflow.db", "mlflow.db.lock"]
+
+
+@pytest.mark.parametrize("program", [_OURS, _MLFLOWS], ids=["ours", "mlflows"])
+def test_killed_at_any_moment_the_next_one_begins_well(tmp_path: Path, program: str) -> None:
+    for num_bytes in (20_000, 150_000, 600_000):
+        home = tmp_path / str(num_bytes)
+        home.mkdir()
+        _kill_at(home, program, num_bytes)
+        _check_it_works(home)
+
+
+def test_two_first_ones_at_once_both_succeed(tmp_path: Path) -> None:
+    for process in [_begin(tmp_path, _OURS) for _ in range(2)]:
+        _, error = process.communicate(timeout=180)
+        assert process.returncode == 0, error.decode()
+    _check_it_works(tmp_path)
+
+
+def test_one_with_contents_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    prepare_database(path, artifact_root="mlflow-artifacts:/")
+    assert path.stat().st_mode & 0o777 == 0o600
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT artifact_location FROM experiments").fetchall() == [("mlflow-artifacts:/0",)]
+        database.execute("UPDATE experiments SET name = 'mine'")
+    inode = path.stat().st_ino
+    prepare_database(path, artifact_root="elsewhere")
+    assert path.stat().st_ino == inode
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT name FROM experiments").fetchall() == [("mine",)]
+
+
+def test_what_is_no_database_is_named_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(ValueError, match=r"MLflow's database .*mlflow\.db: file is not a database"):
+        prepare_database(path, artifact_root="artifacts")
+    assert path.read_bytes() == b"not a database" * 100
