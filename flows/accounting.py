@@ -170,6 +170,7 @@ def summarize_facts(
         "Training": {
             "Base model": base_model.name + (f" @ {base_model.revision}" if base_model.revision else ""),
             "Adapter": f"LoRA rank {config.training.rank}, alpha {config.training.alpha:g}",
+            **_describe_adapted(adapter),
             "Steps": f"{adapter.num_steps:,}",
             "Trained tokens an epoch": f"{tokens.trained_tokens:,} of {tokens.total_tokens:,}",
             "Final loss": f"{adapter.final_loss:.4f}",
@@ -180,6 +181,15 @@ def summarize_facts(
             "Greedy agreement": f"{merged.check.greedy_agreement:.1%}",
             "Differs from the base": "yes" if merged.check.differs_from_base else "no",
         },
+    }
+
+
+def _describe_adapted(adapter: AdapterRef) -> dict[str, str]:
+    """Return for each kind of weights how much of it the adapter stands beside."""
+    return {
+        f"Adapted: {row.kind}": f"{row.num_adapted:,} of {row.num_weights:,} weights "
+        f"({row.num_adapted_values / max(row.num_values, 1):.1%} of {row.num_values:,} values)"
+        for row in adapter.adapted
     }
 
 
@@ -211,6 +221,7 @@ def build_report(
             final_loss=adapter.final_loss,
             tokens_per_second=adapter.tokens_per_second,
             peak_memory_bytes=adapter.peak_memory_bytes,
+            adapted=adapter.adapted,
             warnings=adapter.warnings,
         ),
         merge=merged.check,

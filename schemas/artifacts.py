@@ -78,6 +78,23 @@ class TokensRef(Ref):
     """What a person should know of how the examples were made, a sentence each."""
 
 
+class AdaptedWeights(BaseModel):
+    """The weight matrices of one kind, and how many of them an adapter stands beside."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    """attention, dense layers, routed experts, …"""
+    num_weights: int
+    """A stack of all experts' projections counts as one."""
+    num_adapted: int
+    num_values: int
+    """Of the base's weights."""
+    num_adapted_values: int
+    skipped: tuple[str, ...] = ()
+    """Which are not adapted and why, a sentence for each reason."""
+
+
 class AdapterRef(Ref):
     """A PEFT adapter: adapter_config.json, adapter_model.safetensors."""
 
@@ -94,6 +111,8 @@ class AdapterRef(Ref):
     """Non-padding tokens trained on a second, without evaluation and checkpoints."""
     peak_memory_bytes: int
     """GPU allocation on a GPU, resident memory of the process on a CPU."""
+    adapted: tuple[AdaptedWeights, ...] = ()
+    """Which of the base's weights the adapter stands beside, by kind."""
     warnings: tuple[str, ...] = ()
     """What a person should know, such as over-fitting."""
 
@@ -323,6 +342,8 @@ class TrainingReport(BaseModel):
     final_loss: float
     tokens_per_second: float
     peak_memory_bytes: int
+    adapted: tuple[AdaptedWeights, ...] = ()
+    """Which of the base's weights the adapter stands beside, by kind."""
     warnings: tuple[str, ...] = ()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from schemas.config import TrainingConfig
+from tasks.families.adaptation import describe
 from tasks.memory import is_out_of_memory
 from tasks.training.adapter_costs import describe_costs
 from tasks.training.batches import choose_pack_tokens
@@ -32,6 +33,7 @@ from tasks.training.engine_choice import fit_general
 from tasks.training.general_engine import GeneralEngine
 from tasks.training.lora import save_adapter
 from tasks.training.memory import read_memory
+from tasks.training.movement import find_unmoved, take_fingerprints
 from tasks.training.packing import packing_efficiency
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank
@@ -90,6 +92,10 @@ def train_adapter(
     logger.info("Training with the %s", setup.engine.describe())
     for sentence in describe_costs(config, setup.parameters, setup.engine.describe().partition(",")[0]):
         logger.info(sentence)
+    logger.info("%s", describe(setup.adapted))
+    for row in setup.adapted:
+        for line in row.skipped:
+            logger.info("Not adapted: %s", line)
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     seed_per_rank(seed, 0)
@@ -109,7 +115,8 @@ def train_adapter(
         on_steps: list[OnStep] = [record, on_step] if record else [on_step]
         on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
         _run_steps(run, on_steps, on_evals, writer, should_stop)
-    adapter_step = _save_chosen(run, run_folder)
+    adapter_step, unmoved = _save_chosen(run, run_folder)
+    run.warnings += unmoved
     return _describe(run, run_folder / "adapter", adapter_step=adapter_step, resumed_from_step=resumed_from_step)
 
 
@@ -121,8 +128,8 @@ def _restore(run: Run, checkpoint: Path) -> None:
     logger.info("Resuming from step %d of %d", run.progress.step, run.setup.num_steps)
 
 
-def _save_chosen(run: Run, run_folder: Path) -> int:
-    """Save the best adapter or the last one, as `training.keep` says; return its step."""
+def _save_chosen(run: Run, run_folder: Path) -> tuple[int, list[str]]:
+    """Save the best adapter or the last one, as `training.keep` says; return its step, and what has not moved."""
     setup, progress = run.setup, run.progress
     step = progress.step
     trained: Mapping[str, Tensor] = setup.optimizer.unsharded()[0]
@@ -133,7 +140,7 @@ def _save_chosen(run: Run, run_folder: Path) -> int:
         if step != progress.step:
             trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
         save_adapter(setup.model, run_folder / "adapter", trained)
-    return step
+    return step, find_unmoved(setup.start, take_fingerprints(setup.model, trained), num_steps=step)
 
 
 def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: int | None) -> TrainingOutcome:
@@ -157,6 +164,7 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         num_trainable_parameters=setup.num_trainable_parameters,
         tokens_per_second=progress.num_tokens / max(progress.train_seconds, 1e-9),
         peak_memory_bytes=max(gather(run.peak_memory_bytes)),
+        adapted=setup.adapted,
         warnings=(*run.warnings, *_collect_warnings(setup, progress)),
     )
 

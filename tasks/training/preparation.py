@@ -3,7 +3,7 @@
 import math
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from schemas.artifacts import AdaptedWeights
 from schemas.config import TrainingConfig
+from tasks.families.adaptation import summarize
 from tasks.models import choose_device, choose_dtype
 from tasks.training.base_dropout import describe_dropout, find_dropout, switch_off_dropout
 from tasks.training.batches import lay_out, open_rows
@@ -23,7 +25,8 @@ from tasks.training.distributed import run_once_per_node
 from tasks.training.engine_choice import choose_engine
 from tasks.training.engines import Engine
 from tasks.training.frozen import load_base
-from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.lora import attach_adapter, collect_trained, plan_adapter
+from tasks.training.movement import take_fingerprints
 from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
@@ -57,6 +60,10 @@ class Setup:
     """How a step's rows go through the model."""
     notes: tuple[str, ...]
     """What a person should know about how it was set up."""
+    adapted: tuple[AdaptedWeights, ...]
+    """Which of the base's weights the adapter stands beside, by kind."""
+    start: Mapping[str, Tensor]
+    """Fingerprints of what is trained, before the first step; see `movement`."""
     device: torch.device
     dtype: torch.dtype
 
@@ -81,12 +88,14 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
     model = load_base(base_model, config, dtype=dtype, device=device)
     _check_vocabulary(model, table, eval_table)
     found = find_dropout(model) if config.base_dropout else switch_off_dropout(model)
+    adapted_weights = summarize(plan_adapter(model, config))
     # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there, and
     # the adapter with it while the model is tried out.
     adapted = attach_adapter(model, config, seed=seed)
     if not is_sharded(config):
         adapted = adapted.to(device)
     parameters = collect_trained(adapted)
+    start = take_fingerprints(adapted, parameters)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
     engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
     if found:
@@ -112,6 +121,8 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
         eval_every_steps=config.eval_every_steps or math.ceil(num_steps / NUM_EVALS),
         engine=engine,
         notes=notes,
+        adapted=adapted_weights,
+        start=start,
         device=device,
         dtype=dtype,
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from schemas.artifacts import AdaptedWeights
+
 
 class TrainingError(ValueError):
     """The training cannot start or go on; the message says where, what, and the way out."""
@@ -88,5 +90,7 @@ class TrainingOutcome:
     """Non-padding tokens a second, without evaluations and checkpoints."""
     peak_memory_bytes: int
     """GPU allocation on a GPU, resident memory of the process on a CPU."""
+    adapted: tuple[AdaptedWeights, ...]
+    """Which of the base's weights the adapter stands beside, by kind."""
     warnings: tuple[str, ...]
     """What a person should know, such as over-fitting or a damaged checkpoint."""

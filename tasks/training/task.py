@@ -4,15 +4,16 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
+import polars as pl
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from schemas.artifacts import AdapterRef, ModelRef, TokensRef
+from schemas.artifacts import AdaptedWeights, AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
 from tasks.training.process.launch import run_training
@@ -59,6 +60,7 @@ def train(
         )
         for warning in outcome.warnings:
             logger.warning(warning)
+        tracking.log_table(run_id, _tabulate(outcome.adapted), "adapted_weights.json")
         if (folder / "tensorboard").is_dir():
             tracking.log_folder(run_id, folder / "tensorboard", "tensorboard")
         ref = _publish(outcome, run_id)
@@ -66,6 +68,12 @@ def train(
     speed = f"{ref.tokens_per_second:,.0f}"
     logger.info("Trained %d steps at %s tokens/s, final loss %.4f", ref.num_steps, speed, ref.final_loss)
     return ref
+
+
+def _tabulate(adapted: Sequence[AdaptedWeights]) -> pl.DataFrame:
+    """Return which weights the adapter stands beside, a row for each kind."""
+    rows = [{**row.model_dump(exclude={"skipped"}), "not_adapted": "; ".join(row.skipped)} for row in adapted]
+    return pl.DataFrame(rows)
 
 
 def _publish(outcome: TrainingOutcome, run_id: str) -> AdapterRef:
@@ -81,6 +89,7 @@ def _publish(outcome: TrainingOutcome, run_id: str) -> AdapterRef:
         best_eval_loss=outcome.best_eval_loss,
         tokens_per_second=outcome.tokens_per_second,
         peak_memory_bytes=outcome.peak_memory_bytes,
+        adapted=outcome.adapted,
         warnings=tuple(outcome.warnings),
     )
 

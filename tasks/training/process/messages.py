@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas.artifacts import AdaptedWeights
 from schemas.config import TrainingConfig
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
@@ -58,13 +59,16 @@ def encode(kind: str, values: Mapping[str, Any]) -> bytes:
 
 def describe_outcome(outcome: TrainingOutcome) -> dict[str, Any]:
     """Return an outcome as JSON values."""
-    return {**asdict(outcome), "adapter": str(outcome.adapter)}
+    adapted = [row.model_dump(mode="json") for row in outcome.adapted]
+    return {**asdict(outcome), "adapter": str(outcome.adapter), "adapted": adapted}
 
 
 def read_outcome(values: Mapping[str, Any]) -> TrainingOutcome:
     """Return the outcome that a line tells of."""
     kept = {name: value for name, value in values.items() if name != "kind"}
-    return TrainingOutcome(**{**kept, "adapter": Path(kept["adapter"]), "warnings": tuple(kept["warnings"])})
+    adapted = tuple(AdaptedWeights.model_validate(row) for row in kept["adapted"])
+    warnings = tuple(kept["warnings"])
+    return TrainingOutcome(**{**kept, "adapter": Path(kept["adapter"]), "adapted": adapted, "warnings": warnings})
 
 
 def read_step(values: Mapping[str, Any]) -> StepRecord:
