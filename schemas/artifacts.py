@@ -127,6 +127,10 @@ class MergeCheck(BaseModel):
     """Part of the greedy tokens that are the same, 0 to 1."""
     differs_from_base: bool
     """False means that training or merging did nothing."""
+    num_changed: int = 0
+    """Tensors of the files that differ from the base's: all of them weights that the adapter stands beside."""
+    num_kept: int = 0
+    """Tensors of the files that are the base's byte for byte."""
 
 
 class MergedRef(ModelRef):

@@ -1,21 +1,28 @@
 """What an adapter does to the base's tensors: low-rank additions and replacements, by tensor name.
 
-Only plain LoRA can be told from the files alone; whatever else PEFT can do is left to PEFT.
+PEFT itself says which matrices belong to which weight and by what they are scaled: the adapter's config is attached to
+the model without values (meta device). The values come from the adapter's file.
 """
 
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import Embedding, Linear
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tasks.families.classes import choose_class, read_config
+
+_PREFIX = "base_model.model."
+_STACK = 3
+"""Dimensions of a weight that holds a matrix for each expert."""
 
 
 class MergeError(ValueError):
@@ -24,16 +31,55 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class LowRank:
-    """weight + scale * b @ a, with a [r, in] and b [out, r]."""
+    """weight + scale * b @ a, with a [r, in] and b [out, r]; or of E experts, with a [E, r, in] and b [E, out, r]."""
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
+    """[out]: the length that DoRA gives each row of the sum (Liu et al., 2024, equation 5)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
+
+    @property
+    def is_zero(self) -> bool:
+        """Say whether it changes nothing, as before the first step."""
+        return self.magnitude is None and not bool(self.b.any() and self.a.any())
 
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
-        """Change some rows: compute in fp32 and cast once, to the weight's own dtype."""
+        """Change some rows, or some experts: compute in fp32 and cast once, to the weight's own dtype."""
         wide = weight.to(torch.float32, copy=True)
-        return wide.addmm_(self.b[rows].float(), self.a.float(), alpha=self.scale).to(weight.dtype)
+        if wide.dim() == _STACK:
+            return wide.baddbmm_(self.b[rows].float(), self.a[rows].float(), alpha=self.scale).to(weight.dtype)
+        wide.addmm_(self.b[rows].float(), self.a.float(), alpha=self.scale)
+        if self.magnitude is not None:
+            wide.mul_(self.magnitude[rows].float().div(wide.norm(dim=1)).unsqueeze(1))
+        return wide.to(weight.dtype)
+
+    def transpose(self) -> "LowRank":
+        """Return the change of the transposed weight, or of each expert's."""
+        self._refuse_magnitude()
+        return replace(self, a=self.b.mT, b=self.a.mT)
+
+    def split(self, sizes: Sequence[int], *, dim: int) -> "list[LowRank]":
+        """Return the changes of a weight's parts: of its rows (dim -2) or its columns (dim -1)."""
+        self._refuse_magnitude()
+        if dim == -2:
+            return [replace(self, b=part) for part in self.b.split(list(sizes), dim=-2)]
+        return [replace(self, a=part) for part in self.a.split(list(sizes), dim=-1)]
+
+    def unstack(self) -> "list[LowRank]":
+        """Return the change of each expert's weight."""
+        return [replace(self, a=a, b=b) for a, b in zip(self.a, self.b, strict=True)]
+
+    def _refuse_magnitude(self) -> None:
+        if self.magnitude is not None:
+            raise MergeError(
+                "DoRA's magnitudes cannot be divided as the base model's files are: train without use_dora"
+            )
 
 
 @dataclass(frozen=True)
@@ -42,21 +88,34 @@ class Replacement:
 
     values: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return tuple(self.values.shape)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes anything is not known without the base's values."""
+        return False
+
     def apply(self, weight: Tensor, rows: slice) -> Tensor:
         """Change some rows: cast once, to the weight's own dtype."""
         return (self.values[rows] if self.values.dim() else self.values).to(weight.dtype)
 
+    def transpose(self) -> "Replacement":
+        """Return the transposed values."""
+        return Replacement(self.values.mT)
+
+    def split(self, sizes: Sequence[int], *, dim: int) -> "list[Replacement]":
+        """Return the values of rows (dim -2) or columns (dim -1)."""
+        return [Replacement(part) for part in self.values.split(list(sizes), dim=dim)]
+
+    def unstack(self) -> "list[Replacement]":
+        """Return the values of each expert."""
+        return [Replacement(values) for values in self.values]
+
 
 Change = LowRank | Replacement
-
-# Settings that either enter the formula above or end with the training; any other that is set needs PEFT itself.
-_PLAIN_SETTINGS = frozenset(
-    {
-        "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-        "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
-        "inference_mode", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "runtime_config",
-    }
-)  # fmt: skip
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
@@ -72,33 +131,44 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         raise MergeError(f"{path}: cannot be read ({error}): the folder of a LoRA adapter is wanted") from error
     if values.get("peft_type") != "LORA":
         raise MergeError(f"{path}: peft_type is {values.get('peft_type')!r}: only LORA adapters can be merged")
+    start = values.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
+        raise MergeError(
+            f"{path}: init_lora_weights is {start!r}, which moves the base's weights too: only an adapter whose base "
+            "stays as it is can be merged"
+        )
     return values
 
 
-def read_changes(adapter: Path, base_model: Path) -> dict[str, Change] | None:
-    """Return the change of each tensor by its name in the model, or None when only PEFT knows how to merge.
+def read_changes(adapter: Path, skeleton: nn.Module) -> dict[str, Change]:
+    """Return the change of each tensor by its name in the model.
+
+    Args:
+        adapter: folder in PEFT's format.
+        skeleton: of `build_skeleton`; a skeleton of its adapter is attached to it.
 
     Raises:
-        MergeError: the adapter's files cannot be read, or it holds nothing.
+        MergeError: the adapter's files cannot be read, it holds nothing, or its matrices are not those of its config.
     """
-    settings = read_adapter_config(adapter)
+    read_adapter_config(adapter)
     tensors = _read_adapter_tensors(adapter)
-    if not _is_plain(settings):
-        return None
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    modules = dict(build_skeleton(base_model).named_modules())
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = True
+        with torch.device("meta"):
+            attached: Any = PeftModel(skeleton, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    except Exception as error:
+        raise MergeError(f"{adapter}: PEFT cannot attach this adapter to its base model ({error})") from error
     changes: dict[str, Change] = {}
-    for key in sorted(tensors):
-        path, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
-        if not kind:
-            changes[path] = Replacement(tensors[key])
-            continue
-        partner = key.replace(".lora_A.weight", ".lora_B.weight")
-        if kind not in ("A.weight", "B.weight") or partner not in tensors or type(modules.get(path)) is not nn.Linear:
-            return None
-        if kind == "A.weight":
-            changes[f"{path}.weight"] = LowRank(tensors[key], tensors[partner], scale)
+    for path, module in attached.named_modules():
+        if isinstance(module, LoraLayer):
+            changes.update(_read_layer(adapter, path, module, tensors))
+    changes.update({name.removeprefix(_PREFIX): Replacement(tensors.pop(name)) for name in _find_whole(tensors)})
+    if tensors:
+        raise MergeError(
+            f"{adapter}: {len(tensors)} matrices, such as {next(iter(tensors))}, belong to no weight of the base "
+            "model: this adapter was trained on another base model"
+        )
     return changes
 
 
@@ -111,6 +181,57 @@ def build_skeleton(base_model: Path) -> nn.Module:
     except Exception as error:
         raise MergeError(f"{base_model}: no language model is described here ({error})") from error
     return skeleton
+
+
+def _read_layer(adapter: Path, path: str, module: Any, tensors: dict[str, Tensor]) -> dict[str, Change]:
+    """Take a layer's matrices out of the adapter's tensors, and return its change."""
+    name = f"{path.removeprefix(_PREFIX).replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+    scale = float(module.scaling["default"])
+    if isinstance(module, Embedding):
+        a, b = (_take(adapter, tensors, f"{path}.lora_embedding_{letter}") for letter in "AB")
+        return {name: LowRank(a, b, scale).transpose()}
+    a, b = (_take(adapter, tensors, f"{path}.lora_{letter}.weight") for letter in "AB")
+    for found, wanted in ((a, module.lora_A), (b, module.lora_B)):
+        if found.shape != wanted["default"].weight.shape:
+            raise MergeError(
+                f"{name}: the adapter's shape is {[b.shape[0], a.shape[1]]} with matrices {list(a.shape)} and "
+                f"{list(b.shape)}, but the base model's is {list(_shape_of(module))}: this adapter was trained on "
+                "another base model"
+            )
+    if isinstance(module, ParamWrapper):
+        if module.get_param().dim() == _STACK:
+            a = a.reshape(module.num_experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, module.num_experts).permute(2, 0, 1)
+            is_transposed = bool(getattr(module.get_base_layer(), "is_transposed", False))
+            return {name: LowRank(a, b, scale).transpose() if is_transposed else LowRank(a, b, scale)}
+        return {name: LowRank(a, b, scale)}
+    if not isinstance(module, Linear):
+        raise MergeError(
+            f"{adapter}: {name} is a {type(module).__name__}: only adapters of linear layers can be merged"
+        )
+    magnitude = _take(adapter, tensors, f"{path}.lora_magnitude_vector") if module.use_dora["default"] else None
+    change = LowRank(a, b, scale, magnitude)
+    return {name: change.transpose() if module.fan_in_fan_out else change}
+
+
+def _shape_of(module: Any) -> tuple[int, ...]:
+    """Return the shape of the weight that a layer adapts."""
+    weight = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+    return tuple(weight.shape)
+
+
+def _take(adapter: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Take a tensor out."""
+    if name not in tensors:
+        raise MergeError(
+            f"{adapter}: {name} is missing: the adapter's config names weights that its file has no matrices of"
+        )
+    return tensors.pop(name)
+
+
+def _find_whole(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of tensors that were trained in full."""
+    return [name for name in tensors if ".lora_" not in name]
 
 
 def _read_adapter_tensors(adapter: Path) -> dict[str, Tensor]:
@@ -126,13 +247,3 @@ def _read_adapter_tensors(adapter: Path) -> dict[str, Tensor]:
     if broken:
         raise MergeError(f"{path}: NaN or infinity in {len(broken)} tensor(s), such as {broken[0]}: train again")
     return tensors
-
-
-def _is_plain(settings: dict[str, Any]) -> bool:
-    """Say whether every other setting is at PEFT's default; how A and B started does not matter unless W moved too."""
-    defaults = LoraConfig().to_dict()
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        return False
-    others = settings.keys() - _PLAIN_SETTINGS - {"init_lora_weights"}
-    # PEFT writes an empty list or map where it found nothing to say: it means what None does.
-    return all(name in defaults and (settings[name] or None) == (defaults[name] or None) for name in others)

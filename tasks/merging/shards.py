@@ -189,8 +189,7 @@ def _write_block(tensor: PlannedTensor, rows: slice, reader: int, writer: int, b
     source = tensor.source
     num_rows = source.shape[0] if source.shape else 1
     start, stop = (source.num_bytes * row // num_rows for row in (rows.start, rows.stop))
-    block = torch.empty(stop - start, dtype=torch.uint8)
-    _fill(reader, memoryview(block.numpy().data), source.begin + start, source)
+    block = read_block(reader, source, start, stop)
     if tensor.change is not None:
         shape = (rows.stop - rows.start, *source.shape[1:]) if source.shape else ()
         merged = tensor.change.apply(block.view(FLOATS[source.dtype]).view(shape), rows)
@@ -204,6 +203,13 @@ def _write_block(tensor: PlannedTensor, rows: slice, reader: int, writer: int, b
     if sys.platform == "linux":
         # Begins to write to the disk now (mm/fadvise.c), while other blocks are computed, instead of all at the end.
         os.posix_fadvise(writer, begin + start, len(view), os.POSIX_FADV_DONTNEED)
+
+
+def read_block(reader: int, source: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Return some bytes of a stored tensor, uint8, from its file's descriptor."""
+    block = torch.empty(stop - start, dtype=torch.uint8)
+    _fill(reader, memoryview(block.numpy().data), source.begin + start, source)
+    return block
 
 
 def _fill(reader: int, view: memoryview, place: int, source: StoredTensor) -> None:

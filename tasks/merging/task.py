@@ -1,5 +1,6 @@
 """Merging's task: base and adapter become one model, which is then compared with base + adapter."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from schemas.config import MergeConfig
 from tasks import storage, tracking
 from tasks.evaluation.scoring import find_last_run
 from tasks.merging.parity import check_merge
+from tasks.merging.shards import PlannedTensor
+from tasks.merging.verification import WrittenTensors, describe_unmoved, verify_tensors
 from tasks.merging.weights import merge_adapter
 from tasks.registry.versions import log_merged_model
 
@@ -39,7 +42,7 @@ def merge(
     with tracking.stage_run(parent_run_id, "merge") as run_id, storage.new_folder() as folder:
         base_folder, adapter_folder, tokens_folder = map(tracking.resolve, (base_model, adapter, tokens))
         merged = folder / "model"
-        merge_adapter(
+        plan = merge_adapter(
             base_folder,
             adapter_folder,
             tokens_folder / "tokenizer",
@@ -56,9 +59,10 @@ def merge(
         )
         probes = pl.read_parquet(tokens_folder / "eval.parquet")
         with ThreadPoolExecutor(max_workers=1) as beside:
-            stored = beside.submit(_store, merged)
+            stored = beside.submit(_store, merged, plan)
             check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
-            digest = stored.result()
+            digest, written = stored.result()
+        check = check.model_copy(update={"num_changed": written.num_changed, "num_kept": written.num_kept})
         shown = {name: float(value) for name, value in check.model_dump().items()}
         uri = log_merged_model(merged, run_id, question=str(probes["question"][0]))
         # After the model: MLflow would ask for the history of each metric that is there before.
@@ -75,18 +79,23 @@ def merge(
         )
         tracking.remember(run_id, ref)
     create_table_artifact([shown], key="merge-check", description="Merged model against base + adapter")
-    get_run_logger().info(
-        "Merged: largest logit difference %.2e, greedy agreement %.1f %%",
+    logger = get_run_logger()
+    logger.info(
+        "Merged: largest logit difference %.2e, greedy agreement %.1f %%; %d tensors changed, %d are the base's",
         check.max_abs_logit_diff,
         100 * check.greedy_agreement,
+        check.num_changed,
+        check.num_kept,
     )
+    if unmoved := describe_unmoved(written):
+        logger.warning(unmoved)
     return ref
 
 
-def _store(folder: Path) -> str:
-    """Wait until a folder is on the disk, and return its digest."""
+def _store(folder: Path, plan: Sequence[PlannedTensor]) -> tuple[str, WrittenTensors]:
+    """Wait until a folder is on the disk; return its digest, and what its files hold."""
     storage.sync_folder(folder)
-    return storage.digest_folder(folder)
+    return storage.digest_folder(folder), verify_tensors(plan, folder)
 
 
 def _prompts(examples: pl.DataFrame, num_probes: int) -> list[list[int]]:

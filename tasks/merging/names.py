@@ -1,0 +1,128 @@
+"""Where each tensor of a model lies in its checkpoint's files, and how: names and layouts differ in many families.
+
+transformers renames tensors while it loads them, and puts some together: the projections of all experts in one tensor,
+gate beside up. Here the same rules (its private `core_model_loading`) say which stored tensors a change goes to, and
+which part of it to each; nothing is loaded. A layout that is not understood is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from tasks.merging.changes import Change, LowRank, MergeError, Replacement
+from tasks.merging.shards import StoredTensor
+
+_HOW = "its layout in the files is not one that a merge can be written in: choose a checkpoint as transformers saves it"
+
+
+@dataclass
+class Sources:
+    """The stored tensors that a tensor of the model is made of."""
+
+    converter: Any = None
+    """transformers' rule, or none where the one tensor is taken as it is."""
+    patterns: dict[str, list[StoredTensor]] = field(default_factory=dict)
+    """By the rule's source patterns, in the order of experts."""
+
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        """All of them."""
+        return [tensor for group in self.patterns.values() for tensor in group]
+
+
+def find_sources(skeleton: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Sources]:
+    """Return for each tensor of a model the stored ones that it is made of.
+
+    Args:
+        skeleton: the model, without values; nothing attached.
+        stored: the checkpoint's tensors by name.
+    """
+    rules = get_model_conversion_mapping(skeleton)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    names = skeleton.state_dict()
+    prefix = skeleton.base_model_prefix
+    sources: dict[str, Sources] = {}
+    for key in sorted(stored, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, names)
+        if name not in names and key in names:
+            name, pattern = loading.rename_source_key(key, [], [], prefix, names)
+        found = sources.setdefault(name, Sources(by_pattern.get(pattern or "")))
+        found.patterns.setdefault(pattern or "", []).append(stored[key])
+    return sources
+
+
+def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Change]:
+    """Return the change of each stored tensor that a tensor of the model is made of.
+
+    Args:
+        name: of the tensor in the model.
+        change: of it.
+        sources: of `find_sources`.
+
+    Raises:
+        MergeError: the layout is not understood, or the shapes do not fit.
+    """
+    operations = list(sources.converter.operations) if sources.converter is not None else []
+    if operations and len(sources.converter.target_patterns) > 1:
+        raise MergeError(f"{name}: {_HOW}")
+    groups = _order(sources)
+    parts: list[Any] = [change]
+    for operation in reversed(operations):
+        if isinstance(operation, loading.Concatenate):
+            parts = _split(name, parts, groups, operation.dim)
+        elif isinstance(operation, loading.MergeModulelist) and operation.dim == 0:
+            parts = [part.unstack() for part in parts]
+        elif isinstance(operation, loading.Transpose) and _swaps_last(operation, change):
+            if not operation.check_dims or groups[0][0].shape != change.shape:
+                parts = [part.transpose() for part in parts]
+        else:
+            raise MergeError(f"{name}: {_HOW}")
+    divided: dict[str, Change] = {}
+    for group, part in zip(groups, parts, strict=True):
+        pieces = part if isinstance(part, list) else [part]
+        if len(pieces) != len(group):
+            raise MergeError(f"{name}: {len(group)} tensors are stored for {len(pieces)} experts: {_HOW}")
+        divided.update({tensor.name: piece for tensor, piece in zip(group, pieces, strict=True)})
+    return divided
+
+
+def _order(sources: Sources) -> list[list[StoredTensor]]:
+    """Return the groups of stored tensors in the order of the rule's patterns."""
+    if sources.converter is None:
+        return list(sources.patterns.values())
+    return [sources.patterns[pattern] for pattern in sources.converter.source_patterns if pattern in sources.patterns]
+
+
+def _split(name: str, parts: list[Any], groups: Sequence[Sequence[StoredTensor]], dim: int) -> list[Any]:
+    """Cut one change into those of groups that lie one after the other."""
+    (whole,) = parts
+    if not isinstance(whole, LowRank | Replacement):
+        raise MergeError(f"{name}: {_HOW}")
+    dims = len(whole.shape)
+    if dims - dim not in (1, 2):
+        raise MergeError(f"{name}: {_HOW}")
+    # A stored tensor of one expert lacks the first dimension.
+    sizes = [group[0].shape[dim - dims] for group in groups]
+    if sum(sizes) != whole.shape[dim]:
+        raise MergeError(f"{name}: {_HOW}")
+    return list(whole.split(sizes, dim=dim - dims))
+
+
+def _swaps_last(operation: Any, change: Change) -> bool:
+    """Say whether a transposition is that of a matrix, or of each expert's."""
+    dims = len(change.shape)
+    return {operation.dim0 % dims, operation.dim1 % dims} == {dims - 2, dims - 1}
+
+
+def name_missing(sources: Mapping[str, Sources], skeleton: nn.Module, name: str) -> MergeError:
+    """Return the error for a changed tensor that no stored one makes."""
+    return MergeError(
+        f"{name}: no stored tensor of the base model makes this weight of {type(skeleton).__name__} "
+        f"({len(sources)} do others): fetch the whole checkpoint again"
+    )
