@@ -156,7 +156,7 @@ def read_changes(adapter: Path, skeleton: nn.Module) -> dict[str, Change]:
         config = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = True
         with torch.device("meta"):
-            attached: Any = PeftModel(skeleton, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            attached: Any = PeftModel(skeleton, config, low_cpu_mem_usage=True)
     except Exception as error:
         raise MergeError(f"{adapter}: PEFT cannot attach this adapter to its base model ({error})") from error
     changes: dict[str, Change] = {}

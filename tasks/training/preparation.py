@@ -4,7 +4,7 @@ import math
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,12 @@ class Setup:
     """How a step's rows go through the model."""
     notes: tuple[str, ...]
     """What a person should know about how it was set up."""
-    adapted: tuple[AdaptedWeights, ...]
-    """Which of the base's weights the adapter stands beside, by kind."""
-    start: Mapping[str, Tensor]
-    """Fingerprints of what is trained, before the first step; see `movement`."""
     device: torch.device
     dtype: torch.dtype
+    adapted: tuple[AdaptedWeights, ...] = ()
+    """Which of the base's weights the adapter stands beside, by kind."""
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+    """Fingerprints of what is trained, before the first step; see `movement`."""
 
 
 def prepare_training(base_model: Path, tokens: Path, folder: Path, config: TrainingConfig, *, seed: int) -> Setup:
