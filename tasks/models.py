@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
+_MOST_CHARACTERS = 500
+
+
+def shorten(error: Exception) -> str:
+    """Return an error of a library, which may hold all of a file, as a text of at most _MOST_CHARACTERS."""
+    text = str(error)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} …"
+
+
 class ModelError(ValueError):
     """A model or tokenizer folder that cannot be used."""
 
@@ -63,7 +72,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         tokenizer("a")  # settings of other types than they should be are an error only in use
     except Exception as error:
-        raise ModelError(f"{folder}: no tokenizer loads from here ({error}): tokenizer.json is wanted") from error
+        raise ModelError(
+            f"{folder}: no tokenizer loads from here ({shorten(error)}): tokenizer.json is wanted"
+        ) from error
     return tokenizer
 
 
@@ -113,7 +124,7 @@ def load_model(
     except (FamilyError, WeightsError) as error:
         raise ModelError(str(error)) from error
     except Exception as error:
-        raise ModelError(f"{folder}: no language model loads from here ({error})") from error
+        raise ModelError(f"{folder}: no language model loads from here ({shorten(error)})") from error
     _check_weights(folder, type(model).__name__, report)
     return cast("PreTrainedModel", model.eval())
 

@@ -160,7 +160,7 @@ def _to_table(rows: list[Any], draw: Random) -> Any:
     size = len(kept)
     odd: tuple[Callable[[], Any], ...] = (
         lambda: pa.array([2**62] * size).cast(pa.timestamp("us")),
-        lambda: pa.array([{1: "a"}.items()] * size, type=pa.map_(pa.int64(), pa.string())),
+        lambda: pa.array([[(1, "a")]] * size, type=pa.map_(pa.int64(), pa.string())),
         lambda: pa.array([[("a", 1), ("a", 2)]] * size, type=pa.map_(pa.string(), pa.int64())),
         lambda: pa.array(["x"] * size).dictionary_encode(),
         lambda: pa.nulls(size),
