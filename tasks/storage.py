@@ -23,10 +23,13 @@ logger = logging.getLogger(__name__)
 _READ_BYTES = 1 << 20
 _MAX_READERS = 8
 _LOCK_SECONDS = 0.5
+_LOCK_SUFFIX = ".lock"
 # Clocks of file systems tick every few milliseconds: within a tick a file can change and keep its times.
 _SETTLED_NANOSECONDS = 50_000_000
 
 _Stamps = tuple[tuple[str, int, int, int, int, int], ...]
+_cleared: set[Path] = set()
+"""Where this process has looked for what killed ones have left."""
 _digested: dict[_Stamps, str] = {}
 """Digests by the stamps of a folder's files, of this process."""
 
@@ -83,14 +86,38 @@ def _read_stamps(folder: Path) -> _Stamps:
 
 @contextmanager
 def new_folder() -> Iterator[Path]:
-    """Give an empty folder on the cache's own file system; what is still there at the end is deleted."""
+    """Give an empty folder on the cache's own file system; what is still there at the end is deleted.
+
+    What killed processes have left is deleted too, when a process asks for its first folder.
+    """
     root = home() / "cache" / "new"
     root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=root))
+    if root not in _cleared:
+        _cleared.add(root)
+        clear_abandoned(root)
+    descriptor, name = tempfile.mkstemp(dir=root, suffix=_LOCK_SUFFIX)
+    folder = Path(name.removesuffix(_LOCK_SUFFIX))
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it however the process dies
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        Path(name).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def clear_abandoned(root: Path) -> list[Path]:
+    """Delete the new folders that no living process holds, and return them."""
+    gone = []
+    for lock in root.glob(f"*{_LOCK_SUFFIX}"):
+        with suppress(OSError), lock.open("r") as file:  # OSError: it is held, or another process was faster
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = lock.with_name(lock.name.removesuffix(_LOCK_SUFFIX))
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink()
+            gone.append(folder)
+    return gone
 
 
 def cached_folder(digest: str) -> Path | None:

@@ -5,6 +5,7 @@ B starts at zero, so that the first forward pass is the base model's. Routed exp
 [E, out, in] have an A and a B each; PEFT keeps them as one A [E r, in] and one B [out, r E].
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def save_adapter(model: PeftModel, folder: Path, trained: Mapping[str, Tensor] |
     shutil.rmtree(partial, ignore_errors=True)
     # The base's own embedding belongs to the base; an embedding that was trained is saved in any case.
     model.save_pretrained(str(partial), save_embedding_layers=False, state_dict=_name_values(model, trained or {}))
+    _sort_modules(partial / "adapter_config.json")
     publish_folder(partial, folder)
     return folder
 
@@ -173,6 +175,15 @@ def _check_experts(model: PreTrainedModel, plan: AdaptationPlan, config: Trainin
             f"set training.{setting} to {0 if config.dropout else 'false'}, or leave them out: "
             f"training.target_modules of {names}"
         )
+
+
+def _sort_modules(file: Path) -> None:
+    """Write the names of modules in order: PEFT holds them as a set, whose order is another one in every process."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("target_modules", "target_parameters", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _name_values(model: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:

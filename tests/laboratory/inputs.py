@@ -174,7 +174,10 @@ def _to_table(rows: list[Any], draw: Random) -> Any:
 
 def _write_parquet(folder: Path, rows: list[Any], draw: Random) -> Dataset:
     table = _to_table(rows, draw)
-    pq.write_table(table, folder / "rows.parquet", row_group_size=draw.choice((3, 1000)))
+    try:
+        pq.write_table(table, folder / "rows.parquet", row_group_size=draw.choice((3, 1000)))
+    except pa.ArrowNotImplementedError:  # an object without keys has no columns
+        return _write_arrow(folder, rows, draw)
     return Dataset(str(folder / "rows.parquet"), table.num_rows)
 
 

@@ -79,6 +79,21 @@ def test_a_move_that_breaks_off_leaves_nothing_in_the_cache(elsewhere: Path) -> 
     assert list((storage.home() / "cache" / "new").iterdir()) == []
 
 
+def test_what_a_killed_process_has_left_is_deleted_and_what_a_living_one_holds_is_not() -> None:
+    code = (
+        "import os, signal\nfrom tasks import storage\nwith storage.new_folder() as folder:\n"
+        " (folder / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    root = storage.home() / "cache" / "new"
+    assert len(list(root.rglob("half"))) == 1
+    with storage.new_folder() as folder:
+        assert [path for path in root.iterdir() if path.is_dir()] == [folder]
+        assert storage.clear_abandoned(root) == []
+        (folder / "whole").write_text("whole")
+    assert list(root.iterdir()) == []
+
+
 def test_a_lock_ends_with_its_process() -> None:
     code = (
         "import os, signal\nfrom tasks import storage\nwith storage.hold_run('r'): os.kill(os.getpid(), signal.SIGKILL)"

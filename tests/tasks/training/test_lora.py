@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
+from tasks.storage import digest_folder
 from tasks.training.lora import attach_adapter, collect_trained, save_adapter
 from tasks.training.records import TrainingError
 from tests.tasks.training.conftest import SHAPE, build_model
@@ -17,6 +21,21 @@ def test_all_linear_leaves_the_head_and_the_embedding_out(base_model: Path) -> N
     model = attach_adapter(load_model(base_model), TrainingConfig(rank=4), seed=0)
     modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in collect_trained(model)}
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_same_adapter_has_the_same_bytes_in_every_process(base_model: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from schemas.config import TrainingConfig;"
+        "from tasks.models import load_model;"
+        "from tasks.training.lora import attach_adapter, save_adapter; source, target = map(Path, sys.argv[1:]);"
+        "save_adapter(attach_adapter(load_model(source), TrainingConfig(rank=2), seed=0), target)"
+    )
+    digests = set()
+    for seed in ("1", "2"):  # of the order of sets
+        command = [sys.executable, "-c", code, str(base_model), str(tmp_path / seed)]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+        digests.add(digest_folder(tmp_path / seed))
+    assert len(digests) == 1
 
 
 def test_fresh_adapter_changes_nothing_and_is_drawn_from_the_seed(base_model: Path) -> None:

@@ -1,0 +1,29 @@
+"""What a home's tracking database says that runs have left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from schemas.artifacts import AdapterRef
+from tasks import tracking
+
+
+def read_outcome(name: str) -> dict[str, Any]:
+    """Return the adapters' digests, the accounting of finished runs, the runs' statuses, and the number of versions."""
+    client = tracking.client()
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None, f"no experiment {name}"
+    runs = client.search_runs([experiment.experiment_id], f"tags.`{tracking.CONFIG_TAG}` LIKE '%'")
+    adapters, accounting = set(), []
+    for run in runs:
+        if run.info.status == "FINISHED":
+            adapter = tracking.recall(run.info.run_id, "train", AdapterRef)
+            adapters.add(adapter.digest if adapter else "none")
+            report = client.download_artifacts(run.info.run_id, "run_report.json")
+            accounting.append(json.loads(Path(report).read_text(encoding="utf-8"))["dataset"])
+    return {
+        "adapters": sorted(adapters),
+        "accounting": accounting,
+        "statuses": [run.info.status for run in runs],
+        "versions": len(client.search_model_versions(f"name = '{name}'")),
+    }

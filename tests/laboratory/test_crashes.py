@@ -1,0 +1,54 @@
+"""A few faults of a new seed, which is printed: runs recover, and the undisturbed result comes out."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.laboratory.crashes import FAULTS, Outcome, compare, draw_fault, prepared, run_draw
+
+pytestmark = pytest.mark.slow
+NUM_DRAWS = 5
+_SECONDS = 90.0
+
+
+def test_runs_recover_from_drawn_faults(tmp_path: Path) -> None:
+    seed = int(os.environ.get("SFT_SEED") or int.from_bytes(os.urandom(4), "big"))
+    print(f"seed {seed}")  # shown where the test fails
+    broken = {}
+    with prepared(tmp_path) as (bench, template, expected, seconds):
+        began = time.monotonic()
+        for number in range(NUM_DRAWS):
+            if time.monotonic() - began > _SECONDS:  # on a busy machine fewer
+                break
+            drawn = draw_fault(seed * 1_000_000 + number, seconds)
+            if laws := run_draw(bench, template, expected, drawn):
+                broken[f"{drawn.fault} after {drawn.moment:.1f} of {seconds:.1f} s"] = laws
+    assert broken == {}
+
+
+def test_every_fault_is_drawn_and_a_seed_draws_the_same_again() -> None:
+    drawn = [draw_fault(seed, 10.0) for seed in range(200)]
+    assert {each.fault for each in drawn} == set(FAULTS)
+    assert [(each.fault, each.moment) for each in drawn] == [
+        (each.fault, each.moment) for each in (draw_fault(seed, 10.0) for seed in range(200))
+    ]
+
+
+def test_each_law_can_be_broken() -> None:
+    counts = {"rows_in": 2, "rows_train": 2}
+    expected = Outcome({"a"}, [counts], ["FINISHED"], 1)
+    assert compare(expected, expected, 0) == []
+    for change in (
+        {"adapters": {"a", "b"}},
+        {"accounting": [{**counts, "rows_train": 1}]},
+        {"statuses": ["FINISHED", "RUNNING"]},
+        {"statuses": ["FINISHED", "FINISHED"]},
+        {"statuses": ["FINISHED", "FAILED"]},
+        {"versions": 2},
+        {"leftovers": ["file x"]},
+    ):
+        assert len(compare(replace(expected, **change), expected, 0)) == 1, change
+    assert compare(replace(expected, statuses=["FINISHED", "FAILED"]), expected, 1) == []
