@@ -51,7 +51,7 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         generous = bring_sources(data).model_copy(update={"max_rejected_fraction": 1.0})
         counts = build_dataset(generous, seed=seed, folder=folder / "dataset")
         place = locate_tokenizer(model)
-        prepared = prepare_tokenizer(place, model.chat_template)
+        prepared = prepare_tokenizer(place, model.chat_template, tokenization.template_arguments)
         limited, told = limit_length(tokenization, place, model.base_model)
         try:
             warnings = tokenize_dataset(folder / "dataset", prepared, folder / "tokens", limited).warnings

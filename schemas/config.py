@@ -173,6 +173,11 @@ class DataConfig(Section):
         )
 
 
+DroppedPart = Literal[
+    "system", "user", "tool", "tools", "answer", "tool_calls", "reasoning", "history", "history_reasoning"
+]
+
+
 class TokenizationConfig(Section):
     """Chat template, label mask and truncation."""
 
@@ -188,6 +193,12 @@ class TokenizationConfig(Section):
     """Also learn the prompt (continued pretraining on conversations). Usually off."""
     allow_special_tokens: bool = Field(default=False, title="Special tokens in content")
     """Let text that spells a special token become that token. Off: it stays text, and is counted."""
+    allow_dropped: tuple[DroppedPart, ...] = Field(
+        default=("history_reasoning",), title="What a template may leave out"
+    )
+    """Rows of which the chat template loses anything else are rejected; what is lost is counted and named."""
+    template_arguments: dict[str, bool | int | float | str] = Field(default={}, title="Arguments of the chat template")
+    """Values that the chat template reads, such as enable_thinking: false; saved with the model for serving."""
 
 
 class TrainingConfig(Section):

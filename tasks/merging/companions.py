@@ -39,12 +39,15 @@ def copy_companions(base_model: Path, tokenizer: Path, folder: Path, card: Mappi
 
 
 def _complete_generation(generation: dict[str, Any], config: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
-    """Add the trained end of turn to the base's eos ids, and the tokenizer's pad id."""
+    """Add every trained end of turn to the base's eos ids, and the tokenizer's pad id."""
     prepared = prepare_tokenizer(tokenizer, None)
     pad = prepared.tokenizer.pad_token_id
     known = generation.get("eos_token_id", config.get("eos_token_id"))
     base_ends = [] if known is None else known if isinstance(known, list) else [known]
-    union = list(dict.fromkeys([*prepared.stop_token_ids, *base_ends]))
+    shipped = tokenizer / "generation_config.json"
+    trained_ends = _read_json(shipped).get("eos_token_id", []) if shipped.exists() else []
+    trained_ends = trained_ends if isinstance(trained_ends, list) else [trained_ends]
+    union = list(dict.fromkeys([*prepared.stop_token_ids, *trained_ends, *base_ends]))
     completed = {key: value for key, value in generation.items() if key != "_from_model_config"}
     if union:
         completed["eos_token_id"] = union[0] if len(union) == 1 else union

@@ -26,6 +26,8 @@ class Ending:
     prompt_tail: str = ""
     user_frame: str = ""
     """What the template writes around a user's words."""
+    frame: str = ""
+    """All that the template writes around the probe's words."""
     known: bool = False
     """False where the template refuses the probe: turns are then judged by their own last token."""
 
@@ -57,7 +59,8 @@ def find_ending(render: Callable[[list[dict[str, Any]], bool], str], added: re.P
         kept, closed = tail.rstrip(), False
     else:
         kept, closed = tail[: _end_of_turn(tail, history, run)], True
-    return Ending(tail, kept, closed, after, before[-64:] + after, True)
+    frame = "\n".join([before, after, *last.replace(USER, ANSWER).split(ANSWER), history])
+    return Ending(tail, kept, closed, after, before[-64:] + after, frame, True)
 
 
 def find_anchor(prompt_tail: str, added: re.Pattern[str]) -> str:

@@ -14,7 +14,7 @@ from tasks import execution
 from tasks.models import load_tokenizer
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
-from tasks.tokenization.saving import check_saved, probe, save_tokenizer
+from tasks.tokenization.saving import check_saved, probe, save_stops, save_tokenizer
 from tasks.tokenization.shards import find_groups, plan_shards, probe_tokenizer, tokenize_shard, work_on_shard
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer
@@ -117,7 +117,11 @@ def join_shards(
         join_batches([group / EXAMPLES for group in groups[part]], EXAMPLE_SCHEMA, folder / f"{part}.parquet")
     refused = [group / REJECTS for part in PARTS for group in groups[part]]
     join_batches(refused, pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema, folder / "rejects.parquet")
-    _write_report(folder / "masks.json", prepared, reports)
+    # Every trained end of turn ends a generation, not only the one of the template's usual answer.
+    trained = reports["train"].endings + reports["eval"].endings
+    stops = tuple(dict.fromkeys([*prepared.stop_token_ids, *sorted(trained)]))
+    save_stops(prepared, folder / "tokenizer", stops)
+    _write_report(folder / "masks.json", prepared, reports, stops)
     train, eval_ = reports["train"], reports["eval"]
     counts = TokenCounts(
         rows_train=train.num_conversations - train.rejected.total(),
@@ -136,12 +140,14 @@ def join_shards(
     return counts
 
 
-def _write_report(path: Path, prepared: PreparedTokenizer, reports: Mapping[str, MaskReport]) -> None:
+def _write_report(
+    path: Path, prepared: PreparedTokenizer, reports: Mapping[str, MaskReport], stops: Sequence[int]
+) -> None:
     """Write masks.json."""
     report = {
         "template_digest": prepared.template_digest,
         "notes": list(prepared.notes),
-        "stop_token_ids": list(prepared.stop_token_ids),
+        "stop_token_ids": list(stops),
         **{part: counted.summary() for part, counted in reports.items()},
     }
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

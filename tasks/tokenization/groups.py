@@ -179,6 +179,7 @@ def _settle(
         else:
             work.report.num_literals += outcome.num_literals
             work.report.dropped.update(outcome.dropped)
+            work.report.literal_endings.update(outcome.literal_endings)
             outcomes[number] = outcome.examples
     return [outcomes[number] for number in range(len(rows))]
 

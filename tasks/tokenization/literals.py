@@ -66,6 +66,18 @@ def count_literals(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool
     return num_literals
 
 
+def find_literal_endings(chat: Chat, messages: Sequence[Message], indices: Sequence[int]) -> tuple[str, ...]:
+    """Return the control tokens that trained answers end with as text."""
+    pattern = _finder(control_tokens(chat))[1]
+    found = []
+    for index in indices:
+        content = messages[index].get("content")
+        matches = pattern.findall(content.rstrip()) if isinstance(content, str) else []
+        if matches and str(content).rstrip().endswith(matches[-1]):
+            found.append(str(matches[-1]))
+    return tuple(found)
+
+
 _FINDERS: dict[frozenset[str], tuple[tuple[str, ...], re.Pattern[str]]] = {}
 
 

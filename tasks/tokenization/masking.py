@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
 from tasks.tokenization.batching import Encoded, encode_turns
+from tasks.tokenization.containment import check_losses, check_said, find_losses
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.labels import Example, write_ids
+from tasks.tokenization.literals import find_literal_endings
 from tasks.tokenization.rendering import Chat, Message, Tool, open_chat, plain_messages
 from tasks.tokenization.truncation import cut_turn
 from tasks.tokenization.turns import Rendered, Turn, render_turns
@@ -42,7 +44,9 @@ class Masked:
     num_literals: int = 0
     """Control tokens spelled in contents and kept as text."""
     dropped: tuple[str, ...] = ()
-    """What the template leaves out of the last prompt: roles, or `reasoning`."""
+    """What the template leaves out, as `tokenization.allow_dropped` names it."""
+    literal_endings: tuple[str, ...] = ()
+    """Control tokens spelled at the end of trained answers."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Plan:
     messages: list[Message]
     tools: Sequence[Tool] | None
     rendered: Rendered
+    losses: tuple[str, ...]
+    literal_endings: tuple[str, ...] = ()
 
 
 def build_examples(
@@ -115,7 +121,11 @@ def plan(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, config:
     messages = plain_messages(conversation.messages)
     allow = config.allow_special_tokens
     rendered = render_turns(chat, messages, indices, conversation.tools, allow_special_tokens=allow)
-    return Plan(chat, messages, conversation.tools, rendered)
+    losses = find_losses(chat, messages, rendered.plain, conversation.tools)
+    check_losses(chat, losses, config.allow_dropped)
+    check_said(chat, messages, rendered.plain)
+    literal_endings = find_literal_endings(chat, messages, indices) if rendered.marks else ()
+    return Plan(chat, messages, conversation.tools, rendered, losses, literal_endings)
 
 
 def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig) -> list[int]:
@@ -162,7 +172,7 @@ def finish(
             if isinstance(rows, MaskError):
                 raise rows
             examples = _assemble(item, rows, config)
-            outcomes.append(Masked(examples, item.rendered.num_literals, item.rendered.dropped))
+            outcomes.append(Masked(examples, item.rendered.num_literals, item.losses, item.literal_endings))
         except MaskError as error:
             outcomes.append(error)
     return outcomes

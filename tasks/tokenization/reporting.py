@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from tasks.tokenization.containment import DROPPED
 from tasks.tokenization.encoding import decode
 from tasks.tokenization.labels import IGNORE_INDEX, Example
 from tasks.tokenization.tables import Columns
@@ -49,7 +50,11 @@ class MaskReport:
     trained_tokens: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    """Messages whose contents the template leaves out, by role, and reasoning left out."""
+    """What the template leaves out and tokenization.allow_dropped allows, by the names there."""
+    literal_endings: Counter[str] = field(default_factory=Counter)
+    """Control tokens spelled at the end of trained answers, which the model learns to write out."""
+    endings: Counter[int] = field(default_factory=Counter)
+    """Added tokens that trained answers end with, by id."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Examples by number of tokens; there are at most tokenization.max_length of these numbers."""
     trained: Counter[int] = field(default_factory=Counter)
@@ -78,6 +83,7 @@ class MaskReport:
         self.num_truncated += sum(example.truncated for example in examples)
         self.num_eos_appended += sum(not example.closed for example in examples)
         self.num_ending += int(np.isin(columns.labels[columns.offsets[1:] - 1], stops).sum())
+        self._count_endings(columns, stops, tokenizer)
         self.total_tokens += columns.input_ids.size
         self.trained_tokens += int(num_trained.sum())
         self.lengths.update(_count(columns.lengths))
@@ -85,6 +91,15 @@ class MaskReport:
         for number in range(min(len(examples), NUM_SAMPLES - len(self.samples))):
             span = slice(columns.offsets[number], columns.offsets[number + 1])
             self.samples.append(color_runs(columns.input_ids[span], is_trained[span], tokenizer))
+
+    def _count_endings(self, columns: Columns, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Count the added tokens that a trained answer ends with: a trained id before one that is not."""
+        is_trained = columns.labels != IGNORE_INDEX
+        is_last = is_trained & ~np.append(is_trained[1:], False)
+        is_last[columns.offsets[1:] - 1] = is_trained[columns.offsets[1:] - 1]
+        found = _count(columns.labels[is_last].astype(np.int64))
+        added = {*tokenizer.added_tokens_decoder, *stops}
+        self.endings.update({index: number for index, number in found.items() if index in added})
 
     def merge(self, other: "MaskReport") -> None:
         """Add the counts of a later shard."""
@@ -104,6 +119,15 @@ class MaskReport:
                 f"{unending:,} of {self.num_examples:,} examples do not end in a token that ends a generation: the "
                 "model learns not to stop there"
             )
+        warnings += [
+            f"the chat template leaves out {DROPPED[loss]} {number:,} time(s), as tokenization.allow_dropped allows"
+            for loss, number in self.dropped.items()
+        ]
+        warnings += [
+            f"{number:,} answer(s) end in the text {token!r}, which the model learns to write out before its end of "
+            "turn: remove it from the rows, or set tokenization.allow_special_tokens"
+            for token, number in self.literal_endings.items()
+        ]
         if self.num_rendered_anew:
             warnings.append(
                 f"{self.num_rendered_anew:,} conversations in {self.num_groups_rendered:,} row group(s) were rendered "
@@ -119,6 +143,8 @@ class MaskReport:
             **counts,
             "rejected": dict(self.rejected),
             "dropped_by_template": dict(self.dropped),
+            "literal_endings": dict(self.literal_endings),
+            "ending_ids": dict(self.endings),
             "share_trained": self.trained_tokens / self.total_tokens if self.total_tokens else 0.0,
             "share_ending_in_end_of_turn": self.num_ending / self.num_examples if self.num_examples else 0.0,
             "tokens_per_example": describe_counts(self.lengths),

@@ -1,6 +1,7 @@
 """The tokenizer that will ship, saved, and proven by what loads from where it was saved."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,12 @@ class Probe(NamedTuple):
 def save_tokenizer(prepared: PreparedTokenizer, folder: Path) -> None:
     """Save a tokenizer with the ids that end a generation; `check_saved` comes before anyone takes it."""
     prepared.tokenizer.save_pretrained(str(folder))
-    stops = {"eos_token_id": list(prepared.stop_token_ids), "pad_token_id": prepared.tokenizer.pad_token_id}
+    save_stops(prepared, folder, prepared.stop_token_ids)
+
+
+def save_stops(prepared: PreparedTokenizer, folder: Path, stop_token_ids: Sequence[int]) -> None:
+    """Save the ids that end a generation in the folder's generation config."""
+    stops = {"eos_token_id": list(stop_token_ids), "pad_token_id": prepared.tokenizer.pad_token_id}
     if prepared.tokenizer.bos_token_id is not None:
         stops["bos_token_id"] = prepared.tokenizer.bos_token_id
     (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from schemas.config import TokenizationConfig
 from tasks import garbage
 from tasks.tokenization.groups import Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
-from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
+from tasks.tokenization.templates import PreparedTokenizer, TemplateArgument, prepare_tokenizer
 
 # A shard is a task with a result of its own: few rows keep all cores busy, many keep the tasks few.
 FEWEST_ROWS_PER_SHARD = 10_000
@@ -82,12 +82,14 @@ def work_on_shard(
     folder: Path,
 ) -> None:
     """Make a shard as `tokenize_shard` does, in a process that may have no tokenizer yet."""
-    tokenize_shard(table, row_groups, _open(tokenizer_folder, chat_template), config, folder)
+    # A folder that was saved has its arguments already; they are written once.
+    arguments = tuple(sorted(config.template_arguments.items()))
+    tokenize_shard(table, row_groups, _open(tokenizer_folder, chat_template, arguments), config, folder)
 
 
 def probe_tokenizer(folder: Path, chat_template: str | None) -> Probe:
     """Load a tokenizer in a process that may have none yet, and return what it makes of a message."""
-    return probe(_open(folder, chat_template).tokenizer)
+    return probe(_open(folder, chat_template, ()).tokenizer)
 
 
 def find_groups(shards: Sequence[Path]) -> list[Path]:
@@ -95,14 +97,21 @@ def find_groups(shards: Sequence[Path]) -> list[Path]:
     return [group for shard in shards for group in sorted(shard.iterdir())]
 
 
-def _open(folder: Path, chat_template: str | None) -> PreparedTokenizer:
-    return _prepare(folder, chat_template, tuple(_find_states(folder, chat_template)))
+def _open(
+    folder: Path, chat_template: str | None, arguments: tuple[tuple[str, TemplateArgument], ...]
+) -> PreparedTokenizer:
+    return _prepare(folder, chat_template, arguments, tuple(_find_states(folder, chat_template)))
 
 
 @lru_cache(maxsize=1)
-def _prepare(folder: Path, chat_template: str | None, states: tuple[tuple[str, int, int], ...]) -> PreparedTokenizer:
+def _prepare(
+    folder: Path,
+    chat_template: str | None,
+    arguments: tuple[tuple[str, TemplateArgument], ...],
+    states: tuple[tuple[str, int, int], ...],
+) -> PreparedTokenizer:
     """Open a tokenizer; `states` are there for the cache: a folder's files may change under their names."""
-    prepared = prepare_tokenizer(folder, chat_template)
+    prepared = prepare_tokenizer(folder, chat_template, dict(arguments))
     garbage.freeze_heap()
     return prepared
 

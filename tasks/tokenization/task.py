@@ -78,7 +78,7 @@ def _open_tokenizer(
 ) -> tuple[PreparedTokenizer, TokenizationConfig]:
     """Return the tokenizer that will ship, and the config with a length that the model has positions for."""
     folder = tracking.resolve(base_model)
-    prepared = prepare_tokenizer(folder, chat_template)
+    prepared = prepare_tokenizer(folder, chat_template, config.template_arguments)
     config, told = limit_length(config, folder, base_model.name)
     if told:
         get_run_logger().warning("%s", told)

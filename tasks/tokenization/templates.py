@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +15,11 @@ from tasks.tokenization.endings import find_anchor
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.rendering import Chat, open_chat, render
 
+TemplateArgument = bool | int | float | str
+# What every template is given.
+_GIVEN = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
+)
 BUILT_IN = ("chatml", "plain")
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 # What templates that change contents touch: quotes, markup, case, digits, inner spaces, other scripts; and length.
@@ -50,7 +57,9 @@ class PreparedTokenizer:
     """What the template writes behind an answer's words for the model to say; empty when it writes nothing."""
 
 
-def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> PreparedTokenizer:
+def prepare_tokenizer(
+    model_folder: Path, chat_template: str | None, arguments: Mapping[str, TemplateArgument] = MappingProxyType({})
+) -> PreparedTokenizer:
     """Load a tokenizer, and give it a chat template and a pad token where it has none.
 
     No token is ever added to the vocabulary, so that no embedding has to be resized.
@@ -58,6 +67,8 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
     Args:
         model_folder: Where the tokenizer lies.
         chat_template: A built-in template's name or a .jinja file; None for the tokenizer's own, else chatml.
+        arguments: Values that the template reads. They are written at its front, so that whoever serves the model
+            renders with them; a request that gives its own has the last word.
 
     Raises:
         ModelError: no tokenizer loads.
@@ -66,6 +77,9 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
     tokenizer = load_tokenizer(model_folder)
     name, note = _set_template(tokenizer, chat_template)
     notes = [note]
+    if arguments:
+        _set_arguments(tokenizer, arguments)
+        notes.append(f"The chat template renders with {json.dumps(dict(arguments))}, saved at its front.")
     try:
         chat = open_chat(tokenizer)
     except MaskError as error:
@@ -88,6 +102,36 @@ def prepare_tokenizer(model_folder: Path, chat_template: str | None) -> Prepared
     digest = hashlib.sha256(_text_of(tokenizer).encode()).hexdigest()
     title = f"the chat template {name or f'of {model_folder.name}'}"
     return PreparedTokenizer(tokenizer, digest, tuple(notes), tuple(stops), title, chat.ending.kept)
+
+
+def _set_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, TemplateArgument]) -> None:
+    """Write values at the front of the template, or of each where there are several; once.
+
+    Raises:
+        TemplateError: a name is not one that a template can read, or one that it is given anyway.
+    """
+    for name in arguments:
+        if not name.isidentifier() or name in _GIVEN:
+            raise TemplateError(
+                f"tokenization.template_arguments: {name!r} is not the name of an argument: letters, digits and _ are "
+                f"allowed, and not {', '.join(sorted(_GIVEN))}"
+            )
+    front = "".join(
+        f"{{%- set {name} = {name} if {name} is defined else {_to_jinja(value)} -%}}"
+        for name, value in sorted(arguments.items())
+    )
+    template = tokenizer.chat_template
+
+    def add(source: str) -> str:
+        return source if source.startswith(front) else front + source
+
+    tokenizer.chat_template = (
+        add(template) if isinstance(template, str) else {name: add(source) for name, source in template.items()}
+    )
+
+
+def _to_jinja(value: TemplateArgument) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _check_contents(chat: Chat) -> None:

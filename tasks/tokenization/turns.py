@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tasks.tokenization.endings import USER
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.literals import Marks, count_literals, mark_literals, strings_of
 from tasks.tokenization.rendering import Chat, Message, Tool, render
+from tasks.tokenization.thoughts import PromptThought, find_prompt_thought, split_thought
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Rendered:
     marks: Marks | None = None
     """Set when contents spell control tokens: the turns' texts then hold marks around them."""
     num_literals: int = 0
-    dropped: tuple[str, ...] = ()
-    """What the template leaves out of the last prompt: roles, or `reasoning`."""
+    plain: tuple[Turn, ...] = ()
+    """The turns without marks."""
 
 
 def render_turns(
@@ -52,18 +53,18 @@ def render_turns(
     num_literals = 0 if allow_special_tokens else count_literals(chat, messages, tools)
     if not num_literals:
         turns = [render_turn(chat, messages, index, tools) for index in indices]
-        return Rendered(turns, dropped=find_dropped(messages, turns))
+        return Rendered(turns, plain=tuple(turns))
     marked, marked_tools, marks = mark_literals(chat, messages, tools)
     turns = [render_turn(chat, marked, index, marked_tools) for index in indices]
-    for turn in turns:
-        plain = render_turn(chat, messages, turn.index, tools)
+    unmarked = tuple(render_turn(chat, messages, index, tools) for index in indices)
+    for turn, plain in zip(turns, unmarked, strict=True):
         if (marks.remove(turn.prompt), marks.remove(turn.target)) != (plain.prompt, plain.target):
             raise MaskError(
                 "control_literal",
                 f"message {turn.index}: the contents spell a control token and {chat.name} rewrites it, so that it "
                 "cannot be kept as text: remove it, or set tokenization.allow_special_tokens",
             )
-    return Rendered(turns, marks, num_literals, find_dropped(messages, [plain]))
+    return Rendered(turns, marks, num_literals, unmarked)
 
 
 def render_turn(chat: Chat, messages: Sequence[Message], index: int, tools: Sequence[Tool] | None) -> Turn:
@@ -80,28 +81,22 @@ def render_turn(chat: Chat, messages: Sequence[Message], index: int, tools: Sequ
         )
     prompt = render(chat, messages[:index], tools, add_generation_prompt=True)
     whole = render(chat, messages[: index + 1], tools, add_generation_prompt=False)
-    text = whole[len(prompt) :] if whole.startswith(prompt) else _align(chat, messages[: index + 1], tools)
+    shown = messages[: index + 1]
+    text = whole[len(prompt) :] if whole.startswith(prompt) else _align(chat, shown, tools, prompt, whole)
+    _check_thought(chat, messages[index], index, prompt, text)
     target, closed = _cut_ending(chat, text)
     _check_written(chat, messages, index, prompt, target, closed)
     return Turn(index, prompt, target, closed)
 
 
 def _check_written(chat: Chat, messages: Sequence[Message], index: int, prompt: str, target: str, closed: bool) -> None:
-    """Refuse a message of which the template loses what matters.
+    """Refuse a message of which nothing is left, or a null content that is written as a word.
 
     Raises:
-        MaskError: nothing is rendered, tool calls are left out, or a null content is written as a word.
+        MaskError: either.
     """
     if not target.strip() and not closed:
         raise MaskError("empty_answer", f"message {index}: {chat.name} renders nothing of it")
-    for call in messages[index].get("tool_calls") or []:
-        function = (call.get("function") or call) if isinstance(call, dict) else {}
-        if str(function.get("name", "")) not in target:
-            raise MaskError(
-                "dropped_by_template",
-                f"message {index}: {chat.name} leaves out its tool call: set model.chat_template to a template with "
-                "tool calls, or take such rows out",
-            )
     has_null = any("content" in message and message["content"] is None for message in messages[: index + 1])
     if has_null and "None" in prompt + target and "None" not in str([_words(message) for message in messages]):
         raise MaskError(
@@ -114,35 +109,16 @@ def _words(message: Message) -> list[str]:
     return list(strings_of(message))
 
 
-def find_dropped(messages: Sequence[Message], turns: Sequence[Turn]) -> tuple[str, ...]:
-    """Return what a template leaves out: roles whose contents are not in the last prompt, and `reasoning`.
+def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None, prompt: str, whole: str) -> str:
+    """Return what has to follow the served prompt, where the rendered conversation does not begin with it.
 
-    A content counts as written when it is there without its outer spaces, as it is or as JSON text.
+    The prompt may end in a thought that no rendered message begins with. And some templates put the system message or
+    the tools into the last user message: a word that no message holds then stands in for the message before, and what
+    follows it is compared.
     """
-    if not turns:
-        return ()
-    last = turns[-1]
-    dropped = []
-    for message in messages[: last.index]:
-        content = message.get("content")
-        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in last.prompt:
-            continue
-        if json.dumps(content, ensure_ascii=False)[1:-1].strip() not in last.prompt:
-            dropped.append(str(message["role"]))
-    for turn in turns:
-        reasoning = messages[turn.index].get("reasoning_content")
-        if isinstance(reasoning, str) and reasoning.strip() not in turn.target:
-            dropped.append("reasoning")
-    return tuple(dropped)
-
-
-def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
-    """Return what the template writes for the last message, where the history before it is rendered differently.
-
-    Some templates put the system message or the tools into the last user message, so that the served prompt is not
-    the front of the rendered conversation. A word that no message holds stands in for the message before, and what
-    follows it is compared: it has to begin with what follows it in the served prompt.
-    """
+    thought = find_prompt_thought(prompt)
+    if thought and whole.startswith(thought.header):
+        return _follow_thought(chat, messages, thought, whole[len(thought.header) :])
     before = messages[-2]
     number = len(messages) - 1
     if not isinstance(before.get("content"), str):
@@ -156,6 +132,9 @@ def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None
     if prompt.count(stand_in) != 1 or whole.count(stand_in) != 1:
         raise _mismatch(chat, number, "the message before it is not rendered once, so that the place is unknown")
     served, written = prompt.partition(stand_in)[2], whole.partition(stand_in)[2]
+    thought = find_prompt_thought(served)
+    if not written.startswith(served) and thought and written.startswith(thought.header):
+        return _follow_thought(chat, messages, thought, written[len(thought.header) :])
     if not written.startswith(served):
         raise _mismatch(
             chat, number, f"the served prompt ends in {served[-60:]!r}, but the message is rendered as {written[:60]!r}"
@@ -163,12 +142,72 @@ def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None
     return written[len(served) :]
 
 
+def _follow_thought(chat: Chat, messages: Sequence[Message], prompt: PromptThought, written: str) -> str:
+    """Return what follows a prompt that ends in a thought, of what the template writes for the last message.
+
+    Behind a closed thought the answer follows. Behind an open one the reasoning, its close tag and the answer: as the
+    template writes them, or as the message has them where the template leaves the reasoning out.
+    """
+    said = split_thought(written)
+    if not prompt.is_open:
+        return said.rest if said else written
+    message, number = messages[-1], len(messages) - 1
+    given = split_thought(message["content"]) if isinstance(message.get("content"), str) else None
+    reasoning = message.get("reasoning_content")
+    if said and said.words.strip():
+        words, closing, rest = said
+    elif given and given.words.strip():
+        words, closing, rest = given.words, given.closing, said.rest if said else written
+        if rest.startswith(closing.removeprefix(prompt.closing)):  # spaces that the template kept
+            closing = prompt.closing
+    elif isinstance(reasoning, str) and reasoning.strip():
+        words, closing, rest = f"{reasoning.strip()}\n", f"{prompt.closing}\n\n", said.rest if said else written
+    else:
+        raise _without_reasoning(chat, number)
+    # Spaces behind the open tag are the prompt's.
+    return (words.lstrip() if prompt.gap else words) + closing + rest
+
+
+def _check_thought(chat: Chat, message: Message, number: int, prompt: str, text: str) -> None:
+    """Refuse an answer without reasoning behind a prompt that opens a thought.
+
+    Raises:
+        MaskError: the thought is never closed.
+    """
+    thought = find_prompt_thought(prompt[-200:])
+    if thought and thought.is_open and thought.closing not in text:
+        raise _without_reasoning(chat, number)
+
+
+def _without_reasoning(chat: Chat, number: int) -> MaskError:
+    arguments = _find_arguments(chat)
+    way = f"set tokenization.template_arguments: {json.dumps(arguments)}, " if arguments else ""
+    return MaskError(
+        "missing_reasoning",
+        f"message {number}: {chat.name} opens a thought for the model to go on with, and the message has no reasoning: "
+        f"{way}give its reasoning_content, or set model.chat_template: chatml",
+    )
+
+
+def _find_arguments(chat: Chat) -> dict[str, bool]:
+    """Return the argument by which the template opens no thought in its prompts; none where it has no such."""
+    question = [{"role": "user", "content": USER}]
+    for name in ("enable_thinking", "thinking"):
+        closed = replace(chat, variables={**chat.variables, name: False})
+        try:
+            thought = find_prompt_thought(render(closed, question, None, add_generation_prompt=True))
+        except MaskError:
+            continue
+        if thought is None or not thought.is_open:
+            return {name: False}
+    return {}
+
+
 def _mismatch(chat: Chat, number: int, why: str) -> MaskError:
     return MaskError(
         "generation_prompt_mismatch",
-        f"message {number}: {chat.name} does not say what the model has to answer: {why}. Give reasoning_content if "
-        "the template expects reasoning, or set model.chat_template to a template whose generation prompt is the "
-        "front of its assistant turn",
+        f"message {number}: {chat.name} does not say what the model has to answer: {why}. Set model.chat_template: "
+        "chatml, or to a .jinja file whose generation prompt is the front of its assistant turn",
     )
 
 

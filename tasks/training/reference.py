@@ -53,7 +53,9 @@ def main(path: Path) -> None:
 
 def tokenize(config: RunConfig, base_model: Path) -> tuple[list[Example], list[Example]]:
     """Turn the dataset into examples: input_ids [T], and labels [T] that are IGNORE_INDEX off the answers."""
-    tokenizer = prepare_tokenizer(base_model, config.model.chat_template).tokenizer
+    tokenizer = prepare_tokenizer(
+        base_model, config.model.chat_template, config.tokenization.template_arguments
+    ).tokenizer
     from tasks.ingestion.dataset import build_dataset
 
     splits = []

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from tasks.tokenization.containment import find_losses
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.fast.tracing import Condition, Inquiry, Part, Slot, Untraceable, merge, trace
 from tasks.tokenization.rendering import Chat, Message
-from tasks.tokenization.turns import Turn, find_dropped, render_turn
+from tasks.tokenization.thoughts import find_prompt_thought
+from tasks.tokenization.turns import Turn, render_turn
 
 # Tracing costs about as much as rendering ten conversations: a shape is given up after so many fruitless attempts.
 _MOST_ATTEMPTS = 64
@@ -102,7 +104,8 @@ def derive(chat: Chat, messages: Sequence[Message], indices: Sequence[int]) -> S
     contents = [message["content"] for message in messages]
     inquiry = Inquiry(contents)
     turns = tuple(_trace_turn(chat, messages, index, inquiry) for index in indices)
-    _check_all_written(messages, turns[-1])
+    for turn in turns:
+        _check_all_written(turn)
     chains, chained = _chain(turns, inquiry)
     skeleton = Skeleton(
         chat, tuple(message["role"] for message in messages), tuple(inquiry.conditions), turns, chains, chained
@@ -111,7 +114,7 @@ def derive(chat: Chat, messages: Sequence[Message], indices: Sequence[int]) -> S
         rendered = [render_turn(chat, messages, index, None) for index in indices]
     except MaskError as error:
         raise Untraceable from error
-    if skeleton.fill(contents) != rendered or find_dropped(messages, rendered):
+    if skeleton.fill(contents) != rendered or find_losses(chat, messages, rendered, None):
         raise Untraceable
     return skeleton
 
@@ -127,19 +130,23 @@ def _trace_turn(chat: Chat, messages: Sequence[Message], index: int, inquiry: In
         raise Untraceable
     end = text[-1].removesuffix(chat.ending.tail) + chat.ending.kept
     target = merge((*text[:-1], end))
-    if not any(isinstance(part, Slot) and part.number == index for part in target):
-        raise Untraceable
     return TracedTurn(index, prompt, target)
 
 
-def _check_all_written(messages: Sequence[Message], last: TracedTurn) -> None:
-    """Require every content before the last answer in its prompt, cut by no more than outer spaces."""
-    written = {
-        part.number
-        for part in last.prompt
-        if isinstance(part, Slot) and all(not (characters or "").strip() for _, characters in part.cuts)
-    }
-    if any(message["role"] != "assistant" and i not in written for i, message in enumerate(messages[: last.number])):
+def _check_all_written(turn: TracedTurn) -> None:
+    """Require every content before an answer in its prompt, and its own in its target, cut by outer spaces only.
+
+    A thought that the prompt opens has to be closed by what the template writes: contents do not count.
+    """
+    for parts, wanted in ((turn.prompt, range(turn.number)), (turn.target, [turn.number])):
+        slots = [part for part in parts if isinstance(part, Slot)]
+        if not {slot.number for slot in slots if not any((cut or "").strip() for _, cut in slot.cuts)}.issuperset(
+            wanted
+        ):
+            raise Untraceable
+    end = turn.prompt[-1] if isinstance(turn.prompt[-1], str) else ""
+    thought = find_prompt_thought(end)
+    if thought and thought.is_open and not any(isinstance(p, str) and thought.closing in p for p in turn.target):
         raise Untraceable
 
 

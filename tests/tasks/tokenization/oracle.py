@@ -4,6 +4,7 @@ Nothing of the implementation is used: prompts are asked of transformers, answer
 turn that a person read in each template.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,11 +123,23 @@ def _judge_answer(
         prompt = serve(tokenizer, named, tools, prompt=True)[0].rpartition("Praeteritum")[2]
         whole = serve(tokenizer, [*named, messages[index]], tools, prompt=False)[0].rpartition("Praeteritum")[2]
     if not whole.startswith(prompt):
+        if end_of_turn and (opened := re.search(r"<think>\s*(</think>\s*)?\Z", prompt)):
+            return _judge_thought(messages[index], said, bool(opened[1]), end_of_turn)
         return Verdict("wrong", f"message {index}: {prompt[-40:]!r} is not how the turn begins, but it was kept")
     wanted = _until_end(whole[len(prompt) :], end_of_turn, str(tokenizer.eos_token))
     # Some tokenizers compose characters before anything else.
     if not readings & {wanted, unicodedata.normalize("NFC", wanted)}:
         return Verdict("wrong", f"message {index}: wanted {wanted!r}, trained {said!r}")
+    return None
+
+
+def _judge_thought(message: dict[str, Any], said: str, is_closed: bool, end_of_turn: str) -> Verdict | None:
+    """Compare what follows a thought that the prompt opens, or that it opens and closes; spaces do not count."""
+    thought, _, answer = str(message["content"]).rpartition("</think>")
+    reasoning = message.get("reasoning_content") or thought.replace("<think>", "")
+    wanted = ("" if is_closed else f"{reasoning}</think>") + answer
+    if "".join(said.split()) not in {"".join(wanted.split()) + end for end in end_of_turn.split(" or ")}:
+        return Verdict("wrong", f"wanted {wanted!r} behind the thought of the prompt, trained {said!r}")
     return None
 
 

@@ -38,13 +38,13 @@ def write(folder: Path, train: list[Any], held_out: list[Any]) -> Path:
 def test_every_row_becomes_examples_or_a_reject_and_the_files_say_so(
     tmp_path: Path, prepared: PreparedTokenizer
 ) -> None:
-    plain = [messages for messages, tools in CONVERSATIONS.values() if tools is None]
+    plain = [messages for name, (messages, tools) in CONVERSATIONS.items() if tools is None and name != "reasoning"]
     train = [*plain, say("a:Nobody asked."), [*say("u:q"), call({"city": "Rome"})]]
     dataset = write(tmp_path / "data", train, [say("u:Hello", "a:Hi"), say("u:q")])
     config = TokenizationConfig(max_length=8192)
     counts = tokenize_dataset(dataset, prepared, tmp_path / "tokens", config)
     assert (counts.rows_train, counts.rows_eval) == (len(plain), 1)
-    assert counts.rows_rejected == {"no_prompt": 1, "dropped_by_template": 1, "no_trained_tokens": 1}
+    assert counts.rows_rejected == {"no_prompt": 1, "dropped_tool_calls": 1, "no_trained_tokens": 1}
     frame = pl.read_parquet(tmp_path / "tokens" / "train.parquet")
     assert frame.height == counts.num_examples
     assert frame.schema["input_ids"] == pl.List(pl.Int32)
@@ -57,7 +57,7 @@ def test_every_row_becomes_examples_or_a_reject_and_the_files_say_so(
     rejects = pl.read_parquet(tmp_path / "tokens" / "rejects.parquet")
     assert rejects.select("line", "reason").rows() == [
         (len(plain) + 1, "no_prompt"),
-        (len(plain) + 2, "dropped_by_template"),
+        (len(plain) + 2, "dropped_tool_calls"),
         (2, "no_trained_tokens"),
     ]
 

@@ -137,14 +137,15 @@ def test_a_system_message_moved_into_the_last_question_is_trained_where_it_is_se
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (CHATML.replace("assistant\n", "assistant\n<think>\n"), say("u:q", "a:x"), "generation_prompt_mismatch"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), say("u:q", "a:x"), "missing_reasoning"),
+        (CHATML.replace("assistant\n", "assistant\nSure: "), say("u:q", "a:x"), "generation_prompt_mismatch"),
         ("{{ raise_exception('no') }}", say("u:q", "a:x"), "template_error"),
         (CHATML, say("a:x"), "no_prompt"),
         (CHATML, say("u:q"), "no_trained_tokens"),
         (CHATML, say("u:q", "a:x", train=False), "no_trained_tokens"),
         (CHATML, say("u:q", "a:x", train="no"), "bad_message"),
         (CHATML, [{"content": "q"}], "bad_message"),
-        (CHATML, [*say("u:q"), call({"city": "Rome"})], "dropped_by_template"),
+        (CHATML, [*say("u:q"), call({"city": "Rome"})], "dropped_tool_calls"),
         (CHATML, [*say("u:q"), {"role": "assistant", "content": None}], "null_content"),
         (None, say("u:q", "a:x"), "no_template"),
     ],
