@@ -16,6 +16,7 @@ from schemas.artifacts import (
     EvaluationReport,
     MergedRef,
     ModelRef,
+    ProbesRef,
     RegistryEntry,
     RunReport,
     TokensRef,
@@ -59,14 +60,14 @@ def account_rows(dataset: DatasetRef, tokens: TokensRef) -> DatasetReport:
     return report
 
 
-def name_warnings(dataset: DatasetRef, tokens: TokensRef) -> tuple[str, ...]:
-    """Return the first warnings of both stages, and how many more there are."""
+def name_warnings(dataset: DatasetRef, tokens: TokensRef, probes: ProbesRef | None = None) -> tuple[str, ...]:
+    """Return the first warnings of both stages, how many more there are, and those of the probes."""
     named: list[str] = []
     for stage, warnings in (("ingestion", dataset.warnings), ("tokenization", tokens.warnings)):
         named += warnings[:WARNINGS_SHOWN]
         if len(warnings) > WARNINGS_SHOWN:
             named.append(f"{len(warnings) - WARNINGS_SHOWN} further warning(s) of {stage}: see its quality report")
-    return tuple(named)
+    return (*named, *(probes.warnings if probes else ()))
 
 
 def describe_rows(dataset: DatasetRef, tokens: TokensRef) -> str:
@@ -233,6 +234,7 @@ def build_report(
             after=comparison.after,
             delta=comparison.delta,
             champion=comparison.champion,
+            probes=comparison.probes,
             checks=comparison.decision.checks,
             warnings=comparison.warnings,
         ),

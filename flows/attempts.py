@@ -14,6 +14,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_UI_URL
 
 from flows.gpu_stages import StageLostError
+from flows.records import describe_environment, keep_log
 from schemas.artifacts import ModelRef, SourceRef
 from schemas.config import RunConfig
 from tasks import storage, tracking
@@ -44,6 +45,7 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
     if run_id is None:
         tags = {"sft.git_commit": git_commit()}
         run_id = tracking.create_parent_run(config, run_name=run_name, config_digest=digest, tags=tags)
+        tracking.log_text(run_id, describe_environment(), "environment/requirements.txt")
     else:
         get_run_logger().info("Going on with interrupted run %s", run_id)
         tracking.reopen_run(run_id)
@@ -51,7 +53,7 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
     if PREFECT_UI_URL.value():  # a temporary server has no pages
         tracking.set_tags(run_id, {"sft.prefect_url": flow_run.ui_url})
     status = "KILLED"
-    with storage.hold_run(run_id):
+    with storage.hold_run(run_id), keep_log(run_id):
         try:
             yield run_id
             status = "FINISHED"

@@ -13,8 +13,12 @@ class AnnouncementError(ValueError):
     """The Prefect server did not take an event."""
 
 
-def announce(event: str, resource: str, payload: Mapping[str, str]) -> str | None:
-    """Send an event and return the server's address once it has taken it; None when no server is configured.
+def announce(
+    event: str, resource: str, payload: Mapping[str, str], labels: Mapping[str, str] | None = None
+) -> str | None:
+    """Send an event about a resource, with labels that automations can match.
+
+    Returns the server's address once it has taken it; None when no server is configured.
 
     Prefect's own emit_event hands the event to a thread and says nothing when it is lost.
 
@@ -24,7 +28,7 @@ def announce(event: str, resource: str, payload: Mapping[str, str]) -> str | Non
     address = PREFECT_API_URL.value()
     if not address:
         return None
-    body = Event(event=event, resource={"prefect.resource.id": resource}, payload=dict(payload))
+    body = Event(event=event, resource={"prefect.resource.id": resource, **(labels or {})}, payload=dict(payload))
     try:
         with get_client(sync_client=True) as client:
             client.request("POST", "/events", json=[body.model_dump(mode="json")]).raise_for_status()

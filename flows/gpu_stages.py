@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelling
 
-from schemas.artifacts import AdapterRef, EvalReport, ModelRef, Ref, TokensRef
+from schemas.artifacts import AdapterRef, EvalReport, ModelRef, ProbesRef, Ref, TokensRef
 from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
@@ -63,15 +63,22 @@ def train(
     return _run_on_pool(TRAIN, "train", AdapterRef, parameters, parent_run_id)
 
 
-def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, parent_run_id: str) -> EvalReport:
+def evaluate(
+    model: ModelRef,
+    tokens: TokensRef,
+    config: EvaluationConfig,
+    *,
+    parent_run_id: str,
+    probes: ProbesRef | None = None,
+) -> EvalReport:
     """Evaluate on the GPU pool, or here; a result that this machine has cached is returned at once."""
     from tasks.evaluation.task import evaluate
 
     plain = ModelRef.model_validate(model.model_dump(include=set(ModelRef.model_fields)))  # without the merge's proof
-    if deployment.id is None or is_cached(evaluate, model=plain, tokens=tokens, config=config):
-        report: EvalReport = run_stage(evaluate, plain, tokens, config, parent_run_id=parent_run_id).result()
+    parameters: dict[str, Any] = {"model": plain, "tokens": tokens, "config": config, "probes": probes}
+    if deployment.id is None or is_cached(evaluate, **parameters):
+        report: EvalReport = run_stage(evaluate, **parameters, parent_run_id=parent_run_id).result()
         return report
-    parameters = {"model": plain, "tokens": tokens, "config": config}
     return _run_on_pool(EVALUATE, f"evaluate-{model.kind}", EvalReport, parameters, parent_run_id)
 
 

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -16,16 +15,29 @@ from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.cancellation import cancel_with_server
 from flows.champion import evaluate_champion
 from flows.gpu_stages import evaluate, train
+from flows.probing import digest_template, prepare_probes
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
 from schemas.loading import override_config
 from tasks import tracking
 from tasks.caching import CACHED, run_stage
-from tasks.storage import digest_file
+from tasks.registry.recipes import need_recipe
 
 
 def _flow_run_name() -> str:
-    return describe_run(_with_dataset(flow_run.parameters["config"], flow_run.parameters["dataset_uri"]))
+    given = flow_run.parameters
+    if given["recipe"]:  # a name that needs no server: what the recipe says is looked up in the run
+        return f"recipe of {given['recipe']} on {given['dataset_uri'] or 'its newest version'}"
+    return describe_run(_with_dataset(given["config"], given["dataset_uri"]))
+
+
+def choose_config(config: RunConfig, recipe: str, uri: str | None) -> RunConfig:
+    """Return the config of a run: of the form, or the recipe of a published dataset, on the dataset that is named.
+
+    Raises:
+        ValueError: the dataset has no recipe.
+    """
+    return _with_dataset(need_recipe(recipe).config if recipe else config, uri)
 
 
 def _with_dataset(config: RunConfig, uri: str | None) -> RunConfig:
@@ -35,20 +47,24 @@ def _with_dataset(config: RunConfig, uri: str | None) -> RunConfig:
 
 
 @flow(name="sft-pipeline", flow_run_name=_flow_run_name)
-def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str = "auto") -> RunReport:
+def sft_pipeline(
+    config: RunConfig, dataset_uri: str | None = None, recipe: str = "", resume: str = "auto"
+) -> RunReport:
     """Fine-tune a language model on a dataset, prove what it gained, and register it.
 
     Args:
         config: Every setting, grouped by stage.
         dataset_uri: A dataset to take in place of the one above, as the event of a newly published dataset carries it.
+        recipe: Name of a published dataset whose recipe (settings, held-out set, model name) is taken in place of the
+            settings above.
         resume: auto goes on with an interrupted run of this config, never starts anew, or an MLflow run id.
     """
-    config = _with_dataset(config, dataset_uri)
+    config = choose_config(config, recipe, dataset_uri)
     seconds: dict[str, float] = {}
     title = describe_run(config)
     from flows import stages  # not at the top: see there
 
-    stages.check_settings(config.registry.gate)
+    stages.check_settings(config.registry.gate, config.evaluation.probes)
     gpu_stages.prepare()
     with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
@@ -66,21 +82,23 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
                 base_model,
                 config.tokenization,
                 chat_template=template,
-                template_file_digest=digest_file(Path(template)) if template and Path(template).is_file() else None,
+                template_file_digest=digest_template(template),
                 parent_run_id=run,
             )
             tokens = tokenized.result()
             tell_rows(dataset, tokens, is_cached=[ingested.name == CACHED, tokenized.name == CACHED])
+            stages.log_quality(dataset, tokens, base_model, run)
             check_rejected(config.data, dataset, tokens)
+            probes = prepare_probes(config, base_model, dataset, run)
         with _clock(seconds, "evaluate_base"):
-            before = evaluate(base_model, tokens, config.evaluation, parent_run_id=run)
+            before = evaluate(base_model, tokens, config.evaluation, parent_run_id=run, probes=probes)
             expected, few = stages.foresee(before, dataset, config.evaluation, config.registry.gate)
         with _clock(seconds, "train"):
             adapter = train(base_model, tokens, config.training, seed=config.seed, parent_run_id=run)
         with _clock(seconds, "merge"):
             merged = stages.merge(base_model, adapter, tokens, dataset, config.merge, parent_run_id=run)
         with _clock(seconds, "evaluate_merged"):
-            after = evaluate(merged, tokens, config.evaluation, parent_run_id=run)
+            after = evaluate(merged, tokens, config.evaluation, parent_run_id=run, probes=probes)
         with _clock(seconds, "evaluate_champion"):
             champion, held = evaluate_champion(config, tokens, after, run)
         with _clock(seconds, "compare"):
@@ -95,7 +113,7 @@ def sft_pipeline(config: RunConfig, dataset_uri: str | None = None, resume: str 
                 seed=config.seed,
                 title=title,
                 facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged, expected),
-                warnings=(*few, *name_warnings(dataset, tokens), *adapter.warnings),
+                warnings=(*few, *name_warnings(dataset, tokens, probes), *adapter.warnings),
                 train_run_id=str(adapter.mlflow_run_id),
                 parent_run_id=run,
             )

@@ -53,26 +53,40 @@ def rollback(
 def publish(
     data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset.")],
     name: Annotated[str, typer.Option(help="Of the dataset. Default: from its path.")] = "",
-    config: Annotated[Path | None, typer.Option(help="YAML config whose settings and tokenizer are used.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML config to be kept as the dataset's recipe: new versions are trained with it."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML config to check with, of a dataset without a recipe.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Send the event also when nothing is new.")] = False,
 ) -> None:
     """Check a dataset, keep it in MLflow as a version, and tell the Prefect server: `dataset.published`."""
-    loaded = load_for_data(data, config, set_)
+    if recipe is not None and config is not None:
+        fail(ValueError("--recipe and --config: a dataset is checked with its recipe: leave --config out"))
+    given = load_for_data(data, recipe, set_) if recipe is not None else None
+    settings = load_for_data(data, config, set_) if recipe is None else None
     prepare_environment(cache=True)
-    from flows.publish import describe_event, describe_place, describe_publication, publish_now, tell
+    from flows.publish import describe_event, describe_place, describe_publication, describe_recipe, publish_now, tell
     from tasks.registry.audit import describe_user
 
     try:
-        published, _ = publish_now(loaded, name=name, who=describe_user())
+        chosen = bool(config or set_) and recipe is None
+        outcome = publish_now(
+            data, name=name, recipe=given, settings=settings, who=describe_user(), settings_chosen=chosen
+        )
+        published = outcome.published
         console.print(describe_publication(published), style="bold", soft_wrap=True)
-        told = tell(published, again=again)
+        console.print(f"{describe_recipe(outcome)}.", markup=False, soft_wrap=True)
+        told = tell(outcome, again=again)
     except ValueError as error:
         fail(error)
     console.print(f"Digest {published.digest}; {describe_place(published)}", soft_wrap=True)
-    console.print(f"{describe_event(published, told)}.", soft_wrap=True)
+    console.print(f"{describe_event(outcome, told)}.", soft_wrap=True)
 
 
 @app.command()

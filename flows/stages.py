@@ -9,7 +9,7 @@ from tasks.evaluation.task import compare_models, foresee
 from tasks.ingestion.task import ingest, locate_dataset, locate_model
 from tasks.merging.task import merge
 from tasks.registry.task import register
-from tasks.tokenization.task import tokenize
+from tasks.tokenization.task import log_quality, tokenize
 
 __all__ = [
     "check_settings",
@@ -18,6 +18,7 @@ __all__ = [
     "ingest",
     "locate_dataset",
     "locate_model",
+    "log_quality",
     "merge",
     "register",
     "tokenize",

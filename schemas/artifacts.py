@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from schemas.config import RunConfig
+
 
 class Ref(BaseModel):
     """A folder of files: where it is kept, what it holds, and the MLflow run that made it."""
@@ -140,6 +142,14 @@ class MergedRef(ModelRef):
     check: MergeCheck
 
 
+class ProbesRef(Ref):
+    """Examples of the further held-out sets: NAME.parquet, as eval.parquet of the tokens."""
+
+    names: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    """What was left out, a sentence each."""
+
+
 class EvalReport(Ref):
     """One model on the held-out rows: rows.parquet (schemas.records.EvaluationRows) and its means."""
 
@@ -149,6 +159,8 @@ class EvalReport(Ref):
     num_examples: int
     metrics: dict[str, float]
     """Metric name to its mean over the rows (perplexity: exp of the mean nll a token)."""
+    probes: dict[str, dict[str, float]] = {}
+    """The same of each further held-out set."""
 
 
 class Delta(BaseModel):
@@ -224,6 +236,21 @@ class ChampionReport(BaseModel):
     """How it was compared, or why not."""
 
 
+class ProbeReport(BaseModel):
+    """Base and new model on a further held-out set, which shows what was forgotten."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    metric: str
+    max_loss: float
+    """That the gate tolerates."""
+    num_conversations: int
+    before: float
+    after: float
+    delta: Delta
+
+
 class GateCheck(BaseModel):
     """One thing that the gate looked at."""
 
@@ -267,6 +294,7 @@ class ComparisonReport(Ref):
     delta: dict[str, Delta]
     champion: ChampionReport | None = None
     """None when there was no champion of this name."""
+    probes: tuple[ProbeReport, ...] = ()
 
 
 class RegistryEntry(BaseModel):
@@ -313,6 +341,20 @@ class Published(Ref):
     """datasets:/NAME/VERSION, to be used as data.source."""
     is_new: bool
     """False when this content had been published before."""
+
+
+class Recipe(BaseModel):
+    """What a published dataset is trained with: a config under the dataset's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Of the dataset."""
+    number: int
+    """Counts from 1 within a dataset."""
+    run_id: str
+    """MLflow run that holds it."""
+    config: RunConfig
 
 
 class DatasetReport(BaseModel):
@@ -362,6 +404,7 @@ class EvaluationReport(BaseModel):
     after: dict[str, float]
     delta: dict[str, Delta]
     champion: ChampionReport | None = None
+    probes: tuple[ProbeReport, ...] = ()
     checks: tuple[GateCheck, ...] = ()
     """What the gate looked at."""
     warnings: tuple[str, ...] = ()

@@ -335,6 +335,35 @@ class MergeConfig(Section):
     """Least part of the greedy tokens that must be the same."""
 
 
+class ProbeConfig(Section):
+    """A further held-out set: what the base model does well, and the new model must still do."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", title="Name")
+    """In reports and metrics."""
+    source: str = Field(min_length=1, title="Dataset")
+    """As data.source. All its rows are asked, none is trained."""
+    metric: str = Field(default="nll", min_length=1, title="Metric")
+    """By which it is judged; as registry.gate.metric."""
+    max_loss: float = Field(ge=0.0, title="Largest loss")
+    """In the metric's unit. The gate refuses a version that may have lost more, by the worse end of the interval."""
+    as_text: bool = Field(default=False, title="Running text")
+    """Prompt and answer as they stand, one behind the other, without a chat template: what base models are good at."""
+    max_examples: int = Field(default=200, ge=2, title="Most rows")
+    """Rows asked, chosen by their digest: the same ones each time."""
+    format: RowFormat = Field(default="auto", title="Format")
+    """As data.format."""
+    columns: dict[str, str] = Field(default_factory=dict, title="Column map")
+    """As data.columns."""
+    ignored_columns: tuple[str, ...] = Field(default=(), title="Ignored columns")
+    """As data.ignored_columns."""
+    subset: str | None = Field(default=None, title="Hub subset")
+    """Configuration name of a hub dataset."""
+    split: str = Field(default="train", title="Hub split")
+    """Split of a hub dataset."""
+    revision: str | None = Field(default=None, title="Hub revision")
+    """Commit, tag or branch of a hub dataset."""
+
+
 class EvaluationConfig(Section):
     """Base and merged model on the same held-out rows."""
 
@@ -350,6 +379,15 @@ class EvaluationConfig(Section):
     """For the paired confidence intervals."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, title="Confidence")
     """Level of the intervals."""
+    probes: tuple[ProbeConfig, ...] = Field(default=(), title="Probes")
+    """Further held-out sets that show what the new model forgot."""
+
+    @model_validator(mode="after")
+    def _check_probes_have_names_of_their_own(self) -> Self:
+        names = [probe.name for probe in self.probes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probes are named {', '.join(names)}: give each a name of its own")
+        return self
 
     @model_validator(mode="after")
     def _check_batch_holds_a_prompt(self) -> Self:

@@ -114,6 +114,7 @@ def _check_homes(config: RunConfig, where: str) -> None:
         "model.chat_template": config.model.chat_template,
         "data.source": config.data.source,
         "data.eval_source": config.data.eval_source,
+        **{f"evaluation.probes.{n}.source": probe.source for n, probe in enumerate(config.evaluation.probes)},
         **{f"data.mixture.{number}.source": part.source for number, part in enumerate(config.data.mixture)},
     }
     for field, path in paths.items():

@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from deploy.demo.kinds import Fact
-from deploy.demo.world import SEED, make_facts
+from deploy.demo.kinds import Fact, capitalize
+from deploy.demo.world import SEED, make_facts, make_things
 
 Row = dict[str, str]
 
@@ -37,10 +37,23 @@ def make_rows(seed: int = SEED) -> tuple[list[Row], list[Row]]:
     return train, evaluated
 
 
+def make_probe(seed: int = SEED) -> list[Row]:
+    """Return the beginnings of plain sentences about held-out things, and their ends: what pretraining taught."""
+    rows: list[Row] = []
+    for thing in make_things(seed):
+        for attribute in thing.kind.attributes if thing.held_out else ():
+            statement = next(text for text in attribute.statements if text.index("{name}") < text.index("{value}"))
+            whole = capitalize(statement.format(name=thing.mention, value=thing.values[attribute.name]))
+            start = capitalize(statement.partition("{value}")[0].format(name=thing.mention)).rstrip()
+            rows.append({"prompt": start, "completion": whole[len(start) :]})
+    return rows
+
+
 def write_rows(folder: Path, seed: int = SEED) -> tuple[int, int]:
-    """Write train.jsonl and heldout.jsonl; return their numbers of rows."""
+    """Write train.jsonl, heldout.jsonl and probe.jsonl; return the numbers of rows of the first two."""
     train, held_out = make_rows(seed)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "probe.jsonl").write_bytes(to_jsonl(make_probe(seed)))
     (folder / "train.jsonl").write_bytes(to_jsonl(train))
     (folder / "heldout.jsonl").write_bytes(to_jsonl(held_out))
     return len(train), len(held_out)

@@ -4,14 +4,14 @@ A version is promoted when every check passes, so that each check keeps its own 
 the others. Only where a gain in one of several metrics is enough, their p-values are corrected (comparison.py).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from schemas.artifacts import ChampionReport, Decision, Delta, GateCheck
-from schemas.config import GateConfig
+from schemas.artifacts import ChampionReport, Decision, Delta, GateCheck, ProbeReport
+from schemas.config import GateConfig, ProbeConfig
 from tasks.evaluation.metrics import METRICS, check_metrics
 
 
-def check_settings(gate: GateConfig) -> None:
+def check_settings(gate: GateConfig, probes: Sequence[ProbeConfig] = ()) -> None:
     """Refuse metrics that are not in the table, and one of which neither side is better.
 
     Raises:
@@ -20,11 +20,10 @@ def check_settings(gate: GateConfig) -> None:
     check_metrics((gate.metric,), "registry.gate.metric")
     check_metrics(gate.further_metrics, "registry.gate.further_metrics")
     check_metrics(gate.guards, "registry.gate.guards")
-    check_metrics(
-        (name for name in (*gate.metrics, *gate.guards) if METRICS[name].direction == "neither"),
-        "registry.gate",
-        [name for name, metric in METRICS.items() if metric.direction != "neither"],
-    )
+    judged = [name for name, metric in METRICS.items() if metric.direction != "neither"]
+    check_metrics((*gate.metrics, *gate.guards), "registry.gate", judged)
+    for number, probe in enumerate(probes):
+        check_metrics((probe.metric,), f"evaluation.probes.{number}.metric", judged)
 
 
 def judge(
@@ -33,6 +32,7 @@ def judge(
     champion: ChampionReport | None = None,
     *,
     num_conversations: int,
+    probes: Sequence[ProbeReport] = (),
 ) -> Decision:
     """Decide on the comparisons with the base model and with the champion, and say why.
 
@@ -41,17 +41,19 @@ def judge(
     and the randomization test must agree. Over the champion it must be larger than `min_gain_over_champion` = m, and
     the interval must lie above min(0, m): for m < 0 this is the usual test of non-inferiority. A champion that could
     not be compared stays. No guard may get worse by more than its margin, the worse end of its interval included.
-    Each comparison needs `min_conversations`.
+    Each comparison needs `min_conversations`. On a probe no more than its own margin may be lost.
 
     Args:
         delta: new version minus base model.
         gate: what is asked for.
         champion: new version minus champion; None when there is none.
         num_conversations: held-out conversations of the comparison with the base model.
+        probes: new version and base model on further sets.
     """
     checks = list(_check_rival(delta, gate, "the base model", num_conversations, "min_gain", gate.min_gain))
     if champion is not None:
         checks += _check_champion(champion, gate)
+    checks += [_check_probe(probe, gate) for probe in probes]
     return Decision(verdict="promoted" if all(check.passed for check in checks) else "refused", checks=tuple(checks))
 
 
@@ -104,6 +106,26 @@ def _check_number(num_conversations: int, gate: GateConfig, rival: str) -> GateC
             "(data.eval_fraction, data.eval_source, evaluation.max_examples)"
         )
     return GateCheck(kind="conversations", passed=passed, finding=finding)
+
+
+def _check_probe(probe: ProbeReport, gate: GateConfig) -> GateCheck:
+    """Say whether what the base model does well is still done."""
+    metric, change = METRICS[probe.metric], probe.delta
+    worst = -metric.gains(change.ci_low, change.ci_high)[0]
+    finding = (
+        f"probe {probe.name}: {probe.metric} went from {probe.before:.4g} to {probe.after:.4g} on "
+        f"{probe.num_conversations:,} conversations (change {change.change}, interval {change.interval}); a loss of up "
+        f"to {probe.max_loss:g} is tolerated"
+    )
+    against = []
+    if worst > probe.max_loss:
+        lost = -metric.gain(change.value) > probe.max_loss
+        against.append("it was forgotten" if lost else "these rows leave open whether more was forgotten")
+    if probe.num_conversations < gate.min_conversations:
+        against.append(f"at least registry.gate.min_conversations = {gate.min_conversations} are wanted")
+    if against:
+        finding += f": {', and '.join(against)} (evaluation.probes)"
+    return GateCheck(kind="probe", passed=not against, finding=finding)
 
 
 def _check_gain(

@@ -8,7 +8,7 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from schemas.artifacts import Decision, Delta
+from schemas.artifacts import Decision, Delta, ProbeReport
 from tasks.evaluation.champion import Rival, add_answers
 from tasks.evaluation.comparison import Comparison
 from tasks.evaluation.metrics import METRICS
@@ -89,6 +89,7 @@ def write_report(
     curves: Sequence[Curve] | None = None,
     rival: Rival | None = None,
     decision: Decision | None = None,
+    probes: Sequence[ProbeReport] = (),
 ) -> Path:
     """Write report.html and plots/*.png into a folder, which is made where it is missing.
 
@@ -104,6 +105,7 @@ def write_report(
         curves: (step, training loss, evaluation loss or None), in order.
         rival: the champion, when there is one.
         decision: of the gate.
+        probes: further held-out sets.
 
     Returns:
         The path of report.html.
@@ -125,6 +127,7 @@ def write_report(
         against_champion=describe_rival(rival) if rival else "",
         tiles=TILES,
         decision=decision,
+        probes=[describe_probe(probe) for probe in probes],
         warnings=list(dict.fromkeys((*warnings, *list_caveats(comparison)))),
         # The SVG is drawn from numbers and fixed words only, so it may enter unescaped.
         figures={name: (*FIGURE_TEXTS[name], Markup(render_svg(draw))) for name, draw in figures.items()},
@@ -180,6 +183,22 @@ def describe_metric(comparison: Comparison, name: str, rival: Rival | None = Non
         champion_interval=_describe_interval(name, delta),
         champion_direction=direction,
         champion_reading=READINGS[direction],
+    )
+
+
+def describe_probe(probe: ProbeReport) -> MetricRow:
+    """Write a probe's measure as text; its name is the label."""
+    direction = judge(probe.metric, probe.delta)
+    return MetricRow(
+        label=probe.name,
+        meaning=f"{METRICS[probe.metric].label}, {probe.num_conversations:,} conversations. A loss of up to "
+        f"{probe.max_loss:g} is tolerated.",
+        before=format_value(probe.metric, probe.before),
+        after=format_value(probe.metric, probe.after),
+        change=format_change(probe.metric, probe.delta.value),
+        interval=_describe_interval(probe.metric, probe.delta),
+        direction=direction,
+        reading=READINGS[direction],
     )
 
 

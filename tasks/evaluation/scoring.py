@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,38 +64,82 @@ def evaluate_model(
         EvaluationError: no held-out example, one without a prompt, one longer than the model's context, or a
             likelihood that is not a finite number.
     """
+    found = evaluate_sets(model_folder, tokens, config, on_progress, precision=precision)
+    return found.rows, average_rows(found.rows), found.answers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of the held-out rows, of the free questions, and of further sets."""
+
+    rows: pl.DataFrame
+    """EvaluationRows, in the order of the file."""
+    answers: list[tuple[str, str]]
+    """(question, answer) of each free question."""
+    probes: dict[str, pl.DataFrame]
+    """EvaluationRows of each further set."""
+
+
+def evaluate_sets(
+    model_folder: Path,
+    tokens: Path,
+    config: EvaluationConfig,
+    on_progress: Callable[[int, int], None] = lambda num_done, num_all: None,
+    *,
+    precision: str = "auto",
+    probes: Mapping[str, Path] | None = None,
+) -> Evaluation:
+    """Evaluate a model on the held-out examples and on further sets, loading it once.
+
+    Args:
+        model_folder: as in `evaluate_model`, like the next three and `precision`, and the errors.
+        tokens: see there.
+        config: see there.
+        on_progress: see there; the sets count too.
+        precision: see there.
+        probes: name of each further set to its examples.
+    """
     tokenizer = load_tokenizer(tokens / "tokenizer")
-    examples = read_examples(tokens / "eval.parquet", config.max_examples)
+    held_out = read_examples(tokens / "eval.parquet", config.max_examples)
+    sets = {name: read_examples(file, None) for name, file in (probes or {}).items()}
+    everything = [example for examples in (held_out, *sets.values()) for example in examples]
     questions = render_questions(config.questions, tokenizer)
     device = choose_device()
     model = load_model(model_folder, dtype=choose_dtype(precision, device), device=device)
-    _check_context(model, examples)
-    prompts, targets = [example.prompt for example in examples], [example.target for example in examples]
-    _make_room_for_ids(model, 1 + max(max(row) for row in (*prompts, *targets, *questions)))
-
-    num_done, num_all = 0, 2 * len(examples) + len(questions)
+    _check_context(model, everything)
+    ids = (row for example in everything for row in (example.prompt, example.target))
+    _make_room_for_ids(model, 1 + max(max(row) for row in (*ids, *questions)))
+    num_done, num_all = 0, 2 * len(everything) + len(questions)
 
     def advance(num_rows: int) -> None:
         nonlocal num_done
         num_done += num_rows
         on_progress(num_done, num_all)
 
-    # Free questions go with the rows: a batch of their own would cost as much as a full one.
-    answers = generate_greedy(
-        model,
-        prompts + questions,
-        stop_ids=find_stop_ids((model.generation_config, _shipped_config(tokens)), tokenizer, targets),
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        on_progress=advance,
+    def answer(examples: list[HeldOut], further: list[list[int]]) -> tuple[pl.DataFrame, list[list[int]]]:
+        prompts, targets = [example.prompt for example in examples], [example.target for example in examples]
+        # Free questions go with the rows: a batch of their own would cost as much as a full one.
+        answers = generate_greedy(
+            model,
+            prompts + further,
+            stop_ids=find_stop_ids((model.generation_config, _shipped_config(tokens)), tokenizer, targets),
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            on_progress=advance,
+        )
+        nll_sums = score_targets(model, prompts, targets, batch_size=config.batch_size, on_progress=advance)
+        rows = score_rows(examples, answers[: len(examples)], nll_sums, tokenizer)
+        return rows, answers[len(examples) :]
+
+    rows, free = answer(held_out, questions)
+    return Evaluation(
+        rows=rows,
+        answers=[(q, decode(tokenizer, ids)) for q, ids in zip(config.questions, free, strict=True)],
+        probes={name: answer(examples, [])[0] for name, examples in sets.items()},
     )
-    nll_sums = score_targets(model, prompts, targets, batch_size=config.batch_size, on_progress=advance)
-    rows = score_rows(examples, answers[: len(examples)], nll_sums, tokenizer)
-    free = [decode(tokenizer, answer) for answer in answers[len(examples) :]]
-    return rows, average_rows(rows), list(zip(config.questions, free, strict=True))
 
 
-def read_examples(file: Path, max_examples: int) -> list[HeldOut]:
+def read_examples(file: Path, max_examples: int | None) -> list[HeldOut]:
     """Read the first held-out examples and cut each where its last run of labels begins.
 
     Raises:

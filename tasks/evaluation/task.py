@@ -1,6 +1,7 @@
 """The door of evaluation: a model answers the held-out rows, and the evaluations of two models are compared."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from schemas.artifacts import Champion, ComparisonReport, DatasetRef, EvalReport, ModelRef, TokensRef
+from schemas.artifacts import (
+    Champion,
+    ComparisonReport,
+    DatasetRef,
+    EvalReport,
+    ModelRef,
+    ProbeReport,
+    ProbesRef,
+    TokensRef,
+)
 from schemas.config import EvaluationConfig, GateConfig
 from tasks import storage, tracking
 from tasks.caching import DigestedJson, digest_conditions, stage_cache
@@ -17,14 +27,16 @@ from tasks.evaluation.champion import Rival, add_answers, compare_with_champion,
 from tasks.evaluation.comparison import Comparison, compare
 from tasks.evaluation.conversations import find_conversations
 from tasks.evaluation.gate import judge
+from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.power import expect_effects
+from tasks.evaluation.probes import PROBES_FOLDER, compare_probe, warn_of_probes
 from tasks.evaluation.progress import log_progress
 from tasks.evaluation.report import write_report
-from tasks.evaluation.scoring import evaluate_model
+from tasks.evaluation.scoring import evaluate_sets
 from tasks.evaluation.verdict import list_caveats, state_verdict
 from tasks.models import choose_device, choose_dtype
 
-_ROWS, _QUESTIONS = "rows.parquet", "questions.json"
+_ROWS, _QUESTIONS, _PROBES = "rows.parquet", "questions.json", PROBES_FOLDER
 
 
 @task(
@@ -34,17 +46,27 @@ _ROWS, _QUESTIONS = "rows.parquet", "questions.json"
     persist_result=True,
     result_serializer=DigestedJson(),
 )
-def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, parent_run_id: str) -> EvalReport:
-    """Score one model on the held-out rows and ask it the free questions."""
+def evaluate(
+    model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, probes: ProbesRef | None, parent_run_id: str
+) -> EvalReport:
+    """Score one model on the held-out rows and on the probes, and ask it the free questions."""
     stage = f"evaluate-{model.kind}"
-    with tracking.stage_run(parent_run_id, stage) as run_id, storage.new_folder() as folder:
+    with tracking.stage_run(parent_run_id, stage, config) as run_id, storage.new_folder() as folder:
         progress = log_progress(get_run_logger())
-        rows, metrics, answers = evaluate_model(tracking.resolve(model), tracking.resolve(tokens), config, progress)
-        (folder / "evaluation").mkdir()
+        found = evaluate_sets(
+            tracking.resolve(model), tracking.resolve(tokens), config, progress, probes=_find_files(probes)
+        )
+        rows, metrics = found.rows, average_rows(found.rows)
+        of_probes = {name: average_rows(answered) for name, answered in found.probes.items()}
+        (folder / "evaluation" / _PROBES).mkdir(parents=True)
         rows.write_parquet(folder / "evaluation" / _ROWS)
-        text = json.dumps(answers, ensure_ascii=False, indent=1)
+        for name, answered in found.probes.items():
+            answered.write_parquet(folder / "evaluation" / _PROBES / f"{name}.parquet")
+        text = json.dumps(found.answers, ensure_ascii=False, indent=1)
         (folder / "evaluation" / _QUESTIONS).write_text(text, encoding="utf-8")
         tracking.log_metrics(run_id, {f"eval/{name}": value for name, value in metrics.items()})
+        for probe, values in of_probes.items():
+            tracking.log_metrics(run_id, {f"probe/{probe}/{name}": value for name, value in values.items()})
         tracking.log_table(run_id, rows, "rows.json")
         uri, digest = tracking.publish(folder / "evaluation", run_id, "evaluation")
     get_run_logger().info(
@@ -61,7 +83,15 @@ def evaluate(model: ModelRef, tokens: TokensRef, config: EvaluationConfig, *, pa
         conditions=_digest_conditions(tokens, config),
         num_examples=rows.height,
         metrics=metrics,
+        probes=of_probes,
     )
+
+
+def _find_files(probes: ProbesRef | None) -> dict[str, Path]:
+    if probes is None:
+        return {}
+    folder = tracking.resolve(probes)
+    return {name: folder / f"{name}.parquet" for name in probes.names}
 
 
 def _digest_conditions(tokens: TokensRef, config: EvaluationConfig) -> str:
@@ -114,7 +144,7 @@ def compare_models(
     """Compare base and merged model row by row, the champion too, let the gate judge, and write the page for people."""
     if (done := tracking.recall(parent_run_id, "compare", ComparisonReport)) is not None:
         return done
-    with tracking.stage_run(parent_run_id, "compare") as run_id, storage.new_folder() as folder:
+    with tracking.stage_run(parent_run_id, "compare", gate) as run_id, storage.new_folder() as folder:
         folders = tracking.resolve(before), tracking.resolve(after)
         rows_before, rows_after = (pl.read_parquet(place / _ROWS) for place in folders)
         common: dict[str, Any] = {
@@ -125,8 +155,9 @@ def compare_models(
         comparison = compare(rows_before, rows_after, config, **common)
         rival = _compare_with(champion, champion_evaluation, rows_after, config, **common) if champion else None
         against = rival.report if rival else None
-        decision = judge(comparison.delta, gate, against, num_conversations=comparison.num_conversations)
-        warnings = tuple(dict.fromkeys((*warnings, *list_caveats(comparison))))
+        found = tuple(compare_probe(probe, *folders, config, seed=seed) for probe in config.probes)
+        decision = judge(comparison.delta, gate, against, num_conversations=comparison.num_conversations, probes=found)
+        warnings = tuple(dict.fromkeys((*warnings, *list_caveats(comparison), *warn_of_probes(found))))
         table = add_answers(comparison.table, rival)
         base_answers, tuned_answers = (json.loads((place / _QUESTIONS).read_text("utf-8")) for place in folders)
         questions = [(q, base, tuned) for (q, base), (_, tuned) in zip(base_answers, tuned_answers, strict=True)]
@@ -141,13 +172,14 @@ def compare_models(
             curves=tracking.training_curves(train_run_id),
             rival=rival,
             decision=decision,
+            probes=found,
         )
         table.write_parquet(folder / "comparison" / "table.parquet")
         text = json.dumps(answers, ensure_ascii=False, indent=1)
         (folder / "comparison" / _QUESTIONS).write_text(text, encoding="utf-8")
         tracking.log_table(parent_run_id, table, "side_by_side.json")
         tracking.log_folder(parent_run_id, page.parent, "report")
-        _log_metrics(parent_run_id, comparison, rival)
+        _log_metrics(parent_run_id, comparison, rival, found)
         uri, digest = tracking.publish(folder / "comparison", run_id, "comparison")
         ref = ComparisonReport(
             uri=uri,
@@ -162,6 +194,7 @@ def compare_models(
             after=comparison.after,
             delta=comparison.delta,
             champion=against,
+            probes=found,
         )
         tracking.remember(run_id, ref)
     _show_tables(ref, title)
@@ -190,7 +223,7 @@ def _read_ids(file: Path) -> set[str]:
     return set(pl.read_parquet(file, columns=["example_id"])["example_id"])
 
 
-def _log_metrics(run_id: str, comparison: Comparison, rival: Rival | None) -> None:
+def _log_metrics(run_id: str, comparison: Comparison, rival: Rival | None, probes: Sequence[ProbeReport]) -> None:
     """Log each metric of each model, and the differences, on the pipeline's run."""
     values = {f"before/{name}": value for name, value in comparison.before.items()}
     values |= {f"after/{name}": value for name, value in comparison.after.items()}
@@ -198,6 +231,9 @@ def _log_metrics(run_id: str, comparison: Comparison, rival: Rival | None) -> No
     if rival is not None:
         values |= {f"champion/{name}": value for name, value in rival.report.metrics.items()}
         values |= {f"delta_champion/{name}": delta.value for name, delta in rival.report.delta.items()}
+    for probe in probes:
+        place = f"probe/{probe.name}/{probe.metric}"
+        values |= {f"{place}/before": probe.before, f"{place}/after": probe.after, f"{place}/delta": probe.delta.value}
     tracking.log_metrics(run_id, values)
 
 

@@ -100,7 +100,7 @@ def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> S
 )
 def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: str) -> DatasetRef:
     """Turn raw rows into validated, split conversations, and account for every row."""
-    with tracking.stage_run(parent_run_id, "ingest") as run_id, storage.new_folder() as folder:
+    with tracking.stage_run(parent_run_id, "ingest", config) as run_id, storage.new_folder() as folder:
         try:
             check_sides_wanted(config)
             # What was located is read: of a published dataset, the same version.

@@ -39,7 +39,7 @@ def merge(
     """Merge, reload from disk, compare with base + adapter, and only then log the model."""
     if (done := tracking.recall(parent_run_id, "merge", MergedRef)) is not None:
         return done
-    with tracking.stage_run(parent_run_id, "merge") as run_id, storage.new_folder() as folder:
+    with tracking.stage_run(parent_run_id, "merge", config) as run_id, storage.new_folder() as folder:
         base_folder, adapter_folder, tokens_folder = map(tracking.resolve, (base_model, adapter, tokens))
         merged = folder / "model"
         plan = merge_adapter(

@@ -125,7 +125,7 @@ def register(
     parent_run_id: str,
 ) -> RegistryEntry:
     """Register the model as challenger, and as champion when the gate says so and nobody was faster."""
-    with tracking.stage_run(parent_run_id, "register") as run_id:
+    with tracking.stage_run(parent_run_id, "register", config) as run_id:
         tags = {
             **_collect_tags(merged, comparison, base_model, dataset, tokens, evaluation),
             RUN_TAG: parent_run_id,

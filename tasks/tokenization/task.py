@@ -48,12 +48,10 @@ def tokenize(
     template file may change under its name.
     """
     source = {"chat_template": chat_template, "template_file_digest": template_file_digest}
-    with tracking.stage_run(parent_run_id, "tokenize") as run_id, storage.new_folder() as folder:
+    with tracking.stage_run(parent_run_id, "tokenize", config) as run_id, storage.new_folder() as folder:
         prepared, config = _open_tokenizer(base_model, chat_template, config)
         tokens = folder / "tokens"
         counts = _make_tokens(tokens, prepared, config, dataset=dataset, base_model=base_model, run_id=run_id, **source)
-        page = _write_quality(tracking.resolve(dataset), tokens, folder / "quality", title=f"for {base_model.name}")
-        tracking.log_file(parent_run_id, page, "quality")
         uri, digest = tracking.publish(tokens, run_id, "tokens")
         _record(counts, run_id)
         tracking.set_tags(run_id, {"sft.template_digest": prepared.template_digest})
@@ -180,6 +178,14 @@ def _map_shards(
         ]
         for part, plan in plans.items()
     }
+
+
+def log_quality(dataset: DatasetRef, tokens: TokensRef, base_model: ModelRef, parent_run_id: str) -> None:
+    """Log the page on rows and masks with the pipeline run; also where both stages were found in the cache."""
+    with storage.new_folder() as folder:
+        places = tracking.resolve(dataset), tracking.resolve(tokens)
+        page = _write_quality(*places, folder / "quality", title=f"for {base_model.name}")
+        tracking.log_file(parent_run_id, page, "quality")
 
 
 def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> Path:

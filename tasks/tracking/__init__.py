@@ -6,6 +6,7 @@ Every call names its run: MLflow's notion of an active run is a thread's, and ta
 from tasks.tracking.artifacts import (
     MODEL_SUBFOLDER,
     ArtifactError,
+    list_files,
     log_dataset,
     log_file,
     log_folder,
@@ -18,6 +19,7 @@ from tasks.tracking.calls import at_once
 from tasks.tracking.connection import client, experiment_link, get_run, tracking_uri, ui_link, version_link
 from tasks.tracking.curves import log_metrics, metric_log, training_curves
 from tasks.tracking.runs import (
+    CONFIG_FILE,
     CONFIG_TAG,
     PARENT_TAG,
     STAGE_TAG,
@@ -37,6 +39,7 @@ from tasks.tracking.runs import (
 from tasks.tracking.stopwatch import tracking_time
 
 __all__ = [
+    "CONFIG_FILE",
     "CONFIG_TAG",
     "MODEL_SUBFOLDER",
     "PARENT_TAG",
@@ -51,6 +54,7 @@ __all__ = [
     "find_runs",
     "finish_parent",
     "get_run",
+    "list_files",
     "log_dataset",
     "log_file",
     "log_folder",

@@ -42,6 +42,12 @@ def log_folder(run_id: str, folder: Path, artifact_path: str | None = None) -> N
 
 
 @tracking_time()
+def list_files(run_id: str, folder: str) -> list[str]:
+    """Return the paths of what lies in a folder of a run's artifacts."""
+    return [item.path for item in client().list_artifacts(run_id, folder)]
+
+
+@tracking_time()
 def log_table(run_id: str, frame: pl.DataFrame, artifact_file: str) -> None:
     """Log a table that MLflow's pages show and compare."""
     client().log_table(run_id, frame.to_dict(as_series=False), artifact_file)

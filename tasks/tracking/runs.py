@@ -5,15 +5,16 @@ import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlflow
-from mlflow.entities import LifecycleStage, Param, Run, RunStatus, RunTag
+from mlflow.entities import Experiment, LifecycleStage, Param, Run, RunStatus, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from pydantic import BaseModel
 
 from schemas.artifacts import DatasetRef, Ref, RunReport
 from schemas.config import RunConfig
@@ -33,24 +34,36 @@ CONFIG_TAG = "sft.config_digest"
 CONFIG_FILE = "config.json"
 _MAX_PARAM_CHARS = 500  # MLflow takes 6,000; longer than this nobody reads in a table
 
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+
 R = TypeVar("R", bound=Ref)
 
 
 def open_experiment(name: str) -> str:
-    """Return the id of an experiment, made when missing."""
+    """Return the id of an experiment, made when missing. Its page opens on the runs, and not on traces."""
     found = client().get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage != LifecycleStage.ACTIVE:
             raise ValueError(f"MLflow experiment {name!r} is deleted: restore it, or set another name in the config")
+        _set_kind(found)
         return str(found.experiment_id)
     embedded = tracking_uri().startswith("sqlite:///")
     location = (storage.home() / "artifacts").as_uri() if embedded else None
     try:
-        return str(client().create_experiment(name, artifact_location=location))
+        return str(client().create_experiment(name, artifact_location=location, tags=_KIND))
     except mlflow.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return open_experiment(name)  # another run made it in between
+
+
+def _set_kind(experiment: Experiment) -> None:
+    """Give an experiment without a kind ours; whoever may only read it goes on without."""
+    if _KIND.keys() & experiment.tags.keys():
+        return
+    with suppress(mlflow.MlflowException):
+        for key, value in _KIND.items():
+            client().set_experiment_tag(experiment.experiment_id, key, value)
 
 
 def create_parent_run(config: RunConfig, *, run_name: str, config_digest: str, tags: Mapping[str, str]) -> str:
@@ -125,10 +138,18 @@ def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def stage_run(parent_run_id: str, stage: str, *, system_metrics: bool = False) -> Iterator[str]:
+def stage_run(
+    parent_run_id: str, stage: str, settings: BaseModel | None = None, *, system_metrics: bool = False
+) -> Iterator[str]:
     """Open the stage's child run, or reopen the one an interrupted attempt left, and end it rightly.
 
     A finished one has two metrics: `stage/seconds`, and how many of these went into tracking.
+
+    Args:
+        parent_run_id: run of the pipeline run.
+        stage: name of the child run.
+        settings: of the stage, logged as the parameters of a new run.
+        system_metrics: sample what the machine does meanwhile.
     """
     earlier = _find_stage_run(parent_run_id, stage)
     if earlier is not None:
@@ -138,6 +159,8 @@ def stage_run(parent_run_id: str, stage: str, *, system_metrics: bool = False) -
         experiment = experiment_of(parent_run_id)
         tags = {PARENT_TAG: parent_run_id, STAGE_TAG: stage}
         run_id = str(client().create_run(experiment, run_name=stage, tags=tags).info.run_id)
+        if settings is not None:
+            _log_params(run_id, settings.model_dump(mode="json"))
     monitor = SystemMetricsMonitor(run_id, resume_logging=earlier is not None) if system_metrics else None
     if monitor is not None:
         monitor.start()

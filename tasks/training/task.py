@@ -40,7 +40,7 @@ def train(
     logger = get_run_logger()
     folder = storage.run_folder(parent_run_id) / "train"
     with (
-        tracking.stage_run(parent_run_id, "train", system_metrics=True) as run_id,
+        tracking.stage_run(parent_run_id, "train", config, system_metrics=True) as run_id,
         tracking.metric_log(run_id) as log,
         _progress_bar() as progress,
     ):

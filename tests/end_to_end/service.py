@@ -133,12 +133,12 @@ def small_config(folder: Path) -> dict[str, Any]:
     return {
         "name": "served",
         "model": {"base_model": str(BASE_MODEL)},
-        "data": {"source": str(folder / "rows.jsonl")},
+        "data": {"source": str(folder / "rows.jsonl"), "eval_fraction": 0.2},
         "tokenization": {"max_length": 128},
         "training": {"rank": 4, "alpha": 8, "micro_batch": 8, "num_epochs": 4, "checkpoint_every_steps": 5},
-        "evaluation": {"max_examples": 6, "max_new_tokens": 8, "num_resamples": 100},
+        "evaluation": {"max_examples": 12, "max_new_tokens": 8, "num_resamples": 100},
         "merge": {"num_probes": 4, "probe_tokens": 4},
-        "registry": {"name": "served-model", "gate": {"metric": "nll", "min_conversations": 6}},
+        "registry": {"name": "served-model", "gate": {"metric": "nll", "min_conversations": 10}},
     }
 
 

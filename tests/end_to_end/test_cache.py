@@ -52,6 +52,10 @@ def test_an_unchanged_run_reuses_three_stages_another_template_keeps_the_rows_an
     again = run(_ROWS, template)
     assert _reused(first) == set()
     assert _reused(again) == {"ingest", "tokenize", "evaluate-base"}
+    for report in (first, again):  # what was found in the cache is shown all the same
+        assert [item.path for item in tracking.client().list_artifacts(report.mlflow_run_id, "quality")] == [
+            "quality/quality.html"
+        ]
     assert again.mlflow_run_id != first.mlflow_run_id
     assert again.evaluation.before == first.evaluation.before
     assert again.training.final_loss == first.training.final_loss

@@ -1,6 +1,7 @@
 """The demo keeps its promise, and its labels are exactly the answers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_the_gate_makes_it_champion(report: RunReport) -> None:
         assert version.tags[f"sft.{tag}"], tag
 
 
+def test_what_pretraining_taught_is_asked_too(report: RunReport) -> None:
+    (probe,) = report.evaluation.probes
+    assert (probe.name, probe.num_conversations) == ("running-text", 157)
+    assert probe.before < 0.2
+    assert probe.after > probe.before  # it forgets a little, and the report says so
+    assert any("On probe running-text the fine-tuned model is worse" in words for words in report.evaluation.warnings)
+    assert [check.passed for check in report.evaluation.checks if check.kind == "probe"] == [True]
+
+
 def test_one_parent_run_has_a_finished_child_run_a_stage(report: RunReport) -> None:
     parent = tracking.get_run(report.mlflow_run_id)
     assert parent.info.status == "FINISHED"
@@ -64,10 +74,35 @@ def test_one_parent_run_has_a_finished_child_run_a_stage(report: RunReport) -> N
         [parent.info.experiment_id], f"tags.`{tracking.PARENT_TAG}` = '{report.mlflow_run_id}'"
     )
     assert {run.data.tags[tracking.STAGE_TAG]: run.info.status for run in children} == dict.fromkeys(
-        ("ingest", "tokenize", "evaluate-base", "train", "merge", "evaluate-merged", "compare", "register"), "FINISHED"
+        ("ingest", "tokenize", "probes", "evaluate-base", "train", "merge", "evaluate-merged", "compare", "register"),
+        "FINISHED",
     )
     artifacts = {item.path for item in tracking.client().list_artifacts(report.mlflow_run_id)}
-    assert artifacts >= {"config.json", "quality", "report", "run_report.json", "side_by_side.json"}
+    assert artifacts >= {"config.json", "quality", "report", "run_report.json", "side_by_side.json", "gate", "logs"}
+    params = {run.data.tags[tracking.STAGE_TAG]: run.data.params for run in children}
+    assert params["train"]["rank"] == "64"
+    assert params["evaluate-base"]["max_new_tokens"] == "40"
+    assert params["compare"]["min_gain"] == "0.5"
+
+
+def _read(report: RunReport, artifact: str) -> str:
+    return Path(tracking.client().download_artifacts(report.mlflow_run_id, artifact)).read_text()
+
+
+def test_what_the_gate_said_the_log_and_the_environment_are_with_the_run(report: RunReport) -> None:
+    verdict = _read(report, "gate/gate.md")
+    assert verdict.startswith(f"# demo-assistant version 1: promoted\n\n{report.evaluation.sentence}\n")
+    page = _read(report, "report/report.html")
+    for check in report.evaluation.checks:
+        assert f"| passed | {check.finding} |" in verdict
+        assert check.finding in page
+    for warning in report.evaluation.warnings:
+        assert warning in verdict
+        assert warning in page
+    log = _read(report, "logs/run-1.log")
+    assert "205 held-out conversations can show a change of 3.9 % in exact_match" in log
+    assert "demo-assistant version 1: promoted" in log
+    assert re.search(r"^torch==\d", _read(report, "environment/requirements.txt"), re.MULTILINE)
 
 
 def _folders(report: RunReport) -> tuple[Path, Path]:

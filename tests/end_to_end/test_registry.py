@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
 
 from flows.promote import promote
@@ -36,7 +37,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(run_pipeline: RunPipeline, folder: Path) -> list[Published]:
     """The same rows published twice; `run_pipeline` brings the server."""
     file = _write(folder / "numbers.jsonl", 0, 40)
-    return [publish(file, str(BASE_MODEL), requested_by="ann") for _ in range(2)]
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(_settings("later", 4)))
+    return [
+        publish(file, recipe_file=str(recipe), requested_by="ann"),
+        publish(file, requested_by="ann"),
+    ]
+
+
+def _settings(source: str, max_steps: int) -> dict[str, Any]:
+    return {
+        "name": "tests",
+        "model": {"base_model": str(BASE_MODEL)},
+        "data": {"source": source, "eval_fraction": 0.5},
+        "training": {"rank": 8, "alpha": 16, "max_steps": max_steps, "micro_batch": 8, "learning_rate": 2e-3},
+        "evaluation": {"batch_size": 32, "max_new_tokens": 8, "num_resamples": 200},
+        "registry": {"name": _NAME, "gate": {"metric": "nll", "min_conversations": 8}},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +61,12 @@ def reports(run_pipeline: RunPipeline, published: list[Published], folder: Path)
     """Three runs: a first version on what the event names, a better one on it, a hardly trained one on other rows."""
     (event,) = _events("dataset.published")
 
-    def run(source: str, max_steps: int) -> RunReport:
-        settings: dict[str, Any] = {
-            "data": {"source": source, "eval_fraction": 0.5},
-            "training": {"rank": 8, "alpha": 16, "max_steps": max_steps, "micro_batch": 8, "learning_rate": 2e-3},
-            "evaluation": {"batch_size": 32, "max_new_tokens": 8, "num_resamples": 200},
-            "registry": {"name": _NAME, "gate": {"metric": "nll", "min_conversations": 8}},
-        }
-        return run_pipeline(settings)
-
     address = event["payload"]["uri"]
-    return [run(address, 4), run(address, 16), run(_write(folder / "others.jsonl", 30, 70), 1)]
+    # As the trigger starts it: the recipe takes the place of the form's settings.
+    form = {"data": {"source": "nothing"}, "registry": {"name": "another"}}
+    first = run_pipeline(form, dataset_uri=address, recipe=event["payload"]["name"])
+    others = _write(folder / "others.jsonl", 30, 70)
+    return [first, run_pipeline(_settings(address, 16)), run_pipeline(_settings(others, 1))]
 
 
 def _events(name: str) -> list[dict[str, Any]]:
@@ -75,6 +87,7 @@ def test_new_content_is_announced_once_with_its_address(published: list[Publishe
     assert event["resource"]["prefect.resource.id"] == "dataset.numbers"
     assert event["payload"]["uri"] == published[0].address == "datasets:/numbers/1"
     assert event["payload"]["digest"] == published[0].digest
+    assert event["resource"]["sft.recipe"] == "yes"
 
 
 def test_a_run_on_the_published_address_is_named_by_it_and_has_all_rows(reports: list[RunReport]) -> None:

@@ -20,12 +20,13 @@ import httpx
 import mlflow
 import polars as pl
 import pytest
+import yaml
 
 from flows.service import processes
 from tasks import tracking
 from tasks.registry.audit import read_moves
 from tests.end_to_end import browser
-from tests.end_to_end.service import BASE_MODEL, Service, free_port, small_config, wait_until
+from tests.end_to_end.service import Service, free_port, small_config, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,14 +76,16 @@ def first(service: Service, small: dict[str, Any], page: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def second(
-    service: Service, first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    service: Service, small: dict[str, Any], first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any]]:
     """What `sft publish` said of more rows of the same kind, and the run that followed by itself."""
     before = set(_runs(service, "sft-pipeline"))
     rows = [{"prompt": f"Say {n}.", "completion": f"The number {n} comes after {n - 1}."} for n in range(100, 340)]
     file = tmp_path_factory.mktemp("published") / "numbers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = _sft(service, "publish", str(file), "--set", f"model.base_model={BASE_MODEL}")
+    recipe = file.with_name("recipe.yaml")
+    recipe.write_text(yaml.safe_dump(small))
+    said = _sft(service, "publish", str(file), "--recipe", str(recipe))
     run = _await_new_run(service, "sft-pipeline", before)
     return said, service.wait(run, {"Completed"}, seconds=_RUN_SECONDS)
 
@@ -210,8 +213,10 @@ def test_published_data_starts_the_run_that_makes_the_next_champion(second: tupl
     said, run = second
     assert "numbers version 1 is published as datasets:/numbers/1" in said
     assert "event dataset.published for dataset.numbers sent to http://127.0.0.1:" in said
+    assert "recipe 1 of numbers: " in said
     assert run["parameters"]["dataset_uri"] == "datasets:/numbers/1"
-    assert "base_model on numbers/1, " in run["name"]
+    assert run["parameters"]["recipe"] == "numbers"
+    assert run["name"] == "recipe of numbers on datasets:/numbers/1"
     tags = tracking.client().get_model_version(_NAME, "2").tags
     assert tags["sft.prefect_flow_run"] == run["id"]
     assert tags["sft.compared_with_champion"] == "1"

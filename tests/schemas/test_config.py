@@ -62,6 +62,10 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
         ),
         ({"data": {"source": "a", "eval_split": "test"}}, "eval_split is 'test', but there is no eval_source"),
         ({"training": {"packing": True, "tokens_per_pack": 64}}, "training.tokens_per_pack is 64"),
+        (
+            {"evaluation": {"probes": [{"name": "a", "source": "x", "max_loss": 1}] * 2}},
+            "probes are named a, a: give each a name of its own",
+        ),
         ({"evaluation": {"batch_size": 0}}, "batch_size is 0: set auto, or at least 1"),
     ],
 )

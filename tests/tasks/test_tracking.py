@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from schemas.artifacts import EvalReport, Ref
-from schemas.config import RunConfig
+from schemas.config import GateConfig, RunConfig
 from schemas.loading import parse_config
 from tasks import storage, tracking
 
@@ -165,3 +165,17 @@ def test_calls_to_a_server_meet_and_their_first_error_is_raised(monkeypatch: pyt
 def test_calls_to_a_local_database_follow_each_other() -> None:
     threads = tracking.at_once(threading.get_ident, threading.get_ident)
     assert threads == [threading.get_ident()] * 2
+
+
+def test_a_stage_carries_its_settings_and_its_experiment_opens_on_runs(parent: str) -> None:
+    with tracking.stage_run(parent, "gate", GateConfig(metric="chrf")) as run_id:
+        pass
+    assert tracking.get_run(run_id).data.params["metric"] == "chrf"
+    experiment = tracking.client().get_experiment(tracking.get_run(run_id).info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_an_experiment_of_before_gets_the_kind_too(tracked: Path) -> None:
+    known = tracking.client().create_experiment("older")
+    assert tracking.open_experiment("older") == known
+    assert tracking.client().get_experiment(known).tags["mlflow.experimentKind"] == "custom_model_development"

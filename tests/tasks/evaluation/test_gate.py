@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from schemas.artifacts import ChampionReport, Delta
-from schemas.config import GateConfig
+from schemas.artifacts import ChampionReport, Delta, ProbeReport
+from schemas.config import GateConfig, ProbeConfig
 from tasks.evaluation import gate as gate_module
 from tasks.evaluation.metrics import MetricError
 
@@ -200,6 +200,42 @@ def test_settings_name_metrics_of_the_table(settings: dict[str, Any], words: str
     gate_module.check_settings(GateConfig())
     with pytest.raises(MetricError, match=re.escape(words)):
         gate_module.check_settings(GateConfig(**settings))
+
+
+def test_probes_name_metrics_of_the_table_too() -> None:
+    probe = ProbeConfig(name="text", source="x", max_loss=1.0, metric="vibes")
+    with pytest.raises(MetricError, match=re.escape("evaluation.probes.0.metric = 'vibes'")):
+        gate_module.check_settings(GateConfig(), [probe])
+
+
+def _probe(value: float, low: float, high: float, *, num_conversations: int = 40) -> ProbeReport:
+    delta = Delta(value=value, ci_low=low, ci_high=high)
+    return ProbeReport(
+        name="text",
+        metric="nll",
+        max_loss=0.5,
+        num_conversations=num_conversations,
+        before=0.1,
+        after=0.1 + value,
+        delta=delta,
+    )
+
+
+@pytest.mark.parametrize(
+    ("probe", "words"),
+    [
+        (_probe(0.2, 0.1, 0.5), ""),
+        (_probe(-0.2, -0.3, -0.1), ""),
+        (_probe(0.9, 0.7, 1.1), "a loss of up to 0.5 is tolerated: it was forgotten (evaluation.probes)"),
+        (_probe(0.3, 0.0, 0.6), "these rows leave open whether more was forgotten"),
+        (_probe(0.0, 0.0, 0.0, num_conversations=2), "at least registry.gate.min_conversations = 30 are wanted"),
+    ],
+)
+def test_what_the_base_model_does_well_must_still_be_done(probe: ProbeReport, words: str) -> None:
+    decision = gate_module.judge({**_GUARDS, **_BETTER}, GateConfig(metric="nll"), num_conversations=40, probes=[probe])
+    assert decision.checks[-1].finding.startswith("probe text: nll went from 0.1 to ")
+    assert decision.verdict == ("refused" if words else "promoted")
+    assert words in decision.checks[-1].finding
 
 
 def test_a_decision_lists_all_that_was_looked_at() -> None:
