@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.events import announce
 from flows.promote import name_requester
-from schemas.artifacts import Published, Recipe
+from schemas.artifacts import DatasetRecipe, Published
 from schemas.config import DatasetConfig, RunConfig
 from schemas.loading import load_config, override_config, parse_config
 from tasks import tracking
@@ -65,7 +65,7 @@ class Outcome:
 
     published: Published
     check: "Check"
-    recipe: Recipe | None
+    recipe: DatasetRecipe | None
     """None: no run starts on it."""
 
 

@@ -343,7 +343,7 @@ class Published(Ref):
     """False when this content had been published before."""
 
 
-class Recipe(BaseModel):
+class DatasetRecipe(BaseModel):
     """What a published dataset is trained with: a config under the dataset's name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from schemas.artifacts import Recipe
+from schemas.artifacts import DatasetRecipe
 from schemas.config import RunConfig
 from tasks import tracking
 from tasks.registry import audit, lock
@@ -20,7 +20,7 @@ from tasks.registry.publication import EXPERIMENT, SCHEME, PublicationError
 _NAME_TAG, _NUMBER_TAG, _DIGEST_TAG = "sft.recipe_of", "sft.recipe_number", "sft.recipe_digest"
 
 
-def keep_recipe(name: str, config: RunConfig, *, who: str) -> Recipe:
+def keep_recipe(name: str, config: RunConfig, *, who: str) -> DatasetRecipe:
     """Keep a config as the recipe of a dataset, or return the newest one where it is the same.
 
     Args:
@@ -39,13 +39,13 @@ def keep_recipe(name: str, config: RunConfig, *, who: str) -> Recipe:
         return _write(name, number, digest, values, who)
 
 
-def find_recipe(name: str) -> Recipe | None:
+def find_recipe(name: str) -> DatasetRecipe | None:
     """Return the newest recipe of a dataset, or None."""
     runs = _find_runs(name)
     return _read(runs[-1]) if runs else None
 
 
-def need_recipe(name: str) -> Recipe:
+def need_recipe(name: str) -> DatasetRecipe:
     """Return the newest recipe of a dataset.
 
     Raises:
@@ -74,7 +74,7 @@ def _settle(config: RunConfig, name: str) -> dict[str, Any]:
     return values
 
 
-def _write(name: str, number: int, digest: str, values: dict[str, Any], who: str) -> Recipe:
+def _write(name: str, number: int, digest: str, values: dict[str, Any], who: str) -> DatasetRecipe:
     """Write the config, and only then say that the recipe is there."""
     client, title = tracking.client(), f"recipe {number} of {name}"
     run = client.create_run(tracking.open_experiment(EXPERIMENT), run_name=title)
@@ -106,7 +106,9 @@ def _find_runs(name: str) -> list[Run]:
     return sorted(whole, key=lambda run: int(run.data.tags[_NUMBER_TAG]))
 
 
-def _read(run: Run) -> Recipe:
+def _read(run: Run) -> DatasetRecipe:
     run_id = str(run.info.run_id)
     config = RunConfig.model_validate(tracking.recorded_config(run_id))
-    return Recipe(name=run.data.tags[_NAME_TAG], number=int(run.data.tags[_NUMBER_TAG]), run_id=run_id, config=config)
+    return DatasetRecipe(
+        name=run.data.tags[_NAME_TAG], number=int(run.data.tags[_NUMBER_TAG]), run_id=run_id, config=config
+    )

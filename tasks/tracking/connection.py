@@ -81,5 +81,8 @@ def version_link(name: str, version: str) -> str | None:
 
 
 def _page(place: str) -> str | None:
+    """Return the address of a page; the pages of MLflow begin with traces where no one says that this is training."""
     uri = tracking_uri()
-    return f"{uri.rstrip('/')}/#/{place}" if uri.startswith(("http://", "https://")) else None
+    if not uri.startswith(("http://", "https://")):
+        return None
+    return f"{uri.rstrip('/')}/#/{place}?workflowType=machine_learning"
