@@ -3,12 +3,14 @@
 import logging
 import platform
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tasks import tracking
+
+logger = logging.getLogger(__name__)
 
 _LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "flows", "tasks")
 
@@ -32,8 +34,10 @@ def keep_log(run_id: str) -> Iterator[None]:
                 yield
             finally:
                 handler.close()
-                with suppress(Exception):  # the run's own outcome counts, and not what its log met
+                try:
                     tracking.log_file(run_id, file, "logs")
+                except Exception as error:  # the run's own outcome counts, and not what its log met
+                    logger.warning("The log of this run could not be kept with MLflow run %s: %s", run_id, error)
 
 
 def describe_environment() -> str:

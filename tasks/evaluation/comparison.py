@@ -148,7 +148,8 @@ def _test(
     The two models have the same rows and tokens, so that swapping them within a conversation turns the sign of its
     difference; a metric that is derived from another by an increasing function has the same p-value.
     """
-    signs = paired.draw_signs(len(sums["before"]), max(config.num_resamples, paired.MIN_RANDOMIZATIONS), source)
+    num_signs = paired.count_randomizations(config.confidence, config.num_resamples)
+    signs = paired.draw_signs(len(sums["before"]), num_signs, source)
     found = paired.randomize(sums["after"] - sums["before"], signs)
     raw = {name: float(found[_place_of(name)]) for name in METRICS}
     families = (

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 BLOCK = 2**22
 """Most resampling counts that exist at once (32 MiB)."""
-MIN_RANDOMIZATIONS = 2000
-"""Of a test, so that the smallest p-value stays small enough for several metrics."""
+RANDOMIZATIONS_PER_LEVEL = 100
+"""Swaps drawn for each 1 / level: the smallest p-value is then a hundredth of the level, enough for several metrics."""
 
 Floats = NDArray[np.float64]
 
@@ -46,6 +46,11 @@ def resample(sums: Floats, counts: Iterator[Floats]) -> Floats:
     Every metric is a ratio of sums over rows, so that all resamples at once are one matrix product.
     """
     return np.vstack([block @ sums for block in counts])
+
+
+def count_randomizations(confidence: float, num_resamples: int) -> int:
+    """Return how many swaps a test draws: at least as many as the bootstrap draws resamples."""
+    return max(num_resamples, round(RANDOMIZATIONS_PER_LEVEL / (1 - confidence)))
 
 
 def randomize(differences: Floats, signs: Iterator[Floats]) -> Floats:

@@ -81,7 +81,7 @@ def measure_deltas(
     stacked = np.hstack([differences[name] for name in NAMES])
     weights = np.stack([results.weights(name) for name in NAMES], axis=1)
     counts = list(paired.draw_counts(num, num_resamples, source))
-    signs = paired.draw_signs(num, paired.MIN_RANDOMIZATIONS, source)
+    signs = paired.draw_signs(num, paired.count_randomizations(CONFIDENCE, num_resamples), source)
     resamples = paired.resample(stacked, iter(counts)) / np.repeat(paired.resample(weights, iter(counts)), num_draws, 1)
     values = stacked.sum(axis=0) / np.repeat(weights.sum(axis=0), num_draws)
     low, high = paired.find_interval(resamples, values, paired.tail_probability(CONFIDENCE, num))

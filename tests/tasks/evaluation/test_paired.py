@@ -41,3 +41,9 @@ def test_holms_correction_of_a_textbook() -> None:
 @pytest.mark.parametrize(("freedom", "t"), [(9, 2.262), (29, 2.045), (199, 1.972)])
 def test_students_quantile_is_that_of_the_table(freedom: int, t: float) -> None:
     assert paired.student_quantile(0.975, freedom) == pytest.approx(t, abs=0.001)
+
+
+def test_a_stricter_level_is_tested_with_more_swaps() -> None:
+    assert paired.count_randomizations(0.95, 400) == 2000
+    assert paired.count_randomizations(0.95, 5000) == 5000
+    assert paired.count_randomizations(0.999, 400) == 100_000
