@@ -157,6 +157,25 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def clean(
+    days: Annotated[float, typer.Option(min=1, help="Keep what was used in so many days.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    interrupted: Annotated[
+        bool, typer.Option("--interrupted", help="Also checkpoints of interrupted runs, which then begin anew.")
+    ] = False,
+) -> None:
+    """Delete cached folders, kept results and checkpoints that were not used lately. What MLflow keeps stays."""
+    prepare_environment(cache=True)
+    from flows.cleaning import delete, find_waste
+    from flows.terminal import show_waste
+
+    waste = find_waste(days=days, interrupted=interrupted)
+    if not dry_run:
+        delete(waste)
+    show_waste(waste, days, dry_run=dry_run)
+
+
 def main() -> None:
     """Run the console script."""
     app()

@@ -127,6 +127,8 @@ def cached_folder(digest: str) -> Path | None:
         return None
     damage = _find_damage(place, digest)
     if damage is None:
+        with suppress(OSError):  # a home that may only be read
+            os.utime(place)  # when it was last used, for who cleans up
         return place
     logger.warning("%s is damaged (%s): it leaves the cache, to be fetched or made again", place, damage)
     with new_folder() as aside, suppress(FileNotFoundError):  # unless another process was faster

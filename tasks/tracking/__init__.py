@@ -16,7 +16,7 @@ from tasks.tracking.artifacts import (
     resolve,
 )
 from tasks.tracking.calls import at_once
-from tasks.tracking.connection import client, experiment_link, get_run, tracking_uri, ui_link, version_link
+from tasks.tracking.connection import client, experiment_link, find_status, get_run, tracking_uri, ui_link, version_link
 from tasks.tracking.curves import log_metrics, metric_log, training_curves
 from tasks.tracking.runs import (
     CONFIG_FILE,
@@ -52,6 +52,7 @@ __all__ = [
     "experiment_link",
     "find_interrupted_runs",
     "find_runs",
+    "find_status",
     "finish_parent",
     "get_run",
     "list_files",

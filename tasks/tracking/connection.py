@@ -53,6 +53,16 @@ def get_run(run_id: str) -> Run:
         raise ValueError(f"MLflow run {run_id!r} is not known at {tracking_uri()}: {error.message}") from None
 
 
+def find_status(run_id: str) -> str | None:
+    """Return a run's status, or None where MLflow answers that it knows none of this id."""
+    try:
+        return str(client().get_run(run_id).info.status)
+    except mlflow.MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
 def experiment_of(run_id: str) -> str:
     """Return a run's experiment, asked for once: it never changes."""
     return _experiment_at(run_id, tracking_uri())
