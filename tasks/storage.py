@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,11 @@ _LOCK_SUFFIX = ".lock"
 # Clocks of file systems tick every few milliseconds: within a tick a file can change and keep its times.
 _SETTLED_NANOSECONDS = 50_000_000
 
-_Stamps = tuple[tuple[str, int, int, int, int, int], ...]
+_Stamp = tuple[int, int, int, int, int]
 _cleared: set[Path] = set()
 """Where this process has looked for what killed ones have left."""
-_digested: dict[_Stamps, str] = {}
-"""Digests by the stamps of a folder's files, of this process."""
+_digested: dict[_Stamp, str] = {}
+"""Digests of files by their stamps, of this process."""
 
 
 def home() -> Path:
@@ -40,32 +41,37 @@ def home() -> Path:
 
 
 def digest_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal, read in slices."""
+    """Return the sha256 of a file's bytes, in hexadecimal, read in slices.
+
+    A file that this process has digested before, and whose size, times and inode are as they were then, is not read
+    again. The time of the inode's last change is among them: nobody can set it back.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        stamp = _read_stamp(file)
+        if (known := _digested.get(stamp)) is not None:
+            return known
         while block := file.read(_READ_BYTES):
             digest.update(block)
+        if _read_stamp(file) == stamp and time.time_ns() - stamp[-1] > _SETTLED_NANOSECONDS:
+            _digested[stamp] = digest.hexdigest()
     return digest.hexdigest()
 
 
-def digest_folder(folder: Path) -> str:
-    """Return the sha256 over the sorted relative names and contents of a folder's files.
+def _read_stamp(file: BinaryIO) -> _Stamp:
+    """Return device, inode, size, and the times of the last changes of content and of inode, in nanoseconds."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    Files that this process has digested before, and whose sizes, times and inodes are as they were then, are not read
-    again. The time of the inode's last change is among them: nobody can set it back.
-    """
-    stamps = _read_stamps(folder)
-    if (known := _digested.get(stamps)) is not None:
-        return known
-    paths = [folder / name for name, *_ in stamps]
+
+def digest_folder(folder: Path) -> str:
+    """Return the sha256 over the sorted relative names and contents of a folder's files."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as pool:  # hashing frees the interpreter
         digests = list(pool.map(digest_file, paths))
     digest = hashlib.sha256()
-    for (name, *_), content in zip(stamps, digests, strict=True):
-        digest.update(f"{name}\0{content}\n".encode())
-    newest = max((changed for *_, changed in stamps), default=0)
-    if _read_stamps(folder) == stamps and time.time_ns() - newest > _SETTLED_NANOSECONDS:
-        _digested[stamps] = digest.hexdigest()
+    for path, content in zip(paths, digests, strict=True):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -75,13 +81,6 @@ def sync_folder(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _read_stamps(folder: Path) -> _Stamps:
-    """Return of each file, in the order of paths: relative name, device, inode, size, and the times of its changes."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in paths)
-    return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tasks.ingestion.dataset import build_dataset, check_sides_wanted
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shard_runner import finish_shard, is_small
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
-from tasks.ingestion.sources.sources import digest_source
+from tasks.ingestion.sources.sources import check_unchanged, digest_source
 from tasks.registry.publication import bring_sources, pin_sources
 
 
@@ -107,6 +107,7 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
             located = bring_sources(config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri}))
             shards = _read_shards(source, located, parent_run_id)
             counts = build_dataset(located, seed=seed, folder=folder / "dataset", shards=shards)
+            check_unchanged(located, source.digest)
             quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         except DataError:
             # What was refused stays readable where the run is.

@@ -11,6 +11,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL
 
 from tasks import tracking
+from tasks.ingestion.dataset import build_dataset
 from tests.end_to_end.conftest import ROOT, RunPipeline
 
 pytestmark = pytest.mark.slow
@@ -70,6 +71,24 @@ def test_bad_data_fails_with_one_message(
         assert word in str(caught.value)
     assert _last_flow_state() == "FAILED"
     assert [model.name for model in tracking.client().search_registered_models("name = 'never'")] == []
+
+
+def test_a_dataset_that_changes_while_it_is_read_ends_the_run(
+    run_pipeline: RunPipeline, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows([{**row, "output": f"{row['output']} Indeed."} for row in _GOOD])
+
+    def build_and_write(*args: Any, **settings: Any) -> Any:
+        counts = build_dataset(*args, **settings)
+        with path.open("a") as file:
+            file.write(json.dumps(_GOOD[0]) + "\n")
+        return counts
+
+    monkeypatch.setattr("tasks.ingestion.task.build_dataset", build_and_write)
+    settings = {"data": {"source": str(path)}, "registry": {"name": "never"}}
+    with pytest.raises(ValueError, match=r"rows\.jsonl: the files were changed while they were read"):
+        run_pipeline(settings)
+    assert _last_flow_state() == "FAILED"
 
 
 def test_a_model_path_that_does_not_exist(run_pipeline: RunPipeline, write_rows: Callable[..., Path]) -> None:

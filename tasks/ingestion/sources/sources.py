@@ -8,6 +8,7 @@ from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
 from tasks.ingestion.sources.hub import find_on_hub
 from tasks.ingestion.sources.llamafactory import read_index, split_index_name
+from tasks.storage import digest_file
 
 
 def digest_source(config: DataConfig) -> str:
@@ -20,10 +21,22 @@ def digest_source(config: DataConfig) -> str:
         for source in find_sources(dataset) if dataset is not None else ():
             whole.update(f"{role}\0{source.description}\n".encode())
             for file in source.files:
-                with file.path.open("rb") as handle:
-                    content = hashlib.file_digest(handle, "sha256").hexdigest()
-                whole.update(f"{file.name}\0{content}\n".encode())
+                whole.update(f"{file.name}\0{digest_file(file.path)}\n".encode())
     return whole.hexdigest()
+
+
+def check_unchanged(config: DataConfig, digest: str) -> None:
+    """Compare the files with the digest that they had before they were read; files with the same stamps are not read.
+
+    Raises:
+        DataError: they were changed meanwhile, so that nobody knows which rows were read.
+    """
+    found = digest_source(config)
+    if found != digest:
+        raise DataError(
+            f"{config.source}: the files were changed while they were read (digest {digest[:12]} before, {found[:12]} "
+            "now): start again when nobody writes to them"
+        )
 
 
 def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
