@@ -1,8 +1,10 @@
-"""The figures of docs/gate.md, made by simulation: `python -m tests.tasks.evaluation.gate_figures` writes them anew."""
+"""The figures of docs/gate.md, by simulation: `python -m tests.tasks.evaluation.gate_figures` makes them anew."""
 
 import re
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from schemas.config import GateConfig
 from tests.tasks.evaluation.simulation import simulate
@@ -30,16 +32,37 @@ TABLES: dict[str, tuple[str, tuple[float, ...], Any]] = {
     "nll": ("{:.0f} % lower", NLL_GAINS, promote_nll),
 }
 
+_AXES = {"exact_match": "exact_match gained (points)", "nll": "nll lower by (%)"}
 
-def write_table(name: str) -> str:
+
+def find_rates(name: str) -> dict[int, list[float]]:
+    """Return the promoted share of each gain, by held-out conversations."""
+    _, gains, promote = TABLES[name]
+    return {size: [promote(size, gain) for gain in gains] for size in SIZES}
+
+
+def write_table(name: str, rates: dict[int, list[float]]) -> str:
     """Return a table of the promoted share by held-out conversations and gain."""
-    head, gains, promote = TABLES[name]
+    head, gains, _ = TABLES[name]
     titles = [head.format(100 * gain) if gain else "equal" for gain in gains]
-    lines = [f"| held-out conversations | {' | '.join(titles)} |"]
-    lines.append("| ---: |" + " ---: |" * len(gains))
-    for size in SIZES:
-        lines.append(f"| {size} | " + " | ".join(f"{promote(size, gain):.1%}" for gain in gains) + " |")
+    lines = [f"| held-out conversations | {' | '.join(titles)} |", "| ---: |" + " ---: |" * len(gains)]
+    lines += [f"| {size} | {' | '.join(f'{rate:.1%}' for rate in shares)} |" for size, shares in rates.items()]
     return "\n".join(lines)
+
+
+def draw_curves(found: dict[str, dict[int, list[float]]]) -> None:
+    """Draw the promoted share over the gain, a curve for each number of held-out conversations."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (name, rates) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        for number, (size, shares) in enumerate(rates.items()):
+            gains = [100 * gain for gain in TABLES[name][1]]
+            axes.plot(gains, shares, marker="o", markersize=3, color=str(0.75 - 0.18 * number), label=f"{size}")
+        axes.axhline(0.05, linewidth=0.8, linestyle=(0, (4, 3)), color="#b3261e")
+        axes.set_xlabel(_AXES[name])
+        axes.set_ylim(0, 1.02)
+    figure.axes[0].set_ylabel("share promoted")
+    figure.axes[0].legend(title="conversations", frameon=False)
+    figure.savefig(PAGE.with_name("gate-power.png"), dpi=110, facecolor="white")
 
 
 def place_table(page: str, name: str, table: str) -> str:
@@ -52,6 +75,8 @@ def place_table(page: str, name: str, table: str) -> str:
 
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
-    for each in TABLES:
-        text = place_table(text, each, write_table(each))
+    everything = {each: find_rates(each) for each in TABLES}
+    for each, shares_by_size in everything.items():
+        text = place_table(text, each, write_table(each, shares_by_size))
     PAGE.write_text(text, encoding="utf-8")
+    draw_curves(everything)

@@ -6,7 +6,7 @@ import pytest
 
 from schemas.config import EvaluationConfig, GateConfig
 from tasks.evaluation.comparison import compare
-from tests.tasks.evaluation.gate_figures import PAGE, SIZES, TABLES
+from tests.tasks.evaluation.gate_figures import NUM_DRAWS, PAGE, SEED, SIZES, TABLES
 from tests.tasks.evaluation.simulation import NAMES, Results, draw_results, measure_deltas, simulate
 
 _NO_GUARDS: dict[str, float | None] = {"repetition_rate": None, "empty_answers": None, "chrf": None}
@@ -35,6 +35,14 @@ def test_the_figures_of_the_page_are_those_of_the_simulation() -> None:
         assert [int(row[0]) for row in rows[2:]] == list(SIZES)
         for size, column in ((SIZES[0], 0), (SIZES[1], len(gains) - 1)):
             assert rows[2 + SIZES.index(size)][1 + column] == f"{promote(size, gains[column]):.1%}"
+
+
+def test_what_the_guards_cost_on_few_conversations_is_as_the_page_says() -> None:
+    for guards, words in (({"chrf": None}, "32.5 % without the one on chrF"), (_NO_GUARDS, "40.0 % without any")):
+        gate = GateConfig.model_validate({"metric": "nll", "guards": guards})
+        rate = simulate(30, NUM_DRAWS, gate, SEED, nll_gain=0.15, is_free_text=True)
+        assert f"{100 * rate:.1f} % {words[7:]}" == words
+        assert words in PAGE.read_text(encoding="utf-8")
 
 
 def _write_rows(results: Results, side: str, draw: int) -> pl.DataFrame:
