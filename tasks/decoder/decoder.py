@@ -105,7 +105,7 @@ class Decoder:
         return [projection.adapters for layer in self.layers for projection in layer.projections]
 
 
-def sum_losses(
+def compute_losses(
     decoder: Decoder,
     input_ids: Tensor,
     positions: Tensor,
@@ -116,9 +116,10 @@ def sum_losses(
     num_recomputed: int = 0,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Tensor:
-    """Return the sum of -log p(target) over the trained positions (nats, fp32 scalar).
+    """Return -log p(target) of the trained positions [N] (nats, fp32); 0 where a target does not count.
 
-    The adapter drops where gradients are taken, by the key that `decoder.dropout` holds, backward pass included.
+    Their weights come with the backward pass. The adapter drops where gradients are taken, by the key that
+    `decoder.dropout` holds, backward pass included.
 
     Args:
         decoder: with its working copies refreshed.
@@ -148,8 +149,10 @@ def sum_losses(
         source = layer.down if layer.gate_out_norm is None else None
     weight = decoder.head.weight
     chunk = max(64, logits_bytes // (weight.shape[0] * weight.element_size()))
-    loss: Tensor = HeadLoss.apply(stream, delta, source, targets, decoder.norm, _Head(decoder.head), chunk, decoder.ops)
-    return loss
+    losses: Tensor = HeadLoss.apply(
+        stream, delta, source, targets, decoder.norm, _Head(decoder.head), chunk, decoder.ops
+    )
+    return losses
 
 
 def _open_contexts(*, is_unused: bool) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

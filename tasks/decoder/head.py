@@ -26,7 +26,10 @@ class Head(Protocol):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of -log p(target) over rows [N, H]; logits exist for `chunk` of them at a time."""
+    """-log p(target) [N], fp32, of rows [N, H]; logits exist for `chunk` of them at a time.
+
+    The gradient of each row's loss is made with it; what the losses weigh in the end comes with the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -46,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
         losses = []
         for rows, row_targets in zip(normed.split(chunk), targets.split(chunk), strict=True):
             logits = head.forward(rows)
-            losses.append(ops.cross_entropy(logits, row_targets).sum())
+            losses.append(ops.cross_entropy(logits, row_targets))
             if any(ctx.needs_input_grad[:2]):
                 rows.copy_(head.backward(logits))
             del logits
@@ -54,15 +57,15 @@ class HeadLoss(torch.autograd.Function):
             ops.norm_backward(normed, total, rstd, norm.weight, None, total)
         ctx.save_for_backward(total)
         ctx.source = source
-        return torch.stack(losses).sum()
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Scale the gradient that the forward pass has made."""
+        """Weigh the rows of the gradient that the forward pass has made."""
         (rows,) = ctx.saved_tensors
         result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
         # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.
-        result.copy_(rows.to(grad.dtype) * grad)
+        result.copy_(rows.to(grad.dtype) * grad[:, None])
         if ctx.source is not None:
             ctx.source.forget_grad()
         return result, result, None, None, None, None, None, None

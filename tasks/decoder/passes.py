@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tasks.decoder.attention import Segments, attend_flash4, attend_varlen
-from tasks.decoder.decoder import Decoder, sum_losses
+from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.recording import Recorder
 
 MOST_TOKENS = 8192
@@ -149,7 +149,7 @@ class PassRecorder:
         return place.loss.clone()
 
     def _do_pass(self, place: _Place) -> None:
-        loss = sum_losses(
+        losses = compute_losses(
             self._decoder,
             place.input_ids,
             place.positions,
@@ -158,6 +158,7 @@ class PassRecorder:
             place.targets,
             logits_bytes=self._logits_bytes,
         )
+        loss = losses.sum()
         (loss * place.scale).backward()
         place.loss.copy_(loss.detach())
 

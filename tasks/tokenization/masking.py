@@ -72,7 +72,7 @@ def build_examples(
 
     Args:
         messages: Mappings with a role, a content, and what else the template reads; `train: False` keeps an
-            assistant message as context only.
+            assistant message as context only, and `weight` says what its tokens weigh.
         tokenizer: With a chat template; it is not changed.
         tools: Tool definitions, as `apply_chat_template` takes them.
         config: What to train on and how long an example may be.
@@ -140,12 +140,21 @@ def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig)
             raise MaskError("bad_message", f"message {number}: a mapping with a role is wanted, got {message!r:.200}")
         if message.get("train", True) not in (True, False, None):
             raise MaskError("bad_message", f"message {number}: train is {message['train']!r}, true or false is wanted")
+        weight = message.get("weight", 1)
+        if not isinstance(weight, (int, float)) or not 0 < weight <= 1:
+            raise MaskError("bad_message", f"message {number}: weight is {weight!r}, above 0 and at most 1 is wanted")
         if message["role"] == "assistant":
             assistants.append(number)
     chosen = assistants[-1:] if config.train_on == "last_turn" else assistants
     chosen = [number for number in chosen if messages[number].get("train") is not False]
     if not chosen:
         raise MaskError("no_trained_tokens", "no assistant message is left to train on")
+    if config.train_on_prompt and len({messages[number].get("weight", 1) for number in chosen}) > 1:
+        raise MaskError(
+            "bad_message",
+            "its answers have different weights, and tokenization.train_on_prompt trains all of it as one: turn that "
+            "off, or write one weight",
+        )
     if sum(chosen) > MOST_PROMPT_MESSAGES:
         raise MaskError(
             "too_many_turns",

@@ -22,7 +22,7 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 
 # Keys of a message that steer training and that no server would see.
-_TRAINING_KEYS = frozenset({"train"})
+_TRAINING_KEYS = frozenset({"train", "weight"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,8 @@ EXAMPLE_SCHEMA = pa.schema(
         ("reference", pa.large_string()),
         ("input_ids", pa.large_list(pa.int32())),
         ("labels", pa.large_list(pa.int32())),
+        # Of the labels; null where each weighs 1.
+        ("weights", pa.large_list(pa.float32())),
     ]
 )
 REJECT_SCHEMA = columns_of(Rejects)
@@ -130,10 +132,29 @@ def lay_out(
     Examples.validate(frame)
     offsets = pa.array(columns.offsets)
     lists = [pa.LargeListArray.from_arrays(offsets, pa.array(ids)) for ids in (columns.input_ids, columns.labels)]
-    arrays = [*(frame[name].to_arrow() for name in frame.columns), *lists]
+    arrays = [*(frame[name].to_arrow() for name in frame.columns), *lists, _weigh(pairs, columns)]
     return pa.Table.from_arrays(
         [array.cast(field.type) for array, field in zip(arrays, EXAMPLE_SCHEMA, strict=True)], schema=EXAMPLE_SCHEMA
     )
+
+
+def _weigh(pairs: Sequence[tuple[Row, Example]], columns: Columns) -> Any:
+    """Return the weights of the labels of each example, [N] lists; null where each weighs 1."""
+    kind = EXAMPLE_SCHEMA.field("weights").type
+    found = [[row.conversation.messages[turn].get("weight", 1.0) for turn in example.turns] for row, example in pairs]
+    if all(weight == 1 for weights in found for weight in weights):
+        return pa.nulls(len(pairs), kind)
+    lists: list[NDArray[np.float32] | None] = []
+    for (_, example), weights, length in zip(pairs, found, columns.lengths.tolist(), strict=True):
+        if all(weight == 1 for weight in weights):
+            lists.append(None)
+            continue
+        values = np.zeros(length, np.float32)
+        # A span that is one for several turns, prompts and all, has one weight.
+        for (start, stop), weight in zip(example.spans, weights, strict=len(example.spans) == len(weights)):
+            values[start:stop] = weight
+        lists.append(values)
+    return pa.array(lists, kind)
 
 
 def _question(row: Row, example: Example) -> str:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.config import TrainingConfig
@@ -53,6 +55,16 @@ class Batch:
     """[N] of a flat batch: the positions that are learned, and some that are not, up to a round number."""
     dropout_key: int = 0
     """Of the fused decoder's dropout, from seed, step and number in the step."""
+    weights: Tensor | None = None
+    """[B, S] fp32, of the targets; none where each weighs 1. Stays on the host."""
+    total_weight: float = 0.0
+    """Of the trained tokens, where there are weights."""
+
+    def choose(self, values: Tensor) -> Tensor:
+        """Return the values [N] of [B, S], on the host, at the positions whose log-probabilities an engine gives."""
+        if self.trained is not None:
+            return values[0].index_select(0, self.trained)
+        return values[self.targets != IGNORE_INDEX]
 
     def move(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -231,6 +243,10 @@ def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:
     num_others = -num_trained_tokens % FLAT_MULTIPLE if num_trained_tokens else FLAT_MULTIPLE
     others = np.flatnonzero(targets == IGNORE_INDEX)[:num_others]
     borders = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    weights = None
+    if table.weights is not None:
+        weights = np.zeros((1, num_tokens + num_padding), np.float32)
+        np.concatenate([table.weights[span] for span in spans], out=weights[0, :num_tokens], casting="same_kind")
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         targets=torch.from_numpy(targets)[None],
@@ -240,7 +256,16 @@ def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:
         num_trained_tokens=num_trained_tokens,
         segments=Segments(torch.from_numpy(borders.astype(np.int32)), tuple(lengths)),
         trained=torch.from_numpy(np.concatenate([trained, others])),
+        **_describe_weights(weights, targets[None]),
     )
+
+
+def _describe_weights(weights: NDArray[np.float32] | None, targets: NDArray[np.int64]) -> dict[str, Any]:
+    """Return what a batch says of its targets' weights, those that do not count left out."""
+    if weights is None:
+        return {}
+    weights *= targets != IGNORE_INDEX
+    return {"weights": torch.from_numpy(weights), "total_weight": float(weights.sum(dtype=np.float64))}
 
 
 def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
@@ -250,6 +275,7 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
     input_ids = np.zeros((len(rows), length), np.int64)
     targets = np.full((len(rows), length), IGNORE_INDEX, np.int64)
     # The padding keeps counting from 0 as a segment of its own, so that it joins no example.
+    weights = None if table.weights is None else np.zeros((len(rows), length), np.float32)
     position_ids = np.tile(np.arange(length), (len(rows), 1)) if is_packed else None
     num_tokens = 0
     for number, row in enumerate(rows):
@@ -259,6 +285,8 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
             stop = start + int(end - begin)
             input_ids[number, start:stop] = table.input_ids[begin:end]
             targets[number, start:stop] = table.targets[begin:end]
+            if weights is not None and table.weights is not None:
+                weights[number, start:stop] = table.weights[begin:end]
             if position_ids is not None:
                 position_ids[number, start:stop] = np.arange(stop - start)
             start = stop
@@ -272,4 +300,5 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
         example_ids=tuple(table.example_ids[index] for row in rows for index in row),
         num_tokens=num_tokens,
         num_trained_tokens=int((targets != IGNORE_INDEX).sum()),
+        **_describe_weights(weights, targets),
     )

@@ -1,4 +1,4 @@
-"""The loss of any causal language model's trained positions, whose logits exist for some rows at a time.
+"""The losses of any causal language model's trained positions, whose logits exist for some rows at a time.
 
 Two steps, both through the model's own code, so that whatever a family does to its logits (scale, soft cap) stays its
 own affair: the layers run once and their states are kept; then the model's outer part, the head, runs on some of the
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch
+from tasks.training.loss import find_chosen
 
 # Of logits that exist at a time: enough rows to fill a GPU's products.
 LOGITS_BYTES = 1 << 28
@@ -41,10 +42,12 @@ def is_head_frozen(base: Any) -> bool:
     return not any(parameter.requires_grad for module in outside for parameter in module.parameters(recurse=False))
 
 
-def sum_chunked_losses(
+def compute_chunked_losses(
     model: nn.Module, base: Any, batch: Batch, *, is_frozen: bool, ops: ModuleType, logits_bytes: int = LOGITS_BYTES
 ) -> Tensor:
-    """Return the sum of -log p(target) over the trained positions (nats, fp32 scalar); 0 where there are none.
+    """Return -log p(target) of the chosen positions [N] (nats, fp32); 0 where a target does not count.
+
+    Their weights come with the backward pass.
 
     Args:
         model: what a forward pass is asked of: the base with its adapter, perhaps divided among ranks.
@@ -65,14 +68,14 @@ def sum_chunked_losses(
     def compute(**arguments: Any) -> Tensor:
         outputs = _run_layers(own, inner, arguments)
         states, targets = outputs.last_hidden_state.flatten(0, 1), batch.targets.flatten()
-        trained = batch.trained if batch.trained is not None else (targets != IGNORE_INDEX).nonzero()[:, 0]
-        states, targets = states.index_select(0, trained), targets.index_select(0, trained)
+        chosen = find_chosen(batch)
+        states, targets = states.index_select(0, chosen), targets.index_select(0, chosen)
         tail = partial(_run_head, own, inner, arguments, outputs)
         chunk = max(_LEAST_ROWS, logits_bytes // (base.config.get_text_config().vocab_size * states.element_size()))
         if is_frozen:
-            loss: Tensor = _FrozenHeadLoss.apply(states, targets, tail, chunk, ops)
-            return loss
-        return _sum_with_trained_head(states, targets, tail, chunk)
+            losses: Tensor = _FrozenHeadLoss.apply(states, targets, tail, chunk, ops)
+            return losses
+        return _compute_with_trained_head(states, targets, tail, chunk)
 
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.position_ids is not None:
@@ -84,47 +87,48 @@ def sum_chunked_losses(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Sum of -log p(target) over states [N, H], with the gradient made while the logits are there."""
+    """-log p(target) [N] of states [N, H], with each one's gradient made while the logits are there."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, tail: Tail, chunk: int, ops: ModuleType) -> Tensor:
         """Compute some rows' logits, loss and gradient at a time."""
         needs_grad = ctx.needs_input_grad[0]
         grads = torch.empty_like(states) if needs_grad else None
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        losses = [torch.zeros(0, dtype=torch.float32, device=states.device)]
         for start in range(0, len(states), chunk):
             stop = start + chunk
             with torch.set_grad_enabled(needs_grad):
                 rows = states[start:stop].detach().requires_grad_(needs_grad)
                 logits = tail(rows)
             grad = logits.detach()
-            total += ops.cross_entropy(grad, targets[start:stop]).sum()
+            losses.append(ops.cross_entropy(grad, targets[start:stop]))
             if grads is not None:
                 # The gradient stands in the logits' place now; where the model needs them, autograd refuses.
                 torch.autograd.graph.increment_version(grad)
                 (grads[start:stop],) = torch.autograd.grad(logits, rows, grad)
             del logits, grad, rows
         ctx.save_for_backward(grads)
-        return total
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Scale the gradient that the forward pass has made."""
+        """Weigh the rows of the gradient that the forward pass has made."""
         (rows,) = ctx.saved_tensors
         # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.
-        return (rows.to(grad.dtype) * grad).to(rows.dtype), None, None, None, None
+        return (rows.to(grad.dtype) * grad[:, None]).to(rows.dtype), None, None, None, None
 
 
-def _sum_with_trained_head(states: Tensor, targets: Tensor, tail: Tail, chunk: int) -> Tensor:
-    """Return the sum, with the head run again, some rows at a time, in the backward pass."""
+def _compute_with_trained_head(states: Tensor, targets: Tensor, tail: Tail, chunk: int) -> Tensor:
+    """Return the losses [N], with the head run again, some rows at a time, in the backward pass."""
 
-    def sum_rows(rows: Tensor, row_targets: Tensor) -> Tensor:
-        return F.cross_entropy(tail(rows).float(), row_targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    def compute(rows: Tensor, row_targets: Tensor) -> Tensor:
+        return F.cross_entropy(tail(rows).float(), row_targets, ignore_index=IGNORE_INDEX, reduction="none")
 
-    losses = [0.0 * states.float().sum()]
-    for rows, row_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
-        losses.append(checkpoint(sum_rows, rows, row_targets, use_reentrant=False, preserve_rng_state=False))
-    return torch.stack(losses).sum()
+    losses = [0.0 * states[:0].float().sum(dim=1)]
+    if len(states):
+        for rows, row_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+            losses.append(checkpoint(compute, rows, row_targets, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(losses)
 
 
 def _run_layers(own: Callable[..., Any], inner: Any, arguments: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks.decoder.attention import name_attention
-from tasks.decoder.decoder import Decoder, sum_losses
+from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.passes import FlatBatch, PassRecorder
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.token_table import TokenTable, cut_by_length
@@ -32,6 +32,13 @@ class Engine(Protocol):
 
     def form_evaluation(self, table: TokenTable) -> Iterator[Batch]:
         """Make batches of all examples, in any order, as large as they are fast."""
+        ...
+
+    def compute_log_probs(self, batch: Batch) -> Tensor:
+        """Return log p(target) [N] of a batch's chosen positions (nats, fp32): the trained ones, and some of value 0.
+
+        Their weights come with the backward pass; see `objective`.
+        """
         ...
 
     def sum_losses(self, batch: Batch) -> Tensor:
@@ -93,6 +100,10 @@ class FusedEngine:
             yield from form_flat_step(table, rows, self.room_tokens)
 
     def sum_losses(self, batch: Batch) -> Tensor:
+        """Return the sum of -log p, each trained position alike."""
+        return -self.compute_log_probs(batch).sum()
+
+    def compute_log_probs(self, batch: Batch) -> Tensor:
         """Go through the fused decoder."""
         moved = batch.move(self.device)
         assert moved.segments is not None
@@ -101,7 +112,7 @@ class FusedEngine:
         if self.decoder.dropout is not None:
             self.decoder.dropout.start_forward(batch.dropout_key)
         self.decoder.refresh()
-        return sum_losses(
+        return -compute_losses(
             self.decoder,
             moved.input_ids[0],
             moved.position_ids[0],

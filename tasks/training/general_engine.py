@@ -18,9 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tasks.decoder.attention import Attention, name_attention
 from tasks.decoder.decoder import choose_operations
 from tasks.training.batches import Batch, form_batch, form_flat_batch, form_flat_step, form_padded_step
-from tasks.training.chunked_head import LOGITS_BYTES, is_head_frozen, sum_chunked_losses
+from tasks.training.chunked_head import LOGITS_BYTES, compute_chunked_losses, is_head_frozen
 from tasks.training.flat_attention import FlatLayout, laid_out
-from tasks.training.loss import sum_token_losses
+from tasks.training.loss import compute_token_losses
 from tasks.training.token_table import TokenTable, cut_by_length
 
 # Tokens of a flat pass below which nothing is gained by making it smaller.
@@ -83,14 +83,18 @@ class GeneralEngine:
         )
 
     def sum_losses(self, batch: Batch) -> Tensor:
+        """Return the sum of -log p, each trained position alike."""
+        return -self.compute_log_probs(batch).sum()
+
+    def compute_log_probs(self, batch: Batch) -> Tensor:
         """Go through the model's own forward pass, in 16-bit products where the base is 16-bit."""
         for number, layer in enumerate(self.layers):
             layer.gradient_checkpointing = number < self.num_recomputed  # type: ignore[assignment]
         moved = batch.move(self.device)
         with autocast_to(self.dtype, self.device), self._lay_out(moved):
             if not self.has_chunked_head:
-                return sum_token_losses(self.model, moved)
-            return sum_chunked_losses(
+                return -compute_token_losses(self.model, moved)
+            return -compute_chunked_losses(
                 self.model,
                 self.base,
                 moved,

@@ -34,6 +34,7 @@ from tasks.training.general_engine import GeneralEngine
 from tasks.training.lora import save_adapter
 from tasks.training.memory import read_memory
 from tasks.training.movement import find_unmoved, take_fingerprints
+from tasks.training.objective import SFT, Objective
 from tasks.training.packing import packing_efficiency
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank
@@ -60,6 +61,7 @@ def train_adapter(
     *,
     seed: int,
     identity: str,
+    objective: Objective = SFT,
     on_step: OnStep = lambda record: None,
     on_eval: OnEval = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -76,6 +78,7 @@ def train_adapter(
         config: the training section.
         seed: of the adapter's start, the order and the dropout.
         identity: digest of data, config and base model; checkpoints with another one are refused.
+        objective: what a step optimizes.
         on_step: called after each optimizer step; after a resume, steps since the checkpoint come again.
         on_eval: called after each evaluation.
         should_stop: asked before each step, and on several ranks heeded when one says so.
@@ -88,7 +91,8 @@ def train_adapter(
     saved = run_folder / "checkpoints"
     checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=config.keeps_best))
     with _naming_shortage(base_model):
-        setup = prepare_training(base_model, tokens, run_folder / f"examples-{machine()}", config, seed=seed)
+        examples = run_folder / f"examples-{machine()}"
+        setup = prepare_training(base_model, tokens, examples, config, seed=seed, objective=objective)
     logger.info("Training with the %s", setup.engine.describe())
     for sentence in describe_costs(config, setup.parameters, setup.engine.describe().partition(",")[0]):
         logger.info(sentence)

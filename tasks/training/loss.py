@@ -1,6 +1,6 @@
 """The loss of a batch in the plainest form: one forward pass, and logits at every position.
 
-Dimensions: `B` rows, `S` tokens a row, `V` vocabulary.
+Dimensions: `B` rows, `S` tokens a row, `N` chosen positions, `V` vocabulary.
 
 What is faster is compared with this before a training (`self_check`), and in the tests.
 """
@@ -18,6 +18,23 @@ from tasks.training.token_table import TokenTable
 
 # Positions of an example used to try out the short cuts: enough for attention to matter, cheap on any model.
 TRIAL_TOKENS = 24
+
+
+def compute_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return -log p(target) of the chosen positions [N] (nats, fp32); 0 where a target does not count.
+
+    Args:
+        model: causal LM, with or without an adapter.
+        batch: on the model's device.
+    """
+    logits, targets = _compute_logits(model, batch)
+    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.index_select(0, find_chosen(batch))
+
+
+def find_chosen(batch: Batch) -> Tensor:
+    """Return the positions [N], into all of B * S, whose losses are computed."""
+    return batch.trained if batch.trained is not None else (batch.targets.flatten() != IGNORE_INDEX).nonzero()[:, 0]
 
 
 def sum_token_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     With several ranks each takes its share of the micro batches, and all end with the same adapter.
 
     Returns:
-        loss: nats a trained token of the step.
+        loss: of the step: nats a trained token, where the objective is SFT's.
         grad_norm: before clipping.
 
     Raises:
@@ -31,8 +31,12 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     if num_trained_tokens == 0:
         names = [name for batch in batches for name in batch.example_ids]
         raise TrainingError(f"step {step}: no trained token in examples {_list_names(names)}: remove them")
+    size = sum(setup.objective.count(batch) for batch in batches)
+    if not size > 0:
+        names = [name for batch in batches for name in batch.example_ids]
+        raise TrainingError(f"step {step}: all trained tokens of examples {_list_names(names)} weigh 0: remove them")
     mine = shard_batches(batches, is_even=is_sharded(setup.config))
-    loss_sums, shortage = _accumulate(setup, mine, num_trained_tokens)
+    loss_sums, shortage = _accumulate(setup, mine, size)
     if shortage and world_size() == 1:
         raise OutOfMemory(shortage)
     zero = torch.zeros((), device=setup.device)
@@ -48,20 +52,19 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     if not (math.isfinite(total) and math.isfinite(norm)):
         own = [batch for batch, _ in mine[: len(sums)]]
         raise _explain(setup, own, sums, norm, learning_rate, step=step)
-    return total / num_trained_tokens, norm
+    return total / size, norm
 
 
-def _accumulate(
-    setup: Setup, shares: list[tuple[Batch, float]], num_trained_tokens: int
-) -> tuple[list[Tensor], str | None]:
+def _accumulate(setup: Setup, shares: list[tuple[Batch, float]], size: float) -> tuple[list[Tensor], str | None]:
     """Add up the gradient over micro batches; return their loss sums, and what was said where one did not fit."""
     loss_sums = []
     try:
         for number, (batch, weight) in enumerate(shares, start=1):
-            loss_sum = setup.engine.replay_gradient(batch, weight / num_trained_tokens)
+            is_plain = setup.objective.is_plain(batch)
+            loss_sum = setup.engine.replay_gradient(batch, weight / size) if is_plain else None
             if loss_sum is None:
-                loss_sum = weight * setup.engine.sum_losses(batch)
-                setup.optimizer.add(loss_sum / num_trained_tokens, is_last=number == len(shares))
+                loss_sum = weight * setup.objective.sum_losses(setup.engine.compute_log_probs(batch), batch)
+                setup.optimizer.add(loss_sum / size, is_last=number == len(shares))
             loss_sums.append(loss_sum.detach())
             del loss_sum  # with its graph: a pass cannot be recorded while another one's leaves are held
     except (RuntimeError, MemoryError) as error:

@@ -27,6 +27,7 @@ from tasks.training.engines import Engine
 from tasks.training.frozen import load_base
 from tasks.training.lora import attach_adapter, collect_trained, plan_adapter
 from tasks.training.movement import take_fingerprints
+from tasks.training.objective import SFT, Objective
 from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
@@ -66,9 +67,12 @@ class Setup:
     """Which of the base's weights the adapter stands beside, by kind."""
     start: Mapping[str, Tensor] = field(default_factory=dict)
     """Fingerprints of what is trained, before the first step; see `movement`."""
+    objective: Objective = SFT
 
 
-def prepare_training(base_model: Path, tokens: Path, folder: Path, config: TrainingConfig, *, seed: int) -> Setup:
+def prepare_training(
+    base_model: Path, tokens: Path, folder: Path, config: TrainingConfig, *, seed: int, objective: Objective = SFT
+) -> Setup:
     """Lay the examples out, load the model with a fresh adapter, and seed torch, numpy and Python.
 
     Args:
@@ -77,6 +81,7 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
         folder: where examples are laid out for all ranks of this machine; deleted again.
         config: the training section.
         seed: of the adapter's start, and of what comes after.
+        objective: what a step optimizes.
 
     Raises:
         TrainingError: no examples, an example with nothing to learn, an unknown module, ids outside the vocabulary,
@@ -125,6 +130,7 @@ def prepare_training(base_model: Path, tokens: Path, folder: Path, config: Train
         start=start,
         device=device,
         dtype=dtype,
+        objective=objective,
     )
     random.seed(seed)
     np.random.seed(seed)

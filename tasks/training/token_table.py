@@ -2,7 +2,8 @@
 
 A folder of plain little-endian arrays: `input_ids` and `targets` (int32, the examples end to end), `offsets` (int64,
 where each example begins, and where the last one ends), `packs` (int64, the examples of pack after pack) and `bounds`
-(int64, where each pack begins in them); and `example_ids.arrow`.
+(int64, where each pack begins in them), `weights` (float32, of the targets, where the tokens table has any); and
+`example_ids.arrow`.
 
 Examples are packed window by window, so that memory does not grow with their number; within a window of a hundred
 thousand examples best fit leaves no more room than over all of them.
@@ -24,11 +25,13 @@ from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.packing import pack
 
 EXAMPLES_PER_WINDOW = 100_000
+WEIGHTS = "weights"
+"""The column of a tokens table, where it has one: a list of floats for each example, of its labels."""
 _EXAMPLES_AT_ONCE = 8192
 _ROWS_AT_ONCE = 4096
 _NAMED = 3
 _NAMES_SCHEMA = pa.schema([("example_id", pa.large_string())])
-_TYPES = {"input_ids": "<i4", "targets": "<i4", "offsets": "<i8", "packs": "<i8", "bounds": "<i8"}
+_TYPES = {"input_ids": "<i4", "targets": "<i4", "offsets": "<i8", "packs": "<i8", "bounds": "<i8", "weights": "<f4"}
 
 Ids = NDArray[np.int32]
 Numbers = NDArray[np.int64]
@@ -85,6 +88,8 @@ class TokenTable:
     """[sum of T]"""
     targets: Ids
     """[sum of T]; the token that each position has to predict: the labels, one to the left; IGNORE_INDEX where none."""
+    weights: NDArray[np.float32] | None = None
+    """[sum of T], of the targets, 0 to 1; none where each weighs 1."""
 
     @cached_property
     def lengths(self) -> Numbers:
@@ -104,16 +109,22 @@ def write_examples(tokens: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     start, empty = 0, _Named()
+    arrays = ["input_ids", "targets", "offsets"]
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    if has_weights := _has_weights(tokens):
+        arrays.append(WEIGHTS)
     with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in ("input_ids", "targets", "offsets")}
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in arrays}
         names = stack.enter_context(pa.ipc.new_file(str(folder / "example_ids.arrow"), _NAMES_SCHEMA))
         files["offsets"].write(np.zeros(1, "<i8").tobytes())
-        for example_ids, input_ids, labels in _read_batches(tokens):
-            ends = np.cumsum(_measure(tokens, example_ids, input_ids, labels))
-            targets = _find_targets(labels.values.to_numpy(), ends)
+        for example_ids, input_ids, labels, *weights in _read_batches(tokens, has_weights=has_weights):
+            ends = np.cumsum(_measure(tokens, example_ids, input_ids, labels, *weights))
+            targets = _shift(labels.values.to_numpy(), ends, IGNORE_INDEX)
             empty.add(example_ids, _count_trained(targets, ends) == 0)
             names.write_batch(pa.RecordBatch.from_arrays([example_ids], schema=_NAMES_SCHEMA))
             _append(files, input_ids=input_ids.values.to_numpy(), targets=targets, offsets=start + ends)
+            if weights:
+                _append(files, weights=_shift(weights[0].values.to_numpy(), ends, 0))
             start += int(ends[-1])
     if empty.count:
         raise ValueError(
@@ -150,7 +161,9 @@ def write_packs(folder: Path, tokens_per_pack: int | None, *, window: int = EXAM
 def open_table(folder: Path) -> TokenTable:
     """Map examples into memory; their files may be deleted then."""
     names = pa.ipc.open_file(pa.memory_map(str(folder / "example_ids.arrow"))).read_all()["example_id"]
-    return TokenTable(Names(names), *(_open(folder, name) for name in ("offsets", "input_ids", "targets")))
+    offsets, input_ids, targets = (_open(folder, name) for name in ("offsets", "input_ids", "targets"))
+    weights = _open(folder, WEIGHTS) if (folder / WEIGHTS).exists() else None
+    return TokenTable(Names(names), offsets, input_ids, targets, weights)
 
 
 def open_packs(folder: Path) -> Packs:
@@ -175,36 +188,59 @@ class _Named:
         return f"{self.count} example(s), such as {shown}" if self.count > 1 else f"example {shown}"
 
 
-def _read_batches(tokens: Path) -> Iterator[tuple[Any, Any, Any]]:
+def _read_batches(tokens: Path, *, has_weights: bool) -> Iterator[tuple[Any, ...]]:
     """Read a table a row group at a time and in one thread: reading ahead would take more memory than a group."""
     file = pq.ParquetFile(tokens)
     for number in range(file.num_row_groups):
-        columns = ["example_id", "input_ids", "labels"]
+        columns = ["example_id", "input_ids", "labels", *([WEIGHTS] if has_weights else [])]
+        kinds = [pa.int32(), pa.int32(), pa.float32()]
         table = file.read_row_group(number, columns=columns, use_threads=False).select(columns)
         for batch in table.to_batches(max_chunksize=_EXAMPLES_AT_ONCE):
             example_ids, *lists = batch.columns
-            lists = [each.cast(pa.large_list(pa.int32())) for each in lists]
+            lists = [each.cast(pa.large_list(kind)) for each, kind in zip(lists, kinds, strict=False)]
             # `values` of a sliced array still holds what its offsets leave out: take makes arrays of their own.
             everything = pa.array(np.arange(len(batch)))
+            if has_weights:
+                lists[2] = _fill_in(lists[2], lists[1])
             yield example_ids.cast(pa.large_string()), *(each.take(everything) for each in lists)
 
 
-def _measure(tokens: Path, example_ids: Any, input_ids: Any, labels: Any) -> Numbers:
+def _has_weights(tokens: Path) -> bool:
+    """Say whether a table has a column of weights with anything in it."""
+    metadata = pq.read_metadata(tokens)
+    for number in range(metadata.num_row_groups if WEIGHTS in pq.read_schema(tokens).names else 0):
+        group = metadata.row_group(number)
+        columns = [group.column(place) for place in range(group.num_columns)]
+        known = [column.statistics for column in columns if column.path_in_schema.split(".")[0] == WEIGHTS]
+        if any(statistics is None or statistics.num_values for statistics in known):
+            return True
+    return False
+
+
+def _fill_in(weights: Any, labels: Any) -> Any:
+    """Return the weights with ones where an example has none."""
+    lengths = np.diff(labels.offsets.to_numpy()).tolist()
+    given = (each.values.to_numpy() if each.is_valid else None for each in weights)
+    filled = [np.ones(length, np.float32) if one is None else one for one, length in zip(given, lengths, strict=True)]
+    return pa.array(filled, weights.type)
+
+
+def _measure(tokens: Path, example_ids: Any, input_ids: Any, *others: Any) -> Numbers:
     """Return the lengths of the examples of a batch."""
-    lengths, others = (np.diff(each.offsets.to_numpy()) for each in (input_ids, labels))
+    lengths, *further = (np.diff(each.offsets.to_numpy()) for each in (input_ids, *others))
     wrong = _Named()
-    wrong.add(example_ids, lengths != others)
+    wrong.add(example_ids, np.any([lengths != each for each in further], axis=0))
     if wrong.count:
-        raise ValueError(f"{tokens}: {wrong}: as many labels as input_ids are wanted")
+        raise ValueError(f"{tokens}: {wrong}: as many labels as input_ids are wanted, and as many weights, if any")
     return lengths
 
 
-def _find_targets(labels: Ids, ends: Numbers) -> Ids:
-    """Return the labels, one to the left within each example."""
-    targets = np.full_like(labels, IGNORE_INDEX)
-    targets[:-1] = labels[1:]
-    targets[ends[ends > 0] - 1] = IGNORE_INDEX
-    return targets
+def _shift(values: NDArray[Any], ends: Numbers, last: int) -> NDArray[Any]:
+    """Return labels, or what belongs to them, one to the left within each example."""
+    shifted = np.full_like(values, last)
+    shifted[:-1] = values[1:]
+    shifted[ends[ends > 0] - 1] = last
+    return shifted
 
 
 def _count_trained(targets: Ids, ends: Numbers) -> Numbers:

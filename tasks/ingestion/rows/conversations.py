@@ -4,9 +4,10 @@ from collections import Counter
 from typing import Any
 
 from tasks.ingestion.errors import RowError
+from tasks.ingestion.rows.flags import weigh_answers
 from tasks.ingestion.rows.formats import FORMATS
 from tasks.ingestion.rows.layouts import Layout
-from tasks.ingestion.rows.meaning import check_meaning
+from tasks.ingestion.rows.meaning import WEIGHT_COLUMNS, check_meaning, find_row_weight
 from tasks.ingestion.rows.messages import Message, check_messages
 from tasks.ingestion.rows.toolcalls import name_schemas, read_tools
 
@@ -33,7 +34,8 @@ def convert_row(
             detail = f"no {layout.columns[names[0]]}; its columns: {', '.join(row) or 'none'} (format {layout.format})"
             raise RowError("missing_field", detail)
     check_meaning(row, layout)
-    for column in row.keys() - layout.read_columns:
+    weight = find_row_weight(row, layout)
+    for column in row.keys() - layout.read_columns - (set(WEIGHT_COLUMNS) if weight != 1 else set()):
         unused[f"column {column}"] += 1
     tools = read_tools(layout.get(row, "tools"), invented_nulls=invented_nulls)
     schemas = name_schemas(tools) if invented_nulls else None
@@ -45,6 +47,8 @@ def convert_row(
         messages.insert(0, {"role": "system", "content": system})
     if layout.trim_trailing_user:
         _trim(messages, unused)
+    if weight != 1:
+        weigh_answers(messages, weight)
     check_messages(messages)
     _skip_greeting(messages, unused)
     return messages, tools

@@ -35,8 +35,8 @@ def check_refused(item: dict[str, Any], number: int) -> None:
             )
 
 
-def read_train_flag(item: dict[str, Any], role: str, number: int) -> bool | None:
-    """Return whether a message says that it is trained; None where it says nothing, or what holds anyway.
+def read_train_flag(item: dict[str, Any], role: str, number: int) -> bool | float | None:
+    """Return whether a message says that it is trained, or its weight between 0 and 1; None where it says nothing.
 
     Args:
         item: the message as it was read.
@@ -44,24 +44,23 @@ def read_train_flag(item: dict[str, Any], role: str, number: int) -> bool | None
         number: its place from 1.
 
     Raises:
-        RowError: bad_train_flag, where a flag is neither 0 nor 1, two disagree, or another's than the assistant's
-            message is to be trained.
+        RowError: bad_train_flag, where a flag is neither 0 nor 1 (a weight: nor between them), two disagree, or
+            another's than the assistant's message is to be trained.
     """
     flags = {key: item[key] for key in TRAIN_KEYS if item.get(key) is not None}
     for key, flag in flags.items():
-        if not isinstance(flag, (bool, int, float)) or flag not in (0, 1):
-            raise RowError(
-                "bad_train_flag",
-                f"message {number}: {key} is {flag!r}: true or false (1 or 0) is wanted; weights between are not "
-                "trained yet: write 1 or 0",
-            )
-    if len({bool(flag) for flag in flags.values()}) > 1:
+        is_number = isinstance(flag, (bool, int, float))
+        if not is_number or not (0 <= flag <= 1 if key in WEIGHT_KEYS else flag in (0, 1)):
+            wanted = "a number from 0 to 1" if key in WEIGHT_KEYS else "true or false (1 or 0)"
+            raise RowError("bad_train_flag", f"message {number}: {key} is {flag!r}: {wanted} is wanted")
+    weights = [flags[key] for key in flags if key in WEIGHT_KEYS]
+    if len({bool(flag) for flag in flags.values()}) > 1 or len(set(weights)) > 1:
         raise RowError("bad_train_flag", f"message {number}: {flags} disagree: leave one of them")
     if not flags:
         return None
     value = bool(next(iter(flags.values())))
     if role == "assistant":
-        return value
+        return float(weights[0]) if weights and weights[0] not in (0, 1) else value
     told = next((key for key in flags if key not in WEIGHT_KEYS), None)
     if value and told is not None:
         raise RowError(
@@ -70,3 +69,25 @@ def read_train_flag(item: dict[str, Any], role: str, number: int) -> bool | None
             "remove the flag, or set tokenization.train_on_prompt for the whole dataset",
         )
     return None
+
+
+def read_row_weight(value: Any) -> float | None:
+    """Return the weight from 0 to 1 that a column of this value gives a row; None where it gives none."""
+    try:
+        weight = float(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        return None
+    return weight if weight is not None and 0 <= weight <= 1 else None
+
+
+def weigh_answers(messages: list[dict[str, Any]], weight: float) -> None:
+    """Multiply the weights of the answers that are trained; a weight of 0 is as not trained."""
+    for message in messages:
+        if message["role"] != "assistant" or message.get("train") is False:
+            continue
+        product = weight * message.get("weight", 1.0)
+        if product == 0:
+            message.pop("weight", None)
+            message["train"] = False
+        elif product != 1:
+            message["weight"] = product

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tasks.ingestion.errors import RowError
+from tasks.ingestion.rows.flags import read_row_weight
 from tasks.ingestion.rows.layouts import Layout
 
 
@@ -29,8 +30,8 @@ def _is_false(value: Any) -> bool:
     return value is False or (isinstance(value, str) and value.strip().lower() == "false")
 
 
-def _is_weight(value: Any) -> bool:
-    return value is not None and value not in (1, "1", "1.0", "")
+def _is_no_weight(value: Any) -> bool:
+    return value not in (None, "") and read_row_weight(value) is None
 
 
 def _masks_others(value: Any) -> bool:
@@ -43,7 +44,8 @@ _PREFERENCE = Meaning(
     "a preference dataset: name the columns to train in data.columns, such as {prompt: prompt, completion: chosen}",
     is_field=True,
 )
-_WEIGHT = Meaning(_is_weight, "rows are trained by one weight: remove the column, or give data.weight for the dataset")
+_WEIGHT = Meaning(_is_no_weight, "a row weighs from 0 to 1: write such numbers, or give data.weight for the dataset")
+WEIGHT_COLUMNS = ("weight", "loss_weight")
 
 MEANINGS: dict[str, Meaning] = {
     "context": Meaning(
@@ -55,7 +57,7 @@ MEANINGS: dict[str, Meaning] = {
     "label": Meaning(_is_false, "the row says that its answer is a bad one: remove the row", "rated_bad"),
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
-    **dict.fromkeys(("weight", "loss_weight"), _WEIGHT),
+    **dict.fromkeys(WEIGHT_COLUMNS, _WEIGHT),
     "mask": Meaning(_masks_others, "write train: false on the messages that are not trained"),
 }
 NAMES = frozenset(MEANINGS)
@@ -77,3 +79,13 @@ def check_meaning(row: dict[str, Any], layout: Layout) -> None:
                 f"column {column} = {str(row[column])[:80]!r} is not read as {layout.format}, and it changes what "
                 f"the row means: {meaning.way_out}; where it does not matter, set data.ignored_columns: [{column}]",
             )
+
+
+def find_row_weight(row: dict[str, Any], layout: Layout) -> float:
+    """Return what a checked row says that it weighs, 0 to 1; 1 where it does not say."""
+    weight = 1.0
+    for column in WEIGHT_COLUMNS:
+        if column in row and column not in layout.read_columns and column not in layout.ignored_columns:
+            found = read_row_weight(row[column])
+            weight = weight if found is None else found
+    return weight

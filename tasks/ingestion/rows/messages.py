@@ -198,7 +198,9 @@ def _add_optional(message: Message, item: dict[str, Any], number: int) -> None:
         message[ours] = value
     check_refused(item, number)
     flag = read_train_flag(item, message["role"], number)
-    if flag is not None:
+    if isinstance(flag, float):
+        message["weight"] = flag
+    elif flag is not None:
         message["train"] = flag
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.decoder.attention import Segments
-from tasks.decoder.decoder import LOGITS_BYTES, sum_losses
+from tasks.decoder.decoder import LOGITS_BYTES, compute_losses
 from tasks.decoder.passes import MOST_TOKENS, FlatBatch, Shape, _lay_out, choose_shape, count_recorded, fill_up
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
@@ -89,9 +89,9 @@ def test_the_sum_and_the_gradient_stay_the_same(family: str) -> None:
     results = []
     for flat in (batch, fill_up(batch, choose_shape(len(batch.input_ids), len(batch.trained), 6, longest=128))):
         segments = Segments(torch.tensor(np.cumsum([0, *flat.lengths]), dtype=torch.int32), flat.lengths)
-        loss = sum_losses(
+        loss = compute_losses(
             decoder, flat.input_ids, flat.positions, segments, flat.trained, flat.targets, logits_bytes=LOGITS_BYTES
-        )
+        ).sum()
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in parameters.values())])
         for parameter in parameters.values():

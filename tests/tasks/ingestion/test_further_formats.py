@@ -164,7 +164,8 @@ def test_replies_that_a_tree_has_besides_are_counted() -> None:
         ({"images": ["a.png"]}, "unread_meaning", "only text is trained"),
         ({"chosen": "x", "rejected": "y"}, "unread_meaning", "preference"),
         ({"history": [["a", "b"]]}, "unread_meaning", "earlier turns"),
-        ({"weight": 0.5}, "unread_meaning", "data.weight"),
+        ({"weight": 75}, "unread_meaning", "a row weighs from 0 to 1"),
+        ({"loss_weight": "heavy"}, "unread_meaning", "data.weight"),
         ({"mask": [0, 1]}, "unread_meaning", "train: false"),
         ({"system": "s", "system_prompt": "t"}, "unread_meaning", "system: system_prompt"),
         ({"tools": "[]", "functions": [{"name": "f"}]}, "unread_meaning", "tools: functions"),
@@ -223,10 +224,28 @@ def test_flag_of_an_answer_decides_whether_it_is_trained(flags: dict[str, Any], 
     assert messages[3]["train"] is train
 
 
+@pytest.mark.parametrize(("flags", "weight"), [({"weight": 0.5}, 0.5), ({"train": True, "loss_scale": 0.25}, 0.25)])
+def test_answer_keeps_its_weight(flags: dict[str, Any], weight: float) -> None:
+    messages = read({"messages": [*CHAT, CHAT[0], {**CHAT[1], **flags}]})
+    assert [message.get("weight") for message in messages] == [None, None, None, weight]
+
+
+def test_row_that_weighs_less_has_all_its_answers_weigh_less() -> None:
+    chat = [*CHAT, CHAT[0], {**CHAT[1], "weight": 0.5}, CHAT[0], {**CHAT[1], "train": False}]
+    messages = read({"messages": chat, "weight": "0.5"})
+    assert [message.get("weight") for message in messages[1::2]] == [0.5, 0.25, None]
+    assert [message.get("weight") for message in read({"messages": CHAT, "loss_weight": 1.0})] == [None, None]
+    with pytest.raises(RowError) as caught:
+        read({"messages": CHAT, "weight": 0})
+    assert caught.value.reason == "nothing_to_train"
+
+
 @pytest.mark.parametrize(
     ("place", "flags", "reason", "words"),
     [
-        (1, {"weight": 0.5}, "bad_train_flag", "weight is 0.5"),
+        (1, {"weight": -0.5}, "bad_train_flag", "weight is -0.5"),
+        (1, {"train": 0.5}, "bad_train_flag", "train is 0.5"),
+        (1, {"weight": 0.5, "loss_weight": 0.25}, "bad_train_flag", "disagree"),
         (1, {"loss": "yes"}, "bad_train_flag", "loss is 'yes'"),
         (1, {"loss": False, "train": True}, "bad_train_flag", "disagree"),
         (0, {"training": True}, "bad_train_flag", "only the assistant's"),

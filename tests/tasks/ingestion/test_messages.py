@@ -82,7 +82,7 @@ def test_aliases_of_roles(given: str, role: str) -> None:
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "not_text", "image_url"),
         ({"role": "assistant", "content": "x", "reasoning_content": ["a"]}, "not_text", "reasoning_content"),
         ({"role": "assistant", "content": "x", "train": "no"}, "bad_train_flag", "'no'"),
-        ({"role": "assistant", "content": "x", "weight": 0.5}, "bad_train_flag", "0.5"),
+        ({"role": "assistant", "content": "x", "weight": 1.5}, "bad_train_flag", "1.5"),
         ({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}, "bad_tool_call", "user"),
     ],
 )

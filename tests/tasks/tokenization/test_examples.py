@@ -8,8 +8,9 @@ import pytest
 from schemas.config import TokenizationConfig
 from tasks.models import load_tokenizer
 from tasks.tokenization.examples import TokenizationError, tokenize_dataset
-from tasks.tokenization.masking import build_examples
+from tasks.tokenization.masking import MaskError, build_examples
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
+from tasks.training.token_table import open_table, write_examples
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import CONVERSATIONS, call, say
 
@@ -115,3 +116,49 @@ def test_a_dataset_of_which_nothing_is_left_fails_with_the_reasons(tmp_path: Pat
     dataset = write(tmp_path / "data", [say("u:q")], [])
     with pytest.raises(TokenizationError, match=r"no training example is left \(no_trained_tokens: 1\).*line 1"):
         tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+
+
+def test_labels_weigh_what_their_answers_do(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    def weigh(messages: list[Any], **weights: float) -> list[Any]:
+        return [
+            {**message, "weight": weights[f"m{n}"]} if f"m{n}" in weights else message
+            for n, message in enumerate(messages)
+        ]
+
+    chat = say("u:One", "a:First", "u:Two", "a:Second")
+    train = [chat, weigh(chat, m1=0.5), weigh(chat, m1=0.5, m3=0.25)]
+    dataset = write(tmp_path / "data", train, [say("u:Hello", "a:Hi")])
+    tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+    frame = pl.read_parquet(tmp_path / "tokens" / "train.parquet")
+    assert len(set(map(tuple, frame["input_ids"].to_list()))) == 1  # no prompt shows the weights
+    first, second = build_examples(chat, prepared.tokenizer)[0].spans
+    labels = frame["labels"].to_list()
+    assert labels[0] == labels[1] == labels[2]
+    found = frame["weights"].to_list()
+    assert found[0] is None
+    for weights, (one, two) in ((found[1], (0.5, 1.0)), (found[2], (0.5, 0.25))):
+        wanted = [0.0] * len(labels[0])
+        wanted[slice(*first)] = [one] * (first[1] - first[0])
+        wanted[slice(*second)] = [two] * (second[1] - second[0])
+        assert weights == wanted
+    write_examples(tmp_path / "tokens" / "train.parquet", tmp_path / "table")
+    table = open_table(tmp_path / "table")
+    assert table.weights is not None
+    trained = table.targets >= 0
+    assert sorted(set(table.weights[trained].tolist())) == [0.25, 0.5, 1.0]
+    assert table.weights[: table.offsets[1]][trained[: table.offsets[1]]].min() == 1.0
+    write_examples(tmp_path / "tokens" / "eval.parquet", tmp_path / "table")
+    assert open_table(tmp_path / "table").weights is None
+
+
+def test_one_weight_for_a_prompt_that_is_trained(prepared: PreparedTokenizer) -> None:
+    chat = say("u:One", "a:First", "u:Two", "a:Second")
+    chat[1]["weight"] = 0.5
+    config = TokenizationConfig(train_on_prompt=True)
+    with pytest.raises(MaskError, match="different weights"):
+        build_examples(chat, prepared.tokenizer, config=config)
+    chat[3]["weight"] = 0.5
+    assert len(build_examples(chat, prepared.tokenizer, config=config)[0].spans) == 1
+    chat[3]["weight"] = 1.5
+    with pytest.raises(MaskError, match=r"weight is 1.5, above 0 and at most 1 is wanted"):
+        build_examples(chat, prepared.tokenizer)

@@ -14,7 +14,7 @@ from tasks.decoder import elementwise
 from tasks.models import load_model
 from tasks.training.base_dropout import find_dropout, switch_off_dropout
 from tasks.training.batches import form_batch, form_padded_step
-from tasks.training.chunked_head import is_head_frozen, sum_chunked_losses
+from tasks.training.chunked_head import compute_chunked_losses, is_head_frozen
 from tasks.training.flat_attention import NAME
 from tasks.training.general_engine import GeneralEngine, build_engine
 from tasks.training.loop import train_adapter
@@ -129,7 +129,7 @@ def test_head_runs_on_no_more_rows_than_asked(tmp_path: Path, table: TokenTable)
     rows: list[int] = []
     base.lm_head.register_forward_hook(lambda module, given, output: rows.append(output.shape[-2]))
     batch = form_batch(table, [[0], [1], [2], [3], [4], [5], [6]])
-    loss = sum_chunked_losses(model, base, batch, is_frozen=True, ops=elementwise, logits_bytes=1)
+    loss = compute_chunked_losses(model, base, batch, is_frozen=True, ops=elementwise, logits_bytes=1).sum()
     assert sum(rows) == batch.num_trained_tokens
     assert max(rows) == 64 < batch.num_trained_tokens < batch.targets.numel()
     loss.backward()
@@ -142,7 +142,7 @@ def test_gradient_in_16_bits_is_scaled_in_32(tmp_path: Path, table: TokenTable) 
     base, batch = model.get_base_model(), form_batch(table, [[0], [1]])
     norms = []
     for divisor in (1.0, 777.0):
-        loss = sum_chunked_losses(model, base, batch, is_frozen=True, ops=elementwise)
+        loss = compute_chunked_losses(model, base, batch, is_frozen=True, ops=elementwise).sum()
         states = [p for name, p in collect_trained(model).items() if "layers.1.mlp.down_proj.lora_B" in name]
         (grad,) = torch.autograd.grad(loss / divisor, states)
         norms.append(float(grad.double().norm()))
@@ -181,7 +181,7 @@ def test_no_trained_position_gives_zero_not_nan(tmp_path: Path, table: TokenTabl
     batch = form_batch(table, [[0], [1]])
     batch.targets.fill_(-100)
     for is_frozen in (True, False):
-        loss = sum_chunked_losses(model, model.get_base_model(), batch, is_frozen=is_frozen, ops=elementwise)
+        loss = compute_chunked_losses(model, model.get_base_model(), batch, is_frozen=is_frozen, ops=elementwise).sum()
         loss.backward()
         assert loss.item() == 0.0
 
