@@ -1,5 +1,6 @@
 """Prefect's temporary server: started early, and gone with this process however it ends."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -37,7 +38,11 @@ def _start() -> None:
     # The server inherits this thread's mask: Ctrl-C is for the run, which still has to report how it ended.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     before = {child.pid for child in psutil.Process().children()}
-    get_client(sync_client=True)  # without a configured server a client starts one, and waits until it answers
+    logging.disable(logging.INFO)  # it would announce itself, and how to have one that stays
+    try:
+        get_client(sync_client=True)  # without a configured server a client starts one, and waits until it answers
+    finally:
+        logging.disable(logging.NOTSET)
     servers = [
         child.pid
         for child in psutil.Process().children()
