@@ -15,18 +15,17 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.console import make_visible
-from flows.exporting import find_tokenizer
+from flows.exporting import ADAPTER_CONFIG, find_tokenizer, name_base, opening_adapter
 from schemas.artifacts import Ref
 from schemas.config import ModelConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
-from tasks.merging.changes import read_adapter_config
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
+from tasks.training.checkpoints import TRAINED
 
-_ADAPTER_CONFIG = "adapter_config.json"
 HELP = "/reset forgets the conversation, /help shows this, Ctrl-D ends"
 
 
@@ -59,8 +58,8 @@ def open_sessions(target: str, *, compare_base: bool, system: str = "", base_mod
     """Load what a target names, and the base model it was made from where wanted.
 
     Args:
-        target: the folder of a model or an adapter, NAME, NAME/VERSION, NAME@alias, the same with models:/ before it,
-            or empty for the only registered model that has a champion.
+        target: the folder of a model, adapter or checkpoint; NAME, NAME/VERSION, NAME@alias, the same with models:/
+            before it; or empty for the only registered model that has a champion.
         compare_base: also the base model, with the tokenizer and template of the first.
         system: a system message to begin with.
         base_model: of an adapter's folder, where its own config names another one or none.
@@ -68,7 +67,7 @@ def open_sessions(target: str, *, compare_base: bool, system: str = "", base_mod
     Raises:
         ValueError: no such model, or its base is not known.
     """
-    if target and (Path(target).expanduser() / _ADAPTER_CONFIG).is_file():
+    if target and any((Path(target).expanduser() / name).is_file() for name in (ADAPTER_CONFIG, TRAINED)):
         sessions = _open_adapter(Path(target).expanduser(), base_model, compare_base=compare_base)
     else:
         sessions = _open_model(target, compare_base=compare_base)
@@ -77,24 +76,22 @@ def open_sessions(target: str, *, compare_base: bool, system: str = "", base_mod
     return sessions
 
 
-def _open_adapter(adapter: Path, base_model: str, *, compare_base: bool) -> list[ChatSession]:
+def _open_adapter(folder: Path, base_model: str, *, compare_base: bool) -> list[ChatSession]:
     """Load a base model with an adapter on it, and once more alone where wanted."""
     from peft import PeftModel
 
-    named = base_model or str(read_adapter_config(adapter).get("base_model_name_or_path") or "")
-    if not named:
-        raise ChatError(f"{adapter}: {_ADAPTER_CONFIG} names no base model: name it there as base_model_name_or_path")
-    ref = locate_base_model(ModelConfig(base_model=named))
-    base = Path(ref.uri)
-    shipped = find_tokenizer(adapter, base)
-    tokenizer = _load_tokenizer(shipped)
-    session = _load(adapter.resolve().name, base, shipped, tokenizer)
-    try:
-        adapted: Any = PeftModel.from_pretrained(session.model, str(adapter))
+    with opening_adapter(folder) as adapter:
+        ref = locate_base_model(ModelConfig(base_model=base_model or name_base(adapter)))
+        base = Path(ref.uri)
+        shipped = find_tokenizer(adapter, base)
+        tokenizer = _load_tokenizer(shipped)
+        session = _load(folder.resolve().name, base, shipped, tokenizer)
+        try:
+            adapted: Any = PeftModel.from_pretrained(session.model, str(adapter))
+        except Exception as error:
+            raise ChatError(f"{folder}: this adapter does not fit {ref.name} ({error}): name its base model") from error
         session.model = adapted.get_base_model()
-    except Exception as error:
-        raise ChatError(f"{adapter}: this adapter does not fit {ref.name} ({error}): name its base model") from error
-    return [_load(f"base {ref.name}", base, shipped, tokenizer), session] if compare_base else [session]
+        return [_load(f"base {ref.name}", base, shipped, tokenizer), session] if compare_base else [session]
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

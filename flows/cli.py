@@ -44,6 +44,10 @@ def run(
         str, typer.Option(help="auto: go on with an interrupted run of this config; never; or an MLflow run id.")
     ] = "auto",
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse results of unchanged stages.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Also leave the merged model in this folder, new or empty.")
+    ] = None,
+    full_answers: Annotated[bool, typer.Option("--full-answers", help="Do not shorten answers in the table.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log lines too.")] = False,
 ) -> None:
     """Run the pipeline: dataset and base model in, registered and evaluated model out.
@@ -55,6 +59,7 @@ def run(
     if isinstance(loaded, Translation):
         _export(loaded, config)
         return
+    _check_is_free(output)
     from flows.temporary_server import starting_server
 
     with starting_server():
@@ -78,7 +83,17 @@ def run(
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(outcome.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    show_outcome(outcome)
+    show_outcome(outcome, full_answers=full_answers)
+    if output is not None:
+        from flows.exporting import copy_model
+
+        copy_model(outcome.mlflow_run_id, output)
+        console.print(f"Merged model in {output}: sft chat {output}", soft_wrap=True)
+
+
+def _check_is_free(folder: Path | None) -> None:
+    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        fail(ConfigError(f"--output {folder}: is there already, and not empty: give a new folder"))
 
 
 def _load(path: Path, overrides: list[str] | None, set_: list[str] | None) -> RunConfig | Translation:
@@ -94,12 +109,23 @@ def _export(translation: Translation, path: Path) -> None:
     """Do an export of LLaMA-Factory's."""
     if translation.kind == "chat":
         fail(ConfigError(f"{path}: it trains nothing (no do_train, no export_dir): sft chat {path} talks to its model"))
+    values = translation.values
+    merge(values["adapter"], Path(values["folder"]), values["base_model"], values["max_shard_size"])
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder of a LoRA adapter, or of a training's checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Gets the merged model; new or empty.")],
+    base_model: Annotated[str, typer.Option(help="Folder or hub name. Default: what the adapter names.")] = "",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+) -> None:
+    """Merge an adapter into its base model, and prove the result against base + adapter."""
+    prepare_environment(cache=True)
     from flows.exporting import export_merged
 
-    values = translation.values
     try:
-        folder = Path(values["folder"])
-        check = export_merged(values["base_model"], values["adapter"], folder, max_shard_size=values["max_shard_size"])
+        check = export_merged(base_model, adapter, folder, max_shard_size=max_shard_size)
     except ValueError as error:
         fail(error)
     agreement = f"{check.greedy_agreement:.1%} of the greedy tokens agree"

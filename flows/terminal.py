@@ -64,15 +64,20 @@ def write_failure(path: Path, error: Exception) -> None:
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def show_outcome(report: RunReport) -> None:
-    """Print the comparison, a few answers side by side, the gate's verdict and where to look further."""
+def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
+    """Print the comparison, a few answers side by side, the gate's verdict and where to look further.
+
+    Args:
+        report: of the run.
+        full_answers: do not shorten questions and answers.
+    """
     console = Console(highlight=False)
     console.print()
     for table in _metrics_tables(report):
         console.print(table)
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
     if comparison is not None:
-        console.print(_answers_table(tracking.resolve(comparison)))
+        console.print(_answers_table(tracking.resolve(comparison), full=full_answers))
     console.print(escape(report.evaluation.sentence))
     entry = report.registry
     colour = "green" if entry.verdict == "promoted" else "yellow"
@@ -205,17 +210,18 @@ def _metrics_table(title: str, who: str, values: Mapping[str, float], deltas: Ma
     return table
 
 
-def _answers_table(folder: Path) -> Table:
+def _answers_table(folder: Path, *, full: bool) -> Table:
     """Show the free questions and the first held-out rows."""
+    cell = escape if full else _cell
     table = Table(title="The same questions to both", show_lines=True)
     for column in ("question", "base", "fine-tuned", "reference"):
         table.add_column(column, overflow="fold", ratio=1)
     questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     for question in questions:
-        table.add_row(*map(_cell, (question["question"], question["base"], question["tuned"])), "")
+        table.add_row(*map(cell, (question["question"], question["base"], question["tuned"])), "")
     rows = pl.read_parquet(folder / "table.parquet").head(_NUM_SHOWN)
     for row in rows.iter_rows(named=True):
-        table.add_row(*(_cell(row[name]) for name in ("question", "answer_before", "answer_after", "reference")))
+        table.add_row(*(cell(row[name]) for name in ("question", "answer_before", "answer_after", "reference")))
     return table
 
 

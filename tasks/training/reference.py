@@ -1,6 +1,6 @@
 """Supervised fine-tuning in plain PyTorch: the whole method, to be read from top to bottom.
 
-    python -m tasks.training.reference CONFIG.yaml
+    python -m tasks.training.reference CONFIG.yaml --output adapter --question "Who are you?"
 
 One example at a time goes through the model: no padding, no packing, no batches, no mixed precision. That is slow, and
 leaves nothing to get wrong, so the pipeline's loop is tested against it. Any causal language model will do, with or
@@ -9,6 +9,7 @@ without an adapter attached: what has requires_grad is trained.
 Dimensions: `T` tokens of an example, `V` vocabulary.
 """
 
+import argparse
 import json
 import math
 import random
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
@@ -28,12 +30,18 @@ from schemas.loading import load_config
 from tasks.models import choose_device, load_model
 from tasks.tokenization.labels import IGNORE_INDEX, Example
 from tasks.tokenization.masking import build_examples
-from tasks.tokenization.templates import prepare_tokenizer
+from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 from tasks.training.lora import attach_adapter
 
 
-def main(path: Path) -> None:
-    """Fine-tune as a run's config says, and tell the held-out loss before and after."""
+def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
+    """Fine-tune as a run's config says, and tell the held-out loss before and after.
+
+    Args:
+        path: of the config.
+        output: folder for the adapter and the tokenizer.
+        question: asked of the fine-tuned model at the end.
+    """
     from tasks.base_model import locate_base_model
 
     config = load_config(path)
@@ -49,6 +57,26 @@ def main(path: Path) -> None:
     for step, loss in enumerate(losses, start=1):
         sys.stdout.write(f"step {step}/{len(steps)}  loss {loss:.4f}  learning rate {rates[step - 1]:.2e}\n")
     sys.stdout.write(f"held-out loss {average_loss(model, held_out):.4f}\n")
+    prepared = prepare_tokenizer(base_model, config.model.chat_template)
+    if output is not None:
+        model.save_pretrained(str(output))
+        prepared.tokenizer.save_pretrained(str(output))
+        sys.stdout.write(f"adapter and tokenizer in {output}\n")
+    if question:
+        sys.stdout.write(f"{question}\n{answer(model, prepared, question, config.evaluation.max_new_tokens)}\n")
+
+
+@torch.no_grad()
+def answer(model: nn.Module, prepared: PreparedTokenizer, question: str, max_new_tokens: int) -> str:
+    """Return the model's greedy answer: the likeliest next token, again and again, until one that ends the turn."""
+    model.eval()
+    messages = [{"role": "user", "content": question}]
+    prompt: Any = prepared.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    tokens: list[int] = []
+    while len(tokens) < max_new_tokens and not set(tokens) & set(prepared.stop_token_ids):
+        input_ids = torch.tensor([[*prompt, *tokens]], device=next(model.parameters()).device)  # [1, T]
+        tokens.append(int(model(input_ids=input_ids).logits[0, -1].argmax()))
+    return str(prepared.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def tokenize(config: RunConfig, base_model: Path) -> tuple[list[Example], list[Example]]:
@@ -140,5 +168,15 @@ def average_loss(model: nn.Module, examples: Sequence[Example]) -> float:
     return total / num_trained if num_trained else float("nan")
 
 
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Supervised fine-tuning in plain PyTorch, one example at a time.")
+    parser.add_argument("config", type=Path, help="YAML config of a run; its model, data, tokenization and training")
+    parser.add_argument("--output", type=Path, help="folder for the adapter and the tokenizer")
+    parser.add_argument("--question", default="", help="asked of the fine-tuned model at the end")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = read_arguments()
+    main(given.config, output=given.output, question=given.question)

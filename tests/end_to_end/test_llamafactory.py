@@ -33,9 +33,10 @@ def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: 
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(value))
     (tmp_path / "my_sft.yaml").write_text(TRAIN)
     overrides = [f"model_name_or_path={BASE_MODEL}", "dataset=identity,talk", "max_samples=30", "num_train_epochs=1"]
-    command = [sys.executable, "-m", "flows.cli", "run", "my_sft.yaml", *overrides, "--report", "report.json"]
+    options = ["--report", "report.json", "--output", "merged", "--full-answers"]
+    command = [sys.executable, "-m", "flows.cli", "run", "my_sft.yaml", *overrides, *options]
     environment = {**command_environment, "PYTHONPATH": str(ROOT), "NPROC_PER_NODE": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())
     # 30 of the 40 rows, and all 20 of the other: a tenth of each is held out.
@@ -44,3 +45,8 @@ def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: 
     assert report["training"]["steps"] == 6  # 45 rows in steps of 1 x 8
     assert report["registry"]["name"] == "model-4b-lora-sft"
     assert "settings translated" in result.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1
+    assert "--output merged: is there already" in again.stderr

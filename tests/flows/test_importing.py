@@ -14,8 +14,12 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from flows.importing import count_devices, load_any
-from schemas.config import RunConfig
+from schemas.config import RunConfig, TrainingConfig
 from schemas.loading import ConfigError, load_config
+from tasks.models import load_model
+from tasks.training.checkpoints import Progress, take_snapshot, write_snapshot
+from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.process.messages import TrainingJob, write_job
 from tests.schemas.test_llamafactory import TRAIN
 
 _TOKENIZER = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "base_model"
@@ -160,6 +164,37 @@ def test_chat_answers_with_the_adapter(place: Path, models: tuple[Path, Path]) -
     assert {result.exit_code for result in answers.values()} == {0}, [result.output for result in answers.values()]
     assert answers["adapter"].stdout == answers["folder"].stdout == answers["merged"].stdout
     assert answers["adapter"].stdout != answers["base"].stdout
+
+
+def test_merge_takes_an_adapter_or_a_checkpoint(place: Path, models: tuple[Path, Path]) -> None:
+    base, adapter = models
+    result = call("merge", adapter, "merged", "--base-model", base)
+    assert result.exit_code == 0, result.output
+    # A checkpoint as a training leaves it: beside its job, with the names of what was trained.
+    config = TrainingConfig(rank=4, alpha=8)
+    job = TrainingJob(base, place / "tokens", place / "run", config, seed=0, identity="this")
+    (place / "run").mkdir()
+    write_job(job, place / "run" / "job.json")
+    (place / "tokens" / "tokenizer").mkdir(parents=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(place / "tokens" / "tokenizer")
+    parameters = collect_trained(attach_adapter(load_model(base), config, seed=0))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name.replace(".default.weight", ".weight")])
+    snapshot = take_snapshot(
+        parameters=parameters, optimizer=torch.optim.AdamW(parameters.values()), progress=Progress(7), identity="this"
+    )
+    assert snapshot is not None
+    checkpoint = write_snapshot(snapshot, place / "run" / "checkpoints", keep=1)
+    result = call("merge", checkpoint, "again")
+    assert result.exit_code == 0, result.output
+    one, other = (load_file(place / name / "model.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    asked = [call("chat", target, "--prompt", "Who?", "--max-tokens", "6").stdout for target in (checkpoint, "again")]
+    assert asked[0] == asked[1] != ""
+    assert "neither adapter_config.json nor" in call("merge", place / "data", "none").stderr
 
 
 def test_files_for_another_command_say_which(place: Path) -> None:

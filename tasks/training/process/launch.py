@@ -63,14 +63,14 @@ def run_training(
     _check_strategy(job.config)
     if in_place is None:
         in_place = _belongs_here(job)
-    if in_place:
-        return train_in_place(job, on_step, on_eval)
     job.run_folder.mkdir(parents=True, exist_ok=True)
     node = int(os.environ.get(NODE_RANK_VARIABLE, "0"))  # several machines may share the folder
     path, log = (
         job.run_folder / (name if node == 0 else f"node-{node}-{name}") for name in ("job.json", "process.log")
     )
-    write_job(job, path)
+    write_job(job, path)  # in place too: whoever opens a checkpoint later reads there what it is of
+    if in_place:
+        return train_in_place(job, on_step, on_eval)
     _release_gpu()
     with Supervisor(Listeners(on_step, on_eval, on_log), log, silence_seconds=silence_seconds) as supervisor:
         supervisor.start(["-m", "tasks.training.process.worker", str(path)], ahead=take_waiting())

@@ -1,3 +1,4 @@
+import os
 import pickle
 import random
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert again == draws
     step_once(others, other_optimizer)
     assert all(torch.equal(others[name], parameters[name]) for name in parameters)
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    flush = os.fsync
+
+    def note(descriptor: int) -> None:
+        if not (tmp_path / "step-000001").exists():
+            flushed.add(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    path = save(tmp_path, 1)
+    assert {file.stat().st_ino for file in (path, *path.iterdir())} <= flushed
 
 
 def test_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several ranks optimize the same sum as one: real processes over gloo."""
 
 import os
+import random
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch import nn
 
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch
-from tasks.training.checkpoints import Progress
+from tasks.training.checkpoints import Progress, restore_checkpoint, take_snapshot, write_snapshot
 from tasks.training.distributed import (
     check_ranks_agree,
     gather,
@@ -197,6 +198,27 @@ def fail_as_leader(number: int) -> list[int]:
     assert gather(number) == [0, 1]
     run_on_rank0(fail)
     return []
+
+
+def draw_around_a_checkpoint(number: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Draw what comes after a checkpoint, and once more after it was restored."""
+    torch.manual_seed(number)
+    random.seed(number)
+    parameters = {"a": nn.Parameter(torch.zeros(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=Progress(1), identity="x")
+    if snapshot is not None:
+        write_snapshot(snapshot, folder, keep=1)
+    gather(None)
+    draws = [*torch.rand(3).tolist(), random.random()]
+    restore_checkpoint(folder / "step-000001", parameters=parameters, optimizer=optimizer)
+    return draws, [*torch.rand(3).tolist(), random.random()]
+
+
+def test_each_rank_gets_its_own_random_states_back(tmp_path: Path) -> None:
+    ranks = on_two_ranks(draw_around_a_checkpoint, tmp_path / "checkpoints", folder=tmp_path / "ranks")
+    assert all(draws == again for draws, again in ranks)
+    assert ranks[0] != ranks[1]
 
 
 def test_error_of_the_leader_is_raised_by_all(tmp_path: Path) -> None:

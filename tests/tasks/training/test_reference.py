@@ -7,10 +7,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from peft import PeftModel
 
 from schemas.config import TrainingConfig
-from tasks.models import load_model
+from tasks.models import load_model, load_tokenizer
 from tasks.tokenization.labels import Example, write_ids
+from tasks.tokenization.templates import prepare_tokenizer
 from tasks.training.batches import iterate_steps
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
@@ -77,10 +79,21 @@ def test_runs_alone_from_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
         f"data: {{source: {tmp_path / 'rows.jsonl'}, eval_fraction: 0.25}}\n"
         "training: {rank: 4, micro_batch: 2, num_epochs: 8, learning_rate: 0.01}\n"
     )
-    main(tmp_path / "run.yaml")
-    lines = capsys.readouterr().out.splitlines()
+    main(tmp_path / "run.yaml", output=tmp_path / "adapter", question="say a")
+    told, _, answer = capsys.readouterr().out.partition("\nsay a\n")
+    *lines, saved = told[told.index("held-out loss ") :].splitlines()
     assert lines[0].startswith("held-out loss ")
     assert lines[-1].startswith("held-out loss ")
+    assert saved == f"adapter and tokenizer in {tmp_path / 'adapter'}"
+    model: Any = PeftModel.from_pretrained(load_model(base_model), str(tmp_path / "adapter")).eval()
+    tokenizer: Any = load_tokenizer(tmp_path / "adapter")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say a"}], add_generation_prompt=True, return_dict=False, return_tensors="pt"
+    )
+    stops = list(prepare_tokenizer(base_model, None).stop_token_ids)
+    output = model.generate(input_ids=ids, max_new_tokens=128, do_sample=False, eos_token_id=stops)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer == f"{expected}\n"
     # 6 of the 8 rows are trained, in steps of 2: 3 steps an epoch.
     assert [line.split()[1] for line in lines[1:-1]] == [f"{step}/24" for step in range(1, 25)]
     losses = [float(line.split()[3]) for line in lines[1:-1]]
