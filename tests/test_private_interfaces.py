@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parent.parent
 # What is used, as a pattern, and the one module that may use it.
 _USES = {
     r"_compile_jinja_template|_plain_template_data|_alias_reasoning_fields": "tasks/tokenization/rendering.py",
-    r"root_render_func|environment\.concat\b": "tasks/tokenization/fast/tracing.py",
+    r"root_render_func|environment\.concat\b": "tasks/tokenization/joins.py",
     r"__getstate__": "tasks/tokenization/fast/words.py",
     r"BADNESS_RE": "tasks/ingestion/rows/quality.py",
     r"cache_files": "tasks/ingestion/sources/hub.py",

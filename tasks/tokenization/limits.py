@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from jinja2 import Environment, Template
 from jinja2.runtime import markup_join, str_join
 
+from tasks.tokenization.joins import compile_with_joins
+
 MAX_SECONDS = 15.0
 MAX_SLOW_SECONDS = 30.0
 """Of processor time, for all renderings of a process together that take longer than SLOW_SECONDS each."""
@@ -82,14 +84,11 @@ def compile_limited(sandbox: Environment, source: str) -> Template:
     environment: Any = sandbox.overlay()
     environment.intercepted_binops = frozenset(environment.intercepted_binops | {"+", "*", "**"})
     environment.binop_table = {**environment.binop_table, "+": _add, "*": _multiply, "**": _raise_to_power}
-    environment.concat = _concat
     # They write something else every time.
     environment.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
     environment.filters = {name: value for name, value in environment.filters.items() if name != "random"}
-    compiled: Template = environment.from_string(source)
-    names: dict[str, Any] = compiled.root_render_func.__globals__
-    names["str_join"], names["markup_join"] = _limit_join(str_join), _limit_join(markup_join)
-    return compiled
+    joins = {"str_join": _limit_join(str_join), "markup_join": _limit_join(markup_join)}
+    return compile_with_joins(environment, source, concat=_concat, **joins)
 
 
 def _count_slow(seconds: float) -> None:

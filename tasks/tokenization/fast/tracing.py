@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import Environment, Template
 
+from tasks.tokenization.joins import compile_with_joins
 from tasks.tokenization.limits import TemplateLimitError, call_limited
 from tasks.tokenization.rendering import Chat, Message
 
@@ -139,7 +140,6 @@ def _watching(chat: Chat) -> Template:
     if chat in _WATCHING:
         return _WATCHING[chat]
     environment: Environment = chat.compiled.environment.overlay()
-    environment.concat = _join  # type: ignore[method-assign]
     trim, tests = environment.filters["trim"], environment.tests
     environment.filters = {
         **environment.filters,
@@ -150,10 +150,7 @@ def _watching(chat: Chat) -> Template:
         name: lambda value, test=tests[name]: isinstance(value, Watched) or test(value)
         for name in ("string", "iterable", "sequence")
     }
-    template = environment.from_string(chat.source)
-    names: dict[str, Any] = template.root_render_func.__globals__
-    names["str_join"] = names["markup_join"] = _join
-    names["str"] = _text
+    template = compile_with_joins(environment, chat.source, concat=_join, str_join=_join, markup_join=_join, str=_text)
     _WATCHING[chat] = template
     return template
 
