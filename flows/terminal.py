@@ -87,6 +87,9 @@ def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
     )
     for reason in entry.reasons:
         console.print(f"  {escape(reason)}")
+    for check in report.evaluation.checks:
+        if check.kind == "probe" and check.passed:  # those that did not pass are among the reasons
+            console.print(f"  {escape(check.finding)}", style="dim")
     for warning in report.evaluation.warnings:
         console.print(f"  [yellow]warning:[/] {escape(warning)}")
     wall = time.time() - psutil.Process().create_time()

@@ -14,7 +14,7 @@ import mlflow
 from mlflow.entities import Experiment, LifecycleStage, Param, Run, RunStatus, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from schemas.artifacts import DatasetRef, Ref, RunReport
 from schemas.config import RunConfig
@@ -190,14 +190,18 @@ def recall(parent_run_id: str, stage: str, kind: type[R]) -> R | None:
     """Return the result of a stage that an interrupted pipeline run had finished, or None.
 
     A parent run has one config, one dataset and one base model (a resume with others is refused), so that a stage
-    that finished under it need not run again, unless its files are gone or damaged, which the log says.
+    that finished under it need not run again, unless its files are gone or damaged, or another release wrote its
+    result, which the log says.
     """
     run = _find_stage_run(parent_run_id, stage)
     if run is None or run.info.status != "FINISHED" or RESULT_TAG not in run.data.tags:
         return None
-    ref = kind.model_validate_json(run.data.tags[RESULT_TAG])
     try:
+        ref = kind.model_validate_json(run.data.tags[RESULT_TAG])
         resolve(ref)
+    except ValidationError:
+        logger.warning("Stage %s is done again: its result was written by another release", stage)
+        return None
     except ArtifactError as error:
         logger.warning("Stage %s is done again: what it left is lost: %s", stage, error)
         return None

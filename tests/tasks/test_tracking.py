@@ -179,3 +179,11 @@ def test_an_experiment_of_before_gets_the_kind_too(tracked: Path) -> None:
     known = tracking.client().create_experiment("older")
     assert tracking.open_experiment("older") == known
     assert tracking.client().get_experiment(known).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_result_of_another_release_is_made_again(parent: str, caplog: pytest.LogCaptureFixture) -> None:
+    kept = _publish(parent, "rows of an old evaluation")
+    with tracking.stage_run(parent, "old") as run_id:
+        tracking.remember(run_id, kept)  # without the fields of today
+    assert tracking.recall(parent, "old", EvalReport) is None
+    assert "Stage old is done again: its result was written by another release" in caplog.text
