@@ -63,6 +63,7 @@ def sft_pipeline(
     seconds: dict[str, float] = {}
     title = describe_run(config)
     from flows import stages  # not at the top: see there
+    from flows.preflight import check_model
 
     stages.check_settings(config.registry.gate, config.evaluation.probes)
     gpu_stages.prepare()
@@ -71,6 +72,7 @@ def sft_pipeline(
             base_model = stages.locate_model(config.model)
             source = stages.locate_dataset(config.data)
             check_inputs(run, source, base_model)
+            check_model(tracking.resolve(base_model), config.training)
         with _clock(seconds, "ingest"):
             ingested = run_stage(stages.ingest, source, config.data, seed=config.seed, parent_run_id=run)
             dataset = ingested.result()

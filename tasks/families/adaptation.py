@@ -95,6 +95,8 @@ def plan_adaptation(model: Any, target_modules: Sequence[str]) -> AdaptationPlan
         FamilyError: a name is not in the text decoder; the message lists those that are. Or nothing would be adapted.
     """
     family = find_family(model.config)
+    if family.refused:
+        raise FamilyError(f"{model.config.model_type}: {family.refused}")
     found = list(_find_weights(model, family))
     if tuple(target_modules) == (ALL_LINEAR,):
         weights = tuple(found)

@@ -17,8 +17,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from tasks.families.classes import choose_class, read_config
+from tasks.families.classes import FamilyError, choose_class, read_config
 
 _PREFIX = "base_model.model."
 _STACK = 3
@@ -172,12 +173,14 @@ def read_changes(adapter: Path, skeleton: nn.Module) -> dict[str, Change]:
     return changes
 
 
-def build_skeleton(base_model: Path) -> nn.Module:
+def build_skeleton(base_model: Path) -> PreTrainedModel:
     """Build the model without weights (on the meta device), to ask it for names, layer types and ties."""
     try:
         config = read_config(base_model)
         with torch.device("meta"):
-            skeleton: nn.Module = choose_class(config, base_model)._from_config(config)
+            skeleton: PreTrainedModel = choose_class(config, base_model)._from_config(config)
+    except FamilyError as error:
+        raise MergeError(str(error)) from error
     except Exception as error:
         raise MergeError(f"{base_model}: no language model is described here ({error})") from error
     return skeleton

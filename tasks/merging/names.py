@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tasks.merging.changes import Change, LowRank, MergeError, Replacement
-from tasks.merging.shards import StoredTensor
+from tasks.merging.shards import FLOATS, StoredTensor
 
 _HOW = "its layout in the files is not one that a merge can be written in: choose a checkpoint as transformers saves it"
 
@@ -92,6 +93,34 @@ def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Chan
     return divided
 
 
+def check_layout(skeleton: Any, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint into which a change of the given weights could not be written.
+
+    Args:
+        skeleton: the model, without values; nothing attached.
+        stored: the checkpoint's tensors by name.
+        shapes: of the weights that would change, by their names in the model.
+
+    Raises:
+        MergeError: a weight is not among the files, is quantized, or has a layout that is not understood.
+    """
+    sources = find_sources(skeleton, stored)
+    ties: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
+    for name, shape in shapes.items():
+        found = sources.get(name) or sources.get(ties.get(name, ""))
+        if found is None:
+            raise name_missing(sources, skeleton, name)
+        quantized = next((tensor for tensor in found.tensors if tensor.dtype not in FLOATS), None)
+        if quantized is not None:
+            raise MergeError(
+                f"{quantized.name}: the base model stores {quantized.dtype}, and what is trained is merged into full "
+                "weights: choose the unquantized model (float32, bfloat16 or float16)"
+            )
+        *experts, num_out, num_in = shape
+        a, b = (torch.empty((*experts, *sides), device="meta") for sides in ((1, num_in), (num_out, 1)))
+        divide_change(name, LowRank(a, b, 1.0), found)
+
+
 def _order(sources: Sources) -> list[list[StoredTensor]]:
     """Return the groups of stored tensors in the order of the rule's patterns."""
     if sources.converter is None:
@@ -123,6 +152,6 @@ def _swaps_last(operation: Any, change: Change) -> bool:
 def name_missing(sources: Mapping[str, Sources], skeleton: nn.Module, name: str) -> MergeError:
     """Return the error for a changed tensor that no stored one makes."""
     return MergeError(
-        f"{name}: no stored tensor of the base model makes this weight of {type(skeleton).__name__} "
-        f"({len(sources)} do others): fetch the whole checkpoint again"
+        f"{name}: none of the base model's {len(sources)} stored weights is this one of {type(skeleton).__name__}: "
+        "fetch the whole checkpoint again, unquantized (float32, bfloat16 or float16)"
     )

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tasks.families.classes import choose_class
 
-VOCABULARY = 96
+VOCABULARY = 97
 _LAYERS = 2
 _HIDDEN = 32
 # Set wherever a family's config has the attribute.
