@@ -214,13 +214,16 @@ class TrainingConfig(Section):
     """Keep the dropout that the base model's own config asks for, if any. Off, the base computes as it does when it
     answers."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), min_length=1, title="Target modules")
-    """Names of the linear layers to adapt; all-linear means every one but the output head."""
+    """Names of the linear layers to adapt; all-linear means all of the text decoder, experts included, but routers and
+    the output head."""
     modules_to_save: tuple[str, ...] = Field(default=(), title="Fully trained modules")
     """Modules trained in full beside the adapter, such as embed_tokens."""
     use_rslora: bool = Field(default=False, title="Rank-stabilized LoRA")
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     use_dora: bool = Field(default=False, title="DoRA")
     """Weight-decomposed LoRA: slower, sometimes better at low rank."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0, title="Routers' auxiliary loss")
+    """Weight of the loss that keeps a mixture's experts evenly used. Empty: as the model's config.json says."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1.0, title="Learning rate")
     """Peak learning rate of AdamW."""
     scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine", title="Schedule")

@@ -53,6 +53,8 @@ class Batch:
     """Of a flat batch, B = 1: where its examples lie."""
     trained: Tensor | None = None
     """[N] of a flat batch: the positions that are learned, and some that are not, up to a round number."""
+    row_lengths: tuple[int, ...] = ()
+    """Tokens of each row without its padding; nothing where there is none."""
     dropout_key: int = 0
     """Of the fused decoder's dropout, from seed, step and number in the step."""
     weights: Tensor | None = None
@@ -252,6 +254,7 @@ def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:
         targets=torch.from_numpy(targets)[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
         example_ids=tuple(table.example_ids[index] for index in indices),
+        row_lengths=(num_tokens,),
         num_tokens=num_tokens,
         num_trained_tokens=num_trained_tokens,
         segments=Segments(torch.from_numpy(borders.astype(np.int32)), tuple(lengths)),
@@ -277,7 +280,7 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
     # The padding keeps counting from 0 as a segment of its own, so that it joins no example.
     weights = None if table.weights is None else np.zeros((len(rows), length), np.float32)
     position_ids = np.tile(np.arange(length), (len(rows), 1)) if is_packed else None
-    num_tokens = 0
+    row_lengths = []
     for number, row in enumerate(rows):
         start = 0
         for index in row:
@@ -292,13 +295,14 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
             start = stop
         if position_ids is not None:
             position_ids[number, start:] = np.arange(length - start)
-        num_tokens += start
+        row_lengths.append(start)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
         position_ids=None if position_ids is None else torch.from_numpy(position_ids),
         example_ids=tuple(table.example_ids[index] for row in rows for index in row),
-        num_tokens=num_tokens,
+        num_tokens=sum(row_lengths),
         num_trained_tokens=int((targets != IGNORE_INDEX).sum()),
+        row_lengths=tuple(row_lengths),
         **_describe_weights(weights, targets),
     )

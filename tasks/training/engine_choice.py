@@ -20,6 +20,7 @@ from tasks.training.general_engine import GeneralEngine, build_engine
 from tasks.training.lora import collect_trained
 from tasks.training.memory_fit import SMALLEST_FULL_FORWARD, agree, fit_memory
 from tasks.training.records import TrainingError
+from tasks.training.router_loss import find_router_loss
 from tasks.training.self_check import try_model, verify
 from tasks.training.sharding import is_sharded, is_zero
 from tasks.training.short_cuts import take_short_cuts
@@ -129,6 +130,7 @@ def _build_general(
         room_tokens=most_tokens,
         num_recomputed=engine.num_layers if config.gradient_checkpointing else 0,
         may_recompute=config.gradient_checkpointing is None,
+        router_loss=find_router_loss(engine.base, config),
     )
     if not is_sharded(config):
         engine = fit_general(engine, table, config, list(collect_trained(model).values()))

@@ -21,6 +21,7 @@ from tasks.training.batches import Batch, form_batch, form_flat_batch, form_flat
 from tasks.training.chunked_head import LOGITS_BYTES, compute_chunked_losses, is_head_frozen
 from tasks.training.flat_attention import FlatLayout, laid_out
 from tasks.training.loss import compute_token_losses
+from tasks.training.router_loss import RouterLoss
 from tasks.training.token_table import TokenTable, cut_by_length
 
 # Tokens of a flat pass below which nothing is gained by making it smaller.
@@ -58,6 +59,8 @@ class GeneralEngine:
     may_recompute: bool = False
     """Whether more of them may, where the memory is short."""
     logits_bytes: int = LOGITS_BYTES
+    router_loss: RouterLoss | None = None
+    """Added to the loss where gradients are taken."""
 
     @property
     def num_layers(self) -> int:
@@ -92,16 +95,23 @@ class GeneralEngine:
             layer.gradient_checkpointing = number < self.num_recomputed  # type: ignore[assignment]
         moved = batch.move(self.device)
         with autocast_to(self.dtype, self.device), self._lay_out(moved):
-            if not self.has_chunked_head:
-                return -compute_token_losses(self.model, moved)
-            return -compute_chunked_losses(
-                self.model,
-                self.base,
-                moved,
-                is_frozen=self.is_head_whole,
-                ops=choose_operations(self.device, self.dtype),
-                logits_bytes=self.logits_bytes,
-            )
+            if self.router_loss is None or not torch.is_grad_enabled():
+                return self._compute_log_probs(moved)
+            with self.router_loss.recorded() as seen:
+                log_probs = self._compute_log_probs(moved)
+            return log_probs - self.router_loss.share_out(seen, moved)
+
+    def _compute_log_probs(self, batch: Batch) -> Tensor:
+        if not self.has_chunked_head:
+            return -compute_token_losses(self.model, batch)
+        return -compute_chunked_losses(
+            self.model,
+            self.base,
+            batch,
+            is_frozen=self.is_head_whole,
+            ops=choose_operations(self.device, self.dtype),
+            logits_bytes=self.logits_bytes,
+        )
 
     def replay_gradient(self, batch: Batch, scale: float) -> None:
         """Nothing is recorded."""

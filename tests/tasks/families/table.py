@@ -11,15 +11,15 @@ TABLE = Path(__file__).parents[3] / "docs" / "models.md"
 _LEFT_ALONE = (ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS)
 _HEAD = """# Which models run, and how
 
-Made by `SFT_FAMILIES=all pytest tests/tasks/families/test_matrix.py`: a tiny model of each family with random weights is
-trained with `target_modules: all-linear`, merged, compared with the base tensor by tensor, loaded again and compared
+Made by `SFT_FAMILIES=all pytest tests/tasks/families/test_matrix.py`: a tiny model of each family with random weights
+is trained with `target_modules: all-linear`, merged, compared with the base tensor by tensor, loaded again and compared
 with base + adapter (fp32, on a CPU). Families are named as in `model_type` of `config.json`.
 
-- **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) go with the fused engine
-  only. NF4 goes with every family; experts that lie in one parameter stay in 16 bits there.
+- **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) go with the fused
+  engine only. NF4 packs linear layers; experts that lie in one parameter stay in 16 bits.
 - **Adapted**: linear weights of the text decoder that the adapter stands beside, of all; routed experts of a layer that
-  lie in one parameter count as one weight. Routers, the output head and embeddings are left alone unless they are named,
-  and so are the image and audio parts of a composite, which comes back whole from the merge.
+  lie in one parameter count as one weight. Routers, the output head and embeddings are left alone unless they are
+  named. The image and audio parts of a composite always are; it comes back whole from the merge.
 - **Packing**: packed examples lie end to end, or are padded side by side because the family's layers would mix them.
 - **Merge**: tensors of the files that changed, and that are the base's byte for byte.
 
