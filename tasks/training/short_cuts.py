@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tasks.decoder.attention import Attention, Segments, attend_one_by_one
+from tasks.families.packing import find_row_limit
 from tasks.memory import is_out_of_memory
 from tasks.training.base_dropout import find_dropout
 from tasks.training.batches import form_batch
@@ -55,6 +56,11 @@ def take_short_cuts(
         model.train()
         notes.append(f"this model's positions depend on the row's length above {longest:,} tokens: one example a pass")
         return replace(engine, micro_batch=1, keeps_packs=False), notes
+    limit = find_row_limit(engine.base.config.get_text_config())
+    if limit is not None and int(table.lengths.sum()) > limit[0]:
+        model.train()
+        notes.append(f"examples are padded side by side, each in a row of its own, which is slower: {limit[1]}")
+        return replace(engine, keeps_packs=False), notes
     kind, reason = _choose_attention(tried, trial, kinds if place == engine.device else (attend_one_by_one,), longest)
     if kind is None:
         notes.append(f"examples are padded side by side, which is slower than end to end: {reason}")

@@ -287,8 +287,8 @@ def build_model(case: str) -> PreTrainedModel:
     model: PreTrainedModel = kind._from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # a bias, or a scale that would hide what comes before it
-                parameter.uniform_(-0.2, 0.2)
+            # A bias, a scale that would hide what comes before it, or the embedding of the padding.
+            parameter[parameter == 0] = torch.rand(int((parameter == 0).sum())) * 0.4 - 0.2
     return model.float().eval()
 
 
