@@ -32,7 +32,7 @@ FAMILIES = (
     Family(("mamba2", "falcon_h1", "nemotron_h"), skipped={"out_proj": _MAMBA_KERNEL}),
     Family(("jamba",), skipped={"dt_proj": _READS_WEIGHT}),
     Family(
-        ("glm_moe_dsa", "deepseek_v32"),
+        ("glm_moe_dsa", "deepseek_v32", "deepseek_v4"),
         skipped={"indexer": "it chooses the positions that attention reads, and such a choice has no gradient"},
     ),
     Family(

@@ -93,7 +93,7 @@ def find_router_loss(base: Any, config: TrainingConfig) -> RouterLoss | None:
         )
     num_experts = getattr(base, "num_experts", None) or text.num_experts
     top_k = getattr(base, "num_experts_per_tok", None) or text.num_experts_per_tok
-    return RouterLoss(coefficient, compute, int(num_experts), int(top_k), routers, int(recorder.index))
+    return RouterLoss(coefficient, compute, int(num_experts), int(top_k), routers, int(getattr(recorder, "index", 0)))
 
 
 def _mask_padding(batch: Batch) -> Tensor | None:

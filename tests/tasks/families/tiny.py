@@ -195,7 +195,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "afmoe": {"num_dense_layers": 1, "layer_types": ["sliding_attention", "full_attention"]},
     "mimo_v2_flash": {**_DENSE_THEN_SPARSE, "layer_types": ["full_attention", "sliding_attention"]},
-    "deepseek_v4": {},
+    "deepseek_v4": {
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "compress_rates": {"heavily_compressed_attention": 8, "compressed_sparse_attention": 4},
+        "mlp_layer_types": ["moe", "moe"],
+        "o_groups": 2,
+        "o_lora_rank": 16,
+    },
     # recurrent
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
