@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.console import console, fail, load_for_data, prepare_environment
+from flows.console import console, fail, is_disk_trouble, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from schemas.config import RunConfig
@@ -60,6 +60,7 @@ def run(
         _export(loaded, config)
         return
     _check_is_free(output)
+    _check_home()
     from flows.temporary_server import starting_server
 
     with starting_server():
@@ -77,7 +78,7 @@ def run(
     except Exception as error:
         if report is not None:
             write_failure(report, error)
-        if not isinstance(error, ValueError):
+        if not isinstance(error, ValueError) and not is_disk_trouble(error):
             console.print_exception()
         fail(error)
     if report is not None:
@@ -94,6 +95,16 @@ def run(
 def _check_is_free(folder: Path | None) -> None:
     if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         fail(ConfigError(f"--output {folder}: is there already, and not empty: give a new folder"))
+
+
+def _check_home() -> None:
+    """End with a message where nothing can be written to SFT_HOME, before a minute of imports."""
+    from tasks.storage import HomeError, check_home
+
+    try:
+        check_home()
+    except HomeError as error:
+        fail(error)
 
 
 def _load(path: Path, overrides: list[str] | None, set_: list[str] | None) -> RunConfig | Translation:

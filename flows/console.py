@@ -1,5 +1,6 @@
 """What the commands of `sft` share: messages, the environment of a run, and a config for one dataset."""
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from schemas.loading import ConfigError, load_config, override_config
 
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "base_model"
 console = Console(stderr=True, highlight=False)
+_DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
 
 
 # C0 without tab and line feed, delete, C1, and the marks that turn the direction of text around.
@@ -40,6 +42,11 @@ def fail(error: Exception) -> NoReturn:
     console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
     console.print(make_visible(str(error)), markup=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+def is_disk_trouble(error: Exception) -> bool:
+    """Tell whether the disk is full, read-only, broken or not ours: nothing that a trace would explain."""
+    return isinstance(error, OSError) and error.errno in _DISK_TROUBLES
 
 
 def prepare_environment(*, cache: bool) -> None:

@@ -35,6 +35,10 @@ _digested: dict[_Stamp, str] = {}
 """Digests of files by their stamps, of this process."""
 
 
+class HomeError(ValueError):
+    """SFT_HOME cannot be used."""
+
+
 def home() -> Path:
     """Return SFT_HOME as an absolute path; it need not exist yet."""
     return Path(os.environ.get("SFT_HOME", ".sft")).absolute()
@@ -88,13 +92,22 @@ def new_folder() -> Iterator[Path]:
     """Give an empty folder on the cache's own file system; what is still there at the end is deleted.
 
     What killed processes have left is deleted too, when a process asks for its first folder.
+
+    Raises:
+        HomeError: nothing can be written there.
     """
     root = home() / "cache" / "new"
-    root.mkdir(parents=True, exist_ok=True)
-    if root not in _cleared:
-        _cleared.add(root)
-        clear_abandoned(root)
-    descriptor, name = tempfile.mkstemp(dir=root, suffix=_LOCK_SUFFIX)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if root not in _cleared:
+            _cleared.add(root)
+            clear_abandoned(root)
+        descriptor, name = tempfile.mkstemp(dir=root, suffix=_LOCK_SUFFIX)
+    except OSError as error:
+        raise HomeError(
+            f"SFT_HOME = {home()}: nothing can be written there ({error.strerror}): make room, or set SFT_HOME to a "
+            "folder that you may write to"
+        ) from error
     folder = Path(name.removesuffix(_LOCK_SUFFIX))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it however the process dies
@@ -104,6 +117,12 @@ def new_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         Path(name).unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def check_home() -> None:
+    """Make SFT_HOME where it is missing; raise HomeError where nothing can be written there."""
+    with new_folder():
+        pass
 
 
 def clear_abandoned(root: Path) -> list[Path]:

@@ -94,6 +94,14 @@ def test_what_a_killed_process_has_left_is_deleted_and_what_a_living_one_holds_i
     assert list(root.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["file/home", "/proc/1/home"])
+def test_a_home_that_cannot_be_written_to_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / place))
+    with pytest.raises(storage.HomeError, match=r"SFT_HOME = .*nothing can be written there \(.*set SFT_HOME"):
+        storage.check_home()
+
+
 def test_a_lock_ends_with_its_process() -> None:
     code = (
         "import os, signal\nfrom tasks import storage\nwith storage.hold_run('r'): os.kill(os.getpid(), signal.SIGKILL)"
