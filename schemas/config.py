@@ -378,6 +378,8 @@ class EvaluationConfig(Section):
     """Greedy decoding stops here at the latest."""
     questions: tuple[str, ...] = Field(default=(), title="Free questions")
     """Asked of both models and shown side by side, without a score."""
+    system_message: str = Field(default="", title="System message of the questions")
+    """Said before each free question. Held-out rows have their own."""
     num_resamples: int = Field(default=2000, ge=100, le=100_000, title="Bootstrap resamples")
     """For the paired confidence intervals."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, title="Confidence")

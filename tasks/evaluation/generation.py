@@ -150,8 +150,15 @@ def find_stop_ids(
     return frozenset(stop_ids | ({target[-1] for target in targets if target} & added))
 
 
-def render_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def render_questions(
+    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, system: str = ""
+) -> list[list[int]]:
     """Turn each question into the ids of a conversation's first turn, ready for the answer.
+
+    Args:
+        questions: a user message each.
+        tokenizer: with its chat template.
+        system: message before each; none where it is empty.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -162,7 +169,8 @@ def render_questions(questions: Sequence[str], tokenizer: PreTrainedTokenizerBas
         )
     prompts: list[list[int]] = []
     for question in questions:
-        messages = [{"role": "user", "content": question}]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
         ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         prompts.append(list(ids))
     return prompts

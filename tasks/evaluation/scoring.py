@@ -103,7 +103,7 @@ def evaluate_sets(
     held_out = read_examples(tokens / "eval.parquet", config.max_examples)
     sets = {name: read_examples(file, None) for name, file in (probes or {}).items()}
     everything = [example for examples in (held_out, *sets.values()) for example in examples]
-    questions = render_questions(config.questions, tokenizer)
+    questions = render_questions(config.questions, tokenizer, system=config.system_message)
     device = choose_device()
     model = load_model(model_folder, dtype=choose_dtype(precision, device), device=device)
     _check_context(model, everything)

@@ -139,6 +139,8 @@ def test_stop_ids_are_every_eos_and_the_special_ends_of_the_references(tokenizer
 
 def test_questions_are_asked_with_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     assert render_questions(["who are you ?"], tokenizer) == [[2, 5, 6, 7, 8, 4, 3]]
+    # <|system|> is no word of this tokenizer: 0.
+    assert render_questions(["who ?"], tokenizer, system="you") == [[0, 7, 4, 2, 5, 8, 4, 3]]
     assert decode(tokenizer, [7, 8, 4]) == "you ?"
 
 
