@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.evaluation.flat import UnsupportedModelError
@@ -161,7 +162,7 @@ def render_questions(
         system: message before each; none where it is empty.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or it refuses a question.
     """
     if questions and not tokenizer.chat_template:
         raise ValueError(
@@ -171,7 +172,16 @@ def render_questions(
     for question in questions:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": question})
-        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        try:
+            ids: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"evaluation.questions: the chat template refuses {question!r:.80}"
+                + (" with evaluation.system_message before it" if system else "")
+                + f" ({error}): leave it out, or set model.chat_template"
+            ) from None
         prompts.append(list(ids))
     return prompts
 

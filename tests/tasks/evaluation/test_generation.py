@@ -144,6 +144,14 @@ def test_questions_are_asked_with_the_chat_template(tokenizer: PreTrainedTokeniz
     assert decode(tokenizer, [7, 8, 4]) == "you ?"
 
 
+def test_template_that_refuses_a_system_message_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refuse + str(tokenizer.chat_template)
+    assert render_questions(["who ?"], tokenizer) == [[2, 5, 8, 4, 3]]
+    with pytest.raises(ValueError, match=r"with evaluation.system_message before it \(no system role\)"):
+        render_questions(["who ?"], tokenizer, system="you")
+
+
 def test_questions_without_a_chat_template_are_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"evaluation\.questions.*model\.chat_template"):
