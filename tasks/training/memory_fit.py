@@ -4,6 +4,7 @@ A forward and backward pass takes, at its peak, a fixed amount and so many bytes
 tokens give both, once with everything kept and once with every layer recomputed; the rest is arithmetic.
 """
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tasks.memory import is_out_of_memory
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.distributed import gather
 from tasks.training.engines import FusedEngine
@@ -73,13 +75,18 @@ def fit_memory(
     most_tokens = min(most_tokens, LARGEST_FORWARD)
     small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)
     kept = _measure(engine, trained, longest) if recompute is not True or not engine.num_layers else None
+    fewest = max(longest, _TRIALS[0])
     logger.info("Free for a forward pass: %.1f GiB; everything kept: %s", free_bytes / 2**30, kept)
     if kept is not None:
         tokens = kept.count_tokens(free_bytes)
         if recompute is False or not engine.num_layers or tokens >= min(most_tokens, SMALLEST_FULL_FORWARD):
             return _plan(engine, tokens, most_tokens)
+    if recompute is False or not engine.num_layers:
+        return _plan(engine, fewest, most_tokens)
     lean = _measure(small, trained, longest)
     logger.info("Every layer recomputed: %s", lean)
+    if lean is None:
+        return _plan(small, fewest, most_tokens)
     tokens = lean.count_tokens(free_bytes)
     if kept is None or min(tokens, most_tokens) <= SMALLEST_FULL_FORWARD:
         return _plan(small, tokens, most_tokens)
@@ -98,11 +105,25 @@ def agree(engine: AnyEngine) -> AnyEngine:
     return replace(engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes, room_tokens=room)
 
 
-def _measure(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -> Need:
-    """Do two passes with made-up tokens; the trained parameters' gradient is left as it was: none."""
+def _measure(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -> Need | None:
+    """Do two passes with made-up tokens; None where these do not fit. No gradient is left behind."""
+    try:
+        return _do_passes(engine, trained, longest)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    for parameter in trained:
+        parameter.grad = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def _do_passes(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -> Need:
+    """Return what two passes took."""
     length = _EXAMPLE_TOKENS
     if isinstance(engine, GeneralEngine) and engine.attend is None:
-        length = max(length, longest)
+        length = max(length, min(longest, _TRIALS[1]))
     sizes = [max(tokens, number * length) for number, tokens in enumerate(_TRIALS, start=1)]
     peaks = []
     for size in sizes:
