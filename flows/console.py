@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from flows.environment import run_defaults
 from schemas.config import RunConfig
 from schemas.loading import ConfigError, load_config, override_config
+from tasks.storage import HomeError, make_home
 
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "base_model"
 console = Console(stderr=True, highlight=False)
@@ -51,6 +53,8 @@ def is_disk_trouble(error: Exception) -> bool:
 
 def prepare_environment(*, cache: bool) -> None:
     """Set what Prefect and the model libraries read at import; what the user has set stays."""
+    with suppress(OSError, HomeError):  # a command that writes nothing can do without; the others say it
+        (make_home() / "prefect").mkdir(exist_ok=True)
     for name, value in run_defaults().items():
         os.environ.setdefault(name, value)
     if not cache:

@@ -16,12 +16,13 @@ def serve() -> None:
     """Start the Prefect and MLflow servers and a CPU and a GPU worker on this machine, in the background.
 
     These variables say how: SFT_HOST, SFT_PUBLIC_HOST, SFT_PREFECT_PORT, SFT_MLFLOW_PORT, SFT_DATABASE_URL (of a
-    PostgreSQL server), SFT_ARTIFACTS (folder or s3://bucket), SFT_ALLOWED_ORIGINS (pages of a reverse proxy), SFT_AUTH
-    (off: no log-in, on this machine only).
+    PostgreSQL server), SFT_ARTIFACTS (folder or s3://bucket), SFT_ALLOWED_ORIGINS (pages of a reverse proxy),
+    SFT_DATA_ROOTS (what runs from the form may read), SFT_AUTH (off: no log-in, on this machine only).
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    from flows.service import lifecycle, settings
+    from flows.service import lifecycle, processes, settings
 
+    os.umask(processes.PRIVATE)
     try:
         service = lifecycle.serve(settings.read_settings(), say=console.print)
         out = Console(highlight=False)

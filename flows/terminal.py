@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,11 @@ from rich.text import Text
 from flows.checking import Check
 from flows.cleaning import Waste, measure
 from flows.console import escape, make_visible
+from flows.environment import DATABASE_VARIABLE, run_defaults
 from schemas.artifacts import ComparisonReport, Delta, RunReport
 from tasks import storage, tracking
 from tasks.evaluation.verdict import judge
+from tasks.sqlite_files import find_path, make_address
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
 _STAGES = "prefect.task_runs"
@@ -233,7 +236,10 @@ def _cell(text: str) -> str:
 
 
 def _script(name: str) -> str:
-    path = Path(sys.executable).parent / name
+    return _short(Path(sys.executable).parent / name)
+
+
+def _short(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -242,17 +248,21 @@ def _mlflow_command(run_id: str) -> str:
     if link is not None:
         return link
     uri = tracking.tracking_uri()
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and file.is_relative_to(Path.cwd()):
-        uri = f"sqlite:///{file.relative_to(Path.cwd())}"
-    return f"{_script('mlflow')} ui --backend-store-uri {uri}   then http://127.0.0.1:5000"
+    file = find_path(uri)
+    if file is not None and file.is_relative_to(Path.cwd()):
+        uri = make_address(file.relative_to(Path.cwd()))
+    return f"{_script('mlflow')} ui --backend-store-uri {shlex.quote(uri)}   then http://127.0.0.1:5000"
 
 
 def _prefect_command(flow_run_id: str) -> str:
     address = os.environ.get("PREFECT_UI_URL") or os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     if address:
         return f"{address}/runs/flow-run/{flow_run_id}"
-    return f"{_script('prefect')} server start   then http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"
+    page = f"then http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"
+    if os.environ.get(DATABASE_VARIABLE) != run_defaults()[DATABASE_VARIABLE]:
+        return f"{_script('prefect')} server start   {page}"
+    home = shlex.quote(_short(storage.home() / "prefect"))  # whose prefect.db is the one
+    return f"PREFECT_HOME={home} {_script('prefect')} server start   {page}"
 
 
 def show_waste(waste: list[Waste], days: float, *, dry_run: bool) -> None:

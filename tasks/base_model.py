@@ -5,6 +5,7 @@ from pathlib import Path
 
 from schemas.artifacts import ModelRef
 from schemas.config import ModelConfig, TokenizationConfig
+from tasks.allowed_roots import check_allowed
 from tasks.families.files import PROCESSOR_FILES
 from tasks.families.weights import WeightsError, check_weights
 from tasks.storage import digest_folder
@@ -80,9 +81,12 @@ def limit_length(config: TokenizationConfig, folder: Path, name: str) -> tuple[T
 
 def _expand(name: str) -> Path:
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
     except RuntimeError as error:
         raise BaseModelError(f"model.base_model = {name!r}: {error}: write the whole path") from None
+    if _is_path(name):
+        check_allowed(path, "model.base_model")
+    return path
 
 
 def _is_path(name: str) -> bool:

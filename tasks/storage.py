@@ -44,6 +44,32 @@ def home() -> Path:
     return Path(os.environ.get("SFT_HOME", ".sft")).absolute()
 
 
+def make_home() -> Path:
+    """Return SFT_HOME, made for its owner alone when it is missing; one that is there keeps its mode.
+
+    Raises:
+        HomeError: it cannot be made.
+    """
+    folder = home()
+    if not folder.is_dir():
+        with _explained():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)  # names, data and models are in it
+    return folder
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise a HomeError for what the system says of SFT_HOME."""
+    try:
+        yield
+    except OSError as error:
+        raise HomeError(
+            f"SFT_HOME = {home()}: nothing can be written there ({error.strerror}): make room, or set SFT_HOME to a "
+            "folder that you may write to"
+        ) from error
+
+
 def digest_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal, read in slices.
 
@@ -96,18 +122,13 @@ def new_folder() -> Iterator[Path]:
     Raises:
         HomeError: nothing can be written there.
     """
-    root = home() / "cache" / "new"
-    try:
+    root = make_home() / "cache" / "new"
+    with _explained():
         root.mkdir(parents=True, exist_ok=True)
         if root not in _cleared:
             _cleared.add(root)
             clear_abandoned(root)
         descriptor, name = tempfile.mkstemp(dir=root, suffix=_LOCK_SUFFIX)
-    except OSError as error:
-        raise HomeError(
-            f"SFT_HOME = {home()}: nothing can be written there ({error.strerror}): make room, or set SFT_HOME to a "
-            "folder that you may write to"
-        ) from error
     folder = Path(name.removesuffix(_LOCK_SUFFIX))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it however the process dies
@@ -193,7 +214,7 @@ def _keep_copy(folder: Path, digest: str) -> Path:
 
 def run_folder(mlflow_run_id: str) -> Path:
     """Return the folder of one pipeline run's checkpoints, made when missing."""
-    folder = home() / "runs" / mlflow_run_id
+    folder = make_home() / "runs" / mlflow_run_id
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

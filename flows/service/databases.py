@@ -8,6 +8,7 @@ from sqlalchemy.engine import URL, make_url
 
 from flows.service.settings import ServiceError, ServiceSettings
 from tasks import storage
+from tasks.sqlite_files import make_address
 from tasks.tracking.database import prepare_database
 
 _MAINTENANCE = "postgres"
@@ -30,13 +31,12 @@ def prepare_databases(settings: ServiceSettings) -> DatabaseUrls:
         ServiceError: PostgreSQL is not reached, refuses the log-in, or does not let this user make databases.
     """
     if settings.database_url is None:
-        home = storage.home()
-        home.mkdir(parents=True, exist_ok=True)
+        home = storage.make_home()
         prepare_database(home / "mlflow.db", artifact_root="mlflow-artifacts:/")
         return DatabaseUrls(
-            prefect=f"sqlite+aiosqlite:///{home / 'prefect.db'}",
-            mlflow=f"sqlite:///{home / 'mlflow.db'}",  # the file of runs without servers: they appear on the pages
-            mlflow_users=f"sqlite:///{settings.folder / 'users.db'}",
+            prefect=make_address(home / "prefect.db", driver="aiosqlite"),
+            mlflow=make_address(home / "mlflow.db"),  # the file of runs without servers: they appear on the pages
+            mlflow_users=make_address(settings.folder / "users.db"),
         )
     url = make_url(settings.database_url)
     prefix = url.database or "sft"

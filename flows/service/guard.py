@@ -77,6 +77,11 @@ def create_mlflow() -> Guard:
 
     It asks for a log-in unless SFT_AUTH is `off`.
     """
+    from mlflow.server import app as flask_app
+
+    from flows.service.artifact_locations import keep_locations
+
+    keep_locations(flask_app)
     if os.environ.get(AUTH) == "off":
         from mlflow.server.fastapi_app import app
     else:

@@ -1,5 +1,6 @@
 """`sft serve` and `sft stop`: all servers and workers of this machine, up or down."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from flows.service.credentials import (
 )
 from flows.service.databases import prepare_databases
 from flows.service.settings import ServiceSettings
+from tasks.storage import make_home
 
 _WORKER_SECONDS = 120.0
 _GPU_RUNS = 1  # as the concurrency limits in prefect.yaml
@@ -42,6 +44,7 @@ class Service:
         Args:
             show_password: tell a new password, once; it stays in its file otherwise. Only for a person's terminal.
         """
+        client = shlex.quote(str(client_file(self.folder)))
         where = f"SFT_PASSWORD in {credentials_file(self.folder)}"
         password, told = "password", f"the password is {where}"
         if show_password and self.new_password:
@@ -57,7 +60,7 @@ class Service:
             f"Prefect [bold]{self.prefect_page}[/]  runs, schedules, the form to start a run",
             f"MLflow  [bold]{self.mlflow_page}[/]  results, artifacts, the model registry",
             *(login if self.user is not None else []),
-            f"Shell   set -a; . {client_file(self.folder)}; set +a   points the commands here at these servers",
+            f"Shell   set -a; . {client}; set +a   points the commands here at these servers",
             f"Logs    {self.folder / 'logs'}",
             f"Ready after {self.seconds:.0f} s. `make stop` ends all of it.",
         ]
@@ -70,6 +73,7 @@ def serve(settings: ServiceSettings, *, say: Callable[[str], None]) -> Service:
         ServiceError: something cannot be started; what this call started is stopped again.
     """
     began = time.monotonic()
+    make_home()
     with processes.only_one(settings.folder):
         credentials = load_credentials(settings.folder) if settings.auth else None
         client = client_variables(settings, credentials)

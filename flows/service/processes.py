@@ -28,6 +28,7 @@ _LOG_TAIL_LINES = 15
 _SWEEPS = 3
 # Of a process without an environment: it has one within microseconds, or was started with none.
 _ASKED, _ASK_SECONDS = 4, 0.01
+PRIVATE = 0o077  # what servers, workers and runs write is their owner's: databases 600, folders 700
 _KERNEL = 2  # parent of the kernel's own threads
 
 
@@ -37,7 +38,7 @@ def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[
         return
     log = log_file(folder, name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with open(log, "ab", opener=_open_private) as output:
         process = subprocess.Popen(
             command,
             env={**environment, _MARK: str(folder)},
@@ -46,6 +47,7 @@ def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=PRIVATE,
         )
     process.returncode = 0  # it is meant to outlive this command: no warning that it still runs
     started = psutil.Process(process.pid).create_time()
@@ -179,6 +181,10 @@ def _end(ask: Sequence[psutil.Process], wait_for: Sequence[psutil.Process]) -> N
 def _send(process: psutil.Process, number: int) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(number)  # psutil compares start times first
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _record_file(folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from flows.service import guard, processes
 from flows.service.credentials import Credentials
 from flows.service.databases import DatabaseUrls
 from flows.service.settings import ServiceError, ServiceSettings
+from tasks.allowed_roots import ROOTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT, MLFLOW, CPU_WORKER, GPU_WORKER = "prefect-server", "mlflow-server", "cpu-worker", "gpu-worker"
@@ -94,7 +95,8 @@ def start_worker(settings: ServiceSettings, name: str, client: Mapping[str, str]
     from flows.environment import run_defaults
 
     # Asked five times as often as by default: a run with its stages on the GPU pool waits four or five times.
-    defaults = {**run_defaults(), "PREFECT_WORKER_QUERY_SECONDS": "2"}
+    roots = (settings.folder.parent, Path.cwd(), ROOT / "deploy" / "demo")
+    defaults = {**run_defaults(), "PREFECT_WORKER_QUERY_SECONDS": "2", ROOTS: os.pathsep.join(map(str, roots))}
     environment = {**defaults, **base_environment(settings), **client}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process", "--pool", POOLS[name]]
     command += ["--name", f"{name}-{socket.gethostname()}"]

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
+from tasks.allowed_roots import check_allowed
 from tasks.models import load_tokenizer
 from tasks.tokenization.endings import find_anchor
 from tasks.tokenization.errors import MaskError
@@ -193,6 +194,7 @@ def _set_template_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         raise TemplateError(
             f"model.chat_template = {str(path)!r}: give {' or '.join(BUILT_IN)}, or the path of a .jinja file"
         )
+    check_allowed(path, "model.chat_template")
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -3,33 +3,31 @@
 import logging
 import os
 from functools import cache
-from pathlib import Path
 
 import mlflow
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from tasks import storage
+from tasks.sqlite_files import find_path, make_address
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
-_SQLITE = "sqlite:///"
 
 
 def tracking_uri() -> str:
     """Return MLFLOW_TRACKING_URI, or the SQLite file under SFT_HOME."""
-    return os.environ.get(_URI_VARIABLE) or f"sqlite:///{storage.home() / 'mlflow.db'}"
+    return os.environ.get(_URI_VARIABLE) or make_address(storage.home() / "mlflow.db")
 
 
 @cache
 def _client_for(uri: str) -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    if uri.startswith(_SQLITE):
-        from tasks.tracking.database import (
-            prepare_database,
-        )  # loads MLflow's store, which a server's clients do without
+    if (file := find_path(uri)) is not None:
+        # It loads MLflow's store, which clients of a server do without.
+        from tasks.tracking.database import prepare_database
 
-        prepare_database(Path(uri.removeprefix(_SQLITE)), artifact_root=str(storage.home() / "artifacts"))
+        prepare_database(file, artifact_root=str(storage.home() / "artifacts"))
     return MlflowClient(tracking_uri=uri)
 
 

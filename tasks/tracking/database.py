@@ -13,6 +13,9 @@ from pathlib import Path
 
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from tasks import storage
+from tasks.sqlite_files import make_address
+
 _log = logging.getLogger(__name__)
 _SIDE_FILES = ("-journal", "-wal", "-shm")  # what SQLite keeps beside a database
 # What MLflow's store has written last when it is whole: its first experiment. Without one there can be no run.
@@ -34,6 +37,7 @@ def prepare_database(path: Path, *, artifact_root: str) -> None:
     try:
         if _is_whole(path):
             return
+        storage.make_home()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # which the kernel gives back however this process ends
@@ -62,14 +66,11 @@ def _make(path: Path, artifact_root: str) -> None:
     for each in (path, new):
         for suffix in ("", *_SIDE_FILES):
             each.with_name(each.name + suffix).unlink(missing_ok=True)
-    store = SqlAlchemyStore(sqlite_uri(new), artifact_root)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    store = SqlAlchemyStore(make_address(new), artifact_root)
     store.engine.dispose()
     with new.open("rb+") as file:
         os.fsync(file.fileno())
     new.chmod(0o600)  # it names people, data and models
     new.replace(path)
-
-
-def sqlite_uri(path: Path) -> str:
-    """Return the address of a SQLite file as SQLAlchemy and MLflow take it."""
-    return f"sqlite:///{path}"

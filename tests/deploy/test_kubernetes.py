@@ -65,8 +65,8 @@ def test_a_run_cannot_bring_a_command_an_image_or_a_volume_of_its_own() -> None:
 def test_it_starts_runs_as_the_pool_of_processes_does() -> None:
     (container,) = _read_template()["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
     here = shlex.split(read_job_template("gpu")["job_configuration"]["command"])
-    assert [f"{each['name']}={each['value']}" for each in container["env"]] == here[1:3]
-    assert container["args"][1:] == here[4:] == ["-m", "prefect.engine"]
+    assert [f"{each['name']}={each['value']}" for each in container["env"]] == here[1:4]
+    assert container["args"][1:] == here[5:] == ["-m", "prefect.engine"]
 
 
 def test_a_slip_in_the_template_is_found() -> None:

@@ -198,6 +198,8 @@ def service_environment(home: Path, **variables: str) -> dict[str, str]:
         "SFT_HOME": str(home),
         "SFT_PREFECT_PORT": str(free_port()),
         "SFT_MLFLOW_PORT": str(free_port()),
+        # Tests write their rows beside the home, and take the demo's base model.
+        "SFT_DATA_ROOTS": os.pathsep.join([str(home.parent), str(ROOT)]),
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # in place of 10: tests need not wait as long for each run
         **variables,
     }

@@ -54,3 +54,33 @@ def test_pipeline_runs_wait_in_a_line_of_their_own(service: Service) -> None:
 def _queues(service: Service) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = service.prefect("POST", "/work_pools/cpu/queues/filter", {})
     return found
+
+
+def test_what_the_service_writes_is_its_owners_alone(service: Service) -> None:
+    pages = service.home / "prefect" / "ui"  # copied with the modes that they are installed with
+    written = [path for path in service.home.rglob("*") if not path.is_symlink() and not path.is_relative_to(pages)]
+    assert [path for path in (service.home, *written) if path.stat().st_mode & 0o077] == []
+    assert {"mlflow-server.log", "mlflow.db" if _is_sqlite(service) else "credentials.env"} <= {
+        path.name for path in service.home.rglob("*")
+    }
+
+
+def _is_sqlite(service: Service) -> bool:
+    return "SFT_DATABASE_URL" not in service.environment
+
+
+def test_a_form_reads_no_file_outside_the_roots(service: Service, tmp_path: Path) -> None:
+    small = small_config(tmp_path)
+    run = service.start(_PIPELINE, {"config": {**small, "data": {"source": "/etc/passwd"}}})
+    message = service.wait(run, {"Failed"}, seconds=300)["state"]["message"]
+    assert "OutsideRootsError" in message
+    assert "/etc/passwd is not below" in message
+
+
+def test_an_experiment_keeps_its_artifacts_where_the_server_says(service: Service, tmp_path: Path) -> None:
+    url = f"{service.client['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/create"
+    login = (service.client["MLFLOW_TRACKING_USERNAME"], service.client["MLFLOW_TRACKING_PASSWORD"])
+    wanted = {"name": "elsewhere", "artifact_location": str(tmp_path)}
+    answer = httpx.post(url, json=wanted, auth=login)
+    assert (answer.status_code, answer.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert httpx.post(url, json={"name": "elsewhere"}, auth=login).status_code == 200

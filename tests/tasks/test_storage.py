@@ -43,6 +43,15 @@ def test_kept_folder_is_found_and_an_equal_one_changes_nothing() -> None:
         assert storage.cached_folder(digest) == kept
 
 
+def test_a_new_home_is_its_owners_alone_and_an_old_one_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / "new" / "home"))
+    assert storage.make_home().stat().st_mode & 0o777 == 0o700
+    storage.home().chmod(0o755)
+    assert storage.make_home().stat().st_mode & 0o777 == 0o755
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[Path]:
     """A folder on another file system than SFT_HOME: in memory, mounted where that is allowed."""

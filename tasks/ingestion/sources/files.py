@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.layouts import Reading
 
@@ -91,6 +92,7 @@ def find_in_folder(folder: Path) -> Source:
         if kind is None or path.name in METADATA_NAMES:
             skipped.append(relative.as_posix())
         else:
+            check_allowed(path, str(folder))  # it may be a link
             files.append(SourceFile(path, relative.as_posix(), kind))
     if not files:
         raise DataError(f"{folder}: the folder holds no dataset file: known endings are {KNOWN}")

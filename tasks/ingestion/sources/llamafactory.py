@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.layouts import Reading
 from tasks.ingestion.rows.messages import DEFAULT_TAGS, FUNCTION_CALL, ROLES, Tags
@@ -125,6 +126,7 @@ def _find_files(path: Path, where: str, entry: dict[str, Any]) -> Source:
             "download the file and name it in file_name"
         )
     file = path.parent / file_name
+    check_allowed(file, where)
     if file.is_dir():
         return find_in_folder(file)
     if not file.exists():

@@ -4,11 +4,14 @@ import hashlib
 from pathlib import Path
 
 from schemas.config import DataConfig, DatasetConfig
+from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
 from tasks.ingestion.sources.hub import find_on_hub
 from tasks.ingestion.sources.llamafactory import read_index, split_index_name
 from tasks.storage import digest_file
+
+_SETTINGS = "data.source, data.eval_source or data.mixture"
 
 
 def digest_source(config: DataConfig) -> str:
@@ -44,6 +47,7 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
 
     Raises:
         DataError: the path is missing, holds no rows, or neither folder nor hub knows the name.
+        OutsideRootsError: the path is none that the service reads.
     """
     name = dataset.source
     try:
@@ -53,14 +57,17 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
     index, chosen = split_index_name(name)
     path = Path(name).expanduser()
     if index is not None:
+        check_allowed(index, _SETTINGS)
         return read_index(index, chosen)
+    if looks_like_a_path(name) or path.exists():
+        check_allowed(path, _SETTINGS)
     if path.is_dir():
         return (find_in_folder(path),)
     if path.exists():
         return (Source(name, (SourceFile(path, path.name, kind_of_file(path)),)),)
     if looks_like_a_path(name):
         raise DataError(
-            f"{name}: no such file or folder (looked in {Path.cwd()}): "
-            "correct data.source, data.eval_source or data.mixture; a hub dataset is written org/name"
+            f"{name}: no such file or folder (looked in {Path.cwd()}): correct {_SETTINGS}; "
+            "a hub dataset is written org/name"
         )
     return (find_on_hub(name, dataset.subset, dataset.split, dataset.revision),)
