@@ -259,7 +259,8 @@ def _prefect_command(flow_run_id: str) -> str:
     if address:
         return f"{address}/runs/flow-run/{flow_run_id}"
     page = f"then http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"
-    if os.environ.get(DATABASE_VARIABLE) != run_defaults()[DATABASE_VARIABLE]:
+    ours = run_defaults().get(DATABASE_VARIABLE)
+    if ours is None or os.environ.get(DATABASE_VARIABLE) != ours:
         return f"{_script('prefect')} server start   {page}"
     home = shlex.quote(_short(storage.home() / "prefect"))  # whose prefect.db is the one
     return f"PREFECT_HOME={home} {_script('prefect')} server start   {page}"
