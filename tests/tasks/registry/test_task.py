@@ -20,8 +20,8 @@ def tokens(tmp_path: Path) -> TokensRef:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     return TokensRef(
-        uri=tmp_path.as_uri(),
-        digest="t",
+        uri=str(tmp_path),
+        digest=storage.digest_folder(tmp_path),
         rows_train=1,
         rows_eval=1,
         num_examples=1,
@@ -45,7 +45,7 @@ def test_a_champion_is_asked_only_rows_in_its_own_tokens_and_template(tokens: To
 def test_a_recorded_evaluation_counts_for_the_model_that_it_measured(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"rows")
     evaluation = EvalReport(
-        uri=tmp_path.as_uri(),
+        uri=str(tmp_path),
         digest=storage.digest_folder(tmp_path),
         model_digest="m",
         conditions="c",
