@@ -79,3 +79,23 @@ def test_the_libraries_that_decide_a_result_count_with_their_versions(stage: str
     assert not {"prefect", "mlflow"} & versions.keys()
     # What is not there is an option that this machine does not have, or an old Python's.
     assert {name for name, version in versions.items() if version == "absent"} <= {"flash-attn", "tomli", "triton"}
+
+
+def test_files_are_found_by_hand(tmp_path: Path) -> None:
+    texts = {
+        "tasks/__init__.py": "",
+        "tasks/start.py": "from tasks import near\nimport tasks.room.far\n",
+        "tasks/near.py": "A = 1\n",
+        "tasks/room/__init__.py": "B = 2\n",
+        "tasks/room/far.py": "C = 3\n",
+        "tasks/room/page.html": "D",
+        "tasks/unused.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = {path.relative_to(tmp_path).as_posix() for path in list_files("tasks.start", tmp_path)}
+    assert found == set(texts) - {"tasks/unused.py"}
+    before = digest_files("tasks.start", tmp_path)
+    (tmp_path / "tasks/room/page.html").rename(tmp_path / "tasks/room/pages.html")
+    assert digest_files("tasks.start", tmp_path) != before  # the same contents, one of them under another name
