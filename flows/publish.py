@@ -14,6 +14,7 @@ from schemas.artifacts import DatasetRecipe, Published
 from schemas.config import DatasetConfig, RunConfig
 from schemas.loading import load_config, override_config, parse_config
 from tasks import tracking
+from tasks.allowed_roots import check_allowed
 from tasks.registry.publication import PublicationError, make_name, publish_files
 from tasks.registry.recipes import find_recipe, keep_recipe
 
@@ -46,6 +47,8 @@ def publish(
         requested_by: Who publishes.
     """
     who = name_requester(requested_by)
+    if recipe_file:
+        check_allowed(Path(recipe_file), "recipe_file")
     given = load_config(Path(recipe_file)) if recipe_file else None
     values = {"model": {"base_model": base_model}, "data": {"source": dataset, "columns": columns or {}}}
     settings = parse_config(values) if base_model else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.publish import publish
 from schemas.config import DatasetConfig, ModelConfig
 from tasks.allowed_roots import LIMITED, ROOTS, OutsideRootsError, check_allowed
 from tasks.base_model import locate_base_model, locate_tokenizer
@@ -66,6 +67,11 @@ def test_models_are_limited_too(inside: Path) -> None:
         with pytest.raises(OutsideRootsError, match=r"model\.base_model"):
             locate(ModelConfig(base_model=str(inside.parent / "outside")))
     assert locate_tokenizer(ModelConfig(base_model=str(inside))) == inside
+
+
+def test_a_recipe_of_the_publish_form_is_limited_too(inside: Path) -> None:
+    with pytest.raises(OutsideRootsError, match="recipe_file"):
+        publish.fn("rows.jsonl", recipe_file=str(inside.parent / "outside" / "recipe.yaml"))
 
 
 def test_a_run_by_hand_reads_anything(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
