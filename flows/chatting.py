@@ -23,6 +23,7 @@ from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
+from tasks.prompts import PromptSettings, load_settings, make_prompt
 from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
 from tasks.training.checkpoints import TRAINED
 
@@ -41,6 +42,7 @@ class ChatSession:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
+    settings: PromptSettings
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -164,7 +166,8 @@ def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenize
         if (shipped / "generation_config.json").exists()
         else None
     )
-    return ChatSession(label, model, tokenizer, find_stop_ids((model.generation_config, generation), tokenizer))
+    stop_ids = find_stop_ids((model.generation_config, generation), tokenizer)
+    return ChatSession(label, model, tokenizer, stop_ids, load_settings(shipped, tokenizer))
 
 
 def answer(session: ChatSession, question: str, sampling: SamplingConfig) -> Iterator[str]:
@@ -174,9 +177,7 @@ def answer(session: ChatSession, question: str, sampling: SamplingConfig) -> Ite
         ChatError: the conversation is longer than the model's context.
     """
     messages = [*session.messages, {"role": "user", "content": question}]
-    prompt: Any = session.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    prompt = make_prompt(session.tokenizer, session.settings, messages)
     limit = context_length(session.model)
     if len(prompt) >= limit:
         raise ChatError(

@@ -12,6 +12,7 @@ from tasks.evaluation.flat import UnsupportedModelError
 from tasks.evaluation.memory import shrink_until_it_fits
 from tasks.evaluation.padded import decode_padded
 from tasks.evaluation.slots import Prompt, SlotDecoder, check_slots, choose_num_slots
+from tasks.prompts import DEFAULT_SETTINGS, PromptSettings, make_prompt
 
 PADDED_BATCH = 16
 """Rows of a padded batch where the config leaves it open."""
@@ -152,13 +153,18 @@ def find_stop_ids(
 
 
 def render_questions(
-    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, system: str = ""
+    questions: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PromptSettings = DEFAULT_SETTINGS,
+    *,
+    system: str = "",
 ) -> list[list[int]]:
-    """Turn each question into the ids of a conversation's first turn, ready for the answer.
+    """Turn each question into the ids of a conversation's first turn, ready for the answer, as serving does.
 
     Args:
         questions: a user message each.
         tokenizer: with its chat template.
+        settings: saved beside the tokenizer.
         system: message before each; none where it is empty.
 
     Raises:
@@ -173,16 +179,13 @@ def render_questions(
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": question})
         try:
-            ids: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            prompts.append(make_prompt(tokenizer, settings, messages))
         except TemplateError as error:
             raise ValueError(
                 f"evaluation.questions: the chat template refuses {question!r:.80}"
                 + (" with evaluation.system_message before it" if system else "")
                 + f" ({error}): leave it out, or set model.chat_template"
             ) from None
-        prompts.append(list(ids))
     return prompts
 
 

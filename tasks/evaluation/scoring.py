@@ -18,6 +18,7 @@ from tasks.evaluation.generation import context_length, decode, find_stop_ids, g
 from tasks.evaluation.likelihood import score_targets
 from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, columns
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
+from tasks.prompts import load_settings
 from tasks.tokenization.labels import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ def evaluate_sets(
     held_out = read_examples(tokens / "eval.parquet", config.max_examples)
     sets = {name: read_examples(file, None) for name, file in (probes or {}).items()}
     everything = [example for examples in (held_out, *sets.values()) for example in examples]
-    questions = render_questions(config.questions, tokenizer, system=config.system_message)
+    settings = load_settings(tokens / "tokenizer", tokenizer)
+    questions = render_questions(config.questions, tokenizer, settings, system=config.system_message)
     device = choose_device()
     model = load_model(model_folder, dtype=choose_dtype(precision, device), device=device)
     _check_context(model, everything)

@@ -1,11 +1,14 @@
 """The code that travels with a registered model: answers chat requests with the prompt ids of training.
 
-Logged as code ("models from code"), so it stands alone: it imports nothing of this project. The prompt is rendered and
-tokenized in one step by the shipped tokenizer, so that BOS stands exactly once.
+Logged as code ("models from code"), so it stands alone: it imports nothing of this project. Prompts are made by the
+copy of `tasks/prompts.py` that the version carries, the module by which the training made them.
 """
 
+import importlib.util
+import sys
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -21,10 +24,18 @@ class ChatModel(PythonModel):
     """A causal language model behind MLflow's chat request and response."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load weights and tokenizer from the version's own folder."""
+        """Load tokenizer, prompts and weights from the version's own folder.
+
+        With `model_config={"weights": False}` a request is answered by its prompt's ids alone.
+        """
         folder = context.artifacts["model"]
+        self.prompts = _load_module(context.artifacts["prompts"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.settings = self.prompts.load_settings(Path(folder), self.tokenizer)
+        self.model: Any = None
+        if not (context.model_config or {}).get("weights", True):
+            return
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, dtype="auto"
         )
@@ -32,9 +43,7 @@ class ChatModel(PythonModel):
 
     def prompt_ids(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
         """Return the ids the model sees before its answer."""
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids: list[int] = self.prompts.make_prompt(self.tokenizer, self.settings, messages, tools)
         return ids
 
     # Annotated as a data frame, MLflow takes the signature as it was given and infers none of its own.
@@ -42,6 +51,8 @@ class ChatModel(PythonModel):
         """Answer one request `{"messages": […], "max_tokens": …, "temperature": …, "stop": …}`."""
         request = _plain(model_input)
         prompt = self.prompt_ids(request["messages"], request.get("tools"))
+        if self.model is None:
+            return {"prompt_token_ids": prompt}
         ids = self._generate(prompt, request)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         limit = int(request.get("max_tokens") or _DEFAULT_MAX_TOKENS)
@@ -82,6 +93,18 @@ class ChatModel(PythonModel):
             )
         ids: list[int] = output[0, len(prompt) :].tolist()
         return ids
+
+
+def _load_module(path: str) -> Any:
+    """Load a module from a file, under a name of its own."""
+    name = f"prompts_of_{uuid.uuid4().hex}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
 
 
 def _plain(value: Any) -> Any:

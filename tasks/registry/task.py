@@ -30,6 +30,7 @@ from tasks import storage, tracking
 from tasks.registry.audit import describe_user
 from tasks.registry.description import describe_decision, describe_version
 from tasks.registry.promotion import OvertakenError, place_version
+from tasks.registry.replay import fetch_logged, replay_rows
 from tasks.registry.versions import (
     CHAMPION,
     GATE_TAG,
@@ -48,6 +49,7 @@ from tasks.registry.versions import (
 
 _EVALUATION_TAG, _DATASET_TAG, _TOKENIZER_TAG = "sft.evaluation", "sft.dataset", "sft.tokenizer_digest"
 _TEMPLATE_TAG = "sft.template_digest"
+_REPLAY_TAG = "sft.replay"
 
 
 @task(name="find-champion", task_run_name="find the champion of {name}", cache_policy=NO_CACHE)
@@ -138,6 +140,7 @@ def register(
         # A resumed run may have registered already: the version is found again by its run.
         entry = find_version(config.name, RUN_TAG, parent_run_id)
         if entry is None:
+            tags[_REPLAY_TAG] = _replay(merged, dataset, tokens)
             whole = {**tags, **_tags_of(decision)}
             origin, metrics = str(merged.mlflow_run_id), comparison.after
             entry = create_version(
@@ -171,6 +174,19 @@ def register(
     return RegistryEntry(
         name=config.name, version=version, aliases=aliases, verdict=verdict, reasons=reasons, previous=previous
     )
+
+
+def _replay(merged: MergedRef, dataset: DatasetRef, tokens: TokensRef) -> str:
+    """Ask training rows of the logged model, and say how it went.
+
+    Raises:
+        ReplayError: it sees other prompts than the training did.
+    """
+    with storage.new_folder() as folder:
+        model = fetch_logged(merged.uri, tracking.resolve(merged), folder)
+        replay = replay_rows(model, tracking.resolve(dataset), tracking.resolve(tokens))
+    get_run_logger().info("Replay: %s training rows give the logged model the prompts of training", replay.num_equal)
+    return f"passed: {replay.num_equal} rows, {replay.num_cut} cut for length left out"
 
 
 def _tags_of(decision: Decision) -> dict[str, str]:

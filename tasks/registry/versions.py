@@ -19,8 +19,9 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.types.schema import AnyType, ColSpec, Schema
 
-from tasks import tracking
+from tasks import prompts, tracking
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 RUN_TAG, PARITY_TAG = "sft.run", "sft.parity"
@@ -51,13 +52,25 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
             flavor_name="pyfunc",
             validate_serving_input=False,
             python_model=str(_SERVING_CODE),
-            artifacts={"model": str(folder)},
-            signature=ModelSignature(inputs=CHAT_MODEL_INPUT_SCHEMA, outputs=CHAT_MODEL_OUTPUT_SCHEMA),
+            artifacts={"model": str(folder), "prompts": str(prompts.__file__)},
+            model_config={"weights": True},
+            signature=ModelSignature(inputs=_describe_request(), outputs=CHAT_MODEL_OUTPUT_SCHEMA),
             input_example={"messages": [{"role": "user", "content": question}], "max_tokens": 64},
             pip_requirements=_requirements(),
             metadata={"task": "llm/v1/chat"},
         )
     return f"models:/{info.model_id}"
+
+
+def _describe_request() -> Schema:
+    """Return MLflow's chat request, with messages and tools of any shape that chat servers take."""
+    anything = {"messages", "tools"}
+    return Schema(
+        [
+            ColSpec(AnyType(), column.name, required=column.required) if column.name in anything else column
+            for column in CHAT_MODEL_INPUT_SCHEMA.inputs
+        ]
+    )
 
 
 def _save_model(
@@ -68,7 +81,7 @@ def _save_model(
     Args:
         path: folder that MLflow takes to its store, links followed.
         mlflow_model: its description.
-        artifacts: the merged model's folder, as `model`.
+        artifacts: the merged model's folder, as `model`, and other files.
         validate_serving_input: for the caller.
         settings: of `mlflow.pyfunc.save_model`.
     """
@@ -77,7 +90,9 @@ def _save_model(
     with TemporaryDirectory() as beside:
         light = Path(beside) / folder.name
         shutil.copytree(folder, light, ignore=shutil.ignore_patterns(f"*{_WEIGHTS}"))
-        mlflow.pyfunc.save_model(path=path, mlflow_model=mlflow_model, artifacts={"model": str(light)}, **settings)
+        mlflow.pyfunc.save_model(
+            path=path, mlflow_model=mlflow_model, artifacts={**artifacts, "model": str(light)}, **settings
+        )
     saved = Path(path) / "artifacts" / folder.name
     for file in weights:
         (saved / file.name).symlink_to(file)

@@ -6,14 +6,12 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
+from tasks.prompts import encode_text as encode
+
+__all__ = ["decode", "decode_batch", "encode", "encode_batch", "uses_backend"]
+
 _SAME_AS_BACKEND: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
 _PROBE = " Ein Beispiel,\n\n  例子 <tag> 1234 'tis  "
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode as `apply_chat_template` does: added tokens are recognised, none is put around."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from tasks import execution
 from tasks.models import load_tokenizer
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
-from tasks.tokenization.saving import check_saved, probe, save_stops, save_tokenizer
+from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer
 from tasks.tokenization.shards import find_groups, plan_shards, probe_tokenizer, tokenize_shard, work_on_shard
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer
@@ -121,7 +121,8 @@ def join_shards(
     trained = reports["train"].endings + reports["eval"].endings
     stops = tuple(dict.fromkeys([*prepared.stop_token_ids, *sorted(trained)]))
     save_stops(prepared, folder / "tokenizer", stops)
-    _write_report(folder / "masks.json", prepared, reports, stops)
+    save_prompt_settings(prepared, folder / "tokenizer", allow_special_tokens=config.allow_special_tokens)
+    _write_report(folder / "masks.json", prepared, reports, stops, config.max_length)
     train, eval_ = reports["train"], reports["eval"]
     counts = TokenCounts(
         rows_train=train.num_conversations - train.rejected.total(),
@@ -141,13 +142,14 @@ def join_shards(
 
 
 def _write_report(
-    path: Path, prepared: PreparedTokenizer, reports: Mapping[str, MaskReport], stops: Sequence[int]
+    path: Path, prepared: PreparedTokenizer, reports: Mapping[str, MaskReport], stops: Sequence[int], max_length: int
 ) -> None:
     """Write masks.json."""
     report = {
         "template_digest": prepared.template_digest,
         "notes": list(prepared.notes),
         "stop_token_ids": list(stops),
+        "max_length": max_length,
         **{part: counted.summary() for part, counted in reports.items()},
     }
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ A row group is made as a whole, and by nothing but what is in it: its examples, 
 compared do not depend on which shard it is in, nor on who made the one before. Memory is that of one batch of rows.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from schemas.config import TokenizationConfig
 from schemas.records import Rejects
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.labels import Example
-from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
+from tasks.tokenization.masking import Conversation, Masked, Plan, finish, plan_many
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.tables import (
     EXAMPLE_SCHEMA,
@@ -167,9 +166,8 @@ def _settle(
         _NotAsRendered: one that is both is not the same.
     """
     outcomes: dict[int, Outcome] = {n: made for n, made in enumerate(assembled) if made is not None}
-    for number, rendered in zip(numbers, pending.result(), strict=True):
+    for number, outcome in zip(numbers, pending.result(), strict=True):
         row, made = rows[number], assembled[number]
-        outcome = _retry_adapted(row, rendered, work)
         if made is not None:
             expected = outcome.examples if isinstance(outcome, Masked) else []
             if expected != made:
@@ -199,32 +197,3 @@ def _differ(made: Sequence[Example], expected: Sequence[Example]) -> str:
 def _to_reject(row: Row, outcome: MaskError) -> tuple[Any, ...]:
     place = (row.example_id, row.source, row.line)
     return (*place, outcome.reason, str(outcome), row.raw[:_MAX_RAW_CHARACTERS])
-
-
-def _retry_adapted(row: Row, outcome: Masked | MaskError, work: _Work) -> Masked | MaskError:
-    """Give a template that refuses tool calls an empty content or arguments as JSON text, which some expect."""
-    if not isinstance(outcome, MaskError) or outcome.reason not in ("template_error", "null_content"):
-        return outcome
-    for as_text in (False, True):
-        messages = [_adapt(message, as_text) for message in row.conversation.messages]
-        if messages == row.conversation.messages:
-            continue
-        again = build_many([Conversation(messages, row.conversation.tools)], work.prepared.tokenizer, work.config)[0]
-        if isinstance(again, Masked):
-            work.report.num_adapted += 1
-            return again
-    return outcome
-
-
-def _adapt(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
-    """Copy a message that calls tools with a content that is not null and, if wanted, its arguments as JSON text."""
-    if not isinstance(message.get("tool_calls"), list):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if as_text and isinstance(function, dict) and not isinstance(function.get("arguments"), str):
-            text = json.dumps(function.get("arguments"), ensure_ascii=False)
-            call = {**call, "function": {**function, "arguments": text}}
-        calls.append(call)
-    return {**message, "content": message.get("content") or "", "tool_calls": calls}

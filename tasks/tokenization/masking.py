@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
+from tasks.prompts import normalize_tools
 from tasks.tokenization.batching import Encoded, encode_turns
 from tasks.tokenization.containment import check_losses, check_said, find_losses
 from tasks.tokenization.errors import MaskError
@@ -117,15 +118,29 @@ def plan(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, config:
         MaskError: as `build_examples`.
     """
     indices = choose_turns(conversation.messages, config)
-    chat = open_chat(tokenizer, conversation.tools)
-    messages = plain_messages(conversation.messages)
+    for index in indices:
+        _check_answer(conversation.messages[index], index)
+    chat = open_chat(tokenizer, conversation.tools or None)
+    messages, tools = plain_messages(chat, conversation.messages), normalize_tools(conversation.tools)
     allow = config.allow_special_tokens
-    rendered = render_turns(chat, messages, indices, conversation.tools, allow_special_tokens=allow)
-    losses = find_losses(chat, messages, rendered.plain, conversation.tools)
+    rendered = render_turns(chat, messages, indices, tools, allow_special_tokens=allow)
+    losses = find_losses(chat, messages, rendered.plain, tools)
     check_losses(chat, losses, config.allow_dropped)
     check_said(chat, messages, rendered.plain)
     literal_endings = find_literal_endings(chat, messages, indices) if rendered.marks else ()
-    return Plan(chat, messages, conversation.tools, rendered, losses, literal_endings)
+    return Plan(chat, messages, tools, rendered, losses, literal_endings)
+
+
+def _check_answer(message: dict[str, Any], index: int) -> None:
+    """Refuse to train an answer that is null.
+
+    Raises:
+        MaskError: it is, and it calls no tool.
+    """
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise MaskError(
+            "null_content", f"message {index}: the content of a trained answer is null: give a text, or train: false"
+        )
 
 
 def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from tasks.prompts import Forms, RequestError, find_forms, normalize_messages, special_tokens
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.endings import Ending, any_of, find_anchor, find_ending
 from tasks.tokenization.errors import MaskError
@@ -20,9 +21,6 @@ from tasks.tokenization.limits import TemplateLimitError, call_limited, compile_
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
-
-# Keys of a message that steer training and that no server would see.
-_TRAINING_KEYS = frozenset({"train", "weight"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +33,8 @@ class Chat:
     compiled: Any
     variables: dict[str, Any]
     """bos_token, eos_token and so on, as apply_chat_template passes them."""
+    forms: Forms
+    """In which it takes contents and arguments."""
     added: dict[str, int]
     """Added tokens that are more than whitespace, to their ids."""
     pattern: re.Pattern[str]
@@ -87,12 +87,18 @@ def _probe(tokenizer: PreTrainedTokenizerBase, source: str, variables: dict[str,
         raise MaskError("template_error", f"the chat template is not valid Jinja: {error}") from None
     tokens = tokenizer.added_tokens_decoder
     added = {token.content: index for index, token in tokens.items() if token.content.strip()}
-    named = {str(token) for token in tokenizer.all_special_tokens}
-    special = frozenset(text for text, index in added.items() if tokens[index].special or text in named)
+    special = special_tokens(tokenizer)
     swallowing = frozenset(index for index, token in tokens.items() if token.rstrip)
     pattern = any_of(added)
-    chat = Chat(tokenizer, source, compiled, variables, added, pattern, special, swallowing)
-    ending = find_ending(lambda messages, prompt: render(chat, messages, None, add_generation_prompt=prompt), pattern)
+    chat = Chat(tokenizer, source, compiled, variables, Forms(), added, pattern, special, swallowing)
+    bare = chat
+    forms = find_forms(lambda messages, tools: render(bare, messages, tools, add_generation_prompt=True))
+    chat = replace(chat, forms=forms)
+
+    def probe(messages: list[Message], prompt: bool) -> str:
+        return render(chat, normalize_messages(messages, forms), None, add_generation_prompt=prompt)
+
+    ending = find_ending(probe, pattern)
     anchor = find_anchor(ending.prompt_tail, pattern)
     anchor_ids = tuple(encode(tokenizer, anchor))
     usable = bool(anchor_ids) and tokens.get(anchor_ids[0]) is not None
@@ -136,20 +142,13 @@ def render(
     return str(text)
 
 
-def plain_messages(messages: Sequence[Message]) -> list[Message]:
-    """Copy messages as the template will see them: plain data, reasoning under its usual names, no training keys.
+def plain_messages(chat: Chat, messages: Sequence[Message]) -> list[Message]:
+    """Copy messages as the template will see them.
 
     Raises:
-        MaskError: a message is not a mapping with a role.
+        MaskError: a message is not a mapping with a role, or its content is no text.
     """
-    plain = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise MaskError("bad_message", f"message {number}: a mapping with a role is wanted, got {message!r:.200}")
-        plain.append({key: value for key, value in message.items() if key not in _TRAINING_KEYS})
-    if all(len(message) == 2 and type(message.get("content")) is str for message in plain):
-        return plain
-    to_plain = getattr(chat_template_utils, "_plain_template_data", lambda value: value)
-    add_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", lambda chat: chat)
-    aliased: list[Message] = add_aliases(to_plain(plain))
-    return aliased
+    try:
+        return normalize_messages(messages, chat.forms)
+    except RequestError as error:
+        raise MaskError("bad_message", str(error)) from None

@@ -36,8 +36,6 @@ class MaskReport:
     """Control tokens spelled in contents and kept as text."""
     num_eos_appended: int = 0
     """Trained messages that got eos because the template writes no end of turn."""
-    num_adapted: int = 0
-    """Conversations with tool calls that the template takes only with arguments as text or an empty content."""
     num_checked: int = 0
     """Conversations assembled without rendering that were rendered as well, to compare."""
     num_rendered_anew: int = 0

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from tasks.prompts import PromptSettings, save_settings
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.errors import MaskError
+from tasks.tokenization.literals import control_tokens
 from tasks.tokenization.rendering import open_chat, plain_messages, render
 from tasks.tokenization.templates import PreparedTokenizer, TemplateError
 
@@ -39,15 +41,22 @@ def save_stops(prepared: PreparedTokenizer, folder: Path, stop_token_ids: Sequen
     (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
 
 
+def save_prompt_settings(prepared: PreparedTokenizer, folder: Path, *, allow_special_tokens: bool) -> None:
+    """Save what whoever serves the model needs to make the prompts of training."""
+    chat = open_chat(prepared.tokenizer)
+    tokens = () if allow_special_tokens else tuple(sorted(control_tokens(chat)))
+    save_settings(PromptSettings(chat.forms, tokens), folder)
+
+
 def probe(tokenizer: PreTrainedTokenizerBase) -> Probe:
     """Return what a tokenizer makes of a message that leaves no two of them alike."""
-    messages = plain_messages([{"role": "user", "content": _MESSAGE}])
-    content = str(messages[0]["content"])
+    chat = open_chat(tokenizer)
+    messages = plain_messages(chat, [{"role": "user", "content": _MESSAGE}])
     try:
-        prompt = render(open_chat(tokenizer), messages, None, add_generation_prompt=True)
+        prompt = render(chat, messages, None, add_generation_prompt=True)
     except MaskError:
         prompt = ""
-    return Probe(encode(tokenizer, content), prompt, encode(tokenizer, prompt))
+    return Probe(encode(tokenizer, _MESSAGE), prompt, encode(tokenizer, prompt))
 
 
 def check_saved(prepared: PreparedTokenizer, folder: Path, loaded: Probe) -> None:

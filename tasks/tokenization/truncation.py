@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from schemas.config import TokenizationConfig
+from tasks.prompts import normalize_messages, text_of
 from tasks.tokenization.continuation import encode_turn
 from tasks.tokenization.encoding import decode
 from tasks.tokenization.errors import MaskError
@@ -42,7 +43,7 @@ def cut_turn(
     def at(limit: int, system: bool) -> CutTurn:
         return _encode_capped(chat, messages, index, tools, config, limit, system)
 
-    longest = max((len(str(message.get("content") or "")) for message in messages[:index]), default=0)
+    longest = max((len(text_of(message.get("content"))) for message in messages[:index]), default=0)
     shortest = at(_LEAST_CHARACTERS, True)
     room = config.max_length - len(shortest.target_ids)
     if len(shortest.prompt_ids) > room:
@@ -91,9 +92,10 @@ def _encode_capped(
     """Encode a turn whose prompt's contents keep at most `limit` characters."""
     capped: list[Message] = []
     for message in messages[:index]:
-        content = message.get("content")
-        free = isinstance(content, str) and (system or message["role"] not in _SYSTEM_ROLES)
-        capped.append({**message, "content": str(content)[:limit]} if free else message)
+        text = text_of(message.get("content"))
+        is_free = system or message["role"] not in _SYSTEM_ROLES
+        shorter = normalize_messages([{**message, "content": text[:limit]}], chat.forms)[0]
+        capped.append(shorter if is_free and len(text) > limit else message)
     allow = config.allow_special_tokens
     rendered = render_turns(chat, [*capped, messages[index]], [index], tools, allow_special_tokens=allow)
     turn = rendered.turns[0]

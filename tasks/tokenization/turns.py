@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tasks.prompts import normalize_messages, text_of
 from tasks.tokenization.endings import USER
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.literals import Marks, count_literals, mark_literals, strings_of
+from tasks.tokenization.literals import Marks, count_literals, mark_literals
 from tasks.tokenization.rendering import Chat, Message, Tool, render
 from tasks.tokenization.thoughts import PromptThought, find_prompt_thought, split_thought
 
@@ -85,28 +86,18 @@ def render_turn(chat: Chat, messages: Sequence[Message], index: int, tools: Sequ
     text = whole[len(prompt) :] if whole.startswith(prompt) else _align(chat, shown, tools, prompt, whole)
     _check_thought(chat, messages[index], index, prompt, text)
     target, closed = _cut_ending(chat, text)
-    _check_written(chat, messages, index, prompt, target, closed)
+    _check_written(chat, index, target, closed)
     return Turn(index, prompt, target, closed)
 
 
-def _check_written(chat: Chat, messages: Sequence[Message], index: int, prompt: str, target: str, closed: bool) -> None:
-    """Refuse a message of which nothing is left, or a null content that is written as a word.
+def _check_written(chat: Chat, index: int, target: str, closed: bool) -> None:
+    """Refuse a message of which nothing is left.
 
     Raises:
-        MaskError: either.
+        MaskError: it is.
     """
     if not target.strip() and not closed:
         raise MaskError("empty_answer", f"message {index}: {chat.name} renders nothing of it")
-    has_null = any("content" in message and message["content"] is None for message in messages[: index + 1])
-    if has_null and "None" in prompt + target and "None" not in str([_words(message) for message in messages]):
-        raise MaskError(
-            "null_content", f"message {index}: {chat.name} writes a null content as None: give an empty text"
-        )
-
-
-def _words(message: Message) -> list[str]:
-    """Return a message's texts."""
-    return list(strings_of(message))
 
 
 def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None, prompt: str, whole: str) -> str:
@@ -121,12 +112,19 @@ def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None
         return _follow_thought(chat, messages, thought, whole[len(thought.header) :])
     before = messages[-2]
     number = len(messages) - 1
-    if not isinstance(before.get("content"), str):
+    if not isinstance(before.get("content"), str) and not chat.forms.content_as_parts:
         raise _mismatch(chat, number, "the message before it has no plain text to find the place by")
     stand_in = USER
     while any(stand_in in str(message) for message in messages):
         stand_in += USER
-    probe = [*messages[:-2], {**before, "content": stand_in}]
+    probe = [
+        *messages[:-2],
+        {
+            **before,
+            **normalize_messages([{"role": "user", "content": stand_in}], chat.forms)[0],
+            "role": before["role"],
+        },
+    ]
     prompt = render(chat, probe, tools, add_generation_prompt=True)
     whole = render(chat, [*probe, messages[-1]], tools, add_generation_prompt=False)
     if prompt.count(stand_in) != 1 or whole.count(stand_in) != 1:
@@ -152,7 +150,7 @@ def _follow_thought(chat: Chat, messages: Sequence[Message], prompt: PromptThoug
     if not prompt.is_open:
         return said.rest if said else written
     message, number = messages[-1], len(messages) - 1
-    given = split_thought(message["content"]) if isinstance(message.get("content"), str) else None
+    given = split_thought(text_of(message.get("content")))
     reasoning = message.get("reasoning_content")
     if said and said.words.strip():
         words, closing, rest = said

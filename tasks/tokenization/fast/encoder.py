@@ -44,7 +44,7 @@ class _Assembler:
             if not isinstance(message, dict) or message.keys() != _PLAIN_KEYS:
                 return None
             role, content = message["role"], message["content"]
-            if type(role) is not str or type(content) is not str or self._holds_added(content):
+            if type(role) is not str or role == "developer" or type(content) is not str or self._holds_added(content):
                 return None
             roles.append(role)
             contents.append(content)
@@ -115,6 +115,8 @@ def open_fast(
     try:
         chat = open_chat(tokenizer)
     except MaskError:
+        return None
+    if chat.forms.content_as_parts:
         return None
     starts = {token[0] for token in chat.added}
     return _Assembler(chat, words, config, tuple(sorted(starts)))

@@ -4,12 +4,14 @@ Nothing of the implementation is used: prompts are asked of transformers, answer
 turn that a person read in each template.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -28,9 +30,26 @@ def serve(
 ) -> tuple[str, list[int]]:
     """Return text and ids of what a server would build."""
     plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    try:
+        plain = [parse_arguments(message) for message in plain]
+        tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=prompt, tokenize=False)
+    except (TypeError, TemplateError):  # a template that takes arguments as text
+        plain = [parse_arguments(message, as_text=True) for message in plain]
     text = tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=prompt, tokenize=False)
     ids = tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=prompt, return_dict=False)
     return str(text), list(ids)
+
+
+def parse_arguments(message: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
+    """Copy a message with its calls' arguments as objects, or as JSON text, and an empty content for a null one."""
+    message = {**message, "content": message.get("content") or ""}
+    calls = []
+    for call in message.get("tool_calls") or []:
+        arguments = call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def serve_sanitized(

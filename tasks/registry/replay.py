@@ -1,0 +1,152 @@
+"""The replay: training rows, asked of the logged model as chat requests, have to give the prompt ids of training.
+
+The model's own code answers, with its own tokenizer and settings, and without its weights.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow.artifacts
+import mlflow.pyfunc
+import polars as pl
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from tasks import tracking
+
+NUM_REPLAYED = 32
+_MOST_ROW_GROUPS = 4
+_MOST_NAMED = 3
+
+
+class ReplayError(ValueError):
+    """The logged model sees other prompts than the training did; it is not registered."""
+
+
+class Replay(NamedTuple):
+    """How many examples were asked again."""
+
+    num_equal: int
+    num_cut: int
+    """Left out, because their prompt or answer was cut for length."""
+
+
+class _Trained(NamedTuple):
+    """A training example: the ids before its first answer, and all of them."""
+
+    example_id: str
+    prompt: list[int]
+    input_ids: list[int]
+
+
+def fetch_logged(uri: str, weights: Path, folder: Path) -> Path:
+    """Lay a logged model out in a folder, its model files as they lie on this machine; return the folder.
+
+    Args:
+        uri: `models:/m-…`.
+        weights: the folder of its model files.
+        folder: gets the rest, as it is in the store; empty.
+    """
+    location = tracking.client().get_logged_model(uri.removeprefix("models:/")).artifact_location
+    for place in (location, f"{location}/artifacts"):
+        target = folder / place.removeprefix(location).strip("/")
+        target.mkdir(exist_ok=True)
+        for item in mlflow.artifacts.list_artifacts(place):
+            if not item.is_dir:
+                mlflow.artifacts.download_artifacts(f"{place}/{Path(item.path).name}", dst_path=str(target))
+    (folder / tracking.MODEL_SUBFOLDER).symlink_to(weights)
+    return folder
+
+
+def replay_rows(model: Path, dataset: Path, tokens: Path) -> Replay:
+    """Ask a logged model for the prompts of some training rows, and compare.
+
+    Args:
+        model: the folder of the MLflow model, with its MLmodel file.
+        dataset: with train.parquet of conversations.
+        tokens: with train.parquet of examples, and masks.json.
+
+    Raises:
+        ReplayError: a prompt differs, or a request is refused.
+    """
+    loaded = mlflow.pyfunc.load_model(str(model), model_config={"weights": False})
+    masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))
+    examples = list(_choose_examples(tokens / "train.parquet"))
+    conversations = _read_conversations(dataset / "train.parquet", [example.example_id for example in examples])
+    differences, num_equal, num_cut = [], 0, 0
+    for example in examples:
+        place, messages, tools = conversations[example.example_id]
+        prompts = list(_ask(loaded, messages, tools))
+        if any(_is_prompt(prompt, example) for prompt in prompts):
+            num_equal += 1
+        elif any(isinstance(prompt, list) and _is_cut(prompt, example, masks["max_length"]) for prompt in prompts):
+            num_cut += 1
+        else:
+            differences.append(f"{place}: {_describe(prompts, example)}")
+    if differences:
+        named = "; ".join(differences[:_MOST_NAMED])
+        raise ReplayError(
+            f"asked {len(examples)} training rows as chat requests, the logged model sees other prompts than the "
+            f"training did for {len(differences)} of them ({named}), so that no version is registered: set "
+            "model.chat_template to a template that writes the same whenever it is asked, such as chatml"
+        )
+    return Replay(num_equal, num_cut)
+
+
+def _choose_examples(table: Path) -> Iterator[_Trained]:
+    """Yield examples evenly over the table, from few row groups; of several of one conversation any."""
+    file = pq.ParquetFile(table)
+    groups = [number for number in range(file.num_row_groups) if file.metadata.row_group(number).num_rows]
+    chosen = groups[:: max(1, len(groups) // _MOST_ROW_GROUPS)][:_MOST_ROW_GROUPS]
+    for number in chosen:
+        frame = pl.DataFrame(file.read_row_group(number, columns=["example_id", "input_ids", "labels"]))
+        each = max(1, frame.height * len(chosen) // NUM_REPLAYED)
+        for example_id, input_ids, labels in frame.gather_every(each).rows():
+            start = next((place for place, label in enumerate(labels) if label >= 0), 0)
+            yield _Trained(example_id, input_ids[:start], input_ids)
+
+
+def _read_conversations(table: Path, example_ids: Sequence[str]) -> dict[str, tuple[str, list[Any], list[Any] | None]]:
+    """Return place, messages and tools of conversations by their id."""
+    columns = ["example_id", "source", "line", "messages", "tools"]
+    rows = pl.scan_parquet(table).select(columns).filter(pl.col("example_id").is_in(list(example_ids))).collect()
+    return {
+        example_id: (f"{Path(source).name}, line {line}", json.loads(messages), json.loads(tools) if tools else None)
+        for example_id, source, line, messages, tools in rows.rows()
+    }
+
+
+def _ask(loaded: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Iterator[list[int] | str]:
+    """Yield the prompt's ids before each answer of the assistant, or what refused the request."""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number == 0:
+            continue
+        request = {"messages": list(messages[:number]), **({"tools": tools} if tools else {})}
+        try:
+            yield list(loaded.predict(request)["prompt_token_ids"])
+        except Exception as error:
+            yield f"the request is refused: {type(error).__name__}: {error}"
+
+
+def _is_prompt(prompt: list[int] | str, example: _Trained) -> bool:
+    """Tell whether a prompt is that of an example; with train_on_prompt its first ids are all that is known."""
+    if isinstance(prompt, str):
+        return False
+    return prompt == (example.prompt or example.input_ids[: len(prompt)])
+
+
+def _is_cut(prompt: list[int], example: _Trained, max_length: int) -> bool:
+    return len(prompt) + len(example.input_ids) - len(example.prompt) > max_length
+
+
+def _describe(prompts: Sequence[list[int] | str], example: _Trained) -> str:
+    """Say how the nearest prompt differs."""
+    refused = next((prompt for prompt in prompts if isinstance(prompt, str)), None)
+    if refused is not None:
+        return refused[:300]
+    known = [prompt for prompt in prompts if isinstance(prompt, list)]
+    nearest = min(known, key=lambda prompt: abs(len(prompt) - len(example.prompt)), default=[])
+    pairs = zip(nearest, example.prompt, strict=False)
+    place = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(nearest), len(example.prompt)))
+    return f"{len(nearest)} tokens in place of {len(example.prompt)}, the first different one at position {place}"

@@ -1,0 +1,93 @@
+"""A logged model gives the prompts of training to requests of every shape, or is not registered."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.config import TokenizationConfig
+from tasks import tracking
+from tasks.registry import versions
+from tasks.registry.replay import ReplayError, fetch_logged, replay_rows
+from tasks.tokenization.examples import tokenize_dataset
+from tasks.tokenization.templates import prepare_tokenizer
+from tests.tasks.tokenization.conversations import say
+from tests.tasks.tokenization.test_examples import write
+
+_BASE_MODEL = Path(__file__).resolve().parents[3] / "deploy" / "demo" / "base_model"
+ROWS = [
+    *(say("s:Be brief.", f"u:Question {n}?", f"a:Answer {n}.", "u:<|im_end|> or \n?", "a:Yes.") for n in range(40)),
+    say("u:" + "long " * 400, "a:Cut."),
+]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A model folder with the tokenizer that ships, and the dataset and tokens that it was made with."""
+    config = TokenizationConfig(max_length=128)
+    dataset = write(tmp_path / "data", ROWS, [say("u:q", "a:x")])
+    tokenize_dataset(dataset, prepare_tokenizer(_BASE_MODEL, None), tmp_path / "tokens", config)
+    model = tmp_path / "model"
+    shutil.copytree(_BASE_MODEL, model)
+    for path in (tmp_path / "tokens" / "tokenizer").iterdir():
+        shutil.copyfile(path, model / path.name)
+    return model, dataset, tmp_path / "tokens"
+
+
+def log(model: Path, folder: Path) -> Path:
+    """Log a model, and lay out what was logged."""
+    run = tracking.client().create_run(tracking.open_experiment("replay"), run_name="replay")
+    uri = versions.log_merged_model(model, str(run.info.run_id), question="hi")
+    folder.mkdir()
+    return fetch_logged(uri, model, folder)
+
+
+def test_training_rows_give_the_logged_model_the_prompts_of_training(
+    tracked: Path, work: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    model, dataset, tokens = work
+    replay = replay_rows(log(model, tmp_path / "logged"), dataset, tokens)
+    assert replay.num_equal >= 32
+    assert replay.num_equal + replay.num_cut == 41
+
+
+def change_template(model: Path) -> None:
+    path = model / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|im_start|>", " <|im_start|>"), encoding="utf-8")
+
+
+def allow_control_tokens(model: Path) -> None:
+    settings = json.loads((model / "prompts.json").read_text(encoding="utf-8"))
+    (model / "prompts.json").write_text(json.dumps({**settings, "control_tokens": []}), encoding="utf-8")
+
+
+def refuse_systems(model: Path) -> None:
+    path = model / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no systems') }}{% endif %}"
+    path.write_text(refusal + path.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_template, "the first different one at position 0"),
+        (allow_control_tokens, r"data\.jsonl, line \d+: \d+ tokens in place of \d+"),
+        (refuse_systems, "the request is refused: TemplateError: no systems"),
+    ],
+)
+def test_a_model_that_sees_other_prompts_is_refused(
+    tracked: Path, work: tuple[Path, Path, Path], tmp_path: Path, change: Any, message: str
+) -> None:
+    model, dataset, tokens = work
+    change(model)
+    if change is allow_control_tokens:  # seen by the rows whose last answer alone is trained
+        tokenize_dataset(
+            dataset,
+            prepare_tokenizer(_BASE_MODEL, None),
+            tokens,
+            TokenizationConfig(max_length=128, train_on="last_turn"),
+        )
+    with pytest.raises(ReplayError, match=message):
+        replay_rows(log(model, tmp_path / "logged"), dataset, tokens)
