@@ -35,9 +35,17 @@ def serve(
         tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=prompt, tokenize=False)
     except (TypeError, TemplateError):  # a template that takes arguments as text
         plain = [parse_arguments(message, as_text=True) for message in plain]
+    plain = shape_contents(tokenizer, plain)
     text = tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=prompt, tokenize=False)
     ids = tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=prompt, return_dict=False)
     return str(text), list(ids)
+
+
+def shape_contents(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copy messages with contents as lists of parts for a template that loops over such."""
+    if "part.type ==" not in str(tokenizer.chat_template):
+        return messages
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def parse_arguments(message: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
@@ -60,6 +68,7 @@ def serve_sanitized(
     if not any(token.content in contents for token in tokenizer.added_tokens_decoder.values() if token.special):
         return None
     plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    plain = shape_contents(tokenizer, plain)
     named, tokenizer.chat_control_tokens = tokenizer.chat_control_tokens, []  # special tokens, and no other
     try:
         ids = tokenizer.apply_chat_template(
