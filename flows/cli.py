@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.console import console, fail, is_disk_trouble, load_for_data, prepare_environment
+from flows.console import console, explain_disk_trouble, fail, is_disk_trouble, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from schemas.config import RunConfig
@@ -78,7 +78,9 @@ def run(
     except Exception as error:
         if report is not None:
             write_failure(report, error)
-        if not isinstance(error, ValueError) and not is_disk_trouble(error):
+        if is_disk_trouble(error):
+            fail(explain_disk_trouble(error))
+        if not isinstance(error, ValueError):
             console.print_exception()
         fail(error)
     if report is not None:

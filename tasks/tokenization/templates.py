@@ -26,6 +26,9 @@ _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 # What templates that change contents touch: quotes, markup, case, digits, inner spaces, other scripts; and length.
 _PROBE = 'Say "it\'s" & <b>BOLD</b>: 3,50 x 1e5\n\n  naïve 水 – ünï\t/end\n' * 50 + "Done"
 
+_MAX_FRAME = 100_000
+"""Characters that a template may write around a question and its answer, a default system message included."""
+
 # Tokens that vocabularies keep for padding or for nothing, best first; a pattern matches the whole token.
 _PAD_LIKE = (
     r"<\|?pad\|?>|\[PAD\]|<\|padding\|>|<\|pad_token\|>",
@@ -141,7 +144,7 @@ def _check_contents(chat: Chat) -> None:
     Outer spaces do not count. A template that refuses the probe is judged by its rows.
 
     Raises:
-        TemplateError: it changes, cuts or leaves out contents.
+        TemplateError: it changes, cuts or leaves out contents, or writes far more around them.
     """
     question, answer = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE[::-1]}
     try:
@@ -151,6 +154,12 @@ def _check_contents(chat: Chat) -> None:
         }
     except MaskError:
         return
+    most = len(_PROBE) * 2 + _MAX_FRAME
+    if (longest := max(map(len, texts.values()))) > most:
+        raise TemplateError(
+            f"{chat.name} writes {longest - 2 * len(_PROBE):,} characters around two messages, more than "
+            f"{_MAX_FRAME:,}: set model.chat_template to another one ({' or '.join(BUILT_IN)}, or a .jinja file)"
+        )
     for message in (question, answer):
         if message["content"].strip() not in texts[message["role"]]:
             raise TemplateError(

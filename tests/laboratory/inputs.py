@@ -184,8 +184,11 @@ def _write_parquet(folder: Path, rows: list[Any], draw: Random) -> Dataset:
 def _write_arrow(folder: Path, rows: list[Any], draw: Random) -> Dataset:
     table = _to_table(rows, draw)
     open_writer = draw.choice((pa.ipc.new_file, pa.ipc.new_stream))
-    with open_writer(str(folder / "rows.arrow"), table.schema) as writer:
-        writer.write_table(table)
+    try:
+        with open_writer(str(folder / "rows.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    except pa.ArrowInvalid:  # it is nested more deeply than Arrow writes
+        return _write_jsonl(folder, rows, draw)
     return Dataset(str(folder / "rows.arrow"), table.num_rows)
 
 

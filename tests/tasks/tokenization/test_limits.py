@@ -137,6 +137,13 @@ def test_a_template_that_rewrites_contents_is_refused(tmp_path: Path, change: st
         prepare_tokenizer(tmp_path, None)
 
 
+@pytest.mark.parametrize("text", ["{{ '%99999d' % 1 }}", "{{ 'x'.center(10 ** 7) }}", "{{ 'word ' * 30000 }}"])
+def test_a_template_that_writes_far_more_than_the_messages_is_refused(tmp_path: Path, text: str) -> None:
+    make_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }}" + text)).save_pretrained(str(tmp_path))
+    with pytest.raises(TemplateError, match=r"characters around two messages, more than 100,000"):
+        prepare_tokenizer(tmp_path, None)
+
+
 def test_outer_spaces_are_no_rewriting(tmp_path: Path) -> None:
     make_tokenizer(CHATML.replace("m.content", "m.content | trim")).save_pretrained(str(tmp_path))
     assert prepare_tokenizer(tmp_path, None).end_of_turn == "<|im_end|>"
