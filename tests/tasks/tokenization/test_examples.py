@@ -9,6 +9,7 @@ from schemas.config import TokenizationConfig
 from tasks.models import load_tokenizer
 from tasks.tokenization.examples import TokenizationError, tokenize_dataset
 from tasks.tokenization.masking import MaskError, build_examples
+from tasks.tokenization.rendering import open_chat, plain_messages
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 from tasks.training.token_table import open_table, write_examples
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
@@ -130,7 +131,9 @@ def test_labels_weigh_what_their_answers_do(tmp_path: Path, prepared: PreparedTo
     dataset = write(tmp_path / "data", train, [say("u:Hello", "a:Hi")])
     tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
     frame = pl.read_parquet(tmp_path / "tokens" / "train.parquet")
-    assert len(set(map(tuple, frame["input_ids"].to_list()))) == 1  # no prompt shows the weights
+    assert len(set(map(tuple, frame["input_ids"].to_list()))) == 1
+    # No template sees a weight, also one that writes all keys of a message.
+    assert plain_messages(open_chat(prepared.tokenizer, None), [{**chat[1], "weight": 0.5, "train": True}]) == [chat[1]]
     first, second = build_examples(chat, prepared.tokenizer)[0].spans
     labels = frame["labels"].to_list()
     assert labels[0] == labels[1] == labels[2]
