@@ -4,6 +4,7 @@ The model's own code answers, with its own tokenizer and settings, and without i
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def _choose_examples(table: Path) -> Iterator[_Trained]:
     chosen = groups[:: max(1, len(groups) // _MOST_ROW_GROUPS)][:_MOST_ROW_GROUPS]
     for number in chosen:
         frame = pl.DataFrame(file.read_row_group(number, columns=["example_id", "input_ids", "labels"]))
-        each = max(1, frame.height * len(chosen) // NUM_REPLAYED)
+        each = max(1, math.ceil(frame.height * len(chosen) / NUM_REPLAYED))
         for example_id, input_ids, labels in frame.gather_every(each).rows():
             start = next((place for place, label in enumerate(labels) if label >= 0), 0)
             yield _Trained(example_id, input_ids[:start], input_ids)
