@@ -86,3 +86,14 @@ def test_no_example_is_too_long_or_without_trained_tokens(
         assert example.labels[-1] == chatml.convert_tokens_to_ids("<|im_end|>")
         if truncation == "reject":
             assert said(chatml, example) == answer + "<|im_end|>"
+
+
+def test_what_just_fits_is_whole_and_what_is_one_token_longer_is_cut(chatml: PreTrainedTokenizerBase) -> None:
+    messages = say("u:" + "word " * 60, "a:Answer.")
+    (whole,) = build_examples(messages, chatml, config=limit(1000))
+    num_tokens = len(whole.input_ids)
+    (fitting,) = build_examples(messages, chatml, config=limit(num_tokens))
+    assert fitting == whole
+    (cut,) = build_examples(messages, chatml, config=limit(num_tokens - 1))
+    assert cut.truncated
+    assert len(cut.input_ids) < num_tokens
