@@ -97,3 +97,10 @@ def test_what_just_fits_is_whole_and_what_is_one_token_longer_is_cut(chatml: Pre
     (cut,) = build_examples(messages, chatml, config=limit(num_tokens - 1))
     assert cut.truncated
     assert len(cut.input_ids) < num_tokens
+
+
+def test_a_cut_answer_never_ends_within_a_character(chatml: PreTrainedTokenizerBase) -> None:
+    messages = say("u:What?", "a:" + "🙂" * 60)
+    for max_length in range(40, 48):  # a character has four bytes, each a token
+        (example,) = build_examples(messages, chatml, config=limit(max_length, truncation="cut_answer"))
+        assert set(said(chatml, example).removesuffix("<|im_end|>")) == {"🙂"}
