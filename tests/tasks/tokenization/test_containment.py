@@ -48,6 +48,7 @@ RESULT = {"role": "tool", "content": "21 degrees", "name": "weather"}
 LOST: dict[str, tuple[str, list[dict[str, Any]], Any, str]] = {
     "the system message": (NO_SYSTEM, say("s:Be brief.", "u:Why?", "a:Because."), None, "system"),
     "a system message whose word is in every header": (NO_SYSTEM, say("s:user", "u:Why?", "a:So."), None, "system"),
+    "a system message that the question holds": (NO_SYSTEM, say("s:Be so.", "u:Be so. Why?", "a:No."), None, "system"),
     "the text beside a tool call": (CALL_ONLY, [*say("u:q"), call({"city": "Rome"}, "I look.")], TOOLS, "answer"),
     "the arguments of a call": (NO_ARGUMENTS, CALLED, TOOLS, "tool_calls"),
     "a whole call": (CHATML, [*say("u:q"), call({"city": "Rome"}, "x")], None, "tool_calls"),

@@ -173,6 +173,12 @@ def test_what_a_template_asks_of_contents_is_asked_of_each(expression: str) -> N
     assert sum(assembled) >= 20
 
 
+def test_a_template_that_cuts_more_than_spaces_is_not_trusted_though_nothing_of_these_contents_is_cut() -> None:
+    opened = Opened(make_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content.strip('xy') }}")))
+    assert not opened.compare(say("u:abc", "a:abc"))
+    assert opened.fast(Conversation(say("u:xb", "a:yb"))) is None
+
+
 @needs_material
 @pytest.mark.parametrize("name", BY_WORDS)
 def test_borrowed_tokenizers_give_the_same_word_by_word(name: str) -> None:
