@@ -118,7 +118,10 @@ IMPLIED: dict[str, str] = {
         ),
         "of no effect on LoRA with texts",
     ),
-    **dict.fromkeys(("enable_thinking", "preserve_thinking"), "the chat template decides where thoughts stand"),
+    **dict.fromkeys(
+        ("enable_thinking", "preserve_thinking"),
+        "the chat template decides where thoughts stand; tokenization.template_arguments tells it more",
+    ),
     **dict.fromkeys(
         ("eval_num_beams", "num_beams", "length_penalty", "skip_special_tokens", "max_length"), "answers are greedy"
     ),
@@ -179,7 +182,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
             "neftune_noise_alpha",
             "label_smoothing_factor",
             "mixture_of_depths",
-            "moe_aux_loss_coef",
         ),
         ((0, 0.0), "there is no such method here"),
     ),

@@ -28,6 +28,7 @@ SETTINGS: dict[str, Setting] = {
     "use_rslora": Setting("training.use_rslora", to_flag, False),
     "use_dora": Setting("training.use_dora", to_flag, False),
     "additional_target": Setting("training.modules_to_save", to_names),
+    "moe_aux_loss_coef": Setting("training.router_aux_loss_coef", to_number),
     "learning_rate": Setting("training.learning_rate", to_number, 5e-5),
     "weight_decay": Setting("training.weight_decay", to_number, 0.0),
     "max_grad_norm": Setting("training.max_grad_norm", to_number, 1.0),

@@ -112,6 +112,12 @@ def test_documented_training_becomes_a_config_that_loads(folder: Path) -> None:
     assert (config.training.dropout, config.training.packing, config.training.max_steps) == (0.0, False, None)
 
 
+def test_the_routers_loss_keeps_its_coefficient(folder: Path) -> None:
+    values = translate(change(moe_aux_loss_coef=0.01)).values
+    assert values["training"]["router_aux_loss_coef"] == 0.01
+    assert parse_config(values).training.router_aux_loss_coef == 0.01
+
+
 def test_every_key_that_is_given_has_a_line(folder: Path) -> None:
     given = change(surprise=1, top_k=3, deepspeed={"zero_optimization": {"stage": 3}}, fsdp="full_shard")
     shown = {line.key for line in translate(given).lines}
