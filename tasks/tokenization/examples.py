@@ -20,6 +20,7 @@ from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batche
 from tasks.tokenization.templates import PreparedTokenizer
 
 PARTS = ("train", "eval")
+_PART_NAMES = {"train": "training", "eval": "held-out"}
 
 
 class TokenizationError(ValueError):
@@ -133,12 +134,24 @@ def join_shards(
         total_tokens=train.total_tokens,
         rows_rejected=dict(train.rejected + eval_.rejected),
         num_rendered_anew=train.num_rendered_anew + eval_.num_rendered_anew,
-        warnings=tuple(
-            f"{prepared.template_name}: {warning}" for report in reports.values() for warning in report.warn()
+        warnings=(
+            *_tell_cuts(reports, config),
+            *(f"{prepared.template_name}: {warning}" for report in reports.values() for warning in report.warn()),
         ),
     )
     _check_budgets(counts, train, folder / "rejects.parquet", prepared, config)
     return counts
+
+
+def _tell_cuts(reports: Mapping[str, MaskReport], config: TokenizationConfig) -> list[str]:
+    """Say how many examples lack a part of their row: what is cut is neither read nor learned."""
+    what = "prompts, and answers where those are too long" if config.truncation == "cut_answer" else "their prompts"
+    return [
+        f"{report.num_truncated:,} of {report.num_examples:,} {_PART_NAMES[part]} examples had to be cut to "
+        f"{config.max_length:,} tokens ({what}): raise tokenization.max_length to keep them whole"
+        for part, report in reports.items()
+        if report.num_truncated
+    ]
 
 
 def _write_report(
