@@ -102,9 +102,7 @@ def _make_tokens(
 
 
 def _record(counts: TokenCounts, run_id: str) -> None:
-    """Tell the log and MLflow what came out."""
-    for warning in counts.warnings:
-        get_run_logger().warning("Tokenizer: %s", warning)
+    """Tell the log and MLflow what came out; the pipeline tells the warnings, those of a cached stage too."""
     share = counts.trained_tokens / counts.total_tokens
     tracking.log_metrics(
         run_id,
