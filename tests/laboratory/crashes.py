@@ -258,7 +258,8 @@ def run_draw(bench: Bench, template: Path, expected: Outcome, drawn: Draw) -> li
             attempt.signal(signal.SIGKILL)
             broken.append(f"hangs: {attempt.read()[-500:]}")
         refused = 0
-        while code != 0 and refused < 3:
+        # A run that had finished before the fault came is done: started again, it would be another one.
+        while code != 0 and refused < 3 and "FINISHED" not in read_home(bench, home).statuses:
             if code == 1:
                 refused += 1
                 if "Traceback" in attempt.read():
@@ -269,7 +270,7 @@ def run_draw(bench: Bench, template: Path, expected: Outcome, drawn: Draw) -> li
             if (code := attempt.wait(_PATIENCE_SECONDS)) is None:
                 attempt.signal(signal.SIGKILL)
                 return [*broken, f"the next start hangs: {attempt.read()[-500:]}"]
-        if code != 0:
+        if code != 0 and "FINISHED" not in read_home(bench, home).statuses:
             return [*broken, f"does not recover: {attempt.read()[-900:]}"]
         return broken + compare(read_home(bench, home), expected, refused)
 

@@ -14,7 +14,6 @@ NUM_DRAWS = 5
 _SECONDS = 90.0
 
 
-@pytest.mark.skipif("SFT_LABORATORY" not in os.environ, reason="draws new faults each time: set SFT_LABORATORY=1")
 def test_runs_recover_from_drawn_faults(tmp_path: Path) -> None:
     seed = int(os.environ.get("SFT_SEED") or int.from_bytes(os.urandom(4), "big"))
     print(f"seed {seed}")  # shown where the test fails
