@@ -9,11 +9,14 @@ from tasks import tracking
 
 
 def read_outcome(name: str) -> dict[str, Any]:
-    """Return the adapters' digests, the accounting of finished runs, the runs' statuses, and the number of versions."""
+    """Return the adapters' digests, the accounting of finished runs, the runs' statuses, and the number of versions.
+
+    A run that ended before it made its experiment has left nothing: no runs and no versions.
+    """
     client = tracking.client()
     experiment = client.get_experiment_by_name(name)
-    assert experiment is not None, f"no experiment {name}"
-    runs = client.search_runs([experiment.experiment_id], f"tags.`{tracking.CONFIG_TAG}` LIKE '%'")
+    experiments = [] if experiment is None else [experiment.experiment_id]
+    runs = client.search_runs(experiments, f"tags.`{tracking.CONFIG_TAG}` LIKE '%'") if experiments else []
     adapters, accounting = set(), []
     for run in runs:
         if run.info.status == "FINISHED":
