@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
-
 _MOST_CHARACTERS = 500
 
 

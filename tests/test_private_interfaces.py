@@ -35,7 +35,7 @@ _USES = {
     r"_scaled_mm": "tasks/decoder/quantized.py",
     r"\._version\b|\b_foreach_\w+": "tasks/decoder/adapters.py",
     r"flash_attn\.cute": "tasks/decoder/attention.py",
-    r"_apply_liger_kernel_to_instance|MODEL_TYPE_TO_APPLY_LIGER_FN": "tasks/training/liger.py",
+    r"_apply_liger_kernel_to_instance|MODEL_TYPE_TO_APPLY_LIGER_FN": "tasks/training/engines/liger.py",
 }
 _GONE = r"SubprocessASGIServer|warn_dependency_requirement_mismatches|\"Finished in"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.families.adaptation import describe
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adapter_costs import describe_costs
 from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
@@ -29,8 +29,8 @@ from tasks.training.checkpoints import (
 )
 from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
-from tasks.training.engine_choice import fit_general
-from tasks.training.general_engine import GeneralEngine
+from tasks.training.engines.choice import fit_general
+from tasks.training.engines.general import GeneralEngine
 from tasks.training.lora import save_adapter
 from tasks.training.memory import read_memory
 from tasks.training.movement import find_unmoved, take_fingerprints

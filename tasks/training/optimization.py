@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch
 from tasks.training.distributed import gather, shard_batches, world_size
 from tasks.training.memory import OutOfMemory

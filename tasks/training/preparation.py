@@ -19,11 +19,11 @@ from schemas.artifacts import AdaptedWeights
 from schemas.config import TrainingConfig
 from tasks.families.adaptation import summarize
 from tasks.models import choose_device, choose_dtype
-from tasks.training.base_dropout import describe_dropout, find_dropout, switch_off_dropout
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import run_once_per_node
-from tasks.training.engine_choice import choose_engine
-from tasks.training.engines import Engine
+from tasks.training.engines.base_dropout import describe_dropout, find_dropout, switch_off_dropout
+from tasks.training.engines.choice import choose_engine
+from tasks.training.engines.engine import Engine
 from tasks.training.frozen import load_base
 from tasks.training.lora import attach_adapter, collect_trained, plan_adapter
 from tasks.training.movement import take_fingerprints

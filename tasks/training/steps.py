@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from tasks.training.engines import Engine
+from tasks.training.engines.engine import Engine
 from tasks.training.records import EvalRecord
 from tasks.training.token_table import TokenTable
 

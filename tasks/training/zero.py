@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tasks.training.distributed import sum_gradients, world_size
-from tasks.training.general_engine import GeneralEngine
+from tasks.training.engines.general import GeneralEngine
 from tasks.training.preparation import Setup
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -155,7 +155,7 @@ def prepare(model: Any, table: Any, config: Any, steps: int) -> Any:
     import torch
 
     from tasks.models import choose_device, choose_dtype
-    from tasks.training.engine_choice import choose_engine
+    from tasks.training.engines.choice import choose_engine
     from tasks.training.lora import attach_adapter, collect_trained
     from tasks.training.optimizers import WholeOptimizer
     from tasks.training.preparation import Setup

@@ -211,7 +211,7 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
     from schemas.config import TrainingConfig
     from tasks.models import choose_device, load_model
     from tasks.training.batches import lay_out, open_rows
-    from tasks.training.general_engine import build_engine
+    from tasks.training.engines.general import build_engine
     from tasks.training.validation import compute_eval_loss
 
     device = choose_device()

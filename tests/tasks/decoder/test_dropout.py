@@ -12,10 +12,10 @@ from tasks.decoder.dropout import Dropout, derive_key, draw_kept, draw_words
 from tasks.decoder.projections import Projection
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.training.batches import form_flat_batch, iterate_steps
-from tasks.training.engines import FusedEngine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.self_check import dropping, try_model, verify
 from tasks.training.lora import collect_trained
 from tasks.training.reference import sum_losses
-from tasks.training.self_check import dropping, try_model, verify
 from tests.tasks.decoder.test_fused import (
     FAMILIES,
     build,

@@ -19,9 +19,9 @@ from tasks.decoder.dropout import Dropout, Mask, MaskedTensor, derive_key, draw_
 from tasks.decoder.elementwise import Quantized
 from tasks.decoder.recognition import quantize_decoder, recognize_decoder
 from tasks.training.batches import form_flat_batch
-from tasks.training.engines import FusedEngine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.self_check import try_model, verify
 from tasks.training.lora import attach_adapter
-from tasks.training.self_check import try_model, verify
 from tests.tasks.decoder.test_fused import FAMILIES, build, compute_fused, draw_table, measure_difference
 from tests.tasks.decoder.test_fused_gpu import assert_same, draw, rooms
 

@@ -17,7 +17,7 @@ from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
 from tasks.tokenization.labels import Example
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
-from tasks.training.engines import FusedEngine
+from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.reference import sum_losses
 from tasks.training.token_table import TokenTable

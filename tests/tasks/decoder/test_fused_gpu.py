@@ -17,10 +17,10 @@ from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
-from tasks.training.engines import FusedEngine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.memory_fit import fit_memory
 from tasks.training.loop import train_adapter
 from tasks.training.lora import collect_trained
-from tasks.training.memory_fit import fit_memory
 from tests.tasks.decoder.test_fused import (
     FAMILIES,
     build,

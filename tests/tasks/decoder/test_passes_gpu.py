@@ -10,7 +10,7 @@ from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
-from tasks.training.engines import FusedEngine
+from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import collect_trained
 from tests.tasks.decoder.test_fused import build, draw_table
 

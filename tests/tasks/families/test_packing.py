@@ -8,11 +8,11 @@ import torch
 from schemas.config import TrainingConfig
 from tasks.families.packing import find_row_limit
 from tasks.training.batches import form_batch
-from tasks.training.engine_choice import choose_engine
+from tasks.training.engines.choice import choose_engine
+from tasks.training.engines.loss import sum_token_losses
 from tasks.training.lora import attach_adapter
-from tasks.training.loss import sum_token_losses
 from tests.tasks.families import tiny
-from tests.tasks.training.test_router_loss import build_table
+from tests.tasks.training.engines.test_router_loss import build_table
 
 YARN = {
     "rope_type": "yarn",

@@ -9,9 +9,9 @@ import torch
 from schemas.config import TrainingConfig
 from tasks.models import load_model
 from tasks.training.batches import form_batch
+from tasks.training.engines.loss import sum_token_losses
 from tasks.training.frozen import load_4_bit, load_base
 from tasks.training.lora import attach_adapter, collect_trained
-from tasks.training.loss import sum_token_losses
 from tasks.training.records import TrainingError
 from tasks.training.throughput import count_useful_flop
 from tests.tasks.training.conftest import build_model, read_tokens

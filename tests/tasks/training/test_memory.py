@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from schemas.config import TrainingConfig
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 from tasks.training.checkpoints import Progress
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingError

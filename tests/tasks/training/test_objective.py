@@ -13,8 +13,8 @@ from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch
+from tasks.training.engines.loss import compute_token_losses
 from tasks.training.loop import train_adapter
-from tasks.training.loss import compute_token_losses
 from tasks.training.objective import SFT, Objective
 from tasks.training.optimization import descend
 from tasks.training.optimizers import WholeOptimizer

@@ -20,12 +20,12 @@ from tasks.decoder.attention import find_attentions, name_attention, warm_up
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.dropout import SITES, Dropout, Mask, draw_kept, number_site
 from tasks.decoder.recognition import UnknownDecoderError
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
-from tasks.training.engines import FusedEngine
-from tasks.training.general_engine import GeneralEngine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.general import GeneralEngine
+from tasks.training.engines.loss import cut_trial, sum_token_losses
 from tasks.training.lora import collect_trained
-from tasks.training.loss import cut_trial, sum_token_losses
 from tasks.training.token_table import TokenTable
 
 # The gradient may differ by this part of its norm, and the loss by this part of it. In 16 bits, two ways through a deep

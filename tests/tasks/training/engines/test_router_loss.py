@@ -9,8 +9,8 @@ import torch
 
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch, form_flat_batch
-from tasks.training.engine_choice import choose_engine
-from tasks.training.general_engine import GeneralEngine
+from tasks.training.engines.choice import choose_engine
+from tasks.training.engines.general import GeneralEngine
 from tasks.training.lora import attach_adapter
 from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable

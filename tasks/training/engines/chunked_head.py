@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch
-from tasks.training.loss import find_chosen
+from tasks.training.engines.loss import find_chosen
 
 # Of logits that exist at a time: enough rows to fill a GPU's products.
 LOGITS_BYTES = 1 << 28

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from tasks.memory import is_out_of_memory
+from tasks.out_of_memory import is_out_of_memory
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.distributed import gather
-from tasks.training.engines import FusedEngine
-from tasks.training.general_engine import GeneralEngine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.general import GeneralEngine
 from tasks.training.token_table import TokenTable
 
 LARGEST_FORWARD = 65536

@@ -12,17 +12,17 @@ from torch import Tensor
 from schemas.config import TrainingConfig
 from tasks.decoder import elementwise
 from tasks.models import load_model
-from tasks.training.base_dropout import find_dropout, switch_off_dropout
 from tasks.training.batches import form_batch, form_padded_step
-from tasks.training.chunked_head import compute_chunked_losses, is_head_frozen
-from tasks.training.flat_attention import NAME
-from tasks.training.general_engine import GeneralEngine, build_engine
+from tasks.training.engines.base_dropout import find_dropout, switch_off_dropout
+from tasks.training.engines.chunked_head import compute_chunked_losses, is_head_frozen
+from tasks.training.engines.flat_attention import NAME
+from tasks.training.engines.general import GeneralEngine, build_engine
+from tasks.training.engines.loss import sum_token_losses
+from tasks.training.engines.short_cuts import changes_with_length, take_short_cuts
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
-from tasks.training.loss import sum_token_losses
 from tasks.training.records import StepRecord
 from tasks.training.reference import fine_tune, learning_rate
-from tasks.training.short_cuts import changes_with_length, take_short_cuts
 from tasks.training.token_table import TokenTable
 from tests.tasks.training.conftest import draw_examples, read_tokens, write_split, write_tokens
 from tests.tasks.training.families import FAMILIES, FLAT, PADDED, build_family

@@ -10,8 +10,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from schemas.config import TrainingConfig
 from tasks.models import load_model
 from tasks.training.batches import Batch, form_batch
+from tasks.training.engines.loss import isolates_packed, sum_token_losses
 from tasks.training.lora import attach_adapter, collect_trained
-from tasks.training.loss import isolates_packed, sum_token_losses
 from tasks.training.token_table import TokenTable
 from tests.tasks.training.conftest import KINDS, build_model, draw_examples, read_tokens, write_split
 

@@ -15,15 +15,16 @@ from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
-from tasks.training.engines import Engine, FusedEngine
-from tasks.training.general_engine import GeneralEngine, build_engine
+from tasks.training.engines.engine import Engine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.general import GeneralEngine, build_engine
+from tasks.training.engines.memory_fit import SMALLEST_FULL_FORWARD, agree, fit_memory
+from tasks.training.engines.router_loss import find_router_loss
+from tasks.training.engines.self_check import try_model, verify
+from tasks.training.engines.short_cuts import take_short_cuts
 from tasks.training.lora import collect_trained
-from tasks.training.memory_fit import SMALLEST_FULL_FORWARD, agree, fit_memory
 from tasks.training.records import TrainingError
-from tasks.training.router_loss import find_router_loss
-from tasks.training.self_check import try_model, verify
 from tasks.training.sharding import is_sharded, is_zero
-from tasks.training.short_cuts import take_short_cuts
 from tasks.training.token_table import TokenTable
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.

@@ -1,12 +1,7 @@
-"""How a step's rows go through the model: through the fused decoder, or through the model's own forward pass.
-
-Both give the sum of the token losses and leave its gradient with the adapter; which one is a matter of speed alone.
-This is the fused one; the other is in `general_engine`.
-"""
+"""The engine that runs a model's layers through the fused decoder; see `tasks.decoder`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,54 +11,6 @@ from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.passes import FlatBatch, PassRecorder
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.token_table import TokenTable, cut_by_length
-
-
-class Engine(Protocol):
-    """What a training asks of an engine."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
-        """Make a step's batches of its rows, a multiple of `num_parts` of them where there are enough examples."""
-        ...
-
-    def form_evaluation(self, table: TokenTable) -> Iterator[Batch]:
-        """Make batches of all examples, in any order, as large as they are fast."""
-        ...
-
-    def compute_log_probs(self, batch: Batch) -> Tensor:
-        """Return log p(target) [N] of a batch's chosen positions (nats, fp32): the trained ones, and some of value 0.
-
-        Their weights come with the backward pass; see `objective`.
-        """
-        ...
-
-    def sum_losses(self, batch: Batch) -> Tensor:
-        """Return the sum of -log p(target) over a batch's trained positions (nats, fp32 scalar)."""
-        ...
-
-    def replay_gradient(self, batch: Batch, scale: float) -> Tensor | None:
-        """Add the gradient of scale times the sum from a recording, and return the sum; None where there is none."""
-        ...
-
-    def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take note of every step of the optimizer."""
-        ...
-
-    def bind_gradients(self) -> Tensor | None:
-        """Give what is trained gradients that stay where they are, as one vector; None where that is not done."""
-        ...
-
-    def shrink(self) -> "Engine | None":
-        """Return an engine that takes less memory for the same sum, or None."""
-        ...
-
-    def describe(self) -> str:
-        """Say in a few words how it computes."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import torch
 
 from tasks.decoder.attention import Attention, Segments, attend_one_by_one
 from tasks.families.packing import find_row_limit
-from tasks.memory import is_out_of_memory
-from tasks.training.base_dropout import find_dropout
+from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import form_batch
-from tasks.training.flat_attention import FlatLayout, find_kinds, laid_out, use_flat_attention
-from tasks.training.general_engine import GeneralEngine, autocast_to
-from tasks.training.liger import use_liger
-from tasks.training.loss import cut_trial, isolates_packed, sum_token_losses
-from tasks.training.self_check import Trial, compare, forget_grads, try_model
+from tasks.training.engines.base_dropout import find_dropout
+from tasks.training.engines.flat_attention import FlatLayout, find_kinds, laid_out, use_flat_attention
+from tasks.training.engines.general import GeneralEngine, autocast_to
+from tasks.training.engines.liger import use_liger
+from tasks.training.engines.loss import cut_trial, isolates_packed, sum_token_losses
+from tasks.training.engines.self_check import Trial, compare, forget_grads, try_model
 from tasks.training.token_table import TokenTable
 
 # Positions turn with another frequency once a row is longer than the model was trained for.
