@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: help install demo serve stop test test-gpu check format bench-data bench-gpu bench-run bench-service clean
+.PHONY: help install demo docs serve stop test test-gpu check format bench-data bench-gpu bench-run bench-service clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ check: $(INSTALLED) ## Format, lint, types, import contracts
 format: $(INSTALLED) ## Format and mend what can be mended
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED) ## Build the documentation as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": its memory)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

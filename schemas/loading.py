@@ -1,5 +1,6 @@
 """YAML files and `section.field=value` overrides become a RunConfig, or an error that says what to change."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -20,13 +21,13 @@ class ConfigError(ValueError):
     """The configuration cannot be used; the message names the field, the value, the limit and the way out."""
 
 
-def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML file and apply `section.field=value` overrides (values are YAML).
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a field is unknown or out of bounds.
     """
-    return override_config(read_mapping(path), overrides, str(path))
+    return override_config(read_mapping(Path(path)), tuple(overrides), str(path))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

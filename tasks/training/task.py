@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
@@ -159,6 +160,7 @@ def _progress_bar() -> Progress:
         TextColumn("{task.fields[speed]:,.0f} tokens/s"),
         TimeRemainingColumn(),
         transient=True,
+        disable=not sys.stdout.isatty(),  # elsewhere each start and stop leaves an empty line; a notebook breaks on it
     )
 
 

@@ -1,0 +1,50 @@
+"""Commands of README and docs that `tests/end_to_end/test_docs_commands.py` does not run, and the test that does.
+
+They start servers that stay, need a GPU or several minutes, or are what runs this test itself. A command that is not
+here is run.
+"""
+
+_STORY = "tests/end_to_end/test_service_story.py"
+_SERVED = f"{_STORY}::test_the_champion_answers_requests_with_the_prompt_ids_of_training"
+_SERVICE = "tests/end_to_end/test_service.py::test_started_again_it_does_no_harm"
+_TARGETS = "tests/docs/test_pages.py::test_each_target_of_make_that_is_named_has_a_program"
+_MODULES = "tests/docs/test_pages.py::test_each_module_that_is_named_as_a_program_is_one"
+_EXTRAS = "tests/docs/test_pages.py::test_each_extra_that_is_named_is_there"
+
+ELSEWHERE: dict[str, str] = {
+    "make test": _TARGETS,
+    "make serve": _SERVICE,
+    "SFT_DATABASE_URL=postgresql://sft:PASSWORD@127.0.0.1:5432/sft make serve": _SERVICE,
+    "set -a; . .sft/service/client.env; set +a": _SERVED,
+    "PATH=.venv/bin:$PATH mlflow models serve -m models:/demo-assistant@champion --env-manager local "
+    "--port 8000": _SERVED,
+    "PATH=.venv/bin:$PATH MLFLOW_TRACKING_URI=sqlite:///.sft/mlflow.db mlflow models serve -m models:/mine@champion "
+    "--env-manager local": _SERVED,
+    "curl http://127.0.0.1:8000/invocations -H 'Content-Type: application/json' "
+    '-d \'{"messages": [{"role": "user", "content": "What does the quamrin eat?"}]}\'': _SERVED,
+    ".venv/bin/sft publish more.jsonl --name support --recipe support.yaml": f"{_STORY}"
+    "::test_published_data_starts_the_run_that_makes_the_next_champion",
+    '.venv/bin/sft rollback demo-assistant --reason "too terse"': f"{_STORY}"
+    "::test_the_champion_is_taken_back_by_command_and_on_the_page",
+}
+
+INLINE: dict[str, str] = {
+    ".venv/bin/sft run my_sft.yaml": "tests/end_to_end/test_llamafactory.py::test_documented_training_runs_as_it_is",
+    "sft publish FILE --name support --recipe support.yaml": f"{_STORY}"
+    "::test_published_data_starts_the_run_that_makes_the_next_champion",
+    "mlflow models serve": _SERVED,
+    "python -m tasks.training.reference CONFIG": "tests/tasks/training/test_reference.py",
+    "python -m docs.settings_page": "tests/docs/test_settings_page.py::test_page_is_that_of_the_model",
+    "python -m docs.label_pictures": "tests/docs/test_label_pictures.py::test_pictures_are_those_of_the_code",
+    "python -m tests.tasks.evaluation.gate_figures": _MODULES,
+    "python -m tests.laboratory.fuzz": _MODULES,
+    "python -m tests.laboratory.fuzz --cases 2000": _MODULES,
+    "python -m tests.laboratory.crashes": _MODULES,
+    "python -m tests.laboratory.crashes --draws 100": _MODULES,
+    "SFT_FAMILIES=all pytest tests/tasks/families/test_matrix.py": _MODULES,
+    ".venv/bin/pip install 'sft-pipeline[nf4]'": _EXTRAS,
+    ".venv/bin/pip install 'sft-pipeline[flash4]'": _EXTRAS,
+    ".venv/bin/pip install 'sft-pipeline[liger]'": _EXTRAS,
+    ".venv/bin/pip install 'sft-pipeline[deepspeed]'": _EXTRAS,
+}
+"""Commands in sentences and tables. `make TARGET` and `sft COMMAND --option` need no entry: they are looked up."""
