@@ -174,7 +174,16 @@ class DataConfig(Section):
 
 
 DroppedPart = Literal[
-    "system", "user", "tool", "tools", "answer", "tool_calls", "reasoning", "history", "history_reasoning"
+    "system",
+    "user",
+    "tool",
+    "tools",
+    "answer",
+    "tool_calls",
+    "reasoning",
+    "history",
+    "history_reasoning",
+    "history_tool_calls",
 ]
 
 

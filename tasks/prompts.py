@@ -8,7 +8,7 @@ control token in a content stays text.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ SETTINGS_FILE = "prompts.json"
 _TRAINING_KEYS = frozenset({"train", "weight"})
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _PROBE = "Verbum6Tyx"
+_ID_LENGTH = 9
+"""Of the ids of calls that Mistral's templates take."""
 _PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -46,6 +48,9 @@ class Forms:
     """Contents are lists of `{"type": "text", "text": …}`, because it loops over them."""
     arguments_as_text: bool = False
     """Arguments of calls are JSON text, because it writes them as they are."""
+    call_id_length: int | None = None
+    """Calls and results have ids of so many letters and digits, because it refuses others; 0 for any length. None: as
+    they are."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def normalize_messages(messages: Sequence[Message], forms: Forms) -> list[Messag
     Raises:
         RequestError: a message is not a mapping with a role, or its content is no text.
     """
-    return [_normalize_message(number, message, forms) for number, message in enumerate(messages)]
+    plain = [_normalize_message(number, message, forms) for number, message in enumerate(messages)]
+    return plain if forms.call_id_length is None else _give_call_ids(plain, forms.call_id_length)
 
 
 def _normalize_message(number: int, message: Any, forms: Forms) -> Message:
@@ -172,6 +178,43 @@ def _normalize_call(number: int, call: Any, forms: Forms) -> dict[str, Any]:
     return {**rest, "type": "function", "function": function}
 
 
+def _give_call_ids(messages: Sequence[Message], length: int) -> list[Message]:
+    """Return messages in which each call of a tool has an id that the template takes, and each result its call's.
+
+    What has none is numbered: call00001 is the conversation's first call, however many follow.
+    """
+    renamed: dict[str, str] = {}
+    waiting: list[str] = []
+    numbered = []
+    num_calls = 0
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            num_calls += 1
+            call_id = _fit_call_id(call.get("id"), num_calls, length)
+            renamed[str(call.get("id"))] = call_id
+            calls.append(call | {"id": call_id})
+        if calls:
+            waiting = [call["id"] for call in calls]
+            message = message | {"tool_calls": calls}
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            # A result that names no call is that of the first call without one.
+            call_id = renamed.get(str(given)) if given else next(iter(waiting), None)
+            call_id = call_id or _fit_call_id(given, num_calls, length)
+            waiting = [other for other in waiting if other != call_id]
+            message = message | {"tool_call_id": call_id}
+        numbered.append(message)
+    return numbered
+
+
+def _fit_call_id(call_id: Any, number: int, length: int) -> str:
+    """Return an id if the template takes it, else one with the call's number."""
+    if isinstance(call_id, str) and (not length or (len(call_id) == length and call_id.isalnum())):
+        return call_id
+    return f"call{number:0{max(length or _ID_LENGTH, 5) - 4}d}"
+
+
 def normalize_tools(tools: Sequence[Tool] | None) -> list[Tool] | None:
     """Return definitions of tools as templates take them, each under its function; None for none at all."""
     if not tools:
@@ -190,29 +233,49 @@ def _to_plain(value: Any) -> Any:
 
 
 def find_forms(render: Render) -> Forms:
-    """Find out by probes in which forms a template takes contents and arguments."""
-    texts = Forms()
-    as_parts = Forms(content_as_parts=True)
+    """Find out by probes in which forms a template takes contents, arguments and ids of calls."""
     question = [{"role": "user", "content": _PROBE}]
-    loops = not _writes(render, question, texts, _PROBE) and _writes(render, question, as_parts, _PROBE)
+    as_parts = Forms(content_as_parts=True)
+    if _writes(render, question, Forms(), _PROBE):
+        forms = Forms()
     # Python's own writing of a part is no text.
-    loops = loops and not _writes(render, question, as_parts, "'text'")
-    forms = as_parts if loops else texts
+    elif _writes(render, question, as_parts, _PROBE) and not _writes(render, question, as_parts, "'text'"):
+        forms = as_parts
+    else:
+        return Forms()
+    forms = replace(forms, arguments_as_text=_wants_arguments_as_text(render, forms))
+    return replace(forms, call_id_length=_find_id_length(render, forms))
+
+
+def _find_id_length(render: Render, forms: Forms) -> int | None:
+    """Return how long ids of calls have to be for a template: 0 for any length, None where they may be missing."""
+
+    def takes(call_id: str) -> bool:
+        call = {"function": {"name": "probe", "arguments": {}}, **({"id": call_id} if call_id else {})}
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return _writes(render, messages, forms, "probe")
+
+    if takes("") or not takes("probe1234"):
+        return None
+    return 0 if takes("probe-of-another-length") else _ID_LENGTH
+
+
+def _wants_arguments_as_text(render: Render, forms: Forms) -> bool:
     call = {"name": "probe", "arguments": {_PROBE: "x"}}
     called: list[Message] = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "", "tool_calls": [{"id": "probe1234", "function": call}]},
         {"role": "tool", "content": "x", "tool_call_id": "probe1234", "name": "probe"},
     ]
-    as_text = Forms(forms.content_as_parts, arguments_as_text=True)
+    as_text = replace(forms, arguments_as_text=True)
     written = f'"{_PROBE}"'
     for messages in (called, called[:2]):
         in_python = _writes(render, messages, forms, f"'{_PROBE}'")
         if _writes(render, messages, forms, _PROBE) and not in_python:
-            return forms
+            return False
         if _writes(render, messages, as_text, written):
-            return as_text
-    return forms
+            return True
+    return False
 
 
 def _writes(render: Render, messages: list[Message], forms: Forms, text: str) -> bool:

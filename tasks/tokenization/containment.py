@@ -7,6 +7,7 @@ every tool stand in the prompt. Each is given a span of its own, so that one wor
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from tasks.tokenization.errors import MaskError
@@ -71,15 +72,46 @@ def _find_in_prompt(
         for loss, words in _list_history(message)
     ]
     # Longer ones first: a short one must not take the place that only they have.
-    for loss, number, words in sorted(wanted, key=lambda item: -len(item[2])):
+    for loss, number, words in sorted(filter(itemgetter(2), wanted), key=lambda item: -len(item[2])):
         is_there = prompt.take_any(_forms(words))
         if is_there and words in chat.ending.frame and loss != "history_reasoning":
             is_there = _is_written(chat, messages[: turn.index], number, tools, prompt=True)
         if not is_there:
             yield loss, number
+    yield from (("history_tool_calls", number) for number in _find_lost_calls(chat, messages, turn, tools))
     for number, tool in enumerate(tools or []):
         if not prompt.take(str((tool.get("function") or tool).get("name", ""))):
             yield "tools", -1 - number
+
+
+def _find_lost_calls(
+    chat: Chat, messages: Sequence[Message], turn: Turn, tools: Sequence[Tool] | None
+) -> Iterator[int]:
+    """Yield the earlier messages whose calls, or arguments of them, are not in a served prompt.
+
+    The definitions of the tools hold the same names, so a call is found by a name that only it has.
+    """
+    calling = [number for number, message in enumerate(messages[: turn.index]) if message.get("tool_calls")]
+    if not calling:
+        return
+    marked = [*messages[: turn.index]]
+    marks: dict[int, list[str]] = {}
+    for number in calling:
+        calls = messages[number]["tool_calls"]
+        marks[number] = [f"{_SENTINEL}{number}x{place}z" for place in range(len(calls))]
+        named = [
+            call | {"function": call["function"] | {"name": mark}}
+            for call, mark in zip(calls, marks[number], strict=True)
+        ]
+        marked[number] = messages[number] | {"tool_calls": named}
+    try:
+        prompt = render(chat, marked, tools, add_generation_prompt=True)
+    except MaskError:
+        return
+    for number in calling:
+        values = [value for call in messages[number]["tool_calls"] for value in _list_values(call)]
+        if not all(mark in prompt for mark in marks[number]) or not all(_is_said(turn.prompt, v) for v in values):
+            yield number
 
 
 def _list_history(message: Message) -> Iterator[tuple[str, str]]:
@@ -134,11 +166,17 @@ def _find_in_target(chat: Chat, messages: Sequence[Message], turn: Turn, tools: 
 def _is_called(said: str, call: Any) -> bool:
     """Tell whether a tool call's name, and the names and values of its arguments, are said."""
     function = (call.get("function") or call) if isinstance(call, dict) else {}
+    return str(function.get("name", "")) in said and all(_is_said(said, value) for value in _list_values(call))
+
+
+def _list_values(call: Any) -> Iterator[Any]:
+    """Return the names and values of a call's arguments."""
+    function = (call.get("function") or call) if isinstance(call, dict) else {}
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError):
             arguments = json.loads(arguments)
-    return str(function.get("name", "")) in said and all(_is_said(said, value) for value in _leaves(arguments))
+    return _leaves(arguments)
 
 
 def _is_said(said: str, value: Any) -> bool:
@@ -194,19 +232,19 @@ def check_said(chat: Chat, messages: Sequence[Message], turns: Sequence[Turn]) -
     """Refuse an answer of which nothing is left, whatever losses are allowed.
 
     Raises:
-        MaskError: `empty_answer`.
+        MaskError: `empty_answer`, or `dropped_tool_calls` where it is nothing but calls.
     """
     for turn in turns:
         said = turn.target.removesuffix(chat.ending.kept)
         for token in chat.special if turn.closed and not chat.ending.known else ():
             said = said.removesuffix(token)
         message = messages[turn.index]
-        given = [*_texts_of(message.get("content")), str(message.get("reasoning_content") or "")]
-        if not said.strip() and (message.get("tool_calls") or "".join(given).strip()):
+        given = "".join([*_texts_of(message.get("content")), str(message.get("reasoning_content") or "")]).strip()
+        if not said.strip() and (message.get("tool_calls") or given):
             raise MaskError(
-                "empty_answer",
+                "empty_answer" if given else "dropped_tool_calls",
                 f"message {turn.index}: {chat.name} renders nothing of it: set model.chat_template to a template that "
-                "writes answers",
+                "writes it, such as chatml",
             )
 
 
@@ -220,6 +258,7 @@ DROPPED = {
     "tools": "the definitions of the tools",
     "history": "the text of an earlier answer",
     "history_reasoning": "the reasoning of an earlier answer",
+    "history_tool_calls": "an earlier tool call or arguments of it",
 }
 
 
@@ -229,10 +268,11 @@ def check_losses(chat: Chat, losses: Sequence[str], allowed: Sequence[str]) -> N
     Raises:
         MaskError: `dropped_system`, `dropped_tools` and so on.
     """
-    for loss in losses:
-        if loss not in allowed:
-            raise MaskError(
-                f"dropped_{loss}",
-                f"{chat.name} leaves out {DROPPED[loss]}: set model.chat_template to a template that writes "
-                f"it, or allow the loss with tokenization.allow_dropped: {json.dumps([*allowed, loss])}",
-            )
+    refused = list(dict.fromkeys(loss for loss in losses if loss not in allowed))
+    if refused:
+        raise MaskError(
+            f"dropped_{refused[0]}",
+            f"{chat.name} leaves out {' and '.join(DROPPED[loss] for loss in refused)}: set model.chat_template to a "
+            "template that writes it, such as chatml, or allow the loss with tokenization.allow_dropped: "
+            f"{json.dumps([*allowed, *refused])}",
+        )

@@ -124,9 +124,9 @@ def plan(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, config:
     messages, tools = plain_messages(chat, conversation.messages), normalize_tools(conversation.tools)
     allow = config.allow_special_tokens
     rendered = render_turns(chat, messages, indices, tools, allow_special_tokens=allow)
+    check_said(chat, messages, rendered.plain)
     losses = find_losses(chat, messages, rendered.plain, tools)
     check_losses(chat, losses, config.allow_dropped)
-    check_said(chat, messages, rendered.plain)
     literal_endings = find_literal_endings(chat, messages, indices) if rendered.marks else ()
     return Plan(chat, messages, tools, rendered, losses, literal_endings)
 
@@ -163,7 +163,9 @@ def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig)
     chosen = assistants[-1:] if config.train_on == "last_turn" else assistants
     chosen = [number for number in chosen if messages[number].get("train") is not False]
     if not chosen:
-        raise MaskError("no_trained_tokens", "no assistant message is left to train on")
+        raise MaskError(
+            "no_trained_tokens", "no assistant message is left to train on: mark one train: true, or leave the row out"
+        )
     if config.train_on_prompt and len({messages[number].get("weight", 1) for number in chosen}) > 1:
         raise MaskError(
             "bad_message",

@@ -137,7 +137,8 @@ def render(
         role = messages[-1].get("role") if messages else None
         raise MaskError(
             "template_error",
-            f"{chat.name} refuses the conversation up to message {number} ({role}): {type(error).__name__}: {error}",
+            f"{chat.name} refuses the conversation up to message {number} ({role}): {type(error).__name__}: {error}: "
+            "set model.chat_template to a template that takes it, such as chatml",
         ) from None
     return str(text)
 

@@ -100,6 +100,11 @@ def prepare_tokenizer(
         notes.append(f"The template writes no end of turn: {tokenizer.eos_token!r} is put after each answer.")
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         stops.append(int(tokenizer.eos_token_id))
+    if chat.forms.call_id_length is not None:
+        notes.append(
+            "The template wants ids of tool calls: calls whose id is missing or of another length are numbered "
+            "call00001 and so on, in training and when the model is served."
+        )
     if "strftime_now" in chat.source:
         notes.append("The template writes today's date: other days give other prompts.")
     notes += _set_pad(tokenizer, set(stops))

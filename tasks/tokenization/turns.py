@@ -97,7 +97,11 @@ def _check_written(chat: Chat, index: int, target: str, closed: bool) -> None:
         MaskError: it is.
     """
     if not target.strip() and not closed:
-        raise MaskError("empty_answer", f"message {index}: {chat.name} renders nothing of it")
+        raise MaskError(
+            "empty_answer",
+            f"message {index}: {chat.name} renders nothing of it: set model.chat_template to a template that writes "
+            "it, such as chatml",
+        )
 
 
 def _align(chat: Chat, messages: Sequence[Message], tools: Sequence[Tool] | None, prompt: str, whole: str) -> str:

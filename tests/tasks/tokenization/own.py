@@ -127,6 +127,21 @@ _CHANNELS = (
     + "{%- if add_generation_prompt -%}{{ '<|start|>assistant' }}{%- endif -%}"
 )
 
+# Calls and results have ids of nine characters.
+_NUMBERED_CALLS = (
+    "{{- bos_token -}}{%- for t in tools or [] -%}{{ '[TOOLS]' ~ (t | tojson) ~ '[/TOOLS]' }}{%- endfor -%}"
+    + _LOOP
+    + "{%- if m.role == 'user' -%}{{ '[INST] ' ~ m.content ~ '[/INST]' }}"
+    "{%- elif m.role == 'tool' -%}"
+    "{%- if not m.tool_call_id or m.tool_call_id | length != 9 -%}{{- raise_exception('ids have 9') -}}{%- endif -%}"
+    "{{ '[RESULT]' ~ m.tool_call_id ~ ' ' ~ m.content ~ '[/RESULT]' }}"
+    "{%- elif m.role == 'assistant' and messages[loop.index0 - 1].role != m.role -%}{{ ' ' ~ m.content }}"
+    "{%- for c in m.tool_calls or [] -%}"
+    "{%- if not c.id or c.id | length != 9 -%}{{- raise_exception('ids have 9') -}}{%- endif -%}"
+    "{{ '[CALL]' ~ c.id ~ ' ' ~ c.function.name ~ ' ' ~ (c.function.arguments | tojson) ~ '[/CALL]' }}{%- endfor -%}"
+    "{{ eos_token }}{%- else -%}" + _RAISE + "{%- endif -%}" + _END
+)
+
 FAMILIES: dict[str, Family] = {
     "chatml": Family(CHATML, _CHATML_TOKENS, "<|im_end|>"),
     "chatml with tools": Family(
@@ -141,6 +156,13 @@ FAMILIES: dict[str, Family] = {
         is_assembled=False,
     ),
     "instructions": Family(_INSTRUCTIONS, ("[INST]", "[/INST]"), "</s>", bos="<s>", eos="</s>"),
+    "numbered calls": Family(
+        _NUMBERED_CALLS,
+        ("[INST]", "[/INST]", "[TOOLS]", "[/TOOLS]", "[CALL]", "[/CALL]", "[RESULT]", "[/RESULT]"),
+        "</s>",
+        bos="<s>",
+        eos="</s>",
+    ),
     "turns": Family(_TURNS, ("<start_turn>", "<end_turn>"), "<end_turn>", bos="<bos>"),
     "open thought": Family(
         _OPEN_THOUGHT,

@@ -69,6 +69,12 @@ LOST: dict[str, tuple[str, list[dict[str, Any]], Any, str]] = {
         "user",
     ),
     "a tool's result": (NO_TOOL_RESULT, [*CALLED, RESULT, *say("a:Warm.")], TOOLS, "tool"),
+    "an earlier call whose words all stand elsewhere": (
+        ALL_CALLS.replace("if m.tool_calls", "if m.tool_calls and loop.last", 1),
+        [*say("u:Weather in Rome?"), call({"city": "Rome"}, "I look."), RESULT, *say("a:Warm in Rome.")],
+        TOOLS,
+        "history_tool_calls",
+    ),
     "an earlier answer": (
         loop("{% if m.role == 'user' or loop.last %}" + TURN + "{{ m.content }}<|im_end|>\n{% endif %}"),
         [*say("u:a", "a:Earlier words.", train=False), *say("u:b", "a:Later.")],
@@ -106,6 +112,24 @@ def test_an_answer_of_which_nothing_is_left_is_never_trained() -> None:
     assert caught.value.reason == "empty_answer"
 
 
+def test_where_nothing_is_left_of_a_call_no_loss_can_be_allowed_and_the_advice_works() -> None:
+    tokenizer = make_tokenizer(loop(TURN + "{{ m.content }}<|im_end|>\n", front=TOOL_LIST))
+    with pytest.raises(MaskError, match="such as chatml") as caught:
+        build_examples(CALLED, tokenizer, tools=TOOLS)
+    assert caught.value.reason == "dropped_tool_calls"
+    assert "allow_dropped" not in str(caught.value)
+    tokenizer.chat_template = (Path(prepare_tokenizer.__code__.co_filename).parent / "chatml.jinja").read_text("utf-8")
+    assert build_examples(CALLED, tokenizer, tools=TOOLS)
+
+
+def test_all_that_a_template_loses_of_a_row_is_named_at_once() -> None:
+    messages = [*say("s:Be brief.", "u:q"), call({"city": "Rome"}, "I look.")]
+    with pytest.raises(MaskError) as caught:
+        build_examples(messages, make_tokenizer(NO_SYSTEM), tools=TOOLS)
+    assert "leaves out the definitions of the tools and the system message and its tool call or" in str(caught.value)
+    assert str(caught.value).endswith('allow_dropped: ["history_reasoning", "tools", "system", "tool_calls"]')
+
+
 KEPT: dict[str, tuple[str, list[dict[str, Any]], Any]] = {
     "trimmed": (loop(TURN + "{{ m.content | trim }}<|im_end|>\n"), say("u: q \n", "a:\n x "), None),
     "as JSON text": (
@@ -118,6 +142,11 @@ KEPT: dict[str, tuple[str, list[dict[str, Any]], Any]] = {
         loop(TURN + "{% set p = m.content.split('</think>') %}{{ p[0] }}</think>\n\n{{ p[-1] | trim }}<|im_end|>\n"),
         say("u:q", "a:<think>\nAdd.\n</think>\n4"),
         None,
+    ),
+    "no words beside an earlier call": (
+        CALL_ONLY,
+        [*CALLED, RESULT, *say("a:Warm."), {**CALLED[-1], "content": None, "train": False}, RESULT, *say("a:Still.")],
+        TOOLS,
     ),
     "words of every header": (CHATML, say("s:system", "u:user", "a:assistant", "u:user", "a:x"), None),
 }

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
-from tasks.prompts import PromptSettings, make_prompt
+from tasks.prompts import PromptSettings, make_prompt, normalize_messages
 from tasks.tokenization.fast.encoder import open_fast
 from tasks.tokenization.literals import control_tokens
 from tasks.tokenization.masking import Conversation, Masked, MaskError, build_examples, build_many
@@ -24,6 +24,7 @@ KEPT = {
     "chatml with tools": 20,
     "headers": 19,
     "instructions": 13,
+    "numbered calls": 15,
     "turns": 12,
     "open thought": 1,
     "closed thought": 13,
@@ -84,6 +85,14 @@ def calling(arguments: Any, **keys: Any) -> list[dict[str, Any]]:
     return [*Q, message | keys, RESULT]
 
 
+def calling_twice(first: dict[str, str], second: dict[str, str], *results: dict[str, str]) -> list[dict[str, Any]]:
+    """A request after the results of two calls at once; ids as they are given."""
+    function = {"name": "weather", "arguments": {"city": "Rome"}}
+    calls = [{"type": "function", "function": function, **keys} for keys in (first, second)]
+    said = [{"role": "tool", "content": f"{n} degrees", "name": "weather", **keys} for n, keys in enumerate(results)]
+    return [*Q, {"role": "assistant", "content": "", "tool_calls": calls}, *said]
+
+
 # A training row's messages before its answer, its tools, and the same as a server may be asked.
 REQUESTS: dict[str, tuple[list[dict[str, Any]], Any, list[dict[str, Any]], Any]] = {
     "plain": (Q, None, Q, None),
@@ -109,6 +118,20 @@ REQUESTS: dict[str, tuple[list[dict[str, Any]], Any, list[dict[str, Any]], Any]]
     "arguments as text": ([*Q, CALLED, RESULT], TOOLS, calling('{"city":"Rome", "days":3}', content=""), TOOLS),
     "null content": ([*Q, CALLED, RESULT], TOOLS, calling({"city": "Rome", "days": 3}, content=None), TOOLS),
     "no content": ([*Q, CALLED, RESULT], TOOLS, calling(json.dumps({"city": "Rome", "days": 3})), TOOLS),
+    "calls without ids": (
+        calling_twice({}, {}, {}, {}),
+        TOOLS,
+        calling_twice(
+            {"id": "call00001"}, {"id": "call00002"}, {"tool_call_id": "call00001"}, {"tool_call_id": "call00002"}
+        ),
+        TOOLS,
+    ),
+    "ids of another length": (
+        calling_twice({}, {}, {}, {}),
+        TOOLS,
+        calling_twice({"id": "call_x7"}, {"id": "call_y8"}, {"tool_call_id": "call_x7"}, {"tool_call_id": "call_y8"}),
+        TOOLS,
+    ),
     "null keys": (Q, None, [{**Q[0], "name": None, "tool_calls": None, "refusal": None}], None),
     "reasoning in history": (
         [*say("u:a"), *say("a:b", reasoning_content="Hm."), *say("u:c")],
@@ -135,7 +158,9 @@ def test_every_request_gives_the_prompt_of_training(kind: str, name: str) -> Non
     chat = open_chat(tokenizer)
     settings = PromptSettings(chat.forms, tuple(sorted(control_tokens(chat))))
     config = TokenizationConfig(
-        max_length=100_000, train_on="last_turn", allow_dropped=("reasoning", "history_reasoning", "tools", "tool")
+        max_length=100_000,
+        train_on="last_turn",
+        allow_dropped=("reasoning", "history_reasoning", "tools", "tool", "history_tool_calls"),
     )
     differing, num_equal = [], 0
     for shape, (row, tools, messages, asked_tools) in REQUESTS.items():
@@ -156,6 +181,22 @@ def test_every_request_gives_the_prompt_of_training(kind: str, name: str) -> Non
     assert not differing
     if kind != "pieces":
         assert num_equal >= 9
+
+
+def test_calls_that_need_ids_are_numbered_whatever_follows_and_results_are_their_calls() -> None:
+    forms = open_chat(make("bytes", "numbered calls")).forms
+    assert forms.call_id_length == 9
+    ids = {"tool_call_id": "second-of-all"}, {"tool_call_id": "abc123def"}
+    row = calling_twice({"id": "abc123def"}, {"id": "second-of-all"}, *ids)
+    row += [*calling_twice({}, {}, {}, {})[1:], {"role": "tool", "content": "late", "tool_call_id": "nobody's"}]
+    messages = normalize_messages(row, forms)
+    calls = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+    results = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
+    assert calls == ["abc123def", "call00002", "call00003", "call00004"]
+    assert results == ["call00002", "abc123def", "call00003", "call00004", "call00004"]
+    for end in range(1, len(row)):
+        assert normalize_messages(row[:end], forms) == messages[:end]
+    assert open_chat(make("bytes", "chatml with tools")).forms.call_id_length is None
 
 
 def test_a_spelled_end_of_turn_is_no_end_of_turn_when_served() -> None:

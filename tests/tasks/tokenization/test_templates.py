@@ -38,13 +38,16 @@ def test_a_base_model_with_chatml_tokens_gets_chatml_and_no_new_id(tmp_path: Pat
 
 
 @pytest.mark.parametrize("shape", [name for name in CONVERSATIONS if name != "tool text arguments"])
-def test_chatml_keeps_the_law_with_tools_too(tmp_path: Path, shape: str) -> None:
-    tokenizer = prepare_tokenizer(saved(make_tokenizer(None), tmp_path), "chatml").tokenizer
+@pytest.mark.parametrize(("template", "end_of_turn"), [("chatml", "<|im_end|>"), ("plain", "<|endoftext|>")])
+def test_built_in_templates_keep_the_law_with_tools_too(
+    tmp_path: Path, shape: str, template: str, end_of_turn: str
+) -> None:
+    tokenizer = prepare_tokenizer(saved(make_tokenizer(None), tmp_path), template).tokenizer
     messages, tools = CONVERSATIONS[shape]
     config = TokenizationConfig(max_length=100_000)
     examples = build_examples(messages, tokenizer, tools=tools, config=config)
     pairs = [(example.input_ids, example.labels) for example in examples]
-    assert oracle.check(tokenizer, messages, tools, pairs, "<|im_end|>") == oracle.Verdict("kept")
+    assert oracle.check(tokenizer, messages, tools, pairs, end_of_turn) == oracle.Verdict("kept")
 
 
 def test_the_template_file_of_the_config_is_used(tmp_path: Path) -> None:
