@@ -200,8 +200,8 @@ def _give_call_ids(messages: Sequence[Message], length: int) -> list[Message]:
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
             # A result that names no call is that of the first call without one.
-            call_id = renamed.get(str(given)) if given else next(iter(waiting), None)
-            call_id = call_id or _fit_call_id(given, num_calls, length)
+            known = renamed.get(str(given)) if given else next(iter(waiting), None)
+            call_id = known or _fit_call_id(given, num_calls, length)
             waiting = [other for other in waiting if other != call_id]
             message = message | {"tool_call_id": call_id}
         numbered.append(message)
@@ -252,7 +252,8 @@ def _find_id_length(render: Render, forms: Forms) -> int | None:
 
     def takes(call_id: str) -> bool:
         call = {"function": {"name": "probe", "arguments": {}}, **({"id": call_id} if call_id else {})}
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [{"role": "user", "content": "x"}, calling]
         return _writes(render, messages, forms, "probe")
 
     if takes("") or not takes("probe1234"):
