@@ -44,12 +44,12 @@ def cancel_with_server() -> Iterator[None]:
     except TerminationSignal:
         if watch.state is None:
             raise
-        get_run_logger().warning("Ended because the server has this run as %s", watch.state.name)
+        get_run_logger().warning("Ended because the server's state of this run is %s", watch.state.name)
         if watch.state.is_cancelling():
             with get_client(sync_client=True) as client:
                 message = "Cancelled. No worker was there to do it: the run ended by itself."
                 client.set_flow_run_state(watch.run_id, Cancelled(message=message), force=True)
-        raise Abort(f"the server has this run as {watch.state.name}") from None
+        raise Abort(f"the server's state of this run is {watch.state.name}") from None
     finally:
         gc.freeze()  # the process ends now: going through all that the libraries made would take seconds more
 

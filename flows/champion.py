@@ -1,4 +1,4 @@
-"""The champion meets the rows of this run, so that the gate can compare with it."""
+"""Evaluates the champion on the rows of this run, so that the gate can compare with it."""
 
 from flows.gpu_stages import evaluate
 from schemas.artifacts import Champion, EvalReport, TokensRef

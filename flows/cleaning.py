@@ -1,4 +1,4 @@
-"""`sft clean`: what a home can do without, and how much room it takes."""
+"""`sft clean`: what can be deleted from a home, and how many bytes it takes."""
 
 import shutil
 import time

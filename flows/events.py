@@ -1,4 +1,4 @@
-"""Events that automations of a Prefect server can wait for; without a server there is nobody to tell."""
+"""Sends events that automations of a Prefect server can wait for; without a server nothing is sent."""
 
 from collections.abc import Mapping
 

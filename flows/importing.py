@@ -1,4 +1,4 @@
-"""Configs as they come: ours, or LLaMA-Factory's, which are translated first and said how."""
+"""Reads configs: ours, or LLaMA-Factory's, which are translated, with a line about every key."""
 
 import os
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
         set_: section.field=value, over our settings.
 
     Raises:
-        ConfigError: it cannot be used; of LLaMA-Factory's every key that cannot be is named.
+        ConfigError: it cannot be used; of LLaMA-Factory's every key that cannot be translated is named.
     """
     values = read_mapping(path)
     if not is_llamafactory(values):
@@ -57,11 +57,11 @@ def translate_file(path: Path, values: dict[str, Any], overrides: Iterable[str] 
 
 
 def check_usable(translation: Translation, path: Path) -> None:
-    """Raise ConfigError with every key that cannot be."""
+    """Raise ConfigError with every key that cannot be translated."""
     refused = translation.list_lines("refused")
     if refused:
         lines = "\n".join(f"  {_word(line)}" for line in refused)
-        raise ConfigError(f"{path}: {len(refused)} key(s) of LLaMA-Factory's that cannot be\n{lines}")
+        raise ConfigError(f"{path}: {len(refused)} key(s) of LLaMA-Factory's that cannot be translated\n{lines}")
 
 
 def count_devices() -> int:
@@ -105,7 +105,9 @@ def read_chat(model: str) -> ChatTarget:
     values = read_mapping(path)
     translation = translate_file(path, values) if is_llamafactory(values) else None
     if translation is None or translation.kind != "chat":
-        raise ConfigError(f"{path}: no chat of LLaMA-Factory's (it has model_name_or_path): name a model or a folder")
+        raise ConfigError(
+            f"{path}: not a chat config of LLaMA-Factory's (that has model_name_or_path): name a model or a folder"
+        )
     check_usable(translation, path)
     for line in translation.list_lines("not done"):
         console.print(f"[yellow]not done:[/] {escape(_word(line))}")

@@ -1,4 +1,4 @@
-"""What a base model and a training's settings must allow, asked before anything is read, evaluated or trained."""
+"""Checks that a base model and a training's settings fit, before anything is read, evaluated or trained."""
 
 from pathlib import Path
 

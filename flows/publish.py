@@ -1,4 +1,4 @@
-"""Publish a dataset: check it, keep it in MLflow as a version, and tell whoever waits for new data."""
+"""Publish a dataset: check it, keep it in MLflow as a version, and send the event that automations wait for."""
 
 import json
 from dataclasses import dataclass

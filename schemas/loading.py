@@ -71,7 +71,7 @@ def _parse_yaml(text: str) -> Any:
 def _measure(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
     """Return the number of values below a node, its own included; `above` are the nodes that it lies in."""
     if id(node) in above:
-        raise ValueError("an alias lies inside of what it names")
+        raise ValueError("an alias refers to a value that contains it")
     if id(node) not in sizes:
         parts = []
         if isinstance(node, yaml.MappingNode):

@@ -80,11 +80,11 @@ def is_cached(task: Task[..., Any], **inputs: Any) -> bool:
 def run_stage(stage: Task[..., Any], *inputs: Any, **named: Any) -> State[Any]:
     """Run a stage and return its state, `CACHED` where a kept result was taken.
 
-    Where the files of a kept result are gone or damaged, here and where they were published, the stage is done again.
+    Where the files of a kept result are gone or damaged, here and where they were published, the stage runs again.
     """
     state: State[Any] = stage(*inputs, **named, return_state=True)
     if state.name == CACHED and (loss := _find_loss(state.result())) is not None:
-        logger.warning("Stage %s is done again: what it left is lost: %s", stage.name, loss)
+        logger.warning("Stage %s runs again, its result is lost: %s", stage.name, loss)
         state = stage.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
     return state
 
@@ -94,7 +94,7 @@ def resolve_or_repeat(ref: R, repeat: Callable[[], R]) -> Path:
     loss = _find_loss(ref)
     if loss is None:
         return tracking.resolve(ref)
-    logger.warning("A part of a stage is done again: what it left is lost: %s", loss)
+    logger.warning("A part of a stage runs again, its result is lost: %s", loss)
     return tracking.resolve(repeat())
 
 
@@ -142,7 +142,7 @@ def _drop_damaged(task: Task[..., Any], key: str) -> None:
     except Exception as error:  # whatever a reader says of bytes that are not its own
         damage = next(iter(str(error).splitlines()), type(error).__name__)
     if damage is not None:
-        logger.warning("Kept result %s is damaged (%s): its stage is done again", path, damage)
+        logger.warning("Kept result %s is damaged (%s): its stage runs again", path, damage)
         path.unlink(missing_ok=True)
 
 

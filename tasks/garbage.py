@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector kept from looking through what stays.
+"""Keeps Python's cyclic garbage collector from walking through objects that are never freed.
 
 Each of its full passes looks at every object there is: a tokenizer's vocabulary read as JSON brings half a million.
 """

@@ -1,6 +1,6 @@
-"""What workers do their work with, imported once by the process that they are forked from, and nowhere else.
+"""Imports what worker processes need, once, in the process that they are forked from; nothing else imports this module.
 
-There is a worker for each core, so that each is kept to one. transformers imports torch wherever it is found, which
+There is a worker for each core, so each may use one thread. transformers imports torch wherever it is found, which
 takes longer than everything else here; workers run no model.
 """
 

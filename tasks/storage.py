@@ -6,24 +6,24 @@ without servers, `mlflow.db` and `artifacts/`.
 """
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
 _MAX_READERS = 8
-_LOCK_SECONDS = 0.5
 _LOCK_SUFFIX = ".lock"
 # Clocks of file systems tick every few milliseconds: within a tick a file can change and keep its times.
 _SETTLED_NANOSECONDS = 50_000_000
@@ -128,16 +128,26 @@ def new_folder() -> Iterator[Path]:
         if root not in _cleared:
             _cleared.add(root)
             clear_abandoned(root)
-        descriptor, name = tempfile.mkstemp(dir=root, suffix=_LOCK_SUFFIX)
-    folder = Path(name.removesuffix(_LOCK_SUFFIX))
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it however the process dies
-        folder.mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(name).unlink(missing_ok=True)
-        os.close(descriptor)
+        folder = root / uuid.uuid4().hex
+        lock = folder.with_suffix(_LOCK_SUFFIX)
+        held = make_lock(lock).acquire()
+    with held:
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def make_lock(path: Path, *, wait_seconds: float = -1.0) -> BaseFileLock:
+    """Return a lock on a file, which is held within `with`; the kernel frees it however the process dies.
+
+    Args:
+        path: of the file, made where it is missing.
+        wait_seconds: until `Timeout`, an OSError, is raised; below 0 it is waited for as long as it takes.
+    """
+    return FileLock(path, timeout=wait_seconds, thread_local=False, fallback_to_soft=False)
 
 
 def check_home() -> None:
@@ -150,8 +160,7 @@ def clear_abandoned(root: Path) -> list[Path]:
     """Delete the new folders that no living process holds, and return them."""
     gone = []
     for lock in root.glob(f"*{_LOCK_SUFFIX}"):
-        with suppress(OSError), lock.open("r") as file:  # OSError: it is held, or another process was faster
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), make_lock(lock, wait_seconds=0):  # OSError: it is held
             folder = lock.with_name(lock.name.removesuffix(_LOCK_SUFFIX))
             shutil.rmtree(folder, ignore_errors=True)
             lock.unlink()
@@ -226,19 +235,13 @@ def hold_run(mlflow_run_id: str, *, wait_seconds: float = 0.0) -> Iterator[None]
     Raises:
         ValueError: a living process has the run, and kept it for so long.
     """
-    deadline = time.monotonic() + wait_seconds
-    with (run_folder(mlflow_run_id) / "lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= deadline:
-                    raise ValueError(
-                        f"run {mlflow_run_id} is being worked on by another process on this machine: wait for it or "
-                        "stop it"
-                    ) from None
-                time.sleep(_LOCK_SECONDS)
+    try:
+        held = make_lock(run_folder(mlflow_run_id) / "lock", wait_seconds=wait_seconds).acquire()
+    except Timeout:
+        raise ValueError(
+            f"run {mlflow_run_id} is being worked on by another process on this machine: wait for it or stop it"
+        ) from None
+    with held:
         yield
 
 
@@ -247,12 +250,11 @@ def is_held(mlflow_run_id: str) -> bool:
     path = home() / "runs" / mlflow_run_id / "lock"
     if not path.is_file():
         return False
-    with path.open("r") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    try:
+        with make_lock(path, wait_seconds=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _place(digest: str) -> Path:

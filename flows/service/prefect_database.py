@@ -1,4 +1,4 @@
-"""Transactions of Prefect's server on SQLite that cannot fail for another's having written meanwhile.
+"""Begins transactions of Prefect's server on SQLite so that a concurrent write does not make them fail.
 
 Prefect begins most transactions DEFERRED, reads, and then writes. When another connection wrote in between, SQLite
 refuses at once (SQLITE_BUSY_SNAPSHOT: the snapshot that was read is old), whatever time-out is set. Prefect answers 503

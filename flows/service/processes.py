@@ -6,7 +6,6 @@ a killed worker left behind. The mark alone is not enough: a process that is jus
 parent's environment, or for a moment none, so what is written down and what descends from it counts too.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from flows.service.settings import ServiceError
+from tasks import storage
 
 _MARK = "SFT_SERVICE"
 _RUN = "PREFECT__FLOW_RUN_ID"  # what a worker tells the process of a run
@@ -137,8 +137,7 @@ def log_file(folder: Path, name: str) -> Path:
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the folder, so that two commands at once do not both start or stop things."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with storage.make_lock(folder / "lock"):
         yield
 
 

@@ -115,7 +115,7 @@ def _read_auth(environment: Mapping[str, str], host: str) -> bool:
     """On, but for SFT_AUTH=off on this machine."""
     text = environment.get("SFT_AUTH") or "on"
     if text not in ("on", "off"):
-        raise ServiceError(f"SFT_AUTH = {text!r}: on or off")
+        raise ServiceError(f"SFT_AUTH = {text!r}: give on or off")
     if text == "off" and not is_loopback(host):
         raise ServiceError(
             f"SFT_AUTH = off with SFT_HOST = {host}: whoever reaches the servers could run programs on this machine. "

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's keys (0.9) that need no arithmetic: what holds here anyway, what is not done, what cannot be.
+"""LLaMA-Factory's keys (0.9) that become no setting: already so here, ignored, or refused.
 
 Keys that become settings are in `settings.py` and `training.py`. A key that is nowhere is unknown.
 """

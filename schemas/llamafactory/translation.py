@@ -1,4 +1,4 @@
-"""LLaMA-Factory's YAML (0.9) in our terms: what each key becomes, what is implied, what cannot be.
+"""LLaMA-Factory's YAML (0.9) in our terms: what each key becomes, what is implied, what cannot be translated.
 
 A file is a flat mapping of keys; keys that are not given have LLaMA-Factory's defaults, not ours.
 """

@@ -2,9 +2,9 @@
 
 Dimensions: `T` tokens of a flat batch (examples end to end), `H` hidden size, `N` trained positions, `V` vocabulary.
 
-`recognize_decoder` reads the layers of a model that transformers and PEFT have built, and says of each what it is made
-of; what it does not know in every detail, it refuses, and training goes the general way. The parameters stay where they
-are: an adapter trained here is PEFT's.
+`recognize_decoder` reads the layers of a model that transformers and PEFT have built. A model that it does not know in
+every detail is refused, and the general engine trains it. The parameters stay where they are: an adapter trained here
+is PEFT's.
 """
 
 from collections.abc import Callable

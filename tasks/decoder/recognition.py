@@ -1,4 +1,4 @@
-"""Which models the fused decoder knows, and how their modules fill it."""
+"""Recognizes the models that the fused decoder can run, and builds its layers from their modules."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the device knows of each slot, and how a chosen token joins its answer without the host.
+"""The state of every slot on the device, and the step that appends a chosen token to its answer without the host.
 
 Dimensions: `W` slots, `A` longest answer, `S` stop ids.
 """

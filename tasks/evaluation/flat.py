@@ -2,8 +2,8 @@
 
 Dimensions: `T` tokens of a flat input, `N` kept positions, `V` vocabulary, `D` head size.
 
-Any model of transformers whose layers call the attention that its config names can be run so; what its other layers do
-stays its own affair. Who attends to whom is the layout's: it is handed down to every layer beside the hidden states.
+Any model of transformers whose layers call the attention that its config names can be run so; its other layers are not
+touched. A layout, handed to every layer beside the hidden states, says which tokens attend to which.
 """
 
 import inspect

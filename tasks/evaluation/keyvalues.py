@@ -1,4 +1,4 @@
-"""Keys and values of many rows in places that never move, and the attention of each row's newest token to them.
+"""A key-value cache with a fixed place (slot) for each row, and the attention of each row's newest token to it.
 
 Dimensions: `T` tokens of a flat input, `W` slots, `L` tokens a slot holds, `G` query heads a key head serves, `D` head
 size.

@@ -1,4 +1,4 @@
-"""What is done when an evaluation does not fit into the memory."""
+"""Repeats an evaluation's work in smaller batches when the memory runs out."""
 
 import gc
 import logging

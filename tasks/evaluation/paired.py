@@ -1,4 +1,4 @@
-"""Chance in a paired comparison: bootstrap intervals, randomization tests, and Holm's correction.
+"""Statistics of a paired comparison: bootstrap intervals, randomization tests, and Holm's correction.
 
 The unit is the source conversation: its rows stay together, because they are not independent. Everything here works on
 sums over conversations, for many comparisons at once.

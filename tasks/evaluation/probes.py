@@ -1,4 +1,4 @@
-"""What was forgotten: base and new model on the further held-out sets."""
+"""Forgetting: the base model and the new one compared on the further held-out sets."""
 
 from collections.abc import Iterable
 from pathlib import Path

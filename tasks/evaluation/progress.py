@@ -1,4 +1,4 @@
-"""How far an evaluation is, said in its log from time to time."""
+"""Logs from time to time how many rows of an evaluation are done."""
 
 import logging
 import time

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from tasks.tokenization.continuation import encode_turn, same_text, says, swallows
+from tasks.tokenization.continuation import absorbs_space, decodes_to, encode_turn, same_text
 from tasks.tokenization.encoding import decode_batch, encode_batch
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.rendering import Chat
@@ -139,9 +139,9 @@ def _settle(
 
 def _holds(chat: Chat, turn: Turn, guess: Encoded, decoded: str) -> bool:
     """Check the law on a guess: its ids decode to the target."""
-    if swallows(chat, guess.front_ids, turn.target):
+    if absorbs_space(chat, guess.front_ids, turn.target):
         return False
-    return same_text(chat, decoded, turn.target) or says(chat, guess.front_ids, guess.target_ids, turn.target)
+    return same_text(chat, decoded, turn.target) or decodes_to(chat, guess.front_ids, guess.target_ids, turn.target)
 
 
 def _chain(rendered: Rendered, number: int, so_far: list[int], prompt_ids: list[int], target_ids: list[int]) -> Encoded:

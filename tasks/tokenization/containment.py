@@ -1,4 +1,4 @@
-"""What of a conversation a template loses: everything is looked for in what is served and in what is said.
+"""Checks that a template loses nothing of a conversation.
 
 The words of the answer, its tool calls and its reasoning stand in the target; every earlier content and the name of
 every tool stand in the prompt. Each is given a span of its own, so that one word does not stand for two messages.

@@ -32,14 +32,14 @@ def encode_turn(chat: Chat, turn: Turn, marks: Marks | None = None) -> tuple[lis
     whole = ids_of(turn.prompt + turn.target)
     target = marks.remove(turn.target) if marks else turn.target
     candidates: list[list[int]] = []
-    if whole[: len(prompt_ids)] == prompt_ids and not swallows(chat, prompt_ids, target):
+    if whole[: len(prompt_ids)] == prompt_ids and not absorbs_space(chat, prompt_ids, target):
         candidates.append(whole[len(prompt_ids) :])
     anchor = _anchor(chat, prompt_ids)
-    candidates.append(_behind(anchor, turn.target, ids_of))
+    candidates.append(_encode_after(anchor, turn.target, ids_of))
     candidates.append(ids_of(turn.target))
     candidates.append(_piecewise(chat, anchor, turn.target, ids_of))
     for candidate in candidates:
-        if says(chat, prompt_ids, candidate, target):
+        if decodes_to(chat, prompt_ids, candidate, target):
             return prompt_ids, candidate
     raise MaskError(
         "not_representable",
@@ -49,7 +49,7 @@ def encode_turn(chat: Chat, turn: Turn, marks: Marks | None = None) -> tuple[lis
     )
 
 
-def _behind(anchor: str, text: str, ids_of: Callable[[str], list[int]]) -> list[int]:
+def _encode_after(anchor: str, text: str, ids_of: Callable[[str], list[int]]) -> list[int]:
     """Encode a text as what follows another; by itself where the two merge."""
     front, ids = ids_of(anchor), ids_of(anchor + text)
     return ids[len(front) :] if ids[: len(front)] == front else ids_of(text)
@@ -66,24 +66,24 @@ def _piecewise(chat: Chat, anchor: str, text: str, ids_of: Callable[[str], list[
         if piece in chat.added:
             ids.append(chat.added[piece])
         elif piece:
-            ids += _behind("\n" if number else anchor, piece, ids_of)
+            ids += _encode_after("\n" if number else anchor, piece, ids_of)
     return ids
 
 
-def swallows(chat: Chat, prompt_ids: Sequence[int], target: str) -> bool:
+def absorbs_space(chat: Chat, prompt_ids: Sequence[int], target: str) -> bool:
     """Tell whether the prompt's last token takes the answer's leading spaces into itself."""
-    return bool(target[:1].isspace() and prompt_ids and prompt_ids[-1] in chat.swallowing)
+    return bool(target[:1].isspace() and prompt_ids and prompt_ids[-1] in chat.space_absorbing)
 
 
 def _anchor(chat: Chat, prompt_ids: Sequence[int]) -> str:
     """Return a text to encode an answer behind: an added token if the prompt ends in one, else a line's end."""
     if prompt_ids and prompt_ids[-1] in chat.added.values():
-        neutral = (text for text in sorted(chat.special) if chat.added[text] not in chat.swallowing)
+        neutral = (text for text in sorted(chat.special) if chat.added[text] not in chat.space_absorbing)
         return next(neutral, "\n")
     return "\n"
 
 
-def says(chat: Chat, prompt_ids: Sequence[int], target_ids: Sequence[int], target: str) -> bool:
+def decodes_to(chat: Chat, prompt_ids: Sequence[int], target_ids: Sequence[int], target: str) -> bool:
     """Tell whether the ids decode to the target, by themselves or behind the prompt.
 
     Sentence-piece decoders drop a space at the front of what they decode, so that an answer that begins with one is

@@ -1,4 +1,4 @@
-"""The one error of this stage's neighbours."""
+"""The error of a conversation, template or tokenizer that cannot be made into labelled examples."""
 
 
 class MaskError(ValueError):

@@ -1,4 +1,4 @@
-"""The rows of one row group become examples, by the fast way where it can be shown to be the plain one.
+"""Makes the examples of one row group: by the fast encoder where it gives the same as rendering, else by rendering.
 
 A row group is made as a whole, and by nothing but what is in it: its examples, its counts and which of its rows are
 compared do not depend on which shard it is in, nor on who made the one before. Memory is that of one batch of rows.

@@ -41,7 +41,7 @@ class Chat:
     """Any one of them, longer ones first, as a group."""
     special: frozenset[str]
     """Those of them that are control tokens."""
-    swallowing: frozenset[int]
+    space_absorbing: frozenset[int]
     """Ids of added tokens that take the whitespace behind them into themselves."""
     ending: Ending = field(default_factory=Ending)
     anchor: str = ""
@@ -88,9 +88,9 @@ def _probe(tokenizer: PreTrainedTokenizerBase, source: str, variables: dict[str,
     tokens = tokenizer.added_tokens_decoder
     added = {token.content: index for index, token in tokens.items() if token.content.strip()}
     special = special_tokens(tokenizer)
-    swallowing = frozenset(index for index, token in tokens.items() if token.rstrip)
+    space_absorbing = frozenset(index for index, token in tokens.items() if token.rstrip)
     pattern = any_of(added)
-    chat = Chat(tokenizer, source, compiled, variables, Forms(), added, pattern, special, swallowing)
+    chat = Chat(tokenizer, source, compiled, variables, Forms(), added, pattern, special, space_absorbing)
     bare = chat
     forms = find_forms(lambda messages, tools: render(bare, messages, tools, add_generation_prompt=True))
     chat = replace(chat, forms=forms)

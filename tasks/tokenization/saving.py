@@ -1,4 +1,4 @@
-"""The tokenizer that will ship, saved, and proven by what loads from where it was saved."""
+"""Saves the tokenizer that ships with the model, and checks it by loading it again."""
 
 import json
 from collections.abc import Sequence

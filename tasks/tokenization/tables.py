@@ -1,4 +1,4 @@
-"""Tables in and out: conversations of a dataset read in batches, examples laid out as Arrow columns."""
+"""Reads conversations of a dataset in batches, and lays examples out as Arrow columns."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The tokenizer as it will ship: its chat template, its pad token, and what ends a generation."""
+"""Prepares the tokenizer that ships with the model: its chat template, its pad token, and its stop tokens."""
 
 import hashlib
 import json

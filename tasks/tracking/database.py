@@ -4,7 +4,6 @@ MLflow makes its tables in dozens of transactions, without a lock. A process tha
 that MLflow refuses ever after, and of two first runs at once one fails.
 """
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -39,8 +38,7 @@ def prepare_database(path: Path, *, artifact_root: str) -> None:
             return
         storage.make_home()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # which the kernel gives back however this process ends
+        with storage.make_lock(path.with_name(f"{path.name}.lock")):
             if not _is_whole(path):
                 _make(path, artifact_root)
     except (OSError, sqlite3.Error) as error:
@@ -61,7 +59,7 @@ def _is_whole(path: Path) -> bool:
 
 def _make(path: Path, artifact_root: str) -> None:
     if path.exists():
-        _log.warning("%s was not made to its end, and nothing is in it: it is made anew", path)
+        _log.warning("%s was left unfinished by a killed process and holds no data: it is made again", path)
     new = path.with_name(f"{path.name}.new")
     for each in (path, new):
         for suffix in ("", *_SIDE_FILES):

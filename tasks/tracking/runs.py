@@ -200,10 +200,10 @@ def recall(parent_run_id: str, stage: str, kind: type[R]) -> R | None:
         ref = kind.model_validate_json(run.data.tags[RESULT_TAG])
         resolve(ref)
     except ValidationError:
-        logger.warning("Stage %s is done again: its result was written by another release", stage)
+        logger.warning("Stage %s runs again: its result was written by another release", stage)
         return None
     except ArtifactError as error:
-        logger.warning("Stage %s is done again: what it left is lost: %s", stage, error)
+        logger.warning("Stage %s runs again, its result is lost: %s", stage, error)
         return None
     return ref
 

@@ -3,7 +3,7 @@
     gradient of a step = sum over ranks of the gradients of their micro batches' loss sums / trained tokens of the step
 
 so that any number of ranks optimizes the same sum as one. Only the adapter is trained: its gradients are put into one
-vector and summed once a step. With one process every function here does nothing, or the obvious.
+vector and summed once a step. With one process the functions here communicate nothing and return what they are given.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The proof after a training that everything trained has moved: what did not is named.
+"""Checks after a training that every trained tensor has changed, and names those that have not.
 
 A matrix is compared with its start by the sum of its values' bits, experts one by one, so that no second copy of the
 adapter is held. The matrix B starts at zero and moves in the first step that reaches it; A follows in the next.

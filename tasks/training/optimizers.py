@@ -1,4 +1,4 @@
-"""The optimizer of what is trained, whole on every rank or divided among them: what a step asks of either.
+"""What a step asks of an optimizer, and the optimizer that is whole on every rank; a divided one is in `zero`.
 
 In a step: `add` for every micro batch, then `sum`, `clip` and `move` once.
 """

@@ -1,4 +1,4 @@
-"""What a training tells the outside: one record a step, one an evaluation, and the outcome."""
+"""What a training reports: one record a step, one an evaluation, and the outcome."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -104,7 +104,7 @@ def test_a_run_on_damaged_files_ends_as_the_undisturbed_one(
     again = run(_ROWS, template)
     assert _reused(again) == {"ingest", "evaluate-base"}
     assert f"{dataset.parent} is damaged" in caplog.text
-    assert "Stage tokenize is done again: what it left is lost" in caplog.text
+    assert "Stage tokenize runs again, its result is lost" in caplog.text
     assert _adapter(again).digest == _adapter(first).digest
     assert again.training.final_loss == first.training.final_loss
     assert again.dataset == first.dataset

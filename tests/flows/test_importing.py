@@ -85,7 +85,7 @@ def test_import_writes_a_config_of_ours_and_the_table_beside_it(place: Path) -> 
 def test_import_names_all_that_cannot_be_and_writes_nothing(place: Path) -> None:
     result = call("import", "my_sft.yaml", "stage=dpo", "neftune_noise_alpha=5")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "2 key(s) of LLaMA-Factory's that cannot be" in result.stderr
+    assert "2 key(s) of LLaMA-Factory's that cannot be translated" in result.stderr
     ours = call("import", Path(__file__).resolve().parents[2] / "deploy" / "configs" / "demo.yaml")
     assert ours.exit_code == 1
     assert "not LLaMA-Factory's" in ours.stderr
@@ -202,4 +202,4 @@ def test_files_for_another_command_say_which(place: Path) -> None:
     result = call("run", chat)
     assert result.exit_code == 1
     assert f"sft chat {chat}" in result.stderr.replace("\n", "")
-    assert "no chat of LLaMA-Factory's" in call("chat", "my_sft.yaml").stderr
+    assert "not a chat config of LLaMA-Factory's" in call("chat", "my_sft.yaml").stderr

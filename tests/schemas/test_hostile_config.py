@@ -16,7 +16,7 @@ BASE = "model: {base_model: m}\ndata: {source: d}\n"
     ("text", "words"),
     [
         (BOMB, "more than 10,000 values"),
-        ("a: &a [*a]\n", "an alias lies inside of what it names"),
+        ("a: &a [*a]\n", "an alias refers to a value that contains it"),
         ("a: " + "[" * 3000 + "]" * 3000, "not valid YAML"),
         ("a: 2001-99-99\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),

@@ -80,7 +80,7 @@ def test_a_finished_stage_whose_files_are_lost_is_not_recalled(
             stored.unlink()
     tracking.resolve(ref).rename(tracked / "away too")
     assert tracking.recall(parent, "merge", Ref) is None
-    assert "Stage merge is done again: what it left is lost" in caplog.text
+    assert "Stage merge runs again, its result is lost" in caplog.text
 
 
 def _publish(parent: str, text: str) -> Ref:
@@ -186,4 +186,4 @@ def test_a_result_of_another_release_is_made_again(parent: str, caplog: pytest.L
     with tracking.stage_run(parent, "old") as run_id:
         tracking.remember(run_id, kept)  # without the fields of today
     assert tracking.recall(parent, "old", EvalReport) is None
-    assert "Stage old is done again: its result was written by another release" in caplog.text
+    assert "Stage old runs again: its result was written by another release" in caplog.text

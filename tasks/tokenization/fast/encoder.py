@@ -1,7 +1,7 @@
 """Conversations as ids without rendering them: the constants of a skeleton encoded once, the contents word by word.
 
-Every content is looked through for added tokens first, and what is not known for certain is left to
-`masking.build_many`, which is also the meaning of what is done here.
+A conversation whose ids are not certain (a content that holds an added token, an unknown template condition) is left to
+`masking.build_many`, which defines the right result.
 """
 
 from collections.abc import Callable

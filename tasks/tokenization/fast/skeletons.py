@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from tasks.tokenization.containment import find_losses
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.fast.tracing import Condition, Inquiry, Part, Slot, Untraceable, merge, trace
+from tasks.tokenization.fast.tracing import Condition, Constraints, Part, Slot, Untraceable, merge, trace
 from tasks.tokenization.rendering import Chat, Message
 from tasks.tokenization.thoughts import find_prompt_thought
 from tasks.tokenization.turns import Turn, render_turn
@@ -102,13 +102,13 @@ def derive(chat: Chat, messages: Sequence[Message], indices: Sequence[int]) -> S
         Untraceable: its texts are not known from its contents alone.
     """
     contents = [message["content"] for message in messages]
-    inquiry = Inquiry(contents)
-    turns = tuple(_trace_turn(chat, messages, index, inquiry) for index in indices)
+    constraints = Constraints(contents)
+    turns = tuple(_trace_turn(chat, messages, index, constraints) for index in indices)
     for turn in turns:
         _check_all_written(turn)
-    chains, chained = _chain(turns, inquiry)
+    chains, chained = _chain(turns, constraints)
     skeleton = Skeleton(
-        chat, tuple(message["role"] for message in messages), tuple(inquiry.conditions), turns, chains, chained
+        chat, tuple(message["role"] for message in messages), tuple(constraints.conditions), turns, chains, chained
     )
     try:
         rendered = [render_turn(chat, messages, index, None) for index in indices]
@@ -119,13 +119,13 @@ def derive(chat: Chat, messages: Sequence[Message], indices: Sequence[int]) -> S
     return skeleton
 
 
-def _trace_turn(chat: Chat, messages: Sequence[Message], index: int, inquiry: Inquiry) -> TracedTurn:
+def _trace_turn(chat: Chat, messages: Sequence[Message], index: int, constraints: Constraints) -> TracedTurn:
     """Trace one trained message, as `turns.render_turn` renders it."""
     if index == 0 or not (chat.ending.known and chat.ending.closed and chat.ending.tail):
         raise Untraceable
-    prompt = trace(chat, messages[:index], inquiry, add_generation_prompt=True)
-    whole = trace(chat, messages[: index + 1], inquiry, add_generation_prompt=False)
-    text = behind(whole, prompt, inquiry)
+    prompt = trace(chat, messages[:index], constraints, add_generation_prompt=True)
+    whole = trace(chat, messages[: index + 1], constraints, add_generation_prompt=False)
+    text = suffix_after(whole, prompt, constraints)
     if not text or not isinstance(text[-1], str) or not text[-1].endswith(chat.ending.tail):
         raise Untraceable
     end = text[-1].removesuffix(chat.ending.tail) + chat.ending.kept
@@ -150,7 +150,7 @@ def _check_all_written(turn: TracedTurn) -> None:
         raise Untraceable
 
 
-def behind(whole: Sequence[Part], front: Sequence[Part], inquiry: Inquiry) -> tuple[Part, ...] | None:
+def suffix_after(whole: Sequence[Part], front: Sequence[Part], constraints: Constraints) -> tuple[Part, ...] | None:
     """Return what follows a front, or None where the text does not begin with it.
 
     Raises:
@@ -162,7 +162,7 @@ def behind(whole: Sequence[Part], front: Sequence[Part], inquiry: Inquiry) -> tu
             raise Untraceable
         one, other = rest.pop(), wanted.pop()
         if isinstance(one, Slot) and isinstance(other, Slot):
-            if one != other and (one.number != other.number or not inquiry.ask(one, "__eq__", other)):
+            if one != other and (one.number != other.number or not constraints.ask(one, "__eq__", other)):
                 raise Untraceable
         elif isinstance(one, str) and isinstance(other, str):
             length = min(len(one), len(other))
@@ -174,21 +174,21 @@ def behind(whole: Sequence[Part], front: Sequence[Part], inquiry: Inquiry) -> tu
             slot, constant = (one, other) if isinstance(one, Slot) else (other, one)
             assert isinstance(slot, Slot)
             assert isinstance(constant, str)
-            if inquiry.ask(slot, "__bool__") and not inquiry.ask(slot, "startswith", constant[0]):
+            if constraints.ask(slot, "__bool__") and not constraints.ask(slot, "startswith", constant[0]):
                 return None
             raise Untraceable
     return tuple(reversed(rest))
 
 
 def _chain(
-    turns: Sequence[TracedTurn], inquiry: Inquiry
+    turns: Sequence[TracedTurn], constraints: Constraints
 ) -> tuple[tuple[tuple[tuple[Part, ...], ...], ...], tuple[tuple[int, ...], ...]]:
     """Put turns whose prompt begins with all of the turn before into one example."""
     chains: list[list[tuple[Part, ...]]] = []
     chained: list[list[int]] = []
     for number, turn in enumerate(turns):
         before = turns[number - 1] if number else None
-        front = behind(turn.prompt, merge((*before.prompt, *before.target)), inquiry) if before else None
+        front = suffix_after(turn.prompt, merge((*before.prompt, *before.target)), constraints) if before else None
         if front is None:
             chains.append([turn.prompt, turn.target])
             chained.append([turn.number])

@@ -1,12 +1,12 @@
-"""A template run on contents that watch what is done to them.
+"""Runs a chat template on contents that record what the template does to them.
 
-Each content of a message is a `Watched` text, and joining it with others is all that goes unnoticed. What a template
-asks of it (is it empty, does it hold this word) is answered for the content at hand and noted as a condition; what it
-cuts off (outer spaces) is noted with the place where the content is written; anything else stops the tracing. The text
-that comes out is then constants and contents, the same for every conversation that meets the conditions: whatever
-else a template decides, it decides by what is not in the contents.
+Each content of a message is a `TracedStr`. A template may join it with other texts. A question about it (is it empty,
+does it hold this word) is answered for the content at hand and recorded as a condition. What it strips (outer spaces)
+is recorded with the place where the content is written. Anything else stops the tracing. The text that comes out is a
+list of constants and contents, and holds for every conversation that meets the conditions: all other decisions of the
+template depend on something else than the contents.
 
-A watched text is no `str`, so that no function that reads one can read it unnoticed.
+A traced text is no `str`: a function that needs a `str` fails instead of reading it unrecorded.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from tasks.tokenization.rendering import Chat, Message
 
 
 class Untraceable(Exception):  # noqa: N818 - not an error: the template is rendered for every conversation
-    """A template that does to a content what cannot be followed."""
+    """A template does something with a content that cannot be traced."""
 
 
 class Slot(NamedTuple):
@@ -68,14 +68,14 @@ def _ask(contents: Sequence[str], slot: Slot, question: str, argument: Any) -> b
 
 
 @dataclass
-class Inquiry:
-    """The contents at hand, and what was asked of them."""
+class Constraints:
+    """The contents at hand, and the conditions that the template's questions put on them."""
 
     contents: Sequence[str]
     conditions: list[Condition] = field(default_factory=list)
 
     def ask(self, slot: Slot, question: str, argument: Any = None) -> bool:
-        """Answer, and note it."""
+        """Answer, and record the answer as a condition."""
         answer = _ask(self.contents, slot, question, argument)
         condition = Condition(slot, question, argument, answer)
         if condition not in self.conditions:
@@ -85,7 +85,7 @@ class Inquiry:
 
 def parts_of(text: Any) -> tuple[Part, ...]:
     """Return a text's constants and slots."""
-    if isinstance(text, Watched):
+    if isinstance(text, TracedStr):
         return text.parts
     if type(text) is not str:
         raise Untraceable
@@ -104,22 +104,22 @@ def merge(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 
 def trace(
-    chat: Chat, messages: Sequence[Message], inquiry: Inquiry, *, add_generation_prompt: bool
+    chat: Chat, messages: Sequence[Message], constraints: Constraints, *, add_generation_prompt: bool
 ) -> tuple[Part, ...]:
-    """Render messages of a role and a content each, the contents watched.
+    """Render messages of a role and a content each, the contents traced.
 
     Raises:
         Untraceable: the template refuses them, or does more with them than ask, cut and join.
     """
-    watched = [
-        {key: Watched([Slot(number)], inquiry) if key == "content" else value for key, value in message.items()}
+    traced = [
+        {key: TracedStr([Slot(number)], constraints) if key == "content" else value for key, value in message.items()}
         for number, message in enumerate(messages)
     ]
     try:
         text: Any = call_limited(
             chat.name,
-            _watching(chat).render,
-            messages=watched,
+            _compile_traced(chat).render,
+            messages=traced,
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
@@ -132,55 +132,55 @@ def trace(
     return merge(parts_of(text))
 
 
-_WATCHING: WeakKeyDictionary[Chat, Template] = WeakKeyDictionary()
+_TRACED: WeakKeyDictionary[Chat, Template] = WeakKeyDictionary()
 
 
-def _watching(chat: Chat) -> Template:
-    """Compile a template so that what it joins stays watched, and what it asks of a text's type is answered."""
-    if chat in _WATCHING:
-        return _WATCHING[chat]
+def _compile_traced(chat: Chat) -> Template:
+    """Compile a template so that joining keeps texts traced, and tests of a text's type are answered."""
+    if chat in _TRACED:
+        return _TRACED[chat]
     environment: Environment = chat.compiled.environment.overlay()
     trim, tests = environment.filters["trim"], environment.tests
     environment.filters = {
         **environment.filters,
-        "trim": lambda text, *chars: text.strip(*chars) if isinstance(text, Watched) else trim(text, *chars),
+        "trim": lambda text, *chars: text.strip(*chars) if isinstance(text, TracedStr) else trim(text, *chars),
         "string": _text,
     }
     environment.tests = tests | {
-        name: lambda value, test=tests[name]: isinstance(value, Watched) or test(value)
+        name: lambda value, test=tests[name]: isinstance(value, TracedStr) or test(value)
         for name in ("string", "iterable", "sequence")
     }
     template = compile_with_joins(environment, chat.source, concat=_join, str_join=_join, markup_join=_join, str=_text)
-    _WATCHING[chat] = template
+    _TRACED[chat] = template
     return template
 
 
 def _join(pieces: Iterable[Any]) -> Any:
-    """Join as Jinja does, keeping what is watched."""
+    """Join as Jinja does, keeping texts traced."""
     texts = [_text(piece) for piece in pieces]
-    watched = next((text for text in texts if isinstance(text, Watched)), None)
-    if watched is None:
+    traced = next((text for text in texts if isinstance(text, TracedStr)), None)
+    if traced is None:
         return "".join(texts)
-    return Watched(itertools.chain.from_iterable(map(parts_of, texts)), watched.inquiry)
+    return TracedStr(itertools.chain.from_iterable(map(parts_of, texts)), traced.constraints)
 
 
 def _text(value: Any) -> Any:
-    """Return a value as text, a watched one as it is."""
-    return value if isinstance(value, Watched) else str(value)
+    """Return a value as text, a traced one as it is."""
+    return value if isinstance(value, TracedStr) else str(value)
 
 
-class Watched:
+class TracedStr:
     """A text with contents in it."""
 
-    def __init__(self, parts: Iterable[Part], inquiry: Inquiry) -> None:
+    def __init__(self, parts: Iterable[Part], constraints: Constraints) -> None:
         self.parts = merge(parts)
-        self.inquiry = inquiry
+        self.constraints = constraints
 
-    def __add__(self, other: Any) -> "Watched":
-        return Watched((*self.parts, *parts_of(other)), self.inquiry)
+    def __add__(self, other: Any) -> "TracedStr":
+        return TracedStr((*self.parts, *parts_of(other)), self.constraints)
 
-    def __radd__(self, other: Any) -> "Watched":
-        return Watched((*parts_of(other), *self.parts), self.inquiry)
+    def __radd__(self, other: Any) -> "TracedStr":
+        return TracedStr((*parts_of(other), *self.parts), self.constraints)
 
     def _slot(self) -> Slot:
         if len(self.parts) != 1 or not isinstance(self.parts[0], Slot):
@@ -191,15 +191,15 @@ class Watched:
         arguments = argument if isinstance(argument, tuple) else (argument,)
         if any(type(item) is not str for item in arguments):
             raise Untraceable
-        return self.inquiry.ask(self._slot(), question, argument)
+        return self.constraints.ask(self._slot(), question, argument)
 
     def __bool__(self) -> bool:
         if any(isinstance(part, str) for part in self.parts):
             return True
-        return self.inquiry.ask(self._slot(), "__bool__")
+        return self.constraints.ask(self._slot(), "__bool__")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, str | Watched) and self._ask("__eq__", other)
+        return isinstance(other, str | TracedStr) and self._ask("__eq__", other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -215,27 +215,27 @@ class Watched:
         """Ask."""
         return self._ask("endswith", suffix)
 
-    def split(self, separator: Any) -> "list[Watched]":
+    def split(self, separator: Any) -> "list[TracedStr]":
         """Return the text alone where it does not hold the separator."""
         if type(separator) is not str or self._ask("__contains__", separator):
             raise Untraceable
         return [self]
 
-    def _cut(self, name: str, characters: Any) -> "Watched":
+    def _cut(self, name: str, characters: Any) -> "TracedStr":
         if characters is not None and type(characters) is not str:
             raise Untraceable
         slot = self._slot()
-        return Watched([Slot(slot.number, (*slot.cuts, (name, characters)))], self.inquiry)
+        return TracedStr([Slot(slot.number, (*slot.cuts, (name, characters)))], self.constraints)
 
-    def strip(self, characters: Any = None) -> "Watched":
+    def strip(self, characters: Any = None) -> "TracedStr":
         """Cut."""
         return self._cut("strip", characters)
 
-    def lstrip(self, characters: Any = None) -> "Watched":
+    def lstrip(self, characters: Any = None) -> "TracedStr":
         """Cut."""
         return self._cut("lstrip", characters)
 
-    def rstrip(self, characters: Any = None) -> "Watched":
+    def rstrip(self, characters: Any = None) -> "TracedStr":
         """Cut."""
         return self._cut("rstrip", characters)
 
@@ -254,4 +254,4 @@ _UNANSWERED = (
     *("__mod__", "__rmod__", "__mul__", "__rmul__"),
 )
 for _name in _UNANSWERED:
-    setattr(Watched, _name, _refuse)
+    setattr(TracedStr, _name, _refuse)

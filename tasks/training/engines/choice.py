@@ -18,7 +18,7 @@ from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, rec
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
-from tasks.training.engines.memory_fit import SMALLEST_FULL_FORWARD, agree, fit_memory
+from tasks.training.engines.memory_fit import SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
 from tasks.training.engines.router_loss import find_router_loss
 from tasks.training.engines.self_check import try_model, verify
 from tasks.training.engines.short_cuts import take_short_cuts
@@ -87,7 +87,7 @@ def _build_fused(
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
     if device.type == "cuda":
         trained = list(collect_trained(model).values())
-        engine = agree(
+        engine = fit_all_ranks(
             fit_memory(engine, trained=trained, most_tokens=most_tokens, recompute=config.gradient_checkpointing)
         )
         if not engine.num_recomputed and can_record(engine.decoder, device):
@@ -157,7 +157,7 @@ def fit_general(
     """
     if engine.device.type != "cuda":
         return engine
-    return agree(
+    return fit_all_ranks(
         fit_memory(
             engine,
             trained=trained,

@@ -1,8 +1,8 @@
 """The losses of any causal language model's trained positions, whose logits exist for some rows at a time.
 
-Two steps, both through the model's own code, so that whatever a family does to its logits (scale, soft cap) stays its
-own affair: the layers run once and their states are kept; then the model's outer part, the head, runs on some of the
-trained states at a time, with the layers standing aside.
+Two steps, both through the model's own code, so that whatever a family does to its logits (scale, soft cap) is done as
+it does it: the layers run once and their states are kept; then the model's outer part, the head, runs on some of the
+trained states at a time, with the kept states in place of the layers.
 
 Dimensions: `B` rows, `S` tokens a row, `N` trained positions, `H` hidden size, `V` vocabulary.
 """

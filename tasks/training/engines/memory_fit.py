@@ -98,7 +98,7 @@ def fit_memory(
     return replace(_plan(small, tokens, tokens), num_recomputed=engine.num_layers - num_kept)
 
 
-def agree(engine: AnyEngine) -> AnyEngine:
+def fit_all_ranks(engine: AnyEngine) -> AnyEngine:
     """Return the engine that fits on every rank: each makes all of a step's batches and takes its share."""
     needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes, engine.room_tokens))
     tokens, kept, logits_bytes, room = (min(values) for values in zip(*needs, strict=True))

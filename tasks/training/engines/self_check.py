@@ -1,4 +1,4 @@
-"""The proof of what is fast, at every start: loss and gradient against those of the model's own plain forward pass.
+"""Checks the fast ways at every start: loss and gradient against those of the model's own plain forward pass.
 
 Two short pieces of the data and a made-up adapter, on the machine that is going to train. Where the adapter drops, both
 sides draw the same masks, of half of all columns: a wrong one would change the gradient by about its norm.
