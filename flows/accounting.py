@@ -23,7 +23,7 @@ from schemas.artifacts import (
     TokensReport,
     TrainingReport,
 )
-from schemas.config import DataConfig, RunConfig
+from schemas.config import DataConfig, RunConfig, TrainingConfig
 from tasks import tracking
 from tasks.ingestion.reject_groups import RejectGroup, group_rejects
 
@@ -96,8 +96,15 @@ def tell_rows(dataset: DatasetRef, tokens: TokensRef, *, is_cached: Sequence[boo
     if is_cached[1]:
         logger.info("%s (cached)", describe_tokens(tokens))
     logger.info("%s%s", describe_rows(dataset, tokens), " (cached)" if all(is_cached) else "")
-    for warning in name_warnings(dataset, tokens):
+    tell_warnings(name_warnings(dataset, tokens))
+
+
+def tell_warnings(warnings: Sequence[str]) -> Sequence[str]:
+    """Log warnings, and return them."""
+    logger = get_run_logger()
+    for warning in warnings:
         logger.warning("%s", warning)
+    return warnings
 
 
 def check_rejected(config: DataConfig, dataset: DatasetRef, tokens: TokensRef) -> None:
@@ -170,7 +177,7 @@ def summarize_facts(
         },
         "Training": {
             "Base model": base_model.name + (f" @ {base_model.revision}" if base_model.revision else ""),
-            "Adapter": f"LoRA rank {config.training.rank}, alpha {config.training.alpha:g}",
+            "Method": _describe_method(config.training),
             **_describe_adapted(adapter),
             "Steps": f"{adapter.num_steps:,}",
             "Trained tokens an epoch": f"{tokens.trained_tokens:,} of {tokens.total_tokens:,}",
@@ -185,10 +192,21 @@ def summarize_facts(
     }
 
 
+def _describe_method(config: TrainingConfig) -> str:
+    """Say what was trained, in a few words."""
+    if config.is_lora:
+        return f"LoRA rank {config.rank}, alpha {config.alpha:g}"
+    if config.method == "full":
+        return "all weights of the text decoder"
+    layers = f"the last {config.trained_layers} layers" if config.trained_layers else ""
+    return "the model's own weights: " + " and ".join(filter(None, (layers, ", ".join(config.trained_modules))))
+
+
 def _describe_adapted(adapter: AdapterRef) -> dict[str, str]:
-    """Return for each kind of weights how much of it the adapter stands beside."""
+    """Return for each kind of weights how much of it the adapter stands beside, or is trained itself."""
+    word = "Adapted" if adapter.method == "lora" else "Trained"
     return {
-        f"Adapted: {row.kind}": f"{row.num_adapted:,} of {row.num_weights:,} weights "
+        f"{word}: {row.kind}": f"{row.num_adapted:,} of {row.num_weights:,} weights "
         f"({row.num_adapted_values / max(row.num_values, 1):.1%} of {row.num_values:,} values)"
         for row in adapter.adapted
     }

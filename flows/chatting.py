@@ -15,17 +15,19 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.console import make_visible
-from flows.exporting import ADAPTER_CONFIG, find_tokenizer, name_base, opening_adapter
+from flows.exporting import TRAINED_FILES, find_tokenizer, name_base, opening_adapter
 from schemas.artifacts import Ref
 from schemas.config import ModelConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
-from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
+from tasks.merging.trained_models import load_trained
+from tasks.models import ModelError, choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.prompts import PromptSettings, load_settings, make_prompt
 from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
 from tasks.training.checkpoints import TRAINED
+from tasks.training.methods import find_base
 
 HELP = "/reset forgets the conversation, /help shows this, Ctrl-D ends"
 
@@ -69,7 +71,7 @@ def open_sessions(target: str, *, compare_base: bool, system: str = "", base_mod
     Raises:
         ValueError: no such model, or its base is not known.
     """
-    if target and any((Path(target).expanduser() / name).is_file() for name in (ADAPTER_CONFIG, TRAINED)):
+    if target and any((Path(target).expanduser() / name).is_file() for name in (*TRAINED_FILES, TRAINED)):
         sessions = _open_adapter(Path(target).expanduser(), base_model, compare_base=compare_base)
     else:
         sessions = _open_model(target, compare_base=compare_base)
@@ -80,19 +82,19 @@ def open_sessions(target: str, *, compare_base: bool, system: str = "", base_mod
 
 def _open_adapter(folder: Path, base_model: str, *, compare_base: bool) -> list[ChatSession]:
     """Load a base model with an adapter on it, and once more alone where wanted."""
-    from peft import PeftModel
-
     with opening_adapter(folder) as adapter:
         ref = locate_base_model(ModelConfig(base_model=base_model or name_base(adapter)))
         base = Path(ref.uri)
         shipped = find_tokenizer(adapter, base)
         tokenizer = _load_tokenizer(shipped)
-        session = _load(folder.resolve().name, base, shipped, tokenizer)
+        device = choose_device()
         try:
-            adapted: Any = PeftModel.from_pretrained(session.model, str(adapter))
+            model = load_trained(base, adapter, dtype=choose_dtype("auto", device), device=device)
+        except ModelError:
+            raise
         except Exception as error:
             raise ChatError(f"{folder}: this adapter does not fit {ref.name} ({error}): name its base model") from error
-        session.model = adapted.get_base_model()
+        session = _start(folder.resolve().name, find_base(model), shipped, tokenizer)
         return [_load(f"base {ref.name}", base, shipped, tokenizer), session] if compare_base else [session]
 
 
@@ -160,7 +162,11 @@ def _find_base(name: str, version: str) -> tuple[Path, str]:
 
 def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenizerBase) -> ChatSession:
     device = choose_device()
-    model = load_model(folder, dtype=choose_dtype("auto", device), device=device)
+    return _start(label, load_model(folder, dtype=choose_dtype("auto", device), device=device), shipped, tokenizer)
+
+
+def _start(label: str, model: Any, shipped: Path, tokenizer: PreTrainedTokenizerBase) -> ChatSession:
+    """Begin a conversation with a loaded model."""
     generation = (
         GenerationConfig.from_pretrained(str(shipped), local_files_only=True)
         if (shipped / "generation_config.json").exists()

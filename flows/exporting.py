@@ -10,15 +10,18 @@ from schemas.artifacts import MergeCheck, MergedRef
 from schemas.config import MergeConfig, ModelConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
-from tasks.merging.changes import MergeError, read_adapter_config
+from tasks.families.files import TRAINED_CONFIG
+from tasks.merging.changes import MergeError
 from tasks.merging.parity import ParityError, check_merge
+from tasks.merging.trained_models import read_trained_config
 from tasks.merging.weights import merge_adapter
 from tasks.models import load_model
 from tasks.tokenization.encoding import encode
 from tasks.tokenization.saving import save_tokenizer
 from tasks.tokenization.templates import prepare_tokenizer
 
-ADAPTER_CONFIG = "adapter_config.json"
+TRAINED_FILES = ("adapter_config.json", TRAINED_CONFIG)
+"""One of them is in a folder that a training left."""
 _QUESTIONS = ("Who are you?", "What is the capital of France?", "Write a line about the sea.", "1 + 2 =", "你好")
 
 
@@ -27,8 +30,8 @@ def export_merged(base_model: str, adapter: str, folder: Path, *, max_shard_size
 
     Args:
         base_model: folder, or name on the hub; empty for the one that the adapter names.
-        adapter: folder in PEFT's format, or a training's checkpoint; its tokenizer ships where it has one, else the
-            base model's.
+        adapter: folder in PEFT's format or of trained weights, or a training's checkpoint; its tokenizer ships where
+            it has one, else the base model's.
         folder: gets the model; new or empty.
         max_shard_size: of a safetensors file, such as 5GB.
 
@@ -54,30 +57,31 @@ def export_merged(base_model: str, adapter: str, folder: Path, *, max_shard_size
 
 @contextmanager
 def opening_adapter(folder: Path) -> Iterator[Path]:
-    """Give an adapter's folder in PEFT's format: as it is, or made of a training's checkpoint for as long.
+    """Give a folder of an adapter or of trained weights: as it is, or made of a training's checkpoint for as long.
 
     Raises:
         MergeError: it is neither.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
+    if any((folder / name).is_file() for name in TRAINED_FILES):
         yield folder
         return
     from tasks.training.checkpoints import TRAINED, read_trained
-    from tasks.training.lora import attach_adapter, save_adapter
+    from tasks.training.methods import attach_trained, save_trained
     from tasks.training.process.messages import read_job
 
     file = folder.parent.parent / "job.json"
     if not (folder / TRAINED).is_file() or not file.is_file():
         raise MergeError(
-            f"{folder}: neither {ADAPTER_CONFIG} nor a training's checkpoint there: the folder of a LoRA adapter is "
-            "wanted, or one of runs/…/train/checkpoints"
+            f"{folder}: none of {', '.join(TRAINED_FILES)} there, nor a training's checkpoint: the folder of an "
+            "adapter or of trained weights is wanted, or one of runs/…/train/checkpoints"
         )
     job = read_job(file)
-    model = attach_adapter(load_model(job.base_model), job.config, seed=job.seed)
-    # As PEFT does it for a model that was loaded by its name.
-    model.peft_config["default"].base_model_name_or_path = str(job.base_model)
+    model = attach_trained(load_model(job.base_model), job.config, seed=job.seed)
+    if job.config.is_lora:
+        # As PEFT does it for a model that was loaded by its name.
+        model.peft_config["default"].base_model_name_or_path = str(job.base_model)
     with TemporaryDirectory() as beside:
-        adapter = save_adapter(model, Path(beside) / "adapter", read_trained(folder))
+        adapter = save_trained(model, job.config, Path(beside) / "trained", read_trained(folder))
         del model
         for path in (job.tokens / "tokenizer").iterdir():
             shutil.copyfile(path, adapter / path.name)
@@ -90,9 +94,9 @@ def name_base(adapter: Path) -> str:
     Raises:
         MergeError: it names none.
     """
-    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    named = read_trained_config(adapter).get("base_model_name_or_path")
     if not named:
-        raise MergeError(f"{adapter}: its {ADAPTER_CONFIG} names no base model: name it there, or with --base-model")
+        raise MergeError(f"{adapter}: it names no base model: name it there, or with --base-model")
     return str(named)
 
 

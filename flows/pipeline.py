@@ -10,7 +10,15 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import gpu_stages
-from flows.accounting import build_report, check_rejected, describe_run, name_warnings, summarize_facts, tell_rows
+from flows.accounting import (
+    build_report,
+    check_rejected,
+    describe_run,
+    name_warnings,
+    summarize_facts,
+    tell_rows,
+    tell_warnings,
+)
 from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.cancellation import cancel_with_server
 from flows.champion import evaluate_champion
@@ -72,7 +80,7 @@ def sft_pipeline(
             base_model = stages.locate_model(config.model)
             source = stages.locate_dataset(config.data)
             check_inputs(run, source, base_model)
-            check_model(tracking.resolve(base_model), config.training)
+            advice = tell_warnings(check_model(tracking.resolve(base_model), config.training))
         with _clock(seconds, "ingest"):
             ingested = run_stage(stages.ingest, source, config.data, seed=config.seed, parent_run_id=run)
             dataset = ingested.result()
@@ -115,7 +123,7 @@ def sft_pipeline(
                 seed=config.seed,
                 title=title,
                 facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged, expected),
-                warnings=(*few, *name_warnings(dataset, tokens, probes), *adapter.warnings),
+                warnings=(*advice, *few, *name_warnings(dataset, tokens, probes), *adapter.warnings),
                 train_run_id=str(adapter.mlflow_run_id),
                 parent_run_id=run,
             )

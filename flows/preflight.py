@@ -7,10 +7,11 @@ from tasks.merging.changes import build_skeleton
 from tasks.merging.names import check_layout
 from tasks.merging.shards import read_headers
 from tasks.training.lora import plan_adapter
+from tasks.training.own_weights import advise_learning_rate, plan_weights
 
 
-def check_model(folder: Path, config: TrainingConfig) -> None:
-    """Refuse what the training or the merge would refuse hours later.
+def check_model(folder: Path, config: TrainingConfig) -> tuple[str, ...]:
+    """Refuse what the training or the merge would refuse hours later; return what a person should think about.
 
     Args:
         folder: of the base model.
@@ -21,5 +22,10 @@ def check_model(folder: Path, config: TrainingConfig) -> None:
         TrainingError: a setting does not go with this model; the message says what would do.
     """
     skeleton = build_skeleton(folder)
-    plan = plan_adapter(skeleton, config)
-    check_layout(skeleton, read_headers(folder), {weight.name: weight.shape for weight in plan.adapted})
+    if config.is_lora:
+        adapted = {weight.name: weight.shape for weight in plan_adapter(skeleton, config).adapted}
+        check_layout(skeleton, read_headers(folder), adapted)
+        return ()
+    trained = {weight.name: weight.shape for weight in plan_weights(skeleton, config) if not weight.skipped}
+    check_layout(skeleton, read_headers(folder), trained, is_whole=True)
+    return tuple(filter(None, (advise_learning_rate(config),)))

@@ -98,8 +98,14 @@ class AdaptedWeights(BaseModel):
 
 
 class AdapterRef(Ref):
-    """A PEFT adapter: adapter_config.json, adapter_model.safetensors."""
+    """What was trained: a PEFT adapter, or weights of the model itself.
 
+    The files are adapter_config.json and adapter_model.safetensors, or trained_config.json and
+    trained_weights.safetensors.
+    """
+
+    method: Literal["lora", "full", "freeze"] = "lora"
+    """How it was trained; lora leaves an adapter."""
     num_steps: int
     num_packs: int
     """Rows of one epoch: packs, or the number of examples when not packing."""
@@ -114,7 +120,7 @@ class AdapterRef(Ref):
     peak_memory_bytes: int
     """GPU allocation on a GPU, resident memory of the process on a CPU."""
     adapted: tuple[AdaptedWeights, ...] = ()
-    """Which of the base's weights the adapter stands beside, by kind."""
+    """Which of the base's weights it stands beside, or are trained themselves, by kind."""
     warnings: tuple[str, ...] = ()
     """What a person should know, such as over-fitting."""
 

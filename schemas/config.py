@@ -211,8 +211,16 @@ class TokenizationConfig(Section):
 
 
 class TrainingConfig(Section):
-    """LoRA training."""
+    """What is trained, and how."""
 
+    method: Literal["lora", "full", "freeze"] = Field(default="lora", title="Method")
+    """lora: small matrices beside frozen layers; full: every weight of the text decoder; freeze: its last layers, or
+    named modules, and nothing else. Full training usually wants a learning rate a tenth of LoRA's."""
+    trained_layers: int = Field(default=2, ge=0, le=1024, title="Trained layers (freeze)")
+    """With method freeze: so many of the last layers are trained."""
+    trained_modules: tuple[str, ...] = Field(default=(), title="Trained modules (freeze)")
+    """With method freeze: modules trained besides, by the end of their dotted names, such as lm_head or layers.0.mlp.
+    With trained_layers 0 they alone are trained."""
     rank: int = Field(default=64, ge=1, le=1024, title="LoRA rank")
     """Rank r of the adapter matrices."""
     alpha: float = Field(default=128.0, gt=0, title="LoRA alpha")
@@ -291,6 +299,37 @@ class TrainingConfig(Section):
         """Whether the adapter of the smallest evaluation loss is kept, and not the last one."""
         return self.keep == "best" or (self.keep == "auto" and self.early_stopping_patience is not None)
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is trained, and not the model's own weights."""
+        return self.method == "lora"
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.method != "freeze" and self.trained_modules:
+            raise ValueError(f"trained_modules goes with method freeze, and method is {self.method}: leave one out")
+        if self.method == "freeze" and not (self.trained_layers or self.trained_modules):
+            raise ValueError("method is freeze and trained_layers is 0: name trained_modules, or nothing is trained")
+        if self.is_lora:
+            return self
+        given = [
+            name
+            for name in ("dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if given:
+            raise ValueError(f"method is {self.method}, and {', '.join(given)} belong to method lora: leave them out")
+        if self.base_weights != "full":
+            raise ValueError(
+                f"method is {self.method} and base_weights is {self.base_weights}: only a frozen base can be packed: "
+                "set base_weights full, or method lora"
+            )
+        if self.engine == "fused":
+            raise ValueError(
+                f"method is {self.method} and engine is fused, which trains LoRA alone: set engine auto, or method lora"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_every_process_gets_work(self) -> Self:
         num_ranks = self.num_processes * self.num_nodes
@@ -319,6 +358,11 @@ class TrainingConfig(Section):
     def _check_strategy(self) -> Self:
         if self.strategy == "ddp" or self.num_processes * self.num_nodes == 1:
             return self
+        if not self.is_lora:
+            raise ValueError(
+                f"method is {self.method} and strategy is {self.strategy}, which divides a frozen base: set strategy "
+                "ddp, or method lora"
+            )
         if self.base_weights != "full":
             raise ValueError(
                 f"base_weights is {self.base_weights} and strategy is {self.strategy}: packed weights are whole on "

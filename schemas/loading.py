@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from schemas.config import RunConfig
-from schemas.llamafactory.settings import SETTINGS
+from schemas.llamafactory.settings import LORA, SETTINGS
 
 _MAX_NODES = 10_000
 """Values of a config, those that aliases repeat counted each time; the whole config has about a hundred settings."""
@@ -156,8 +156,8 @@ def _suggest(location: tuple[Any, ...]) -> str:
     name, known = str(location[-1]), list(section.model_fields)
     elsewhere = _list_settings(RunConfig)
     found = [path for path in elsewhere if path.rpartition(".")[2] == name]
-    if not found and name in SETTINGS:  # a name that another program has for it
-        found = [SETTINGS[name].field]
+    if not found and (setting := {**SETTINGS, **LORA}.get(name)):  # a name that another program has for it
+        found = [setting.field]
     if not found and not get_close_matches(name, known, n=1, cutoff=0.8):
         nearest = get_close_matches(name, [path.rpartition(".")[2] for path in elsewhere], n=1, cutoff=0.8)
         found = [path for path in elsewhere if path.rpartition(".")[2] in nearest]

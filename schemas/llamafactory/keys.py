@@ -51,7 +51,7 @@ IMPLIED: dict[str, str] = {
             "upcast_layernorm",
             "upcast_lmhead_output",
         ),
-        "training.precision auto: bf16 where the GPU has it, with the adapter and sums in fp32",
+        "training.precision auto: bf16 where the GPU has it, with what is trained and sums in fp32",
     ),
     **dict.fromkeys(("trust_remote_code",), "no code of a model is run; a model that needs it is refused"),
     **dict.fromkeys(
@@ -102,9 +102,6 @@ IMPLIED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "freeze_trainable_layers",
-            "freeze_trainable_modules",
-            "freeze_extra_modules",
             "freeze_vision_tower",
             "freeze_multi_modal_projector",
             "freeze_language_model",
@@ -116,7 +113,7 @@ IMPLIED: dict[str, str] = {
             "video_fps",
             "video_maxlen",
         ),
-        "of no effect on LoRA with texts",
+        "of no effect with texts",
     ),
     **dict.fromkeys(
         ("enable_thinking", "preserve_thinking"),
@@ -145,7 +142,6 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "stage": (("sft",), "supervised fine-tuning is done here, and no other stage"),
-    "finetuning_type": (("lora",), "LoRA is trained here"),
     "adapter_name_or_path": (
         (),
         "a training begins with the base model: merge the adapter first, and train the result",
@@ -185,7 +181,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ),
         ((0, 0.0), "there is no such method here"),
     ),
-    "pure_bf16": ((False,), "the adapter and AdamW's moments are kept in fp32"),
+    "pure_bf16": ((False,), "what is trained and AdamW's moments are kept in fp32"),
     "streaming": ((False,), "datasets are read whole, with little memory"),
     "mix_strategy": (("concat",), "write weights of data.mixture into a config of ours"),
     "interleave_probs": ((), "write weights of data.mixture into a config of ours"),

@@ -23,11 +23,6 @@ SETTINGS: dict[str, Setting] = {
     "max_samples": Setting("data.max_rows", to_whole),
     "cutoff_len": Setting("tokenization.max_length", to_whole, 2048),
     "train_on_prompt": Setting("tokenization.train_on_prompt", to_flag, False),
-    "lora_rank": Setting("training.rank", to_whole, 8),
-    "lora_dropout": Setting("training.dropout", to_number, 0.0),
-    "use_rslora": Setting("training.use_rslora", to_flag, False),
-    "use_dora": Setting("training.use_dora", to_flag, False),
-    "additional_target": Setting("training.modules_to_save", to_names),
     "moe_aux_loss_coef": Setting("training.router_aux_loss_coef", to_number),
     "learning_rate": Setting("training.learning_rate", to_number, 5e-5),
     "weight_decay": Setting("training.weight_decay", to_number, 0.0),
@@ -40,3 +35,12 @@ SETTINGS: dict[str, Setting] = {
     "gradient_checkpointing": Setting("training.gradient_checkpointing", lambda value: to_flag(value) or None),
     "activation_checkpointing": Setting("training.gradient_checkpointing", lambda value: to_flag(value) or None),
 }
+
+LORA: dict[str, Setting] = {
+    "lora_rank": Setting("training.rank", to_whole, 8),
+    "lora_dropout": Setting("training.dropout", to_number, 0.0),
+    "use_rslora": Setting("training.use_rslora", to_flag, False),
+    "use_dora": Setting("training.use_dora", to_flag, False),
+    "additional_target": Setting("training.modules_to_save", to_names),
+}
+"""The same with finetuning_type lora; without it they are of no effect."""

@@ -1,13 +1,15 @@
 """LLaMA-Factory's config of a training as sections of ours."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from schemas.llamafactory.lines import NOT_GIVEN, Work, find_default, to_flag, to_names, to_number, to_whole
-from schemas.llamafactory.settings import SETTINGS
+from schemas.llamafactory.settings import LORA, SETTINGS, Setting
 
 INDEX = "dataset_info.json"
+FREEZE = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 
 
@@ -24,7 +26,7 @@ def read_training(work: Work, folder: Path, num_processes: int) -> None:
     _read_datasets(work, folder)
     _read_held_out(work)
     _read_labels(work)
-    _read_lora(work)
+    _read_method(work)
     _read_batch(work, num_processes)
     _read_schedule(work)
     _read_evaluations(work)
@@ -50,10 +52,7 @@ def _read_name(work: Work) -> None:
 
 
 def _read_settings(work: Work) -> None:
-    for key, setting in SETTINGS.items():
-        shown, value = work.take(key, setting.default, setting.convert)
-        if value is not None:
-            work.put(key, shown, setting.field, value)
+    _put_all(work, SETTINGS)
     shown, max_steps = work.take("max_steps", -1, to_whole)
     if max_steps > 0:
         work.put("max_steps", shown, "training.max_steps", max_steps)
@@ -141,7 +140,52 @@ def _read_labels(work: Work) -> None:
     work.put("cutoff_len", NOT_GIVEN, "tokenization.truncation", "cut_answer", why)
 
 
+def _put_all(work: Work, settings: Mapping[str, Setting]) -> None:
+    for key, setting in settings.items():
+        shown, value = work.take(key, setting.default, setting.convert)
+        if value is not None:
+            work.put(key, shown, setting.field, value)
+
+
+def _read_method(work: Work) -> None:
+    """Read what is trained: an adapter, all weights, or the last or first layers."""
+    shown, method = work.take("finetuning_type", "lora", str)
+    if method not in ("lora", "full", "freeze"):
+        work.say("finetuning_type", shown, "refused", "there are lora, full and freeze")
+        return
+    if shown != NOT_GIVEN:
+        work.put("finetuning_type", shown, "training.method", method)
+    if method == "freeze":
+        _read_freeze(work)
+    if method == "lora":
+        _read_lora(work)
+    others = [*FREEZE] if method == "lora" else [*LORA, "lora_alpha", "lora_target"]
+    for key in others if method != "full" else [*others, *FREEZE]:
+        shown, _ = work.take(key, None)
+        if shown != NOT_GIVEN:
+            work.say(key, shown, "implied", f"of no effect with finetuning_type {method}")
+
+
+def _read_freeze(work: Work) -> None:
+    """Read which layers and modules are trained; a negative number means the first ones."""
+    layers, modules, extra = FREEZE
+    shown, names = work.take(modules, ("all",), to_names)
+    if names != ("all",):
+        text = "all modules of the chosen layers are trained here: name modules in training.trained_modules"
+        work.say(modules, shown, "refused", text)
+    elif shown != NOT_GIVEN:
+        work.say(modules, shown, "implied", "all modules of the chosen layers are trained")
+    shown, number = work.take(layers, 2, to_whole)
+    first = tuple(f"layers.{layer}" for layer in range(-number))
+    work.put(layers, shown, "training.trained_layers", max(0, number), "the first ones are named" if first else "")
+    shown_extra, further = work.take(extra, (), to_names)
+    if first or further:
+        key, given = (extra, shown_extra) if further else (layers, shown)
+        work.put(key, given, "training.trained_modules", (*first, *further))
+
+
 def _read_lora(work: Work) -> None:
+    _put_all(work, LORA)
     shown, alpha = work.take("lora_alpha", 2.0 * work.find("training.rank"), to_number)
     work.put("lora_alpha", shown, "training.alpha", alpha, "twice the rank" if shown == NOT_GIVEN else "")
     shown, names = work.take("lora_target", ("all",), to_names)

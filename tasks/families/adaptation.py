@@ -156,6 +156,18 @@ def find_text_part(model: Any) -> str:
     return path if path and outside else ""
 
 
+def list_kinds(model: Any) -> dict[str, str]:
+    """Return for each parameter, by its first name, what the module that holds it is for."""
+    part, head = find_text_part(model), model.get_output_embeddings()
+    holders = {id(value): (path, module) for path, module in reversed(list(model.named_modules()))
+               for value in module.parameters(recurse=False)}  # fmt: skip
+    kinds = {}
+    for name, value in model.named_parameters():
+        path, module = holders[id(value)]
+        kinds[name] = _name_kind(model, path, module, part=part, head=head)
+    return kinds
+
+
 def _name_parts(config: Any) -> Iterator[str]:
     """Yield the names of a config's configs of parts."""
     for name, value in vars(config).items():

@@ -7,3 +7,6 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "feature_extractor_config.json",
 )
+
+TRAINED_CONFIG, TRAINED_WEIGHTS = "trained_config.json", "trained_weights.safetensors"
+"""Of a training without an adapter: what says so, and the weights."""

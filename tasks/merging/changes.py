@@ -152,7 +152,7 @@ def read_changes(adapter: Path, skeleton: nn.Module) -> dict[str, Change]:
         MergeError: the adapter's files cannot be read, it holds nothing, or its matrices are not those of its config.
     """
     read_adapter_config(adapter)
-    tensors = _read_adapter_tensors(adapter)
+    tensors = read_tensors(adapter / "adapter_model.safetensors")
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = True
@@ -237,9 +237,12 @@ def _find_whole(tensors: dict[str, Tensor]) -> list[str]:
     return [name for name in tensors if ".lora_" not in name]
 
 
-def _read_adapter_tensors(adapter: Path) -> dict[str, Tensor]:
-    """Read the adapter's weights and refuse empty or broken ones."""
-    path = adapter / "adapter_model.safetensors"
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read trained weights and refuse empty or broken ones.
+
+    Raises:
+        MergeError: no safetensors there, none in it, or NaN or infinity.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -10,6 +10,20 @@ from tasks.families.files import PROCESSOR_FILES
 from tasks.merging.changes import MergeError
 from tasks.tokenization.templates import prepare_tokenizer
 
+_HOW = {
+    "lora": (
+        "A LoRA adapter was trained on conversations and merged into the base model: W + s B A in fp32, cast once to",
+        "the base's dtype.",
+    ),
+    "full": (
+        "All weights of the text decoder were trained on conversations, in fp32, and cast once to the base's dtype.",
+    ),
+    "freeze": (
+        "Some of the model's own weights were trained on conversations, in fp32, and cast once to the base's dtype;",
+        "the others are the base's.",
+    ),
+}
+
 
 def copy_companions(base_model: Path, tokenizer: Path, folder: Path, card: Mapping[str, str], *, unties: bool) -> None:
     """Write the small files that make the weights a model that can be served.
@@ -66,13 +80,14 @@ def _untie(config: dict[str, Any]) -> dict[str, Any]:
 def _write_card(card: Mapping[str, str]) -> str:
     """Return the model card: front matter for the hub, and a table of where the model comes from."""
     base = card.get("base_model", "")
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lora, merged, sft-pipeline]"]
+    method = card.get("method", "lora")
+    tags = "lora, merged" if method == "lora" else method
+    front = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [{tags}, sft-pipeline]"]
     front += [f"base_model: {json.dumps(base)}"] if base else []
     rows = [f"| {name.replace('_', ' ')} | `{value}` |" for name, value in card.items() if value]
     lines = [
         "---", *front, "---", "", "# Fine-tuned model", "",
-        "A LoRA adapter was trained on conversations and merged into the base model: W + s B A in fp32, cast once to",
-        "the base's dtype. The chat template lies with the tokenizer; the end of turn is among the eos ids.", "",
+        *_HOW[method], "The chat template lies with the tokenizer; the end of turn is among the eos ids.", "",
         "| origin | |", "|---|---|", *rows, "",
     ]  # fmt: skip
     return "\n".join(lines)

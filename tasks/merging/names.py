@@ -93,13 +93,16 @@ def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Chan
     return divided
 
 
-def check_layout(skeleton: Any, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_layout(
+    skeleton: Any, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], *, is_whole: bool = False
+) -> None:
     """Refuse a checkpoint into which a change of the given weights could not be written.
 
     Args:
         skeleton: the model, without values; nothing attached.
         stored: the checkpoint's tensors by name.
         shapes: of the weights that would change, by their names in the model.
+        is_whole: new values take their place, else low-rank changes are added.
 
     Raises:
         MergeError: a weight is not among the files, is quantized, or has a layout that is not understood.
@@ -116,6 +119,9 @@ def check_layout(skeleton: Any, stored: Mapping[str, StoredTensor], shapes: Mapp
                 f"{quantized.name}: the base model stores {quantized.dtype}, and what is trained is merged into full "
                 "weights: choose the unquantized model (float32, bfloat16 or float16)"
             )
+        if is_whole:
+            divide_change(name, Replacement(torch.empty(shape, device="meta")), found)
+            continue
         *experts, num_out, num_in = shape
         a, b = (torch.empty((*experts, *sides), device="meta") for sides in ((1, num_in), (num_out, 1)))
         divide_change(name, LowRank(a, b, 1.0), found)

@@ -1,5 +1,7 @@
 """The proof of a merge: the model reloaded from disk against base + adapter, and against the base.
 
+Where the model's own weights were trained, these stand in place of base + adapter.
+
 Dimensions: `P` probes, `K` greedy tokens of a probe, `V` vocabulary.
 
 Base + adapter continues each prompt greedily by K tokens. The merged model then reads the same prompt and tokens: at
@@ -22,6 +24,7 @@ from transformers import GenerationConfig
 from schemas.artifacts import MergeCheck
 from schemas.config import MergeConfig
 from tasks.merging.shards import FLOATS, read_headers
+from tasks.merging.trained_models import has_own_weights, load_trained
 from tasks.models import choose_device, load_model
 
 MAX_LOGIT_DIFF_FP32 = 1e-3
@@ -55,7 +58,7 @@ def check_merge(
 
     Args:
         base_model: folder.
-        adapter: folder in PEFT's format.
+        adapter: folder in PEFT's format, or of trained weights.
         merged: folder of the merged model.
         prompts: token ids, each at least one.
         config: number of greedy tokens and the limits.
@@ -79,7 +82,7 @@ def check_merge(
     del model
     _free(device)
     check = _compare(probes, logits)
-    _enforce(check, config, merged)
+    _enforce(check, config, merged, "the trained model" if has_own_weights(adapter) else "base + adapter")
     return check
 
 
@@ -100,15 +103,19 @@ def _probe_adapted(
     dtype: torch.dtype | None,
 ) -> list[ParityProbe]:
     """Continue each prompt greedily with base + adapter, and read both sets of logits there."""
-    base: Any = load_model(base_model, dtype=dtype, device=device)
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    model: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model = load_trained(base_model, adapter, dtype=dtype, device=device)
+    longest = getattr(_unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     starts = [prompt[-(longest - num_tokens) :] if longest else prompt for prompt in prompts]
     greedy = [tokens for rows in _group(starts) for tokens in _continue_greedily(model, rows, num_tokens)]
     input_ids = [start + tokens[:-1] for start, tokens in zip(starts, greedy, strict=True)]
     adapted = _read_logits(model, input_ids, num_tokens)
-    with model.disable_adapter():
-        alone = _read_logits(model, input_ids, num_tokens)
+    if has_own_weights(adapter):
+        del model
+        _free(device)
+        alone = _read_logits(load_model(base_model, dtype=dtype, device=device), input_ids, num_tokens)
+    else:
+        with model.disable_adapter():
+            alone = _read_logits(model, input_ids, num_tokens)
     return [ParityProbe(*values) for values in zip(input_ids, adapted, alone, strict=True)]
 
 
@@ -181,7 +188,7 @@ def _compare(probes: list[ParityProbe], logits: list[Tensor]) -> MergeCheck:
     )
 
 
-def _enforce(check: MergeCheck, config: MergeConfig, merged: Path) -> None:
+def _enforce(check: MergeCheck, config: MergeConfig, merged: Path, trained: str) -> None:
     """Raise ParityError naming each limit that does not hold."""
     sizes: dict[str, int] = {}
     for tensor in read_headers(merged).values():
@@ -192,17 +199,17 @@ def _enforce(check: MergeCheck, config: MergeConfig, merged: Path) -> None:
     problems = []
     if not check.max_abs_logit_diff <= limit:
         problems.append(
-            f"the largest logit difference from base + adapter is {check.max_abs_logit_diff:.3g}, above {limit:g} "
+            f"the largest logit difference from {trained} is {check.max_abs_logit_diff:.3g}, above {limit:g} "
             f"({stored} weights; merge.max_logit_diff)"
         )
     if not check.greedy_agreement >= config.min_greedy_agreement:
         problems.append(
-            f"only {check.greedy_agreement:.1%} of the greedy tokens are those of base + adapter, below "
+            f"only {check.greedy_agreement:.1%} of the greedy tokens are those of {trained}, below "
             f"{config.min_greedy_agreement:.1%} (merge.min_greedy_agreement)"
         )
     if not check.differs_from_base:
         problems.append(
-            f"it is as near to the base model as to base + adapter: the training changed nothing, or less than "
+            f"it is as near to the base model as to {trained}: the training changed nothing, or less than "
             f"{stored} can hold: train longer or with a higher learning rate"
         )
     if problems:

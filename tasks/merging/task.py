@@ -1,4 +1,4 @@
-"""Merging's task: base and adapter become one model, which is then compared with base + adapter."""
+"""Merging's task: base and adapter, or trained weights, become one model, which is compared with what was trained."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,7 @@ def merge(
     *,
     parent_run_id: str,
 ) -> MergedRef:
-    """Merge, reload from disk, compare with base + adapter, and only then log the model."""
+    """Merge, reload from disk, compare with what was trained, and only then log the model."""
     if (done := tracking.recall(parent_run_id, "merge", MergedRef)) is not None:
         return done
     with tracking.stage_run(parent_run_id, "merge", config) as run_id, storage.new_folder() as folder:
@@ -81,7 +81,8 @@ def merge(
     create_table_artifact([shown], key="merge-check", description="Merged model against base + adapter")
     logger = get_run_logger()
     logger.info(
-        "Merged: largest logit difference %.2e, greedy agreement %.1f %%; %d tensors changed, %d are the base's",
+        "%s: largest logit difference %.2e, greedy agreement %.1f %%; %d tensors changed, %d are the base's",
+        "Merged" if adapter.method == "lora" else "Written",
         check.max_abs_logit_diff,
         100 * check.greedy_agreement,
         check.num_changed,

@@ -36,8 +36,8 @@ def verify_tensors(plan: Sequence[PlannedTensor], folder: Path) -> WrittenTensor
         folder: of the merged model.
 
     Raises:
-        MergeError: a tensor is missing or is none of the base's, has another dtype or shape, or one that the adapter
-            does not touch differs.
+        MergeError: a tensor is missing or is none of the base's, has another dtype or shape, or one that was not
+            trained differs.
     """
     written = read_headers(folder)
     odd = sorted({tensor.name for tensor in plan} ^ written.keys())
@@ -56,7 +56,7 @@ def verify_tensors(plan: Sequence[PlannedTensor], folder: Path) -> WrittenTensor
     stray = [t.name for t, is_same, is_meant in zip(plan, same, meant, strict=True) if not is_same and not is_meant]
     if stray:
         raise MergeError(
-            f"{folder}: {len(stray)} tensor(s) that the adapter does not touch differ from the base model's, such as "
+            f"{folder}: {len(stray)} tensor(s) that were not trained differ from the base model's, such as "
             f"{', '.join(stray[:_NAMED])}: the files are damaged: merge again"
         )
     unmoved = [t.name for t, is_same, is_meant in zip(plan, same, meant, strict=True) if is_same and is_meant]

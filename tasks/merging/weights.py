@@ -1,4 +1,4 @@
-"""Merge: W + s B A in fp32, cast once to the base's stored dtype, tensor by tensor from file to file.
+"""Merge: W + s B A in fp32, or the trained weights, cast once to the base's stored dtype, from file to file.
 
 Nothing but the adapter and some blocks of rows are in memory, and what the adapter does not touch is copied as it is.
 """
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from tasks.merging.changes import Change, MergeError, Replacement, build_skeleton, read_changes
+from tasks.merging.changes import Change, MergeError, Replacement, build_skeleton
 from tasks.merging.companions import copy_companions
 from tasks.merging.names import Sources, divide_change, find_sources, name_missing
 from tasks.merging.shards import FLOATS, PlannedTensor, read_headers, write_shards
+from tasks.merging.trained_models import read_trained_changes, read_trained_config
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -32,7 +33,7 @@ def merge_adapter(
 
     Args:
         base_model: folder with config.json and safetensors weights.
-        adapter: folder of a LoRA adapter in PEFT's format.
+        adapter: folder of a LoRA adapter in PEFT's format, or of trained weights.
         tokenizer: folder of the tokenizer as it ships, with template, pad and end of turn.
         folder: gets the model; must be new or empty.
         max_shard_size: of a safetensors file, such as 500MB or 5GB; a larger tensor has a file of its own.
@@ -51,7 +52,8 @@ def merge_adapter(
     plan = plan_merge(base_model, adapter)
     write_shards(plan, folder, limit)
     stored = {tensor.source.name for tensor in plan}
-    copy_companions(base_model, tokenizer, folder, card or {}, unties=any(tensor.name not in stored for tensor in plan))
+    told = {"method": str(read_trained_config(adapter)["method"]), **(card or {})}
+    copy_companions(base_model, tokenizer, folder, told, unties=any(tensor.name not in stored for tensor in plan))
     return plan
 
 
@@ -68,7 +70,7 @@ def plan_merge(base_model: Path, adapter: Path) -> list[PlannedTensor]:
     skeleton: Any = build_skeleton(base_model)
     ties: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
     sources = find_sources(skeleton, stored)
-    changes = read_changes(adapter, skeleton)
+    changes = read_trained_changes(adapter, skeleton)
     by_stored: dict[str, Change] = {}
     apart: list[PlannedTensor] = []
     for name, change in changes.items():

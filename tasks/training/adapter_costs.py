@@ -1,17 +1,18 @@
-"""What the kinds of adapter beside plain LoRA cost, in a sentence each for the run's log."""
+"""What the kinds of training beside plain LoRA cost, in a sentence each for the run's log."""
 
 import math
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import nn
 
 from schemas.config import TrainingConfig
+from tasks.training.own_weights import describe_cost
 
 # A value in fp32, its gradient and AdamW's two moments.
 _BYTES_PER_TRAINED = 16
 
 
-def describe_costs(config: TrainingConfig, parameters: Mapping[str, Tensor], engine: str) -> list[str]:
+def describe_costs(config: TrainingConfig, parameters: Mapping[str, nn.Parameter], engine: str) -> list[str]:
     """Return the sentences for what a config asks for.
 
     Args:
@@ -19,6 +20,8 @@ def describe_costs(config: TrainingConfig, parameters: Mapping[str, Tensor], eng
         parameters: what is trained, by name.
         engine: that trains, in a word or two.
     """
+    if not config.is_lora:
+        return [describe_cost(parameters)]
     sentences = []
     if config.use_rslora:
         scale = config.alpha / math.sqrt(config.rank)

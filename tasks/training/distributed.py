@@ -23,6 +23,7 @@ from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable
 
 T = TypeVar("T")
+_BUCKET = 1 << 26  # gradients summed in one collective
 _TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs is an error, and no run that never ends
 
 
@@ -82,14 +83,22 @@ def shard_batches(batches: Sequence[Batch], *, is_even: bool) -> list[tuple[Batc
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], *figures: Tensor) -> list[Tensor]:
-    """Sum gradients (in place) and scalar figures over the ranks, in one collective; return the figures, in fp32.
+    """Sum gradients (in place) and scalar figures over the ranks; return the figures, in fp32.
 
+    An adapter's go in one collective, a whole model's in some, so that no second copy of them is held.
     A rank without a gradient, because it had no micro batch, adds zero.
     """
     numbers = [figure.detach().float().reshape(1) for figure in figures]
     if world_size() == 1:
         return [number[0] for number in numbers]
-    trained = list(parameters)
+    *buckets, last = _divide(parameters)
+    for bucket in buckets:
+        _sum_bucket(bucket, [])
+    return _sum_bucket(last, numbers)
+
+
+def _sum_bucket(trained: Sequence[nn.Parameter], numbers: Sequence[Tensor]) -> list[Tensor]:
+    """Sum some gradients and numbers [1] in one collective."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), *numbers])
     dist.all_reduce(flat)
@@ -97,6 +106,19 @@ def sum_gradients(parameters: Iterable[nn.Parameter], *figures: Tensor) -> list[
     for parameter, gradient, piece in zip(trained, gradients, pieces, strict=True):
         parameter.grad = gradient.copy_(piece.view_as(gradient))
     return list(sums)
+
+
+def _divide(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return parameters in groups of about _BUCKET values, at least one group."""
+    buckets: list[list[nn.Parameter]] = [[]]
+    size = 0
+    for parameter in parameters:
+        if size >= _BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += parameter.numel()
+    return buckets
 
 
 def sum_flat(gradient: Tensor, *figures: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from tasks.training.sharding import is_sharded
 
 
 def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the frozen base, in 4 bits where the config says so.
+    """Load the base, in 4 bits where the config says so, in fp32 where its own weights are trained.
 
     Raises:
         TrainingError: the config's weights cannot be had on this machine.
@@ -25,6 +25,8 @@ def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, devic
         raise TrainingError(
             "training.base_weights is fp8, which needs a GPU of compute capability 8.9 (Ada) or later: set it to full"
         )
+    if not config.is_lora:
+        return load_model(folder, dtype=torch.float32)  # what of it stays frozen is cast when that is known
     if config.base_weights != "nf4":
         return load_model(folder, dtype=dtype)
     if device.type != "cuda":

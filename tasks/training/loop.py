@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of an adapter: the loop that the pipeline runs.
+"""Supervised fine-tuning of an adapter, or of the model's own weights: the loop that the pipeline runs.
 
     loss of a step = sum of -log p(token) over its trained tokens / number of those tokens
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import Tensor
 
 from schemas.config import TrainingConfig
-from tasks.families.adaptation import describe
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adapter_costs import describe_costs
 from tasks.training.batches import choose_pack_tokens
@@ -31,8 +30,8 @@ from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
 from tasks.training.engines.choice import fit_general
 from tasks.training.engines.general import GeneralEngine
-from tasks.training.lora import save_adapter
 from tasks.training.memory import read_memory
+from tasks.training.methods import describe_trained, name_trained_folder, save_trained
 from tasks.training.movement import find_unmoved, take_fingerprints
 from tasks.training.objective import SFT, Objective
 from tasks.training.packing import packing_efficiency
@@ -74,7 +73,7 @@ def train_adapter(
     Args:
         base_model: folder of the base model.
         tokens: folder with train.parquet and eval.parquet (example_id, input_ids, labels).
-        run_folder: gets adapter/, checkpoints/ and, where the config asks for it, tensorboard/.
+        run_folder: gets adapter/ or trained_weights/, checkpoints/ and, where the config asks for it, tensorboard/.
         config: the training section.
         seed: of the adapter's start, the order and the dropout.
         identity: digest of data, config and base model; checkpoints with another one are refused.
@@ -90,23 +89,21 @@ def train_adapter(
     """
     saved = run_folder / "checkpoints"
     checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=config.keeps_best))
-    with _naming_shortage(base_model):
+    with _naming_shortage(base_model, config):
         examples = run_folder / f"examples-{machine()}"
         setup = prepare_training(base_model, tokens, examples, config, seed=seed, objective=objective)
     logger.info("Training with the %s", setup.engine.describe())
     for sentence in describe_costs(config, setup.parameters, setup.engine.describe().partition(",")[0]):
         logger.info(sentence)
-    logger.info("%s", describe(setup.adapted))
-    for row in setup.adapted:
-        for line in row.skipped:
-            logger.info("Not adapted: %s", line)
+    for sentence in describe_trained(setup.adapted, config):
+        logger.info(sentence)
     run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     seed_per_rank(seed, 0)
     if checkpoint is not None:
         _restore(run, checkpoint)
     resumed_from_step = run.progress.step if checkpoint is not None else None
-    with _naming_shortage(base_model):
+    with _naming_shortage(base_model, config):
         run.setup = _divide(setup)
 
     with_tensorboard = "tensorboard" in config.report_to and is_rank0()
@@ -121,7 +118,9 @@ def train_adapter(
         _run_steps(run, on_steps, on_evals, writer, should_stop)
     adapter_step, unmoved = _save_chosen(run, run_folder)
     run.warnings += unmoved
-    return _describe(run, run_folder / "adapter", adapter_step=adapter_step, resumed_from_step=resumed_from_step)
+    return _describe(
+        run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
+    )
 
 
 def _restore(run: Run, checkpoint: Path) -> None:
@@ -139,11 +138,11 @@ def _save_chosen(run: Run, run_folder: Path) -> tuple[int, list[str]]:
     trained: Mapping[str, Tensor] = setup.optimizer.unsharded()[0]
     if setup.config.keeps_best and progress.best_step not in (None, step):
         step = int(progress.best_step or step)
-        logger.info("The adapter of step %d is kept, whose evaluation loss is the smallest", step)
+        logger.info("What was trained up to step %d is kept, whose evaluation loss is the smallest", step)
     if is_rank0():
         if step != progress.step:
             trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
-        save_adapter(setup.model, run_folder / "adapter", trained)
+        save_trained(setup.model, setup.config, name_trained_folder(run_folder, setup.config), trained)
     return step, find_unmoved(setup.start, take_fingerprints(setup.model, trained), num_steps=step)
 
 
@@ -188,16 +187,17 @@ def _divide(setup: Setup) -> Setup:
 
 
 @contextmanager
-def _naming_shortage(base_model: Path) -> Iterator[None]:
+def _naming_shortage(base_model: Path, config: TrainingConfig) -> Iterator[None]:
     """Say what to do where the model does not fit into the memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        what, how = ("its adapter", "lower training.rank") if config.is_lora else ("its optimizer", "train with LoRA")
         raise TrainingError(
-            f"{base_model}: the base model and its adapter do not fit into the memory ({error}): lower "
-            "training.rank, or set training.strategy to fsdp on several GPUs"
+            f"{base_model}: the base model and {what} do not fit into the memory ({error}): {how}, or set "
+            "training.strategy to fsdp on several GPUs"
         ) from error
 
 

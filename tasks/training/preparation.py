@@ -1,4 +1,4 @@
-"""Everything that stays the same over a training: data, model with adapter, optimizer, number of steps."""
+"""Everything that stays the same over a training: data, model with what is trained, optimizer, number of steps."""
 
 import math
 import random
@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.artifacts import AdaptedWeights
 from schemas.config import TrainingConfig
-from tasks.families.adaptation import summarize
 from tasks.models import choose_device, choose_dtype
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import run_once_per_node
@@ -25,7 +23,8 @@ from tasks.training.engines.base_dropout import describe_dropout, find_dropout, 
 from tasks.training.engines.choice import choose_engine
 from tasks.training.engines.engine import Engine
 from tasks.training.frozen import load_base
-from tasks.training.lora import attach_adapter, collect_trained, plan_adapter
+from tasks.training.lora import collect_trained
+from tasks.training.methods import attach_trained, count_trained
 from tasks.training.movement import take_fingerprints
 from tasks.training.objective import SFT, Objective
 from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
@@ -44,7 +43,8 @@ class Setup:
 
     config: TrainingConfig
     seed: int
-    model: PeftModel
+    model: Any
+    """The base with its adapter, or with weights of its own that are trained."""
     parameters: dict[str, nn.Parameter]
     """What is trained, by name."""
     num_trainable_parameters: int
@@ -64,7 +64,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     adapted: tuple[AdaptedWeights, ...] = ()
-    """Which of the base's weights the adapter stands beside, by kind."""
+    """Which of the base's weights an adapter stands beside, or are trained themselves, by kind."""
     start: Mapping[str, Tensor] = field(default_factory=dict)
     """Fingerprints of what is trained, before the first step; see `movement`."""
     objective: Objective = SFT
@@ -73,7 +73,7 @@ class Setup:
 def prepare_training(
     base_model: Path, tokens: Path, folder: Path, config: TrainingConfig, *, seed: int, objective: Objective = SFT
 ) -> Setup:
-    """Lay the examples out, load the model with a fresh adapter, and seed torch, numpy and Python.
+    """Lay the examples out, load the model with what is trained, and seed torch, numpy and Python.
 
     Args:
         base_model: folder of the base model.
@@ -93,10 +93,10 @@ def prepare_training(
     model = load_base(base_model, config, dtype=dtype, device=device)
     _check_vocabulary(model, table, eval_table)
     found = find_dropout(model) if config.base_dropout else switch_off_dropout(model)
-    adapted_weights = summarize(plan_adapter(model, config))
+    adapted_weights = count_trained(model, config)
     # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there, and
     # the adapter with it while the model is tried out.
-    adapted = attach_adapter(model, config, seed=seed)
+    adapted = attach_trained(model, config, seed=seed, dtype=dtype)
     if not is_sharded(config):
         adapted = adapted.to(device)
     parameters = collect_trained(adapted)

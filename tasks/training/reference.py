@@ -31,7 +31,7 @@ from tasks.models import choose_device, load_model
 from tasks.tokenization.labels import IGNORE_INDEX, Example
 from tasks.tokenization.masking import build_examples
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
-from tasks.training.lora import attach_adapter
+from tasks.training.methods import attach_trained
 
 
 def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
@@ -48,7 +48,7 @@ def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
     base_model = Path(locate_base_model(config.model).uri)
     train, held_out = tokenize(config, base_model)
     base = load_model(base_model, dtype=torch.float32, device=choose_device())
-    model = attach_adapter(base, config.training, seed=config.seed).train()
+    model = attach_trained(base, config.training, seed=config.seed).train()
     sys.stdout.write(f"held-out loss {average_loss(model, held_out):.4f}\n")
     steps = list(plan_steps(train, config.training, seed=config.seed))
     rates = [learning_rate(step, len(steps), config.training) for step in range(len(steps))]

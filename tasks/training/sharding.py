@@ -4,8 +4,6 @@ Each rank keeps its part of every frozen weight and gathers a layer's others jus
 small and stays whole on every rank, so that gradients, clipping, optimizer and checkpoints are the same as without.
 """
 
-from typing import Any
-
 import torch
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from schemas.config import TrainingConfig
 from tasks.training.distributed import world_size
+from tasks.training.methods import find_base
 
 
 def is_sharded(config: TrainingConfig) -> bool:
@@ -35,7 +34,7 @@ def shard_base(model: PeftModel, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    base: Any = model.get_base_model()
+    base = find_base(model)
     names = set(base._no_split_modules or ())
     for module in base.modules():
         if type(module).__name__ in names:

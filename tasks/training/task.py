@@ -35,7 +35,7 @@ MetricLog = Callable[[int, Mapping[str, float]], None]
 def train(
     base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, *, seed: int, parent_run_id: str
 ) -> AdapterRef:
-    """Train a LoRA adapter, going on from the last checkpoint of an interrupted attempt."""
+    """Train an adapter or the model's own weights, going on from the last checkpoint of an interrupted attempt."""
     if (done := tracking.recall(parent_run_id, "train", AdapterRef)) is not None:
         return done
     logger = get_run_logger()
@@ -64,7 +64,7 @@ def train(
         tracking.log_table(run_id, _tabulate(outcome.adapted), "adapted_weights.json")
         if (folder / "tensorboard").is_dir():
             tracking.log_folder(run_id, folder / "tensorboard", "tensorboard")
-        ref = _publish(outcome, run_id)
+        ref = _publish(outcome, run_id, config)
         tracking.remember(run_id, ref)
     speed = f"{ref.tokens_per_second:,.0f}"
     logger.info("Trained %d steps at %s tokens/s, final loss %.4f", ref.num_steps, speed, ref.final_loss)
@@ -77,12 +77,13 @@ def _tabulate(adapted: Sequence[AdaptedWeights]) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def _publish(outcome: TrainingOutcome, run_id: str) -> AdapterRef:
-    uri, digest = tracking.publish(outcome.adapter, run_id, "adapter")
+def _publish(outcome: TrainingOutcome, run_id: str, config: TrainingConfig) -> AdapterRef:
+    uri, digest = tracking.publish(outcome.adapter, run_id, outcome.adapter.name)
     return AdapterRef(
         uri=uri,
         digest=digest,
         mlflow_run_id=run_id,
+        method=config.method,
         num_steps=outcome.num_steps,
         num_packs=outcome.num_packs,
         packing_efficiency=outcome.packing_efficiency,

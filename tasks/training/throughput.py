@@ -3,12 +3,15 @@
     share of peak = tokens a second * useful FLOP a token / (ranks * FLOP a second of a large matrix product)
 
 Useful are the forward product and the gradient of the input in every linear layer of the frozen base and its head, two
-operations a weight each; the adapter's own products and what is computed twice to save memory are overhead.
+operations a weight each; the adapter's own products and what is computed twice to save memory are overhead. Where the
+model's own weights are trained, a trained one has two operations more, for its gradient, and the layers before the
+first trained one have no gradient at all.
 """
 
 import time
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 _SIZE = 8192  # 1.1 TFLOP a product: large enough for the ceiling of today's GPUs
@@ -16,7 +19,13 @@ _REPEATS = 20
 
 
 def count_useful_flop(model: nn.Module) -> float:
-    """Return the useful FLOP of training one token: 4 * (weights of the frozen linear layers, the head among them)."""
+    """Return the useful FLOP of training one token: 4 * (weights of the frozen linear layers, the head among them).
+
+    Args:
+        model: with an adapter, or with weights of its own that are trained.
+    """
+    if not isinstance(model, PeftModel):
+        return _count_own(model)
     # By the layers' shapes: weights in 8 or 4 bits lie elsewhere, or packed.
     weights = {
         id(module.weight): module.in_features * module.out_features
@@ -24,6 +33,18 @@ def count_useful_flop(model: nn.Module) -> float:
         if isinstance(module, nn.Linear) and not module.weight.requires_grad
     }
     return 4.0 * sum(weights.values())
+
+
+def _count_own(model: nn.Module) -> float:
+    """Return the useful FLOP of a token where the model's own weights are trained."""
+    total, has_begun, seen = 0.0, False, set()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        has_begun = has_begun or any(parameter.requires_grad for parameter in own)
+        if isinstance(module, nn.Linear) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            total += (2.0 + 2.0 * has_begun + 2.0 * module.weight.requires_grad) * module.weight.numel()
+    return total
 
 
 def measure_peak(device: torch.device, *, size: int = _SIZE, repeats: int = _REPEATS) -> float | None:

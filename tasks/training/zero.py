@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tasks.training.distributed import sum_gradients, world_size
 from tasks.training.engines.general import GeneralEngine
+from tasks.training.methods import find_base
 from tasks.training.preparation import Setup
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -107,7 +108,7 @@ def divide(setup: Setup) -> Setup:
 def _describe(setup: Setup) -> dict[str, Any]:
     """Return DeepSpeed's configuration."""
     num_trained = sum(parameter.numel() for parameter in setup.parameters.values())
-    base: Any = setup.model.get_base_model()
+    base = find_base(setup.model)
     return {
         "train_micro_batch_size_per_gpu": 1,  # of no meaning here
         "train_batch_size": world_size(),

@@ -66,6 +66,22 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
             {"evaluation": {"probes": [{"name": "a", "source": "x", "max_loss": 1}] * 2}},
             "probes are named a, a: give each a name of its own",
         ),
+        ({"training": {"method": "ful"}}, "training.method"),
+        (
+            {"training": {"trained_modules": ["lm_head"]}},
+            "trained_modules goes with method freeze, and method is lora: leave one out",
+        ),
+        ({"training": {"method": "freeze", "trained_layers": 0}}, "trained_layers is 0: name trained_modules"),
+        (
+            {"training": {"method": "full", "dropout": 0.1, "use_dora": True}},
+            "method is full, and dropout, use_dora belong to method lora: leave them out",
+        ),
+        ({"training": {"method": "full", "base_weights": "nf4"}}, "base_weights is nf4: only a frozen base can be"),
+        ({"training": {"method": "freeze", "engine": "fused"}}, "method is freeze and engine is fused, which trains"),
+        (
+            {"training": {"method": "full", "num_processes": 2, "strategy": "fsdp"}},
+            "method is full and strategy is fsdp, which divides a frozen base",
+        ),
         ({"evaluation": {"batch_size": 0}}, "batch_size is 0: set auto, or at least 1"),
     ],
 )

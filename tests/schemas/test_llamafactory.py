@@ -9,7 +9,8 @@ import yaml
 
 from schemas.llamafactory.keys import IMPLIED, NOT_DONE, REFUSED
 from schemas.llamafactory.lines import NOT_GIVEN
-from schemas.llamafactory.settings import SETTINGS
+from schemas.llamafactory.settings import LORA, SETTINGS
+from schemas.llamafactory.training import FREEZE
 from schemas.llamafactory.translation import Translation, is_llamafactory, translate
 from schemas.loading import parse_config
 
@@ -103,7 +104,8 @@ def test_documented_training_becomes_a_config_that_loads(folder: Path) -> None:
         },
         "tokenization": {"max_length": 2048, "truncation": "cut_answer"},
         "training": {
-            "rank": 8, "alpha": 16.0, "target_modules": ["all-linear"], "learning_rate": 1e-4, "num_epochs": 3.0,
+            "method": "lora", "rank": 8, "alpha": 16.0, "target_modules": ["all-linear"], "learning_rate": 1e-4,
+            "num_epochs": 3.0,
             "checkpoint_every_steps": 500, "micro_batch": 1, "gradient_accumulation_steps": 8, "scheduler": "cosine",
             "warmup_fraction": 0.1,
         },
@@ -162,6 +164,14 @@ def test_keys_that_are_not_given_have_llamafactorys_defaults(folder: Path) -> No
         ({"save_total_limit": 5}, "training", {"keep_checkpoints": 5}),
         ({"early_stopping_steps": 3}, "training", {"early_stopping_patience": 3, "keep": "last"}),
         ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}, "training", {"keep": "best"}),
+        ({"finetuning_type": "full", "lora_target": None}, "training", {"method": "full", "rank": None}),
+        ({"finetuning_type": "freeze"}, "training", {"method": "freeze", "trained_layers": None}),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": 4}, "training", {"trained_layers": 4}),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": -2, "freeze_extra_modules": "lm_head, norm"},
+            "training",
+            {"trained_layers": 0, "trained_modules": ["layers.0", "layers.1", "lm_head", "norm"]},
+        ),
         ({"mask_history": True}, "tokenization", {"train_on": "last_turn"}),
         ({"train_on_prompt": True}, "tokenization", {"train_on_prompt": True}),
         ({"val_size": 0.05}, "data", {"eval_fraction": 0.05}),
@@ -181,6 +191,13 @@ def test_settings(folder: Path, keys: dict[str, Any], section: str, expected: di
     parse_config(translation.values)
 
 
+def test_loras_keys_are_of_no_effect_without_it(folder: Path) -> None:
+    translation = translate(change(finetuning_type="full", lora_alpha=3, freeze_trainable_layers=2))
+    for key in ("lora_rank", "lora_target", "lora_alpha", "freeze_trainable_layers"):
+        assert find(translation, key) == ("implied", "of no effect with finetuning_type full")
+    assert parse_config(translation.values).training.method == "full"
+
+
 def test_constant_schedule_has_no_warm_up_there_and_none_here(folder: Path) -> None:
     translation = translate(change(lr_scheduler_type="constant"))
     assert "warmup_fraction" in translation.values["training"]
@@ -198,7 +215,12 @@ def test_batches_are_meant_per_device(folder: Path) -> None:
     ("keys", "key", "words"),
     [
         ({"stage": "dpo"}, "stage", "supervised fine-tuning"),
-        ({"finetuning_type": "oft"}, "finetuning_type", "LoRA"),
+        ({"finetuning_type": "oft"}, "finetuning_type", "there are lora, full and freeze"),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_modules": "mlp"},
+            "freeze_trainable_modules",
+            "name modules in training.trained_modules",
+        ),
         ({"adapter_name_or_path": "saves/a"}, "adapter_name_or_path", "merge the adapter first"),
         ({"quantization_bit": 8}, "quantization_bit", "NF4"),
         ({"optim": "lion_8bit"}, "optim", "AdamW"),
@@ -280,6 +302,6 @@ def test_a_config_of_ours_is_not_taken_for_one_of_llamafactorys() -> None:
 
 
 def test_no_key_is_in_two_tables() -> None:
-    tables = [set(SETTINGS), set(IMPLIED), set(NOT_DONE), set(REFUSED)]
+    tables = [set(SETTINGS), set(LORA), set(FREEZE), set(IMPLIED), set(NOT_DONE), set(REFUSED)]
     assert len(set.union(*tables)) == sum(map(len, tables))
     assert NOT_GIVEN not in set.union(*tables)

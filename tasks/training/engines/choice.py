@@ -4,6 +4,7 @@ What is decided here is said in a line each, so that nobody has to guess why a t
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,9 +21,10 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
 from tasks.training.engines.memory_fit import SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
 from tasks.training.engines.router_loss import find_router_loss
-from tasks.training.engines.self_check import try_model, verify
+from tasks.training.engines.self_check import comparing_some, try_model, verify
 from tasks.training.engines.short_cuts import take_short_cuts
 from tasks.training.lora import collect_trained
+from tasks.training.methods import find_base
 from tasks.training.records import TrainingError
 from tasks.training.sharding import is_sharded, is_zero
 from tasks.training.token_table import TokenTable
@@ -46,7 +48,9 @@ def choose_engine(
         TrainingError: the config insists on the fused engine, which does not know this model or adapter.
     """
     reason = "training.engine is general"
-    if is_sharded(config):
+    if not config.is_lora:
+        reason = f"training.method is {config.method}"
+    elif is_sharded(config):
         reason = f"training.strategy is {config.strategy}"
     elif config.engine != "general":
         try:
@@ -55,7 +59,7 @@ def choose_engine(
             reason = str(error)
     if config.engine == "fused" or config.base_weights == "fp8":
         raise TrainingError(
-            f"the fused engine does not do this {type(model.get_base_model()).__name__}: {reason}; set "
+            f"the fused engine does not do this {type(find_base(model)).__name__}: {reason}; set "
             "training.engine to auto" + (" and training.base_weights to full" if config.base_weights == "fp8" else "")
         )
     return _build_general(model, table, rows, config, reason, device=device, dtype=dtype)
@@ -117,7 +121,8 @@ def _build_general(
     """Try out which short cuts the model's own forward pass allows, and fit it into the memory."""
     place = next(model.parameters()).device  # the CPU still, where the base is going to be divided
     engine = build_engine(model, device=device, dtype=dtype, micro_batch=config.micro_batch, tokens_per_forward=1)
-    engine, notes = take_short_cuts(engine, table, packing=config.packing, place=place)
+    with nullcontext() if config.is_lora else comparing_some(model):
+        engine, notes = take_short_cuts(engine, table, packing=config.packing, place=place)
     most_tokens = _count_step_tokens(table, rows, config)
     if engine.attend is None:
         most_tokens = engine.micro_batch * max(int(table.lengths[list(row)].sum()) for row in rows)
@@ -141,7 +146,9 @@ def _build_general(
             # Its passes cannot be measured before the first step: as small as the fused engine's smallest full ones.
             tokens = min(most_tokens, SMALLEST_FULL_FORWARD)
             engine = replace(engine, num_recomputed=engine.num_layers, tokens_per_forward=tokens, room_tokens=tokens)
-    return engine, (f"the general engine trains, which is slower than the fused one: {reason}", *notes)
+    if config.is_lora:  # else there is no faster one
+        notes.insert(0, f"the general engine trains, which is slower than the fused one: {reason}")
+    return engine, tuple(notes)
 
 
 def fit_general(

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +21,7 @@ from tasks.training.engines.chunked_head import LOGITS_BYTES, compute_chunked_lo
 from tasks.training.engines.flat_attention import FlatLayout, laid_out
 from tasks.training.engines.loss import compute_token_losses
 from tasks.training.engines.router_loss import RouterLoss
+from tasks.training.methods import find_base
 from tasks.training.token_table import TokenTable, cut_by_length
 
 # Tokens of a flat pass below which nothing is gained by making it smaller.
@@ -169,7 +169,7 @@ def build_engine(
         micro_batch: most rows of a forward pass.
         tokens_per_forward: most tokens of a forward pass of more than one row, padding included.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = find_base(model)
     if dtype != torch.float32:
         # Under autocast, PEFT's own cast of a layer's input to the adapter's fp32 is undone by the next product.
         for module in base.modules():

@@ -26,8 +26,11 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine
 from tasks.training.engines.loss import cut_trial, sum_token_losses
 from tasks.training.lora import collect_trained
+from tasks.training.methods import find_base
 from tasks.training.token_table import TokenTable
 
+# Values whose gradients a trial compares, twice in memory, where the model's own weights are trained.
+_MOST_COMPARED = 1 << 28
 # The gradient may differ by this part of its norm, and the loss by this part of it. In 16 bits, two ways through a deep
 # model of random weights differ by a tenth; one that forgets a norm or a scale, by about one.
 _TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.02)}
@@ -156,6 +159,35 @@ def _subtract(left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 @contextmanager
+def comparing_some(model: nn.Module, *, most_values: int = _MOST_COMPARED) -> Iterator[None]:
+    """Leave gradients, for a while, to the first and the last trained weights alone where all would take much memory.
+
+    A gradient of the first weights has come through the whole model.
+
+    Args:
+        model: with an adapter, or with weights of its own that are trained.
+        most_values: that keep their gradient; at least one weight at each end does.
+    """
+    trained = list(collect_trained(model).values())
+    resting: list[nn.Parameter] = []
+    if sum(parameter.numel() for parameter in trained) > most_values:
+        kept, left = set[int](), most_values
+        for pair in zip(trained, reversed(trained), strict=True):
+            left -= sum(parameter.numel() for parameter in pair)
+            if kept and left < 0:
+                break
+            kept |= {id(parameter) for parameter in pair}
+        resting = [parameter for parameter in trained if id(parameter) not in kept]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def _made_up(parameters: dict[str, Any]) -> Iterator[None]:
     """Fill the LoRA B matrices, which begin at zero and would hide half of a layer, for a while."""
     matrices = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
@@ -200,7 +232,7 @@ def dropping(model: PeftModel, dropout: Dropout, flat: Batch, *, first: int) -> 
     everywhere = torch.arange(flat.input_ids.shape[1], device=device)
     # After its attention the last layer goes on with the trained positions alone.
     chosen = torch.zeros_like(everywhere).index_copy_(0, flat.trained, everywhere[: len(flat.trained)])
-    base: Any = model.get_base_model()
+    base = find_base(model)
     last = getattr(base.config.get_text_config(), "num_hidden_layers", 0) - 1
     hooks = []
     for name, module in model.named_modules():

@@ -1,0 +1,289 @@
+"""The model's own weights are trained as the plain loop does it, go on after a stop, and are written as they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from schemas.config import MergeConfig, TrainingConfig
+from tasks.merging.changes import MergeError
+from tasks.merging.parity import ParityError, check_merge
+from tasks.merging.verification import verify_tensors
+from tasks.merging.weights import merge_adapter
+from tasks.models import load_model
+from tasks.training import distributed
+from tasks.training.batches import iterate_steps
+from tasks.training.engines.self_check import comparing_some
+from tasks.training.loop import train_adapter
+from tasks.training.lora import collect_trained
+from tasks.training.own_weights import choose_weights, plan_weights
+from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
+from tasks.training.reference import average_loss, fine_tune, learning_rate
+from tests.tasks.families.tiny import save_model
+from tests.tasks.training.conftest import KINDS, build_model, build_tokenizer, read_tokens, write_tokens
+from tests.tasks.training.ranks import on_two_ranks
+from tests.tasks.training.test_reference import read_examples
+
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 3e-3, "micro_batch": 3, "gradient_accumulation_steps": 2, "max_steps": 20, "num_epochs": 9,
+    "weight_decay": 0.01, "max_grad_norm": 0.5, "checkpoint_every_steps": 4,
+}  # fmt: skip
+FULL = TrainingConfig(method="full", **SETTINGS)
+FREEZE = TrainingConfig(method="freeze", trained_layers=1, **SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Alone in a folder, as the tokenization leaves it."""
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("config", [FULL, FREEZE], ids=["full", "freeze"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_curve_is_that_of_the_plain_loop(tmp_path: Path, kind: str, config: TrainingConfig) -> None:
+    base_model = build_model(tmp_path / "model", kind)
+    tokens = write_tokens(tmp_path / "tokens", num_train=44)
+    records: list[StepRecord] = []
+    evaluations: list[EvalRecord] = []
+    outcome = train_adapter(
+        base_model, tokens, tmp_path / "run", config, seed=7, identity="x",
+        on_step=records.append, on_eval=evaluations.append,
+    )  # fmt: skip
+
+    examples = read_examples(tokens)
+    table, rows = read_tokens(tokens / "train.parquet")
+    batches = iterate_steps(table, rows, config, seed=7, first=0, last=20)
+    steps = [[examples[name] for batch in step for name in batch.example_ids] for step in batches]
+    model: Any = load_model(base_model).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(config.method == "full" or ".layers.1." in name)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    rates = [learning_rate(step, 20, config) for step in range(20)]
+    losses = list(fine_tune(model, steps, rates, max_grad_norm=0.5, weight_decay=0.01))
+
+    assert losses[-1] < losses[0] - 0.2  # it did learn
+    assert max(abs(record.loss - loss) for record, loss in zip(records, losses, strict=True)) <= 1e-4
+    held_out = list(read_examples(tokens, "eval").values())
+    assert evaluations[-1].loss == pytest.approx(average_loss(model, held_out), abs=1e-4)
+    saved = load_file(outcome.adapter / "trained_weights.safetensors")
+    expected = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    assert saved.keys() == expected.keys()
+    # A norm without an effect on the loss, such as one before a softmax that is invariant to it, moves by noise alone.
+    moved = sum(float((expected[name] - before[name]).norm() ** 2) for name in saved) ** 0.5
+    off = sum(float((saved[name] - expected[name]).norm() ** 2) for name in saved) ** 0.5
+    assert off <= 0.01 * moved
+    assert not outcome.warnings or all("did not move" not in warning for warning in outcome.warnings)
+
+
+@pytest.mark.parametrize("config", [FULL, FREEZE], ids=["full", "freeze"])
+def test_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, config: TrainingConfig) -> None:
+    base_model, tokens = build_model(tmp_path / "model"), write_tokens(tmp_path / "tokens", num_train=44)
+    losses: dict[str, list[float]] = {"whole": [], "stopped": []}
+
+    def train(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        outcome = train_adapter(
+            base_model, tokens, tmp_path / name, config, seed=5, identity="the same",
+            on_step=lambda record: losses[name].append(record.loss),
+            should_stop=lambda: len(losses[name]) == stop_at,
+        )  # fmt: skip
+        return load_file(outcome.adapter / "trained_weights.safetensors")
+
+    whole = train("whole")
+    with pytest.raises(TrainingStopped):
+        train("stopped", stop_at=7)
+    again = train("stopped")
+    assert losses["stopped"] == losses["whole"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [FULL, FREEZE], ids=["full", "freeze"])
+def test_written_model_is_the_trained_one_and_else_the_base(
+    tmp_path: Path, tokenizer: Path, config: TrainingConfig, dtype: torch.dtype
+) -> None:
+    base_model = build_model(tmp_path / "model", vocab_size=120, dtype=dtype)
+    tokens = write_tokens(tmp_path / "tokens", num_train=44)
+    trained = train_adapter(base_model, tokens, tmp_path / "run", config, seed=5, identity="x").adapter
+    plan = merge_adapter(base_model, trained, tokenizer, tmp_path / "written", max_shard_size="20KB")
+    check = check_merge(base_model, trained, tmp_path / "written", [[5, 6, 7], [8, 9]], MergeConfig(probe_tokens=8))
+    assert check.differs_from_base
+    assert check.greedy_agreement == 1.0 if dtype == torch.float32 else check.greedy_agreement >= 0.95
+    assert check.max_abs_logit_diff <= (1e-5 if dtype == torch.float32 else 0.5)
+
+    written = verify_tensors(plan, tmp_path / "written")
+    model = load_model(base_model)
+    names = {name for name, _ in model.named_parameters()}
+    expected = names if config.method == "full" else {name for name in names if ".layers.1." in name}
+    assert not written.unmoved
+    assert written.num_changed == len(expected)
+    assert written.num_kept == len(names) - len(expected)
+    again, base = load_model(tmp_path / "written").state_dict(), model.state_dict()
+    values = load_file(trained / "trained_weights.safetensors")
+    for name in names:
+        assert torch.equal(again[name], values[name].to(dtype) if name in expected else base[name])
+    card = (tmp_path / "written" / "README.md").read_text(encoding="utf-8")
+    assert f"| method | `{config.method}` |" in card
+    assert "LoRA" not in card
+
+
+def test_written_model_that_is_the_base_or_another_one_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    base_model = build_model(tmp_path / "model", vocab_size=120)
+    tokens = write_tokens(tmp_path / "tokens", num_train=44)
+    trained = train_adapter(base_model, tokens, tmp_path / "run", FULL, seed=5, identity="x").adapter
+    with pytest.raises(ParityError, match=r"difference from the trained model .*as near to the base model as to the"):
+        check_merge(base_model, trained, base_model, [[5, 6, 7]], MergeConfig(probe_tokens=4))
+    plan = merge_adapter(base_model, trained, tokenizer, tmp_path / "written", max_shard_size="5GB")
+    file = tmp_path / "written" / "model.safetensors"
+    freeze = train_adapter(base_model, tokens, tmp_path / "freeze", FREEZE, seed=5, identity="x").adapter
+    plan_of_freeze = merge_adapter(base_model, freeze, tokenizer, tmp_path / "other", max_shard_size="5GB")
+    with pytest.raises(MergeError, match=r"were not trained differ from the base model's, such as model\.embed"):
+        verify_tensors(plan_of_freeze, file.parent)
+    values = load_file(file)
+    values.pop("model.norm.weight")
+    save_file(values, file, metadata={"format": "pt"})
+    with pytest.raises(MergeError, match="1 tensor"):
+        verify_tensors(plan, file.parent)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    base_model = build_model(tmp_path / "model", vocab_size=120)
+    other = build_model(tmp_path / "other", vocab_size=120, hidden_size=48)
+    tokens = write_tokens(tmp_path / "tokens", num_train=8)
+    config = FULL.model_copy(update={"max_steps": 1})
+    trained = train_adapter(base_model, tokens, tmp_path / "run", config, seed=5, identity="x").adapter
+    with pytest.raises(MergeError, match=r"model.embed_tokens.weight \[120, 32\] is \[120, 48\] in this Qwen3"):
+        merge_adapter(other, trained, tokenizer, tmp_path / "merged", max_shard_size="5GB")
+    values = load_file(trained / "trained_weights.safetensors")
+    save_file({**values, "model.norm.weight": torch.full((32,), float("nan"))}, trained / "trained_weights.safetensors")
+    with pytest.raises(MergeError, match="NaN or infinity in 1 tensor"):
+        merge_adapter(base_model, trained, tokenizer, tmp_path / "merged2", max_shard_size="5GB")
+
+
+def test_tied_checkpoint_that_holds_both_tensors_gets_both(tmp_path: Path, tokenizer: Path) -> None:
+    base_model = build_model(tmp_path / "model", vocab_size=120)
+    file = base_model / "model.safetensors"
+    values = load_file(file)
+    assert "lm_head.weight" not in values
+    values["lm_head.weight"] = values["model.embed_tokens.weight"].clone()
+    save_file(values, file, metadata={"format": "pt"})
+    tokens = write_tokens(tmp_path / "tokens", num_train=12)
+    trained = train_adapter(base_model, tokens, tmp_path / "run", FULL, seed=5, identity="x").adapter
+    merge_adapter(base_model, trained, tokenizer, tmp_path / "written", max_shard_size="5GB")
+    written = load_file(tmp_path / "written" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    assert not torch.equal(written["lm_head.weight"], values["lm_head.weight"])
+
+
+def train_together(number: int, base_model: Path, tokens: Path, folder: Path) -> tuple[list[float], list[float]]:
+    """Train; return both curves."""
+    losses: list[float] = []
+    evaluations: list[float] = []
+    train_adapter(
+        base_model, tokens, folder, FULL, seed=5, identity="x",
+        on_step=lambda record: losses.append(record.loss), on_eval=lambda record: evaluations.append(record.loss),
+    )  # fmt: skip
+    return losses, evaluations
+
+
+def test_two_ranks_have_the_curve_of_one(tmp_path: Path, base_model: Path, tokens: Path) -> None:
+    alone = train_together(0, base_model, tokens, tmp_path / "alone")
+    for losses, evaluations in on_two_ranks(train_together, base_model, tokens, tmp_path, folder=tmp_path / "ranks"):
+        assert losses == pytest.approx(alone[0], abs=1e-5)
+        assert evaluations == pytest.approx(alone[1], abs=1e-5)
+
+
+def sum_in_buckets(number: int) -> list[list[float]]:
+    """Sum gradients of which the second rank lacks one, in groups of a value or two, and two figures."""
+    distributed._BUCKET = 2
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 1, 1, 3)]
+    for place, parameter in enumerate(parameters):
+        if not (number == 1 and place == 1):
+            parameter.grad = torch.full_like(parameter, 10.0 * place + number)
+    figures = distributed.sum_gradients(parameters, torch.tensor(1.0 + number), torch.tensor(2.0))
+    return [*(value.grad.tolist() for value in parameters if value.grad is not None), [f.item() for f in figures]]
+
+
+def test_gradients_are_summed_group_by_group(tmp_path: Path) -> None:
+    expected = [[1.0, 1.0], [10.0], [41.0], [61.0, 61.0, 61.0], [3.0, 4.0]]
+    assert on_two_ranks(sum_in_buckets, folder=tmp_path / "ranks") == [expected, expected]
+
+
+def test_named_modules_and_layers_are_trained_and_nothing_else(base_model: Path) -> None:
+    def choose(**settings: Any) -> set[str]:
+        config = TrainingConfig.model_validate({"method": "freeze", **settings})
+        return set(collect_trained(choose_weights(load_model(base_model), config, dtype=torch.bfloat16)))
+
+    every = {name for name, _ in load_model(base_model).named_parameters()}
+    assert choose(trained_layers=2) == {name for name in every if ".layers." in name}
+    assert choose(trained_layers=1, trained_modules=["norm"]) == {
+        name for name in every if ".layers.1." in name or name == "model.norm.weight"
+    }
+    assert choose(trained_layers=0, trained_modules=["layers.0.mlp"]) == {
+        name for name in every if ".layers.0.mlp." in name
+    }
+    # Tied to the embedding, of which it is a second name.
+    assert choose(trained_layers=0, trained_modules=["lm_head"]) == {"model.embed_tokens.weight"}
+    for settings, message in (
+        ({"trained_layers": 3}, "trained_layers is 3, and this Qwen3ForCausalLM has 2 layers"),
+        ({"trained_modules": ["wings"]}, "'wings', which is not in this Qwen3ForCausalLM: choose from .*down_proj"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            choose(**settings)
+
+
+def test_what_is_trained_is_fp32_and_the_rest_in_the_precision_of_the_training(base_model: Path) -> None:
+    model = choose_weights(load_model(base_model, dtype=torch.bfloat16), FREEZE, dtype=torch.bfloat16)
+    dtypes = {name: value.dtype for name, value in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if ".layers.1." in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".layers.1." not in name} == {torch.bfloat16}
+
+
+def test_bf16_products_learn_too(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    for config in (FULL, FREEZE):
+        records: list[StepRecord] = []
+        settings = config.model_copy(update={"precision": "bf16"})
+        outcome = train_adapter(
+            base_model, tokens, tmp_path / config.method, settings, seed=7, identity="x", on_step=records.append
+        )
+        assert sum(record.loss for record in records[-5:]) < sum(record.loss for record in records[:5]) - 0.5
+        assert not [warning for warning in outcome.warnings if "padded" in warning]
+        saved = load_file(outcome.adapter / "trained_weights.safetensors")
+        assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_trial_compares_both_ends_of_a_large_model(base_model: Path) -> None:
+    model = choose_weights(load_model(base_model), FULL, dtype=torch.float32)
+    every = list(collect_trained(model))
+    with comparing_some(model):
+        assert list(collect_trained(model)) == every
+    with comparing_some(model, most_values=4000):
+        some = set(collect_trained(model))
+        assert {every[0], every[-1]} <= some < set(every)
+    assert list(collect_trained(model)) == every
+
+
+def test_parts_of_a_composite_that_see_no_text_stay(tmp_path: Path) -> None:
+    model = save_model("gemma3", tmp_path / "model")
+    plan = plan_weights(load_model(model), FULL)
+    skipped = {weight.name for weight in plan if weight.skipped}
+    assert skipped
+    assert all("vision" in name or "projector" in name for name in skipped)
+    assert all("vision" not in weight.name for weight in plan if not weight.skipped)
+
+
+def test_folder_says_what_it_is(base_model: Path, tokens: Path, tmp_path: Path) -> None:
+    config = FREEZE.model_copy(update={"max_steps": 2})
+    outcome = train_adapter(base_model, tokens, tmp_path / "run", config, seed=5, identity="x")
+    assert outcome.adapter == tmp_path / "run" / "trained_weights"
+    values = json.loads((outcome.adapter / "trained_config.json").read_text(encoding="utf-8"))
+    count = sum(value.numel() for value in load_file(outcome.adapter / "trained_weights.safetensors").values())
+    assert values == {"method": "freeze", "base_model_name_or_path": str(base_model), "num_values": count}
+    assert outcome.num_trainable_parameters == count
