@@ -3,7 +3,7 @@
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -70,7 +70,14 @@ def _describe_value(setting: str, field: FieldInfo) -> str:
     if (section := _find_section(field)) is not None:
         anchor = setting.replace(".", "")
         return f"[a section](#{anchor})" if field.annotation is section else f"[a list of sections](#{anchor})"
-    return ", ".join([_describe_type(field.annotation), *_describe_bounds(field)])
+    described = _describe_choices(field) or _describe_type(field.annotation)
+    return ", ".join([described, *_describe_bounds(field)])
+
+
+def _describe_choices(field: FieldInfo) -> str:
+    """Return what a form offers for a text; empty where it may be any."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return ", ".join(f"`{choice}`" for choice in extra.get("enum", ()))  # type: ignore[union-attr]
 
 
 def _describe_bounds(field: FieldInfo) -> Iterator[str]:
@@ -86,6 +93,8 @@ def _describe_type(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (types.UnionType, Union):
         return " or ".join(_describe_type(part) for part in arguments if part is not types.NoneType)
+    if origin is Annotated:
+        return _describe_choices(arguments[1]) or _describe_type(arguments[0])
     if origin is tuple:
         return f"a list of {_describe_type(arguments[0])}"
     if origin is dict:

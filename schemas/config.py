@@ -4,7 +4,7 @@ Closed (unknown keys are errors) and frozen. Validators reject and never repair.
 address belongs here: those are environment.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -52,6 +52,11 @@ RowFormat = Literal[
     "oasst_tree",
     "moss",
 ]
+
+
+JUDGED_METRICS = ("exact_match", "rouge_l", "chrf", "nll", "perplexity", "repetition_rate", "empty_answers")
+"""Metrics that forms offer to judge by; the table of metrics decides which there are."""
+_JudgedMetric = Annotated[str, Field(json_schema_extra={"enum": [*JUDGED_METRICS]})]
 
 
 def _check_amount(weight: float, num_rows: int | None) -> None:
@@ -398,7 +403,7 @@ class ProbeConfig(Section):
     """In reports and metrics."""
     source: str = Field(min_length=1, title="Dataset")
     """As data.source. All its rows are asked, none is trained."""
-    metric: str = Field(default="nll", min_length=1, title="Metric")
+    metric: _JudgedMetric = Field(default="nll", min_length=1, title="Metric")
     """By which it is judged; as registry.gate.metric."""
     max_loss: float = Field(ge=0.0, title="Largest loss")
     """In the metric's unit. The gate refuses a version that may have lost more, by the worse end of the interval."""
@@ -457,10 +462,9 @@ class EvaluationConfig(Section):
 class GateConfig(Section):
     """What a version must show to become champion."""
 
-    metric: str = Field(default="nll", min_length=1, title="Metric")
-    """nll, perplexity, exact_match, rouge_l, chrf, … (the table of the report). Judged on the held-out rows; a gain is
-    an improvement, also where lower is better."""
-    further_metrics: tuple[str, ...] = Field(default=(), title="Further metrics")
+    metric: _JudgedMetric = Field(default="nll", min_length=1, title="Metric")
+    """Judged on the held-out rows, as in the report's table; a gain is an improvement, also where lower is better."""
+    further_metrics: tuple[_JudgedMetric, ...] = Field(default=(), title="Further metrics")
     """A gain in one of these is as good. All of them are then tested more strictly, as there are several (Holm)."""
     min_gain: float = Field(default=0.0, ge=0.0, title="Smallest gain")
     """The gain must be larger than this, in the metric's unit."""

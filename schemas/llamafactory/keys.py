@@ -117,7 +117,7 @@ IMPLIED: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("enable_thinking", "preserve_thinking"),
-        "the chat template decides where thoughts stand; tokenization.template_arguments tells it more",
+        "the chat template decides where thoughts stand, with the arguments that were saved with it in training",
     ),
     **dict.fromkeys(
         ("eval_num_beams", "num_beams", "length_penalty", "skip_special_tokens", "max_length"), "answers are greedy"

@@ -131,6 +131,12 @@ def _read_labels(work: Work) -> None:
     if shown != NOT_GIVEN:
         own = "the tokenizer's own chat template is used; where it has none chatml, or plain (model.chat_template)"
         work.say("template", shown, "implied", own)
+    shown, thinks = work.take("enable_thinking", None, lambda value: None if value is None else to_flag(value))
+    if thinks is not None:
+        why = "where the chat template reads it; saved with the model"
+        work.put("enable_thinking", shown, "tokenization.template_arguments", {"enable_thinking": thinks}, why)
+    elif shown != NOT_GIVEN:
+        work.say("enable_thinking", shown, "implied", "the chat template decides where thoughts stand")
     shown, is_last = work.take("mask_history", False, to_flag)
     if is_last and work.find("tokenization.train_on_prompt"):
         work.say("mask_history", shown, "refused", "it excludes train_on_prompt")

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from schemas.config import EvaluationConfig, GateConfig
+from schemas.config import JUDGED_METRICS, EvaluationConfig, GateConfig, RunConfig
 from tasks.evaluation.comparison import compare
 from tasks.evaluation.gate import check_settings, judge
 from tasks.evaluation.metrics import METRICS, Metric, MetricError, average_rows, check_metrics, is_derived
@@ -79,6 +79,14 @@ def test_a_row_out_of_a_metrics_bounds_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_perplexity_says_what_nll_says() -> None:
     assert [name for name in METRICS if is_derived(name)] == ["perplexity"]
+
+
+def test_forms_offer_the_metrics_of_the_table_of_which_one_side_is_better() -> None:
+    assert list(JUDGED_METRICS) == [name for name, metric in METRICS.items() if metric.direction != "neither"]
+    schema = RunConfig.model_json_schema()["$defs"]
+    assert schema["GateConfig"]["properties"]["metric"]["enum"] == [*JUDGED_METRICS]
+    assert schema["GateConfig"]["properties"]["further_metrics"]["items"]["enum"] == [*JUDGED_METRICS]
+    assert schema["ProbeConfig"]["properties"]["metric"]["enum"] == [*JUDGED_METRICS]
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
