@@ -48,7 +48,7 @@ format: $(INSTALLED) ## Format and mend what can be mended
 
 docs: $(INSTALLED) ## Build the documentation as a site in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html (with search: $(PYTHON) -m http.server --directory build/site)"
 
 bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": its memory)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

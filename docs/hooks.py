@@ -1,4 +1,4 @@
-"""What the site's builder asks: the README is the first page, and links to files outside docs/ become their names.
+"""What the site's builder asks: the README is the first page, and links to files outside docs/ become tooltips.
 
 The site stands alone, without the repository beside it, so that such a link would lead nowhere.
 """
@@ -23,19 +23,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Write a link to a file of the repository as its words and the file's name."""
+    """Write a link to a file of the repository as its words, with the file's place as a tooltip."""
     folder = Path(page.file.src_uri).parent.as_posix()
 
-    def name(link: re.Match[str]) -> str:
+    def point(link: re.Match[str]) -> str:
         target = link["target"]
         place = normpath(f"docs/{folder}/{target}")
         if "://" in target or place.startswith("docs/"):
             return link[0]
-        return link["words"] if _names(link["words"], place) else f"{link['words']} (`{place}`)"
+        return f'<abbr class="file" title="{place}">{link["words"]}</abbr>'
 
-    return _LINK.sub(name, markdown)
-
-
-def _names(words: str, place: str) -> bool:
-    """Tell whether the words of a link are the file's name already."""
-    return words.strip("`").rstrip("/") in (place, Path(place).name)
+    return _LINK.sub(point, markdown)

@@ -25,8 +25,10 @@ def test_each_row_is_held_by_a_test_that_is_there() -> None:
     for number, _, _, how, test in _ROWS:
         if how == "missing":
             continue
-        file, _, name = test.strip("`").partition("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"row {number}: {test}"
+        link = re.fullmatch(r"\[([^]]+)\]\(\.\./(tests/[^)]+)\)", test)
+        assert link is not None, f"row {number}: {test}"
+        name = link[1].replace(" ", "_")
+        assert f"def test_{name}(" in (ROOT / link[2]).read_text(encoding="utf-8"), f"row {number}: {test}"
 
 
 def test_what_is_refused_says_why() -> None:

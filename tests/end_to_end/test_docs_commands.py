@@ -124,14 +124,17 @@ def _page(name: str) -> Path:
 
 
 def _save_adapter(folder: Path) -> None:
-    """Save a LoRA adapter of the demo's base model, in PEFT's form."""
+    """Save a LoRA adapter of the demo's base model and its tokenizer, as other trainers leave them."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from tasks.tokenization.templates import prepare_tokenizer
+
     base = AutoModelForCausalLM.from_pretrained(ROOT / "deploy/demo/base_model", dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False))
     adapted.save_pretrained(str(folder))
+    prepare_tokenizer(ROOT / "deploy/demo/base_model", None).tokenizer.save_pretrained(str(folder))
 
 
 @pytest.fixture(scope="module")
