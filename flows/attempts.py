@@ -13,6 +13,7 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_UI_URL
 
+from flows.ending import ignore_signals
 from flows.gpu_stages import StageLostError
 from flows.records import describe_environment, keep_log
 from schemas.artifacts import ModelRef, SourceRef
@@ -56,6 +57,7 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
     with storage.hold_run(run_id), keep_log(run_id):
         try:
             yield run_id
+            ignore_signals()  # from here on it is finished, and a process that says otherwise is started again
             status = "FINISHED"
         except (ResumeError, StageLostError):
             raise  # refused and nothing done, or cut short: the run can still be resumed

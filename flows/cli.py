@@ -1,11 +1,11 @@
 """The console script `sft`. Heavy libraries are imported inside the commands, so that help is instant."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from flows.console import console, explain_disk_trouble, fail, is_disk_trouble, load_for_data, prepare_environment
+from flows.console import console, escape, fail, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from schemas.config import RunConfig
@@ -65,24 +65,24 @@ def run(
 
     with starting_server():
         from flows import stages  # noqa: F401  takes as long as the server
+        from flows.ending import end_with_run, ignore_signals, take_outcome
         from flows.pipeline import sft_pipeline
-        from flows.terminal import quiet_prefect, show_outcome, write_failure
+        from flows.terminal import quiet_prefect, show_outcome
     if not verbose:
         quiet_prefect()
 
+    end_with_run()
     try:
         outcome = sft_pipeline(loaded, resume=resume)
     except KeyboardInterrupt:
         console.print("[yellow]Interrupted.[/] The same command goes on from the last checkpoint.")
         raise typer.Exit(130) from None
     except Exception as error:
-        if report is not None:
-            write_failure(report, error)
-        if is_disk_trouble(error):
-            fail(explain_disk_trouble(error))
-        if not isinstance(error, ValueError):
-            console.print_exception()
-        fail(error)
+        if (finished := take_outcome()) is None:
+            _fail_run(error, report)
+        outcome = finished
+        console.print(f"[yellow]The run is finished, but Prefect could not be told:[/] {escape(str(error))}")
+    ignore_signals()
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(outcome.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -92,6 +92,20 @@ def run(
 
         copy_model(outcome.mlflow_run_id, output)
         console.print(f"Merged model in {output}: sft chat {output}", soft_wrap=True)
+
+
+def _fail_run(error: Exception, report: Path | None) -> NoReturn:
+    """End a run that failed: the report says so, and the terminal why."""
+    from flows.terminal import write_failure
+    from flows.troubles import explain_trouble
+
+    if report is not None:
+        write_failure(report, error)
+    if (trouble := explain_trouble(error)) is not None:
+        fail(trouble)
+    if not isinstance(error, ValueError):
+        console.print_exception()
+    fail(error)
 
 
 def _check_is_free(folder: Path | None) -> None:

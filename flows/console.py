@@ -1,6 +1,5 @@
 """What the commands of `sft` share: messages, the environment of a run, and a config for one dataset."""
 
-import errno
 import json
 import os
 import re
@@ -15,14 +14,10 @@ from rich.console import Console
 from flows.environment import run_defaults
 from schemas.config import RunConfig
 from schemas.loading import ConfigError, load_config, override_config
-from tasks.storage import HomeError, home, make_home
+from tasks.storage import HomeError, make_home
 
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "base_model"
 console = Console(stderr=True, highlight=False)
-_DATABASE_TROUBLES = ("database or disk is full", "attempt to write a readonly database", "disk I/O error")
-"""What SQLite says, wherever it is wrapped."""
-_DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
-
 
 # C0 without tab and line feed, delete, C1, and the marks that turn the direction of text around.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -46,19 +41,6 @@ def fail(error: Exception) -> NoReturn:
     console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
     console.print(make_visible(str(error)), markup=False, soft_wrap=True)
     raise typer.Exit(1)
-
-
-def is_disk_trouble(error: Exception) -> bool:
-    """Tell whether the disk is full, read-only, broken or not ours: nothing that a trace would explain."""
-    if isinstance(error, OSError):
-        return error.errno in _DISK_TROUBLES
-    return any(words in str(error) for words in _DATABASE_TROUBLES)
-
-
-def explain_disk_trouble(error: Exception) -> OSError:
-    """Return the error in one sentence with the way out; a database's own holds all of its statement."""
-    said = next((words for words in _DATABASE_TROUBLES if words in str(error)), str(error))
-    return OSError(f"{said}: make room for SFT_HOME = {home()}, or make it writable, and start the same command again")
 
 
 def prepare_environment(*, cache: bool) -> None:

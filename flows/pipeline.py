@@ -22,6 +22,7 @@ from flows.accounting import (
 from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.cancellation import cancel_with_server
 from flows.champion import evaluate_champion
+from flows.ending import keep_outcome
 from flows.gpu_stages import evaluate, train
 from flows.probing import digest_template, prepare_probes
 from schemas.artifacts import RunReport
@@ -142,6 +143,7 @@ def sft_pipeline(
             )
         report = build_report(run, dataset, tokens, adapter, merged, comparison, entry, seconds)
         tracking.finish_parent(run, report, dataset, {"ingest": dataset, "tokenize": tokens, "evaluate-base": before})
+    keep_outcome(report)
     return report
 
 

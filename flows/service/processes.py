@@ -22,7 +22,7 @@ from tasks import storage
 
 _MARK = "SFT_SERVICE"
 _RUN = "PREFECT__FLOW_RUN_ID"  # what a worker tells the process of a run
-_TIME_SLACK_SECONDS = 1.0
+_START_FIELD = 19  # of /proc/PID/stat behind the name: when the process started, in ticks after boot
 _END_SECONDS = 40.0  # Prefect gives a run 30 s to end by itself
 _LOG_TAIL_LINES = 15
 _SWEEPS = 3
@@ -50,8 +50,8 @@ def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[
             umask=PRIVATE,
         )
     process.returncode = 0  # it is meant to outlive this command: no warning that it still runs
-    started = psutil.Process(process.pid).create_time()
-    _record_file(folder, name).write_text(json.dumps({"pid": process.pid, "started": started}), encoding="utf-8")
+    record = {"pid": process.pid, "started": _started(process.pid)}
+    _record_file(folder, name).write_text(json.dumps(record), encoding="utf-8")
 
 
 def find(folder: Path, name: str) -> psutil.Process | None:
@@ -62,10 +62,24 @@ def find(folder: Path, name: str) -> psutil.Process | None:
     record = json.loads(path.read_text(encoding="utf-8"))
     try:
         process = psutil.Process(record["pid"])
-        same = abs(process.create_time() - record["started"]) < _TIME_SLACK_SECONDS
+        same = _started(process.pid) == record["started"]
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
+
+
+def _started(pid: int) -> str:
+    """Return when a process started, in a form that no change of the clock changes.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return f"{int(fields[_START_FIELD])} ticks after boot {boot}"
+    except (FileNotFoundError, ProcessLookupError):  # it is gone, or the system has no /proc
+        return str(psutil.Process(pid).create_time())
 
 
 def names(folder: Path) -> list[str]:

@@ -9,16 +9,30 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from tasks import storage
 from tasks.sqlite_files import make_address
 
+WAIT_SECONDS = 180
+"""For whoever else writes: a backup, a shell, another run. MLflow alone would wait for 20."""
 _log = logging.getLogger(__name__)
+_MLFLOW_WAITS = "PRAGMA busy_timeout"
 _SIDE_FILES = ("-journal", "-wal", "-shm")  # what SQLite keeps beside a database
 # What MLflow's store has written last when it is whole: its first experiment. Without one there can be no run.
 _CONTENTS = ("experiments", "registered_models")
+
+
+@event.listens_for(Engine, "before_cursor_execute", retval=True)
+def _wait_longer(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    """Let a transaction of MLflow's wait for so long as we say; it sets how long at the beginning of each."""
+    if statement.startswith(_MLFLOW_WAITS):
+        return f"{_MLFLOW_WAITS} = {WAIT_SECONDS * 1000};", parameters
+    return statement, parameters
 
 
 def prepare_database(path: Path, *, artifact_root: str) -> None:
@@ -52,7 +66,7 @@ def _is_whole(path: Path) -> bool:
     """Tell whether MLflow has made its tables to the end; a file that is not there is not whole."""
     if not path.is_file():
         return False
-    with closing(sqlite3.connect(path, timeout=60)) as database:  # by its path: any character may be in it
+    with closing(sqlite3.connect(path, timeout=WAIT_SECONDS)) as database:  # by its path: any character may be in it
         tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         return any(database.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in _CONTENTS if name in tables)
 

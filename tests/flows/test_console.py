@@ -1,6 +1,5 @@
 """What rows and messages say reaches the terminal as text: a terminal never acts on it."""
 
-import errno
 import json
 import logging
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.console import explain_disk_trouble, is_disk_trouble, make_visible
+from flows.console import make_visible
 
 TITLE, CLIPBOARD, CLEAR, C1 = "\x1b]0;gone\x07", "\x1b]52;c;cm0gLXJm\x07", "\x1b[2J", "\x9b2J"
 
@@ -62,19 +61,3 @@ def test_log_lines_show_escapes() -> None:
     record = logging.LogRecord("x", logging.WARNING, "f.py", 1, "row %s", (CLEAR,), None)
     assert _show_controls(record)
     assert record.getMessage() == "row \\x1b[2J"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device", "/x"),
-        RuntimeError("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT INTO runs VALUES (?)]"),
-    ],
-)
-def test_a_full_disk_is_one_sentence_with_the_way_out(error: Exception) -> None:
-    assert is_disk_trouble(error)
-    said = str(explain_disk_trouble(error))
-    assert "start the same command again" in said
-    assert "\n" not in said
-    assert not is_disk_trouble(RuntimeError("a bug"))
-    assert not is_disk_trouble(FileNotFoundError(errno.ENOENT, "No such file"))

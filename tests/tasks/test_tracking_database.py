@@ -4,12 +4,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
-from tasks.tracking.database import prepare_database
+from tasks import tracking
+from tasks.tracking.database import WAIT_SECONDS, prepare_database
 
 _OURS = "from tasks import tracking; tracking.client().search_experiments()"
 # As MLflow makes it by itself, in its place: what earlier versions left behind when they were killed.
@@ -85,3 +90,25 @@ def test_what_is_no_database_is_named_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"MLflow's database .*mlflow\.db: file is not a database"):
         prepare_database(path, artifact_root="artifacts")
     assert path.read_bytes() == b"not a database" * 100
+
+
+def test_a_run_waits_for_who_else_writes_to_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    experiment = tracking.open_experiment("locked")
+    waits: list[Any] = []
+
+    def note(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT INTO runs"):
+            waits.extend(connection.exec_driver_sql("PRAGMA busy_timeout").scalars())
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            threading.Timer(1.0, other.execute, ("COMMIT",)).start()
+            run = tracking.client().create_run(experiment)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert tracking.find_status(run.info.run_id) == "RUNNING"
+    assert waits == [WAIT_SECONDS * 1000]

@@ -94,7 +94,7 @@ def test_stopped_leaves_nothing_running(folder: Path) -> None:
 def test_one_whose_environment_does_not_show_the_mark_yet_is_counted_and_stopped(folder: Path) -> None:
     with subprocess.Popen(_SLEEP, start_new_session=True) as unmarked:  # as between fork and exec
         process = psutil.Process(unmarked.pid)
-        record = {"pid": process.pid, "started": process.create_time()}
+        record = {"pid": process.pid, "started": processes._started(process.pid)}
         (folder / "server.process").write_text(json.dumps(record))
         assert [found.pid for found in processes.marked(folder)] == [process.pid]
         assert processes.stop_all(folder, ("server",)) == 1
@@ -131,10 +131,22 @@ def test_what_a_killed_worker_left_behind_is_stopped_too(folder: Path) -> None:
 
 def test_a_recycled_process_id_is_never_touched(folder: Path) -> None:
     stranger = psutil.Process()  # this test: a living process whose id a stale record names
-    (folder / "server.process").write_text(json.dumps({"pid": stranger.pid, "started": stranger.create_time() - 100}))
+    record = {"pid": stranger.pid, "started": f"1{processes._started(stranger.pid)}"}  # later
+    (folder / "server.process").write_text(json.dumps(record))
     assert processes.find(folder, "server") is None
     assert processes.stop_all(folder, ("server",)) == 0
     assert stranger.is_running()
+
+
+def test_a_changed_clock_hides_no_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = _start(folder, "server")
+    boot = psutil.boot_time()  # psutil adds it to what the kernel says, and it moves with the clock
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot + 3600.0)
+    monkeypatch.setattr("psutil._pslinux.BOOT_TIME", boot + 3600.0, raising=False)
+    found = processes.find(folder, "server")
+    assert found is not None
+    assert found.pid == started.pid
+    assert processes.stop_all(folder, ("server",)) == 1
 
 
 def test_another_folders_processes_are_left_alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
