@@ -28,10 +28,11 @@ from random import Random
 from typing import Any
 
 from tests.laboratory.inputs import DEMO_MODEL, ROOT, draw_config, draw_dataset, draw_model, draw_rows, draw_template
+from tests.laboratory.oddities import draw_llamafactory, draw_settings
 
 HANG_SECONDS = 60.0
 MEMORY_BYTES = 12 << 30
-KINDS = ("config", "dataset", "model", "template")
+KINDS = ("config", "dataset", "model", "template", "import", "settings")
 RIGHT = ("done", "refused")
 _OURS = tuple(str(ROOT / name) for name in ("flows", "tasks", "schemas"))
 _MOST_CHARACTERS = 6000
@@ -203,6 +204,19 @@ def _handle_config(folder: Path, draw: Random, tiny: Path) -> str:
     return load_config(draw_config(folder, draw)).name
 
 
+def _handle_import(folder: Path, draw: Random, tiny: Path) -> str:
+    from flows.importing import load_any
+
+    path, overrides = draw_llamafactory(folder, draw)
+    return type(load_any(path, overrides)).__name__
+
+
+def _handle_settings(folder: Path, draw: Random, tiny: Path) -> str:
+    from schemas.loading import load_config
+
+    return load_config(ROOT / "deploy" / "configs" / "demo.yaml", draw_settings(draw)).name
+
+
 def _handle_dataset(folder: Path, draw: Random, tiny: Path) -> str:
     from schemas.config import DataConfig
     from tasks.ingestion.dataset import build_dataset
@@ -272,6 +286,8 @@ _HANDLERS: dict[str, Callable[[Path, Random, Path], str]] = {
     "dataset": _handle_dataset,
     "model": _handle_model,
     "template": _handle_template,
+    "import": _handle_import,
+    "settings": _handle_settings,
 }
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import yaml
 
 from tests.laboratory.junk import draw_value, dump, mutate, spoil
+from tests.laboratory.oddities import spoil_tokenizer, write_encoded, write_holes, write_numbers, write_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "deploy" / "demo" / "base_model"
@@ -90,6 +91,8 @@ def draw_dataset(folder: Path, draw: Random) -> Dataset:
     """Write a dataset of any kind, or something that is none."""
     if draw.random() < 0.08:
         return Dataset(_write_oddity(folder, draw), None)
+    if draw.random() < 0.2:
+        return _draw_odd_rows(folder, draw)
     write = draw.choice(
         (_write_jsonl, _write_jsonl, _write_json, _write_csv, _write_parquet, _write_arrow, _write_index)
     )
@@ -99,6 +102,16 @@ def draw_dataset(folder: Path, draw: Random) -> Dataset:
         file.write_bytes(spoil(file.read_bytes(), draw))
         return Dataset(dataset.source, None)
     return dataset
+
+
+def _draw_odd_rows(folder: Path, draw: Random) -> Dataset:
+    rows = draw_rows(draw)
+    kind = draw.randrange(9)
+    if kind == 0:
+        return Dataset(write_holes(folder, rows, draw), None)
+    if kind < 3:
+        return Dataset(write_tree(folder, rows, draw), None)
+    return Dataset(*(write_numbers if kind < 5 else write_encoded)(folder, rows, draw))
 
 
 def _write_oddity(folder: Path, draw: Random) -> str:
@@ -227,6 +240,8 @@ def draw_model(tiny: Path, folder: Path, draw: Random) -> Path:
     if draw.random() < 0.2:
         names = {f"w{n}": draw.choice(("model.safetensors", "w.bin", "../x.safetensors", 3)) for n in range(2)}
         (model / "model.safetensors.index.json").write_bytes(dump(mutate({"weight_map": names}, draw)))
+    if draw.random() < 0.2:
+        spoil_tokenizer(model, draw)
     if draw.random() < 0.1:
         (model / draw.choice(("adapter_config.json", "chat_template.jinja"))).write_bytes(dump(draw_value(draw)))
     return model

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlflow.exceptions import MlflowException
+
 from schemas.artifacts import AdapterRef
 from tasks import tracking
 
@@ -22,11 +24,20 @@ def read_outcome(name: str) -> dict[str, Any]:
         if run.info.status == "FINISHED":
             adapter = tracking.recall(run.info.run_id, "train", AdapterRef)
             adapters.add(adapter.digest if adapter else "none")
-            report = client.download_artifacts(run.info.run_id, "run_report.json")
-            accounting.append(json.loads(Path(report).read_text(encoding="utf-8"))["dataset"])
+            accounting.append(_read_accounting(str(run.info.run_id)))
     return {
         "adapters": sorted(adapters),
         "accounting": accounting,
         "statuses": [run.info.status for run in runs],
         "versions": len(client.search_model_versions(f"name = '{name}'")),
     }
+
+
+def _read_accounting(run_id: str) -> dict[str, Any] | None:
+    """Return where a finished run's rows went, or None where its report is lost."""
+    try:
+        report = tracking.client().download_artifacts(run_id, "run_report.json")
+        dataset: dict[str, Any] = json.loads(Path(report).read_text(encoding="utf-8"))["dataset"]
+    except (OSError, MlflowException, ValueError):
+        return None
+    return dataset

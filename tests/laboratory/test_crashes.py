@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.laboratory.crashes import FAULTS, Outcome, compare, draw_fault, prepared, run_draw
+from tests.laboratory.crashes import FAULTS, LOST, Outcome, compare, draw_fault, prepared, run_draw
 
 pytestmark = pytest.mark.slow
 NUM_DRAWS = 5
@@ -52,3 +52,7 @@ def test_each_law_can_be_broken() -> None:
     ):
         assert len(compare(replace(expected, **change), expected, 0)) == 1, change
     assert compare(replace(expected, statuses=["FINISHED", "FAILED"]), expected, 1) == []
+    deleted = replace(expected, adapters={LOST}, accounting=[None])
+    assert len(compare(deleted, expected, 0)) == 2
+    assert compare(deleted, expected, 0, may_lack=True) == []
+    assert len(compare(replace(expected, adapters={"b"}), expected, 0, may_lack=True)) == 1
