@@ -19,7 +19,9 @@ from typing import IO
 _FOLDER = Path(__file__).resolve().parent
 _RUNS = _FOLDER / "end_to_end"
 SERVICE = sorted([*_RUNS.glob("test_service*.py"), _RUNS / "test_s3.py"])
-_COMMANDS = sorted([*_RUNS.glob("test_shard*.py"), _RUNS / "test_bad_input.py", _RUNS / "test_resume.py"])
+_COMMANDS = sorted(
+    [*_RUNS.glob("test_shard*.py"), *(_RUNS / f"test_{name}.py" for name in ("bad_input", "docs_commands", "resume"))]
+)
 _PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS})
 GROUPS = {
     # The longest first.

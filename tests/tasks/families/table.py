@@ -11,20 +11,21 @@ TABLE = Path(__file__).parents[3] / "docs" / "models.md"
 _LEFT_ALONE = (ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS)
 _HEAD = """# Which models run, and how
 
-Made by `SFT_FAMILIES=all pytest tests/tasks/families/test_matrix.py`: a tiny model of each family with random weights
-is trained with `target_modules: all-linear`, merged, compared with the base tensor by tensor, loaded again and compared
-with base + adapter (fp32, on a CPU). Families are named as in `model_type` of `config.json`.
+Made by `SFT_FAMILIES=all pytest tests/tasks/families/test_matrix.py`. For each family the test trains a tiny model with
+random weights (`target_modules: all-linear`), merges it, and compares the merged model with the base, tensor by tensor.
+It loads the merged model again and compares it with base + adapter (fp32, on a CPU). Families are named as in
+`model_type` of `config.json`.
 
-- **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) go with the fused
-  engine only. NF4 packs linear layers; experts that lie in one parameter stay in 16 bits.
-- **Adapted**: linear weights of the text decoder that the adapter stands beside, of all; routed experts of a layer that
-  lie in one parameter count as one weight. Routers, the output head and embeddings are left alone unless they are
-  named. The image and audio parts of a composite always are; it comes back whole from the merge.
-- **Packing**: packed examples lie end to end, or are padded side by side because the family's layers would mix them.
-- **Merge**: tensors of the files that changed, and that are the base's byte for byte.
+- **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) need the fused engine.
+  NF4 packs linear layers; experts that lie in one parameter stay in 16 bits.
+- **Adapted**: how many linear weights of the text decoder have an adapter, of how many. Routed experts of a layer that
+  lie in one parameter count as one weight. Routers, the output head and embeddings have none unless they are named.
+  Image and audio parts of a model never have one; the merged model has them unchanged.
+- **Packing**: examples in one row lie end to end. Where a family's layers would mix them they are padded, side by side.
+- **Merge**: how many tensors of the files changed, and how many are the base's, byte for byte.
 
-A family that is not here follows the general rules; before anything is evaluated a run says what it cannot do. The
-trial at every start decides on engine and packing, so that other shapes of a family may have others.
+A family that is not here follows the same general rules. What cannot be trained is said before anything is evaluated.
+Engine and packing are chosen by a trial at every start, so that another shape of a family may have others.
 
 | family | engine | adapted | not adapted, beside routers and head | packing | merge |
 |---|---|---|---|---|---|
