@@ -111,8 +111,14 @@ def check_rejected(config: DataConfig, dataset: DatasetRef, tokens: TokensRef) -
     """Judge the rows rejected by ingestion and tokenization together by the one budget.
 
     Raises:
-        BudgetError: more than data.max_rejected_fraction.
+        BudgetError: more than data.max_rejected_fraction, or all held-out ones.
     """
+    if config.holds_out and not tokens.num_eval_examples:
+        raise BudgetError(
+            f"{config.source}: none of the {dataset.rows_eval:,} held-out rows became an example "
+            f"({', '.join(f'{reason} {number:,}' for reason, number in tokens.rows_rejected.items())}): mend them, or "
+            "hold out others (data.eval_source, data.eval_fraction; 0 trains without any)"
+        )
     rejected = Counter(dataset.rows_rejected) + Counter(tokens.rows_rejected)
     num_rows = max(dataset.rows_in, dataset.rows_read)
     if judge_rejected(rejected, num_rows, config.max_rejected_fraction, ()) is None:

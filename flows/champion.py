@@ -17,6 +17,8 @@ def evaluate_champion(
     champion = find_champion(config.registry.name, tokens)
     if champion is None or champion.obstacle is not None or champion.model is None:
         return champion, None
+    if not after.num_examples:
+        return champion.model_copy(update={"obstacle": "no row is held out that both could answer"}), None
     if champion.evaluation is not None and champion.evaluation.conditions == after.conditions:
         return champion, champion.evaluation
     try:

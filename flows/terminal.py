@@ -79,8 +79,8 @@ def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
     for table in _metrics_tables(report):
         console.print(table)
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
-    if comparison is not None:
-        console.print(_answers_table(tracking.resolve(comparison), full=full_answers))
+    if comparison is not None and (answers := _answers_table(tracking.resolve(comparison), full=full_answers)).rows:
+        console.print(answers)
     console.print(escape(report.evaluation.sentence))
     entry = report.registry
     colour = "green" if entry.verdict == "promoted" else "yellow"
@@ -193,6 +193,8 @@ def _shorten(text: str) -> str:
 def _metrics_tables(report: RunReport) -> Iterator[Table]:
     """Give the comparison with the base model, and the one with the champion where there is one."""
     evaluation, champion = report.evaluation, report.evaluation.champion
+    if not evaluation.num_examples:
+        return
     rows = f"on {evaluation.num_examples} held-out rows"
     yield _metrics_table(f"Base and fine-tuned model {rows}", "base", evaluation.before, evaluation.delta)
     if champion is not None and champion.num_examples:

@@ -35,7 +35,9 @@ class ModelConfig(Section):
     revision: str | None = Field(default=None, title="Revision")
     """Commit, tag or branch on the hub; pin a commit to make runs repeatable. Not used for a folder."""
     chat_template: str | None = Field(default=None, title="Chat template")
-    """A built-in template's name (chatml) or a .jinja file. Empty: the tokenizer's own, or chatml when it has none."""
+    """A .jinja file, or a built-in template's name: chatml, llama3, llama2, mistral, gemma, phi3, phi4, deepseek,
+    deepseek3, zephyr, vicuna, alpaca or plain. With default: before the name, it is taken where the tokenizer has no
+    template of its own. Empty: default:chatml."""
 
 
 RowFormat = Literal[
@@ -128,7 +130,8 @@ class DataConfig(Section):
     mixture: tuple[DatasetConfig, ...] = Field(default=(), title="Further datasets")
     """Trained together with the dataset. Each is split by itself first; weights and numbers concern training rows."""
     eval_fraction: float = Field(default=0.1, ge=0.0, lt=1.0, title="Held-out part")
-    """Part of the rows held out for evaluation when there is no held-out dataset."""
+    """Part of the rows held out for evaluation when there is no held-out dataset. 0: all rows are trained; without
+    held-out rows nothing is compared, and the gate leaves the version challenger."""
     max_eval_rows: int = Field(default=1000, ge=1, title="Most held-out rows")
     """The held-out part never takes more rows than this."""
     max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0, title="Budget for rejected rows")
@@ -145,6 +148,11 @@ class DataConfig(Section):
                 "set eval_source too (it may be the same hub dataset), or leave eval_split out"
             )
         return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out, so that models can be compared."""
+        return self.eval_source is not None or self.eval_fraction > 0
 
     @property
     def datasets(self) -> tuple[DatasetConfig, ...]:
@@ -517,6 +525,22 @@ class RunConfig(Section):
     merge: MergeConfig = Field(default=MergeConfig(), title="Merge")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), title="Evaluation")
     registry: RegistryConfig = Field(default=RegistryConfig(), title="Registry")
+
+    @model_validator(mode="after")
+    def _check_held_out_rows_are_there_for_what_wants_them(self) -> Self:
+        if self.data.holds_out:
+            return self
+        wants = {
+            "training.early_stopping_patience": self.training.early_stopping_patience,
+            "training.keep": "best" if self.training.keep == "best" else None,
+        }
+        for name, value in wants.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is {value}, which goes by held-out rows, and data.eval_fraction is 0: hold out a part, or "
+                    f"leave {name} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_pack_holds_an_example(self) -> Self:

@@ -44,3 +44,37 @@ LORA: dict[str, Setting] = {
     "additional_target": Setting("training.modules_to_save", to_names),
 }
 """The same with finetuning_type lora; without it they are of no effect."""
+
+TEMPLATES: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "chatml",
+            "chatml_de",
+            "qwen",
+            "qwen2_5",
+            "qwen3",
+            "qwen3_nothink",
+            "yi",
+            "hermes2",
+            "intern2",
+            "smollm",
+            "smollm2",
+            "dbrx",
+            "orion_chatml",
+        ),
+        "chatml",
+    ),
+    **dict.fromkeys(("llama3", "llama3_1", "llama3_2"), "llama3"),
+    **dict.fromkeys(("llama2", "llama2_zh"), "llama2"),
+    **dict.fromkeys(("mistral", "ministral", "mistral_small"), "mistral"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), "gemma"),
+    **dict.fromkeys(("phi", "phi_small"), "phi3"),
+    "phi4": "phi4",
+    "deepseek": "deepseek",
+    **dict.fromkeys(("deepseek3", "deepseekv3"), "deepseek3"),
+    "zephyr": "zephyr",
+    "vicuna": "vicuna",
+    "alpaca": "alpaca",
+    **dict.fromkeys(("default", "empty"), "plain"),
+}
+"""Their names of chat templates, and ours for a tokenizer that has none of its own."""

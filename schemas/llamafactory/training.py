@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from schemas.llamafactory.lines import NOT_GIVEN, Work, find_default, to_flag, to_names, to_number, to_whole
-from schemas.llamafactory.settings import LORA, SETTINGS, Setting
+from schemas.llamafactory.settings import LORA, SETTINGS, TEMPLATES, Setting
 
 INDEX = "dataset_info.json"
 FREEZE = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
@@ -110,7 +110,7 @@ def find_path(path: Path, folder: Path) -> Path:
 
 
 def _read_held_out(work: Work) -> None:
-    """Hold out what val_size says; a run without held-out rows could not be judged."""
+    """Hold out what val_size says; where it says nothing a part, since without held-out rows nothing can be judged."""
     shown, size = work.take("val_size", 0.0, to_number)
     if work.find("data.eval_source") is not None:
         if size:
@@ -120,17 +120,22 @@ def _read_held_out(work: Work) -> None:
         work.put("val_size", shown, "data.eval_fraction", 0.999, "that many rows, at most all but one")
     elif 0 < size < 1:
         work.put("val_size", shown, "data.eval_fraction", size, "at most data.max_eval_rows")
+    elif shown != NOT_GIVEN:
+        work.put("val_size", shown, "data.eval_fraction", 0.0, "nothing is compared, and the version stays challenger")
     else:
         part = f"data.eval_fraction = {find_default('data.eval_fraction')}"
-        work.say("val_size", shown, "implied", f"{part}: a part is held out, so that the result can be judged")
+        why = f"{part}: a part is held out, so that the result can be judged; val_size: 0 trains on all rows"
+        work.say("val_size", shown, "implied", why)
 
 
 def _read_labels(work: Work) -> None:
     """Say which tokens are trained, and how a conversation that is too long is cut."""
-    shown, _ = work.take("template", None)
-    if shown != NOT_GIVEN:
-        own = "the tokenizer's own chat template is used; where it has none chatml, or plain (model.chat_template)"
-        work.say("template", shown, "implied", own)
+    shown, name = work.take("template", "", str)
+    own = "the tokenizer's own chat template is used; where it has none"
+    if TEMPLATES.get(name, "chatml") != "chatml":
+        work.put("template", shown, "model.chat_template", f"default:{TEMPLATES[name]}", f"{own}, {TEMPLATES[name]}")
+    elif shown != NOT_GIVEN:
+        work.say("template", shown, "implied", f"{own} chatml, or plain (model.chat_template)")
     shown, thinks = work.take("enable_thinking", None, lambda value: None if value is None else to_flag(value))
     if thinks is not None:
         why = "where the chat template reads it; saved with the model"

@@ -101,6 +101,29 @@ def compare(
     )
 
 
+def compare_nothing(before: pl.DataFrame, after: pl.DataFrame, config: EvaluationConfig) -> Comparison:
+    """Return the comparison of two models for which no row was held out: it says nothing of either.
+
+    Args:
+        before: rows of one model, none.
+        after: rows of the other, none.
+        config: confidence.
+    """
+    assert before.is_empty()
+    assert after.is_empty()
+    return Comparison(
+        num_examples=0,
+        num_conversations=0,
+        confidence=config.confidence,
+        before={},
+        after={},
+        delta={},
+        before_interval={},
+        after_interval={},
+        table=put_side_by_side(before, after),
+    )
+
+
 def check_same_rows(before: pl.DataFrame, after: pl.DataFrame) -> None:
     """Refuse tables that cannot be compared row by row."""
     if before.height != after.height or before.is_empty():

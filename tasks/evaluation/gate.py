@@ -89,6 +89,8 @@ def _check_rival(
 ) -> Iterator[GateCheck]:
     """Give what was found against one rival."""
     yield _check_number(num_conversations, gate, rival)
+    if not delta:
+        return
     gains = [_check_gain(name, delta[name], gate, rival, setting, least, floor) for name in gate.metrics]
     # One gain is enough; the others are then not held against the version.
     any_gained = any(check.passed for check in gains)
@@ -99,6 +101,12 @@ def _check_rival(
 
 def _check_number(num_conversations: int, gate: GateConfig, rival: str) -> GateCheck:
     finding = f"{num_conversations:,} held-out conversations to compare with {rival}"
+    if not num_conversations:
+        finding = (
+            "the gate cannot judge: no conversation was held out, so that nothing is known of this version beside "
+            f"{rival}; it stays challenger until somebody promotes it by hand (data.eval_fraction, data.eval_source)"
+        )
+        return GateCheck(kind="conversations", passed=False, finding=finding)
     passed = num_conversations >= gate.min_conversations
     if not passed:
         finding += (

@@ -199,7 +199,9 @@ def row_values(rows: pl.DataFrame, name: str) -> pl.Series:
 
 
 def average_rows(rows: pl.DataFrame) -> dict[str, float]:
-    """Return each metric over the rows of an evaluation."""
+    """Return each metric over the rows of an evaluation; none without rows."""
+    if rows.is_empty():
+        return {}
     return {
         name: float(metric.link(float(rows[column_of(name)].sum()) / float(weights_of(rows, name).sum())))
         for name, metric in METRICS.items()

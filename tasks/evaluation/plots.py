@@ -37,11 +37,11 @@ Draw = Callable[[str], Figure]
 
 
 def draw_figures(comparison: Comparison, curves: Sequence[Curve] | None, rival: Rival | None = None) -> dict[str, Draw]:
-    """Return what draws each figure, by name: metrics, nll, and training when there are curves."""
-    figures: dict[str, Draw] = {
-        "metrics": lambda ink: draw_metrics(comparison, ink, rival),
-        "nll": lambda ink: draw_row_nll(comparison, ink),
-    }
+    """Return what draws each figure, by name: metrics and nll where rows were held out, training with curves."""
+    figures: dict[str, Draw] = {}
+    if comparison.num_examples:
+        figures["metrics"] = lambda ink: draw_metrics(comparison, ink, rival)
+        figures["nll"] = lambda ink: draw_row_nll(comparison, ink)
     if curves:
         figures["training"] = lambda ink: draw_training(curves, ink)
     return figures

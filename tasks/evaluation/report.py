@@ -122,7 +122,7 @@ def write_report(
         verdict=sentence,
         num_examples=comparison.num_examples,
         confidence=f"{100 * comparison.confidence:g} %",
-        metrics={name: describe_metric(comparison, name, rival) for name in METRICS},
+        metrics={name: describe_metric(comparison, name, rival) for name in comparison.delta},
         champion=rival.report if rival else None,
         against_champion=describe_rival(rival) if rival else "",
         tiles=TILES,
@@ -224,6 +224,6 @@ def group_rows(table: pl.DataFrame) -> list[OutcomeGroup]:
         rows = table.filter(pl.col("outcome") == name)
         order = pl.col("chrf_after") - pl.col("chrf_before") if name == "worsened" else pl.col("example_id")
         shown = rows.sort(order, maintain_order=True).head(ROWS_SHOWN)
-        percent = 100 * rows.height / table.height
+        percent = 100 * rows.height / max(1, table.height)
         groups.append(OutcomeGroup(name, rows.height, percent, shown.to_dicts(), explanation))
     return groups

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.config import EvaluationConfig
-from schemas.records import EvaluationRows
+from schemas.records import EvaluationRows, columns_of
 from tasks.evaluation.generation import context_length, decode, find_stop_ids, generate_greedy, render_questions
 from tasks.evaluation.likelihood import score_targets
 from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, columns
@@ -58,11 +58,11 @@ def evaluate_model(
         precision: auto, bf16 or fp32; auto is fp32 on a CPU.
 
     Returns:
-        The rows (EvaluationRows) in the order of the file, the metrics over them, and (question, answer) for each
-        free question.
+        The rows (EvaluationRows) in the order of the file, the metrics over them (none without rows), and (question,
+        answer) for each free question.
 
     Raises:
-        EvaluationError: no held-out example, one without a prompt, one longer than the model's context, or a
+        EvaluationError: a held-out example without a prompt, one longer than the model's context, or a
             likelihood that is not a finite number.
     """
     found = evaluate_sets(model_folder, tokens, config, on_progress, precision=precision)
@@ -101,11 +101,13 @@ def evaluate_sets(
         probes: name of each further set to its examples.
     """
     tokenizer = load_tokenizer(tokens / "tokenizer")
-    held_out = read_examples(tokens / "eval.parquet", config.max_examples)
+    held_out = read_held_out(tokens, config.max_examples)
     sets = {name: read_examples(file, None) for name, file in (probes or {}).items()}
     everything = [example for examples in (held_out, *sets.values()) for example in examples]
     settings = load_settings(tokens / "tokenizer", tokenizer)
     questions = render_questions(config.questions, tokenizer, settings, system=config.system_message)
+    if not everything and not questions:  # there is nothing to ask
+        return Evaluation(rows=score_rows([], [], [], tokenizer), answers=[], probes={})
     device = choose_device()
     model = load_model(model_folder, dtype=choose_dtype(precision, device), device=device)
     _check_context(model, everything)
@@ -139,6 +141,17 @@ def evaluate_sets(
         answers=[(q, decode(tokenizer, ids)) for q, ids in zip(config.questions, free, strict=True)],
         probes={name: answer(examples, [])[0] for name, examples in sets.items()},
     )
+
+
+def read_held_out(tokens: Path, max_examples: int | None) -> list[HeldOut]:
+    """Read the first held-out examples of a tokens folder; none where nothing was held out."""
+    file = tokens / "eval.parquet"
+    return read_examples(file, max_examples) if count_rows(file) else []
+
+
+def count_rows(file: Path) -> int:
+    """Return how many rows a Parquet file has."""
+    return int(pl.scan_parquet(file).select(pl.len()).collect().item())
 
 
 def read_examples(file: Path, max_examples: int | None) -> list[HeldOut]:
@@ -222,7 +235,7 @@ def score_rows(
                 **{column: float(METRICS[name].measure(scored)) for column, name in columns().items()},
             }
         )
-    return validate_rows(pl.DataFrame(rows))
+    return validate_rows(pl.DataFrame(rows, schema=_schema()))
 
 
 def validate_rows(rows: pl.DataFrame) -> pl.DataFrame:
@@ -235,8 +248,15 @@ def validate_rows(rows: pl.DataFrame) -> pl.DataFrame:
     return EvaluationRows.to_schema().add_columns(measured).validate(rows)
 
 
+def _schema() -> dict[str, Any]:
+    """Return the columns of an evaluation's rows."""
+    return columns_of(EvaluationRows) | dict.fromkeys((name for name in columns() if name != "nll_sum"), pl.Float64)
+
+
 def _check_context(model: PreTrainedModel, examples: Sequence[HeldOut]) -> None:
     """Refuse an example that does not fit into the model's context."""
+    if not examples:
+        return
     longest = max(examples, key=lambda example: len(example.prompt) + len(example.target))
     num_tokens, limit = len(longest.prompt) + len(longest.target), context_length(model)
     if num_tokens > limit:

@@ -24,7 +24,7 @@ from schemas.config import EvaluationConfig, GateConfig
 from tasks import storage, tracking
 from tasks.caching import DigestedJson, digest_conditions, stage_cache
 from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
-from tasks.evaluation.comparison import Comparison, compare
+from tasks.evaluation.comparison import Comparison, compare, compare_nothing
 from tasks.evaluation.conversations import find_conversations
 from tasks.evaluation.gate import judge
 from tasks.evaluation.metrics import average_rows
@@ -69,12 +69,11 @@ def evaluate(
             tracking.log_metrics(run_id, {f"probe/{probe}/{name}": value for name, value in values.items()})
         tracking.log_table(run_id, rows, "rows.json")
         uri, digest = tracking.publish(folder / "evaluation", run_id, "evaluation")
-    get_run_logger().info(
-        "%s on %d held-out rows: %s",
-        model.name,
-        rows.height,
-        ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
-    )
+    if rows.is_empty():
+        get_run_logger().info("%s: no row is held out to evaluate it on", model.name)
+    else:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        get_run_logger().info("%s on %d held-out rows: %s", model.name, rows.height, told)
     return EvalReport(
         uri=uri,
         digest=digest,
@@ -152,7 +151,11 @@ def compare_models(
             "judged": gate.metrics,
             "conversations": find_conversations(tracking.resolve(dataset) / "eval.parquet"),
         }
-        comparison = compare(rows_before, rows_after, config, **common)
+        comparison = (
+            compare_nothing(rows_before, rows_after, config)
+            if rows_before.is_empty() and rows_after.is_empty()
+            else compare(rows_before, rows_after, config, **common)
+        )
         rival = _compare_with(champion, champion_evaluation, rows_after, config, **common) if champion else None
         against = rival.report if rival else None
         found = tuple(compare_probe(probe, *folders, config, seed=seed) for probe in config.probes)
@@ -239,7 +242,7 @@ def _log_metrics(run_id: str, comparison: Comparison, rival: Rival | None, probe
 
 def _show_tables(ref: ComparisonReport, title: str) -> None:
     """Show the comparisons on the flow run's page in Prefect."""
-    tables = {"before-after": ("base", ref.before, ref.delta, ref.num_examples)}
+    tables = {"before-after": ("base", ref.before, ref.delta, ref.num_examples)} if ref.num_examples else {}
     if ref.champion is not None and ref.champion.num_examples:
         beaten = ref.champion
         tables["champion"] = (f"champion v{beaten.version}", beaten.metrics, beaten.delta, beaten.num_examples)

@@ -31,6 +31,11 @@ def list_quality() -> list[str]:
 
 def state_verdict(comparison: Comparison) -> tuple[Tone, str]:
     """Return the tone and the sentence: better, worse, mixed or unclear, with the most tangible measure."""
+    if not comparison.num_examples:
+        return (
+            "unclear",
+            "No row was held out: whether the fine-tuned model is better than the base model is not known.",
+        )
     judged = {name: judge(name, comparison.delta[name]) for name in list_quality()}
     better = [name for name in judged if judged[name] == "better"]
     worse = [name for name in judged if judged[name] == "worse"]
@@ -91,6 +96,8 @@ def _list_labels(names: list[str]) -> str:
 def list_caveats(comparison: Comparison) -> list[str]:
     """Return what a reader of the figures should know, a sentence each."""
     caveats: list[str] = []
+    if not comparison.num_examples:
+        return caveats
     num_conversations = comparison.num_conversations
     if num_conversations == 1:
         caveats.append("There is one held-out conversation only: nothing can be said about chance. Hold out more.")

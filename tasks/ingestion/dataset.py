@@ -61,7 +61,6 @@ def build_dataset(
         DataError: nothing can be read, too much is rejected, too few rows are there for a mixture, or nothing is left
             to train or to evaluate.
     """
-    check_sides_wanted(config)
     folder.mkdir(parents=True, exist_ok=True)
     sources = name_sources(config)
     own_shards = folder / SHARDS_FOLDER
@@ -71,15 +70,6 @@ def build_dataset(
         return _build(config, collect(config, sources, shards, seed=seed), folder, seed)
     finally:
         shutil.rmtree(own_shards, ignore_errors=True)
-
-
-def check_sides_wanted(config: DataConfig) -> None:
-    """Refuse a config by which nothing would be held out."""
-    if config.eval_source is None and config.eval_fraction == 0:
-        raise DataError(
-            "data.eval_fraction is 0 and there is no data.eval_source, so nothing could be evaluated: "
-            "hold out a part (such as 0.1) or give a held-out dataset"
-        )
 
 
 def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int) -> DatasetCounts:
@@ -115,8 +105,8 @@ def _count(division: Division, rejects: Tally, num_rows: int) -> DatasetCounts:
 
 
 def _check_sides(counts: DatasetCounts, rejects: Tally, where: str, config: DataConfig) -> None:
-    """Fail when a side of the split is empty."""
-    if counts.rows_train and counts.rows_eval:
+    """Fail when a side of the split is empty that was asked for."""
+    if counts.rows_train and (counts.rows_eval or not config.holds_out):
         return
     side = "train" if not counts.rows_train else "evaluate"
     went = (
@@ -124,8 +114,10 @@ def _check_sides(counts: DatasetCounts, rejects: Tally, where: str, config: Data
         f"{counts.rows_leaked} leaked (also held out), {counts.rows_eval} held out"
     )
     listed = f"\n{describe_rejects(rejects)}" if rejects.counts else ""
+    wanted = "two different usable" if config.holds_out else "one usable"
     raise DataError(
-        f"{where}: no row is left to {side} ({went}): give at least two different usable conversations"
+        f"{where}: no row is left to {side} ({went}): give at least {wanted} "
+        f"conversation{'s' if config.holds_out else ''}"
         f"{', and a held-out dataset with other ones' if config.eval_source else ''}{listed}"
     )
 

@@ -16,7 +16,7 @@ from schemas.config import DataConfig, ModelConfig
 from tasks import execution, storage, tracking
 from tasks.base_model import locate_base_model
 from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
-from tasks.ingestion.dataset import build_dataset, check_sides_wanted
+from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shard_runner import finish_shard, is_small
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
@@ -102,7 +102,6 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
     """Turn raw rows into validated, split conversations, and account for every row."""
     with tracking.stage_run(parent_run_id, "ingest", config) as run_id, storage.new_folder() as folder:
         try:
-            check_sides_wanted(config)
             # What was located is read: of a published dataset, the same version.
             located = bring_sources(config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri}))
             shards = _read_shards(source, located, parent_run_id)

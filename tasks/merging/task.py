@@ -57,7 +57,7 @@ def merge(
                 "mlflow_run_id": parent_run_id,
             },
         )
-        probes = pl.read_parquet(tokens_folder / "eval.parquet")
+        probes = _read_probes(tokens_folder, config.num_probes)
         with ThreadPoolExecutor(max_workers=1) as beside:
             stored = beside.submit(_store, merged, plan)
             check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
@@ -99,8 +99,17 @@ def _store(folder: Path, plan: Sequence[PlannedTensor]) -> tuple[str, WrittenTen
     return storage.digest_folder(folder), verify_tensors(plan, folder)
 
 
+def _read_probes(tokens: Path, num_probes: int) -> pl.DataFrame:
+    """Return the first held-out examples; where nothing was held out, the first that were trained."""
+    columns = ["question", "input_ids", "labels"]
+    held_out = pl.read_parquet(tokens / "eval.parquet", columns=columns, n_rows=num_probes)
+    if not held_out.is_empty():
+        return held_out
+    return pl.read_parquet(tokens / "train.parquet", columns=columns, n_rows=num_probes)
+
+
 def _prompts(examples: pl.DataFrame, num_probes: int) -> list[list[int]]:
-    """Return the prompts of the first held-out examples: the ids before the last answer."""
+    """Return the prompts of the first examples: the ids before the last answer."""
     prompts = []
     for ids, labels in examples.select("input_ids", "labels").head(num_probes).iter_rows():
         answer = find_last_run(labels)

@@ -19,8 +19,9 @@ def describe_version(title: str, comparison: ComparisonReport, decision: Decisio
     """
     lines = [title, "", f"Gate: **{decision.verdict}**", *(f"- {reason}" for reason in decision.reasons), ""]
     lines += [comparison.sentence, ""]
-    lines += [f"Against the base model, on {comparison.num_examples} held-out rows:", ""]
-    lines += _table("base", comparison.before, comparison.delta)
+    if comparison.num_examples:
+        lines += [f"Against the base model, on {comparison.num_examples} held-out rows:", ""]
+        lines += _table("base", comparison.before, comparison.delta)
     champion = comparison.champion
     if champion is not None and champion.num_examples:
         lines += ["", f"Against champion version {champion.version}, on {champion.num_examples} rows new to both:", ""]

@@ -21,8 +21,18 @@ TemplateArgument = bool | int | float | str
 _GIVEN = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
 )
-BUILT_IN = ("chatml", "plain")
-_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+    "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+    "deepseek3": ("<｜User｜>", "<｜Assistant｜>"),
+    **dict.fromkeys(("mistral", "llama2", "deepseek", "zephyr", "vicuna", "alpaca", "plain"), ()),
+}
+"""Templates written here, each with the tokens that a vocabulary has to have for it; the others ask for eos alone."""
+DEFAULT = "default:"
+"""Before a name: for a tokenizer that has no template."""
 # What templates that change contents touch: quotes, markup, case, digits, inner spaces, other scripts; and length.
 _PROBE = 'Say "it\'s" & <b>BOLD</b>: 3,50 x 1e5\n\n  naïve 水 – ünï\t/end\n' * 50 + "Done"
 
@@ -70,7 +80,8 @@ def prepare_tokenizer(
 
     Args:
         model_folder: Where the tokenizer lies.
-        chat_template: A built-in template's name or a .jinja file; None for the tokenizer's own, else chatml.
+        chat_template: A built-in template's name or a .jinja file; with `default:` before it, the tokenizer's own where
+            it has one; None for that, else chatml.
         arguments: Values that the template reads. They are written at its front, so that whoever serves the model
             renders with them; a request that gives its own has the last word.
 
@@ -163,14 +174,14 @@ def _check_contents(chat: Chat) -> None:
     if (longest := max(map(len, texts.values()))) > most:
         raise TemplateError(
             f"{chat.name} writes {longest - 2 * len(_PROBE):,} characters around two messages, more than "
-            f"{_MAX_FRAME:,}: set model.chat_template to another one ({' or '.join(BUILT_IN)}, or a .jinja file)"
+            f"{_MAX_FRAME:,}: set model.chat_template to another one ({', '.join(BUILT_IN)}, or a .jinja file)"
         )
     for message in (question, answer):
         if message["content"].strip() not in texts[message["role"]]:
             raise TemplateError(
                 f"{chat.name} does not write what the {message['role']} says as it is: it changes, cuts or leaves out "
                 "contents, so that the model would learn other words than those of the rows: set model.chat_template "
-                f"to another one ({' or '.join(BUILT_IN)}, or a .jinja file)"
+                f"to another one ({', '.join(BUILT_IN)}, or a .jinja file)"
             )
 
 
@@ -182,16 +193,24 @@ def _text_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> tuple[str, str]:
     """Set the chosen template; return its name, empty of the tokenizer's own, and what was done."""
-    if choice is None and tokenizer.chat_template:
+    is_default = choice is None or choice.startswith(DEFAULT)
+    choice = choice.removeprefix(DEFAULT) if choice else None
+    if is_default and tokenizer.chat_template:
         return "", "The tokenizer's own chat template is used."
     if choice is not None and choice not in BUILT_IN:
         _set_template_file(tokenizer, Path(choice))
         return Path(choice).name, f"The chat template {Path(choice).name} is used and saved with the tokenizer."
-    name, why = choice or "chatml", "as asked" if choice else "the tokenizer has no chat template"
+    name, why = choice or "chatml", "the tokenizer has no chat template" if is_default else "as asked"
     vocabulary = tokenizer.get_vocab()
-    if name == "chatml" and not all(token in vocabulary for token in _CHATML_TOKENS):
-        name, why = "plain", f"{why}, and the vocabulary has no {' and '.join(_CHATML_TOKENS)}"
-    if name == "plain" and tokenizer.eos_token is None:
+    missing = [token for token in BUILT_IN[name] if token not in vocabulary]
+    if missing and not is_default and name != "chatml":
+        raise TemplateError(
+            f"model.chat_template = {name!r} writes {', '.join(missing)}, which this vocabulary does not have, and no "
+            f"token is added to one: choose one of {', '.join(each for each, needed in BUILT_IN.items() if not needed)}"
+        )
+    if missing:
+        name, why = "plain", f"{why}, and the vocabulary has no {' and '.join(missing)}"
+    if not BUILT_IN[name] and tokenizer.eos_token is None:
         raise TemplateError("the tokenizer has no eos token to end answers with: set eos_token in its folder")
     source = (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
     bos = tokenizer.bos_token_id
@@ -206,7 +225,7 @@ def _set_template_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Set a template from a file."""
     if path.suffix != ".jinja":
         raise TemplateError(
-            f"model.chat_template = {str(path)!r}: give {' or '.join(BUILT_IN)}, or the path of a .jinja file"
+            f"model.chat_template = {str(path)!r}: give {', '.join(BUILT_IN)}, or the path of a .jinja file"
         )
     check_allowed(path, "model.chat_template")
     try:

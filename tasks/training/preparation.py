@@ -146,10 +146,11 @@ def _read_splits(
     num_eval = pq.read_metadata(path).num_rows if path.exists() else 0
     if not pq.read_metadata(tokens / "train.parquet").num_rows:
         raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
-    if not num_eval and config.early_stopping_patience is not None:
+    setting = "early_stopping_patience" if config.early_stopping_patience is not None else "keep"
+    if not num_eval and (config.keeps_best or config.early_stopping_patience is not None):
         raise TrainingError(
-            f"training.early_stopping_patience is {config.early_stopping_patience}, but {path} has no held-out "
-            "examples to stop by: set data.eval_fraction or data.eval_source, or leave early stopping out"
+            f"training.{setting} is {getattr(config, setting)}, but {path} has no held-out examples to go by: set "
+            f"data.eval_fraction or data.eval_source, or leave {setting} out"
         )
 
     def write() -> None:

@@ -69,6 +69,14 @@ def test_rejects_of_both_stages_have_one_budget() -> None:
     check_rejected(DataConfig(source="x", max_rejected_fraction=0.05), _dataset(108), _TOKENS)
 
 
+def test_held_out_rows_that_are_all_rejected_stop_the_run_that_wanted_some() -> None:
+    tokens = _TOKENS.model_copy(update={"rows_eval": 0, "num_eval_examples": 0})
+    wide = {"source": "x", "max_rejected_fraction": 0.5}
+    with pytest.raises(ValueError, match=r"x: none of the 10 held-out rows became an example \(answer_too_long 3\)"):
+        check_rejected(DataConfig.model_validate(wide), _dataset(108), tokens)
+    check_rejected(DataConfig.model_validate({**wide, "eval_fraction": 0}), _dataset(108), tokens)
+
+
 def test_a_run_is_named_by_what_model_and_dataset() -> None:
     config = parse_config({"name": "n", "model": {"base_model": "Qwen/Q-1B"}, "data": {"source": "a/rows.jsonl"}})
     assert describe_run(config).startswith("n: Q-1B on rows, 20")

@@ -194,7 +194,7 @@ def test_merge_takes_an_adapter_or_a_checkpoint(place: Path, models: tuple[Path,
     assert all(torch.equal(one[name], other[name]) for name in one)
     asked = [call("chat", target, "--prompt", "Who?", "--max-tokens", "6").stdout for target in (checkpoint, "again")]
     assert asked[0] == asked[1] != ""
-    assert "neither adapter_config.json nor" in call("merge", place / "data", "none").stderr
+    assert "none of adapter_config.json, trained_config.json there" in call("merge", place / "data", "none").stderr
 
 
 def test_files_for_another_command_say_which(place: Path) -> None:

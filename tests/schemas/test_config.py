@@ -82,6 +82,10 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
             {"training": {"method": "full", "num_processes": 2, "strategy": "fsdp"}},
             "method is full and strategy is fsdp, which divides a frozen base",
         ),
+        (
+            {"data": {"source": "a", "eval_fraction": 0}, "training": {"keep": "best"}},
+            "training.keep is best, which goes by held-out rows, and data.eval_fraction is 0: hold out a part",
+        ),
         ({"evaluation": {"batch_size": 0}}, "batch_size is 0: set auto, or at least 1"),
     ],
 )

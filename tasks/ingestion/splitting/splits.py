@@ -110,7 +110,9 @@ def _read_ranks(index: Index, rows: Mask, seed: int) -> Iterator[tuple[Places, R
 
 
 def count_held_out(num_rows: int, fraction: float, max_rows: int) -> int:
-    """Return how many of `num_rows` are held out: at least one, and one stays to be trained."""
+    """Return how many of `num_rows` are held out: at least one, and one stays to be trained; with fraction 0 none."""
+    if fraction == 0:
+        return 0
     return max(0, min(max(1, round(fraction * num_rows)), max_rows, num_rows - 1))
 
 

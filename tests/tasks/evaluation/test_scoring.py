@@ -143,9 +143,18 @@ def test_examples_that_cannot_be_evaluated_are_named(tmp_path: Path, tokenizer: 
     write_tokens(tmp_path, tokenizer, labels=[[-100] * len(row) for row in rows])
     with pytest.raises(EvaluationError, match=r"example_id 0{16} has no token with a label"):
         evaluate_model(model, tmp_path, EvaluationConfig())
-    pl.read_parquet(tmp_path / "eval.parquet").clear().write_parquet(tmp_path / "eval.parquet")
-    with pytest.raises(EvaluationError, match=r"no held-out example.*data\.eval_fraction"):
-        evaluate_model(model, tmp_path, EvaluationConfig())
+
+
+def test_without_held_out_rows_the_questions_are_asked(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = save(make_model(), tmp_path / "model")
+    write_tokens(tmp_path, tokenizer)
+    asking = EvaluationConfig(questions=("abc",), max_new_tokens=4)
+    _, _, before = evaluate_model(model, tmp_path, asking)
+    expected = pl.read_parquet(tmp_path / "eval.parquet")
+    expected.clear().write_parquet(tmp_path / "eval.parquet")
+    rows, metrics, answers = evaluate_model(model, tmp_path, asking)
+    assert (rows.height, metrics, answers) == (0, {}, before)
+    assert evaluate_model(tmp_path / "no model", tmp_path, EvaluationConfig())[0].columns == rows.columns
 
 
 def test_an_example_beyond_the_context_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

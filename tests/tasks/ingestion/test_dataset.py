@@ -195,10 +195,22 @@ def test_rejects_are_written_also_where_the_dataset_is_refused(tmp_path: Path, w
 
 def test_held_out_side_must_not_be_empty(tmp_path: Path, write_lines: WriteLines) -> None:
     source = write_lines("rows.jsonl", [ask(1), ask(2)])
-    with pytest.raises(DataError, match=r"data\.eval_fraction is 0 .*hold out a part"):
-        build(source, tmp_path / "out", eval_fraction=0.0)
     with pytest.raises(DataError, match=r"no row is left to train .*2 leaked"):
         build(source, tmp_path / "out", eval_source=str(source))
+
+
+def test_all_rows_are_trained_where_nothing_is_held_out(tmp_path: Path, write_lines: WriteLines) -> None:
+    source = write_lines("rows.jsonl", [ask(1), ask(2), ask(3)])
+    counts = build(source, tmp_path / "out", eval_fraction=0.0)
+    assert (counts.rows_in, counts.rows_train, counts.rows_eval) == (3, 3, 0)
+    assert pl.read_parquet(tmp_path / "out" / "eval.parquet").height == 0
+    one = write_lines("one.jsonl", [ask(1)])
+    assert build(one, tmp_path / "one", eval_fraction=0.0).rows_train == 1
+    with pytest.raises(DataError, match=r"no row is left to evaluate .*at least two different usable conversations"):
+        build(one, tmp_path / "two")
+    none = write_lines("none.jsonl", [{"instruction": "q", "output": ""}])
+    with pytest.raises(DataError, match=r"no row is left to train .*at least one usable conversation"):
+        build(none, tmp_path / "none", eval_fraction=0.0, max_rejected_fraction=1.0)
 
 
 def test_pandera_sees_every_row(tmp_path: Path) -> None:

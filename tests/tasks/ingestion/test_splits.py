@@ -78,6 +78,7 @@ def test_number_of_held_out_rows() -> None:
     assert count_held_out(5, 0.1, 1000) == 1
     assert count_held_out(3, 0.99, 1000) == 2
     assert count_held_out(1, 0.5, 1000) == 0
+    assert count_held_out(100, 0.0, 1000) == 0
     assert count_held_out(0, 0.5, 1000) == 0
 
 

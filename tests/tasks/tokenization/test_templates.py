@@ -61,7 +61,10 @@ def test_the_template_file_of_the_config_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "message"),
-    [("llama", "give chatml or plain, or the path of a .jinja file"), ("no.jinja", r"no\.jinja.*cannot be read")],
+    [
+        ("llama", "give chatml, llama3, .*plain, or the path of a .jinja file"),
+        ("no.jinja", r"no\.jinja.*cannot be read"),
+    ],
 )
 def test_a_template_that_does_not_exist_is_a_clear_error(tmp_path: Path, choice: str, message: str) -> None:
     with pytest.raises(TemplateError, match=message):
