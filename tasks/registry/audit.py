@@ -25,7 +25,6 @@ from tasks.registry.versions import (
     REASONS_TAG,
     ROLLED_BACK_TAG,
     RUN_TAG,
-    get_model,
 )
 
 EXPERIMENT = "sft-registry"
@@ -55,11 +54,6 @@ def describe_user() -> str:
     except (KeyError, OSError):  # containers run under ids that have no name
         user = f"uid {os.getuid()}"
     return f"{user}@{platform.node()}"
-
-
-def read_moves(name: str) -> list[Move]:
-    """Return all moves of a registered model, the oldest first."""
-    return list_moves(get_model(name))
 
 
 def list_moves(model: RegisteredModel) -> list[Move]:

@@ -146,6 +146,6 @@ def _holds(chat: Chat, turn: Turn, guess: Encoded, decoded: str) -> bool:
 
 def _chain(rendered: Rendered, number: int, so_far: list[int], prompt_ids: list[int], target_ids: list[int]) -> Encoded:
     """Express a whole prompt by what it has beyond the turn before, if it begins with that turn's ids."""
-    if number and rendered.turns[number - 1].closed and so_far and prompt_ids[: len(so_far)] == so_far:
+    if number and rendered.turns[number - 1].closed and prompt_ids[: len(so_far)] == so_far:
         return Encoded(prompt_ids[len(so_far) :], target_ids, True)
     return Encoded(prompt_ids, target_ids, False)

@@ -57,7 +57,7 @@ def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
     for step, loss in enumerate(losses, start=1):
         sys.stdout.write(f"step {step}/{len(steps)}  loss {loss:.4f}  learning rate {rates[step - 1]:.2e}\n")
     sys.stdout.write(f"held-out loss {average_loss(model, held_out):.4f}\n")
-    prepared = prepare_tokenizer(base_model, config.model.chat_template)
+    prepared = prepare_tokenizer(base_model, config.model.chat_template, config.tokenization.template_arguments)
     if output is not None:
         model.save_pretrained(str(output))
         prepared.tokenizer.save_pretrained(str(output))
@@ -68,7 +68,10 @@ def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
 
 @torch.no_grad()
 def answer(model: nn.Module, prepared: PreparedTokenizer, question: str, max_new_tokens: int) -> str:
-    """Return the model's greedy answer: the likeliest next token, again and again, until one that ends the turn."""
+    """Return the model's greedy answer: the likeliest next token, again and again, until one that ends the turn.
+
+    The prompt is transformers' own, without `tasks/prompts.py`: this module is what the pipeline is compared with.
+    """
     model.eval()
     messages = [{"role": "user", "content": question}]
     prompt: Any = prepared.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

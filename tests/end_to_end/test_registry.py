@@ -15,7 +15,8 @@ from flows.publish import publish
 from flows.rollback import rollback
 from schemas.artifacts import ComparisonReport, Published, RunReport
 from tasks import tracking
-from tasks.registry.audit import read_moves
+from tasks.registry.audit import list_moves
+from tasks.registry.versions import get_model
 from tests.end_to_end.conftest import BASE_MODEL, RunPipeline
 
 pytestmark = pytest.mark.slow
@@ -154,7 +155,7 @@ def test_on_other_rows_the_champion_answers_again_but_only_what_it_was_not_train
 
 
 def test_the_trail_and_the_aliases_tell_the_same_story(reports: list[RunReport]) -> None:
-    moves = read_moves(_NAME)
+    moves = list_moves(get_model(_NAME))
     assert [(move.version_from, move.version_to) for move in moves] == [(None, "1"), ("1", "2")]
     assert moves[1].evidence["mlflow_run"] == reports[1].mlflow_run_id
     aliases = tracking.client().get_registered_model(_NAME).aliases
@@ -174,7 +175,7 @@ def test_the_flows_move_the_champion_and_tell_who_waits(reports: list[RunReport]
         promote(_NAME)
     promote(_NAME, reason="to see it in use", force=True, requested_by="ann")
     rollback(_NAME, reason="seen enough", requested_by="bob")
-    moves = read_moves(_NAME)[2:]
+    moves = list_moves(get_model(_NAME))[2:]
     assert [(move.action, move.version_from, move.version_to, move.why) for move in moves] == [
         ("promote", "2", "3", "to see it in use"),
         ("rollback", "3", "2", "seen enough"),

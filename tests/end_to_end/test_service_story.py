@@ -24,7 +24,8 @@ import yaml
 
 from flows.service import processes
 from tasks import tracking
-from tasks.registry.audit import read_moves
+from tasks.registry.audit import list_moves
+from tasks.registry.versions import get_model
 from tests.end_to_end import browser
 from tests.end_to_end.service import Service, free_port, small_config, wait_until
 
@@ -242,13 +243,13 @@ def test_the_champion_is_taken_back_by_command_and_on_the_page(
     browser.rest(page)
     service.wait(run, {"Completed"}, seconds=_RUN_SECONDS)
     assert _aliases()["champion"] == "1"
-    moves = [(move.action, move.version_from, move.version_to, move.why) for move in read_moves(_NAME)[2:]]
+    moves = [(move.action, move.version_from, move.version_to, move.why) for move in list_moves(get_model(_NAME))[2:]]
     assert moves == [
         ("rollback", "2", "1", "too fond of numbers"),
         ("promote", "1", "2", "numbers are wanted"),
         ("rollback", "2", "1", "not that fond"),
     ]
-    assert read_moves(_NAME)[-1].who.startswith("ann by Prefect run ")
+    assert list_moves(get_model(_NAME))[-1].who.startswith("ann by Prefect run ")
     browser.open_model(page, service, _NAME)
     page.get_by_text("not that fond").first.wait_for()
     page.get_by_text("previous").or_(page.get_by_text("champion")).first.wait_for()

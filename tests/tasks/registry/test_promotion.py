@@ -12,6 +12,7 @@ import pytest
 
 from tasks import tracking
 from tasks.registry import audit, lock, promotion, versions
+from tasks.registry.versions import get_model
 from tests.tasks.registry.conftest import MakeVersion
 
 pytestmark = pytest.mark.usefixtures("tracked")
@@ -88,7 +89,7 @@ def test_what_the_gate_refused_or_was_rolled_back_needs_force_and_a_reason(make_
     with pytest.raises(promotion.PromotionError, match=r"it was rolled back .* by bob: it swears"):
         _promote("forced", "2", expected="1")
     _promote("forced", "2", expected="1", force=True, why="it swears no more")
-    assert [move.forced for move in audit.read_moves("forced")] == [False, True, False, True]
+    assert [move.forced for move in audit.list_moves(get_model("forced"))] == [False, True, False, True]
 
 
 def test_the_champion_itself_is_not_promoted_again(make_version: MakeVersion) -> None:
@@ -96,13 +97,13 @@ def test_the_champion_itself_is_not_promoted_again(make_version: MakeVersion) ->
     _promote("same", "1", expected=None)
     with pytest.raises(promotion.PromotionError, match="is champion already"):
         _promote("same", "1", expected="1")
-    assert len(audit.read_moves("same")) == 1
+    assert len(audit.list_moves(get_model("same"))) == 1
 
 
 def test_the_trail_says_who_when_from_where_why_and_on_what_ground(make_version: MakeVersion) -> None:
     _three_champions("trail", make_version)
     _rollback("trail", expected="3")
-    moves = audit.read_moves("trail")
+    moves = audit.list_moves(get_model("trail"))
     assert [(move.number, move.action, move.version_from, move.version_to) for move in moves] == [
         (1, "promote", None, "1"),
         (2, "promote", "1", "2"),
@@ -121,9 +122,9 @@ def test_the_trail_outlives_the_runs_and_the_registered_model(make_version: Make
     make_version("gone")
     _promote("gone", "1", expected=None, why="it was the first")
     client = tracking.client()
-    (run_id,) = {move.evidence["mlflow_run"] for move in audit.read_moves("gone")}
+    (run_id,) = {move.evidence["mlflow_run"] for move in audit.list_moves(get_model("gone"))}
     client.delete_run(run_id)
-    assert audit.read_moves("gone")[0].why == "it was the first"
+    assert audit.list_moves(get_model("gone"))[0].why == "it was the first"
     client.delete_registered_model("gone")
     runs = client.search_runs([tracking.open_experiment(audit.EXPERIMENT)], "tags.`sft.name` = 'gone'")
     (tags,) = [run.data.tags for run in runs]
@@ -136,7 +137,7 @@ def test_a_champion_that_was_set_by_other_means_is_noticed_and_written_down(make
     versions.set_alias("hand", "champion", "1")
     with pytest.raises(promotion.OvertakenError, match="version 1 is champion now, and not version 3"):
         _rollback("hand", expected="3")
-    last = audit.read_moves("hand")[-1]
+    last = audit.list_moves(get_model("hand"))[-1]
     assert (last.action, last.version_from, last.version_to) == ("found", "3", "1")
 
 
@@ -201,7 +202,7 @@ def test_of_two_processes_that_promote_at_once_one_wins_and_the_other_is_told(
         assert f"by {winner} at" in said[loser]
         assert f"(round {number})" in said[loser]
         winners.append(str(1 + 2 * number + (winner == "bob")))
-    moves = audit.read_moves("race")
+    moves = audit.list_moves(get_model("race"))
     assert [move.version_to for move in moves] == winners
     assert [move.version_from for move in moves] == [None, *winners[:-1]]
     assert _aliases("race") == {"champion": winners[-1], "previous": winners[-2]}

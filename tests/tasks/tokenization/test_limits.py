@@ -170,3 +170,14 @@ def test_a_conversation_of_thousands_of_messages_is_refused_at_once_or_quick(cha
     (example,) = build_examples(turns, chatml, config=config.model_copy(update={"train_on": "last_turn"}))
     assert example.turns == (1999,)
     assert time.monotonic() - began < 5
+
+
+def test_as_many_prompt_messages_as_are_allowed_are_trained(
+    chatml: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = say("u:a", "a:b", "u:c", "a:d")  # the prompts have 1 and 3 messages
+    monkeypatch.setattr("tasks.tokenization.masking.MOST_PROMPT_MESSAGES", 4)
+    assert build_examples(turns, chatml)[0].turns == (1, 3)
+    monkeypatch.setattr("tasks.tokenization.masking.MOST_PROMPT_MESSAGES", 3)
+    with pytest.raises(MaskError, match="4 messages together, more than 3"):
+        build_examples(turns, chatml)

@@ -104,6 +104,16 @@ def test_a_template_without_end_of_turn_gets_eos_and_an_example_a_turn() -> None
     assert [example.closed for example in examples] == [False, False]
 
 
+def test_a_control_token_that_ends_an_answer_does_not_end_a_turn_that_the_template_leaves_open() -> None:
+    tokenizer = make_tokenizer(CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}"))
+    messages = say("u:q", "a:one<|im_end|>", "u:r", "a:two")
+    config = TokenizationConfig(allow_special_tokens=True)
+    first, second = build_examples(messages, tokenizer, config=config)
+    assert said(tokenizer, first) == "one<|im_end|><|endoftext|>"
+    assert said(tokenizer, second) == "two<|endoftext|>"
+    assert second.input_ids[: len(served(tokenizer, messages[:3]))] == served(tokenizer, messages[:3])
+
+
 def test_thoughts_that_history_drops_make_one_example_a_turn_each_in_its_served_context() -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -144,6 +154,7 @@ def test_a_system_message_moved_into_the_last_question_is_trained_where_it_is_se
         (CHATML, say("u:q"), "no_trained_tokens"),
         (CHATML, say("u:q", "a:x", train=False), "no_trained_tokens"),
         (CHATML, say("u:q", "a:x", train="no"), "bad_message"),
+        (CHATML, say("u:q", "a:x", weight=0), "bad_message"),
         (CHATML, [{"content": "q"}], "bad_message"),
         (CHATML, [*say("u:q"), call({"city": "Rome"})], "dropped_tool_calls"),
         (CHATML, [*say("u:q"), {"role": "assistant", "content": None}], "null_content"),

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from schemas.config import TokenizationConfig
 from tasks.tokenization.labels import Example
 from tasks.tokenization.masking import MaskError, build_examples
+from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import say
 
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
@@ -104,3 +105,11 @@ def test_a_cut_answer_never_ends_within_a_character(chatml: PreTrainedTokenizerB
     for max_length in range(40, 48):  # a character has four bytes, each a token
         (example,) = build_examples(messages, chatml, config=limit(max_length, truncation="cut_answer"))
         assert set(said(chatml, example).removesuffix("<|im_end|>")) == {"🙂"}
+
+
+def test_an_example_of_its_own_counts_its_own_tokens_alone() -> None:
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ""))  # without an end of turn each turn is an example
+    messages = say("u:q", "a:one", "u:r", "a:two")
+    longest = max(len(example.input_ids) for example in build_examples(messages, tokenizer))
+    examples = build_examples(messages, tokenizer, config=limit(longest))
+    assert [(example.turns, example.truncated) for example in examples] == [((1,), False), ((3,), False)]
