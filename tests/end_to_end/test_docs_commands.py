@@ -24,7 +24,7 @@ from tests.end_to_end.service import free_port
 
 pytestmark = pytest.mark.slow
 
-_SECONDS = 600
+_SECONDS = 1500
 _PAGES = (
     "README.md",
     "docs/tutorials/own-data.md",
