@@ -3,20 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TORCH := 2.13.0
 
-.PHONY: help install demo docs serve stop test test-gpu check format bench-data bench-gpu bench-run bench-service clean
+.PHONY: help install demo docs serve stop test test-gpu check format bench-data bench-gpu bench-run bench-service lock audit sbom release clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12 …"; exit 1; }
+$(INSTALLED): pyproject.toml torch.lock requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || { echo "Python 3.11.5 or later is needed: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
-	@# torch first and alone: a later resolution must not choose another build of it.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python deploy/supply/install.py $(if $(filter no,$(HASHES)),--without-hashes)
 	@touch $@
 
 install: $(INSTALLED) ## Make the environment in .venv
@@ -62,6 +59,24 @@ bench-run: $(INSTALLED) ## Time the whole job, raw rows to a registered model (A
 
 bench-service: $(INSTALLED) ## Submit 50 runs at once to servers and workers of its own (ARGS="--runs 10 --minutes 10")
 	@$(BIN)/python -m tests.benchmarks.service $(ARGS)
+
+lock: $(INSTALLED) ## Write torch.lock and requirements.lock from constraints.txt, with the hashes that the index has
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deploy.supply.lock
+
+audit: $(INSTALLED) ## Compare the locked packages with known vulnerabilities (OSV=all.zip: a copy of OSV's database)
+	@$(BIN)/python -m deploy.supply.audit $(if $(OSV),--osv $(OSV))
+
+sbom: $(INSTALLED) ## Write what the environment is made of to dist/sbom.cdx.json (CycloneDX)
+	@mkdir -p dist
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json $(BIN)/python
+
+release: sbom ## Build the wheel into dist, with the locks, the bill of materials and a sha256 of each
+	@rm -f dist/*.whl
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --disable-pip-version-check -w dist .
+	@rm -rf build/lib build/bdist.*
+	@cp torch.lock requirements.lock dist/
+	@cd dist && sha256sum *.whl *.lock sbom.cdx.json > SHA256SUMS && cat SHA256SUMS
 
 clean: ## Remove the environment and what runs left here
 	rm -rf $(VENV) .sft
