@@ -22,7 +22,7 @@ _PYPI = ("pypi.org", "files.pythonhosted.org")
 _HASHED = ("--require-hashes", "--no-deps", "--no-build-isolation", "-r")
 _ADVICE = """
 Nothing that differs from the locks was installed. Where the index is a mirror with builds of its own, and you trust it:
-make HASHES=no"""
+make demo HASHES=no"""
 BUILDERS = ("setuptools", "wheel")
 """What builds packages that come as sources; pip would else fetch it as it likes."""
 
