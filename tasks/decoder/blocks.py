@@ -114,7 +114,7 @@ class Rotate(torch.autograd.Function):
     def forward(
         ctx: Any,
         qkv: Tensor,
-        source: AnyProjection,
+        source: AnyProjection | None,
         heads: Heads,
         cos: Tensor,
         sin: Tensor,
@@ -133,10 +133,13 @@ class Rotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         cos, sin, *rest = ctx.saved_tensors
         source, heads, weights, eps, ops = ctx.settings
-        # Too little work for a float8 copy on the way: the projection makes its own.
-        result = source.allocate_grad(grads[0].shape[0])[0]
+        num_tokens, width = grads[0].shape[0], (heads.num_query + 2 * heads.num_key_value) * heads.size
+        if source is None:
+            result = grads[0].new_empty(num_tokens, width)
+        else:
+            result = source.allocate_grad(num_tokens)[0]
+            source.forget_grad()  # too little work for a float8 copy on the way: the projection makes its own
         ops.rotate_backward(grads, rest[0] if rest else None, heads, cos, sin, *weights, eps, result)
-        source.forget_grad()
         return result, None, None, None, None, None, None
 
 

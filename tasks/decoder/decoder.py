@@ -21,50 +21,15 @@ from tasks.decoder import elementwise
 from tasks.decoder.adapters import AdapterGroup, bind_gradients, refresh
 from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import (
-    GatedProject,
     Norm,
-    NormProject,
-    OutputNorm,
-    Project,
-    Rotate,
-    Select,
     last_output_unused,
 )
 from tasks.decoder.dropout import Dropout
-from tasks.decoder.elementwise import Heads
 from tasks.decoder.head import HeadLoss
-from tasks.decoder.projections import AnyProjection
+from tasks.decoder.layer import Layer, attend_scaled, run_layer
 
 # Bytes of logits that exist at a time.
 LOGITS_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer."""
-
-    input_norm: Norm
-    qkv: AnyProjection
-    heads: Heads
-    head_norms: tuple[Norm | None, Norm | None]
-    """Of queries and keys."""
-    rope: str
-    """Which of the model's angles: the layer's type, or "" where there is one for all."""
-    window: int | None
-    attention_scale: float
-    output: AnyProjection
-    attention_out_norm: Norm | None
-    """Before the attention's output joins the stream (Gemma)."""
-    gate_norm: Norm
-    gate_up: AnyProjection
-    activation: str
-    down: AnyProjection
-    gate_out_norm: Norm | None
-
-    @property
-    def projections(self) -> tuple[AnyProjection, ...]:
-        """All four groups."""
-        return self.qkv, self.output, self.gate_up, self.down
 
 
 @dataclass(frozen=True)
@@ -74,13 +39,15 @@ class Decoder:
     embed: Callable[[Tensor], Tensor]
     """[T] -> [T, H]"""
     angles: Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]
-    """(states, positions [T], rope) -> cos, sin [T, D / 2]"""
+    """(states, positions [T], rope) -> cos, sin [T, R / 2], of the R columns of a head that are rotated"""
     layers: tuple[Layer, ...]
     norm: Norm
     head: nn.Linear
     attend: Attention
     ops: ModuleType
     """`elementwise`, or `kernels` on a GPU with Triton."""
+    scale_queries: Callable[[Tensor], Tensor] | None = None
+    """positions [T] -> [T], factors of the rotated queries (Ministral 3)."""
     dropout: Dropout | None = None
     """Of the adapter, where gradients are taken."""
 
@@ -135,18 +102,21 @@ def compute_losses(
     dropout = decoder.dropout if torch.is_grad_enabled() else None
     key = None if dropout is None else dropout.key
     ropes = {layer.rope: decoder.angles(stream, positions, layer.rope) for layer in decoder.layers}
+    attend = decoder.attend
+    if decoder.scale_queries is not None:
+        attend = partial(attend_scaled, attend, decoder.scale_queries(positions).to(stream.dtype)[:, None, None])
     for number, layer in enumerate(decoder.layers):
         select = trained if number == len(decoder.layers) - 1 else None
-        run = partial(_run_layer, layer, decoder.ops, dropout, decoder.attend, segments, *ropes[layer.rope], select)
+        run = partial(run_layer, layer, decoder.ops, dropout, attend, segments, *ropes[layer.rope], select)
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
-            contexts = partial(_open_contexts, is_unused=layer.gate_out_norm is None)
+            contexts = partial(_open_contexts, is_unused=layer.is_output_direct)
             stream, delta = checkpoint(
                 run, stream, None, None, key, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
             )
         else:
             stream, delta = run(stream, delta, source, key)
-        source = layer.down if layer.gate_out_norm is None else None
+        source = layer.down if layer.is_output_direct else None
     weight = decoder.head.weight
     chunk = max(64, logits_bytes // (weight.shape[0] * weight.element_size()))
     losses: Tensor = HeadLoss.apply(
@@ -175,57 +145,6 @@ class _Head:
     def backward(self, grad: Tensor) -> Tensor:
         """Return the gradient [N, H] of the rows."""
         return torch.mm(grad, self.module.weight)
-
-
-def _run_layer(
-    layer: Layer,
-    ops: ModuleType,
-    dropout: Dropout | None,
-    attend: Attention,
-    segments: Segments,
-    cos: Tensor,
-    sin: Tensor,
-    select: Tensor | None,
-    stream: Tensor,
-    delta: Tensor | None,
-    source: AnyProjection | None,
-    key: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the stream after the attention, and what the gated layer adds to it.
-
-    Args:
-        layer: its parts.
-        ops: of the work between the products.
-        dropout: of the adapter.
-        attend: the attention.
-        segments: the examples' borders.
-        cos: of the positions' angles.
-        sin: likewise.
-        select: the only positions that are wanted; None: all.
-        stream: [T, H]
-        delta: [T, H], added first.
-        source: the projection that made delta.
-        key: of dropout, for `checkpoint` alone: it refuses to run the layer again once an argument has changed.
-    """
-    stream, qkv = NormProject.apply(
-        stream, delta, source, layer.input_norm, layer.qkv, ops, dropout, *layer.qkv.adapters.parameters
-    )
-    queries, keys, values = Rotate.apply(qkv, layer.qkv, layer.heads, cos, sin, layer.head_norms, ops)
-    attended = attend(queries, keys, values, segments, scale=layer.attention_scale, window=layer.window).flatten(1)
-    if select is not None:
-        stream, attended = Select.apply(stream, attended, select)
-    delta = Project.apply(attended, layer.output, ops, dropout, *layer.output.adapters.parameters)
-    source = layer.output
-    if layer.attention_out_norm is not None:
-        delta, source = OutputNorm.apply(delta, source, layer.attention_out_norm, ops), None
-    stream, gate_up = NormProject.apply(
-        stream, delta, source, layer.gate_norm, layer.gate_up, ops, dropout, *layer.gate_up.adapters.parameters
-    )
-    parameters = layer.down.adapters.parameters
-    delta = GatedProject.apply(gate_up, layer.gate_up, layer.activation, layer.down, ops, dropout, *parameters)
-    if layer.gate_out_norm is not None:
-        delta = OutputNorm.apply(delta, layer.down, layer.gate_out_norm, ops)
-    return stream, delta
 
 
 def choose_operations(device: torch.device, dtype: torch.dtype) -> ModuleType:

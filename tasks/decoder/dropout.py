@@ -31,7 +31,12 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 # Of the linear layers of a decoder layer: those that share an input share a site.
-SITES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+SITES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), 0),
+    "o_proj": 1,
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), 2),
+    "down_proj": 3,
+}
 
 
 class Mask(NamedTuple):

@@ -30,6 +30,9 @@ class Heads(NamedTuple):
     num_query: int
     num_key_value: int
     size: int
+    is_interleaved: bool = False
+    """Neighbouring columns are rotated together (Su et al., 2021), in place of those of the two halves."""
+    norms_after_rotation: bool = False
 
 
 def add_norm(
@@ -99,7 +102,8 @@ def rotate(
     Args:
         qkv: the joint product.
         heads: its layout.
-        cos: [T, D / 2] of the positions' angles (Su et al., 2021).
+        cos: [T, R / 2] of the positions' angles (Su et al., 2021); only the first R columns of a head are rotated, and
+            R = D where there are norms.
         sin: likewise.
         query_weight: [D] fp32, the factor of each query head's RMS norm; None: no norm.
         key_weight: likewise for keys.
@@ -109,11 +113,14 @@ def rotate(
         queries [T, num_query, D], keys and values [T, num_key_value, D], each contiguous.
     """
     queries, keys, values = _split(qkv, heads)
-    return (
-        _turn(_norm_heads(queries, query_weight, eps)[0], cos, sin).to(qkv.dtype),
-        _turn(_norm_heads(keys, key_weight, eps)[0], cos, sin).to(qkv.dtype),
-        values.contiguous(),
-    )
+    turned = []
+    for states, weight in ((queries, query_weight), (keys, key_weight)):
+        if heads.norms_after_rotation:
+            result = _norm_heads(_turn(_widen(states), cos, sin, heads), weight, eps)[0]
+        else:
+            result = _turn(_norm_heads(states, weight, eps)[0], cos, sin, heads)
+        turned.append(result.to(qkv.dtype).contiguous())
+    return turned[0], turned[1], values.contiguous()
 
 
 def rotate_backward(
@@ -132,14 +139,15 @@ def rotate_backward(
     inputs = (None, None) if qkv is None else _split(qkv, heads)[:2]
     sides = zip(grads, (to_queries, to_keys), inputs, (query_weight, key_weight), strict=False)
     for grad, target, before, weight in sides:
-        turned_back = _turn(_widen(grad), cos, -sin)
         if weight is None:
-            target.copy_(turned_back)
+            target.copy_(_turn(_widen(grad), cos, -sin, heads))
             continue
         assert before is not None
-        normed, rstd = _norm_heads(before, None, eps, with_rstd=True)
-        scaled = turned_back * weight
-        target.copy_((scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd)
+        if heads.norms_after_rotation:
+            turned = _turn(_widen(before), cos, sin, heads)
+            target.copy_(_turn(_norm_heads_back(_widen(grad), turned, weight, eps), cos, -sin, heads))
+        else:
+            target.copy_(_norm_heads_back(_turn(_widen(grad), cos, -sin, heads), before, weight, eps))
     to_values.copy_(grads[2])
 
 
@@ -228,11 +236,24 @@ def _norm_heads(states: Tensor, weight: Tensor | None, eps: float, *, with_rstd:
     return normed if weight is None else normed * weight, rstd
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head [T, heads, D] by the angles of the token's position."""
-    left, right = states.chunk(2, dim=-1)
+def _norm_heads_back(grad: Tensor, before: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the gradient [T, heads, D] of what was normed."""
+    normed, rstd = _norm_heads(before, None, eps, with_rstd=True)
+    scaled = grad * weight
+    return (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
+    """Rotate the first columns of each head [T, heads, D] by the angles [T, R / 2] of the token's position."""
+    half = cos.shape[-1]
     cos, sin = _widen(cos)[:, None], _widen(sin)[:, None]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    if heads.is_interleaved:
+        left, right = states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2]
+    else:
+        left, right = states[..., :half], states[..., half : 2 * half]
+    turned = left * cos - right * sin, right * cos + left * sin
+    joined = torch.stack(turned, dim=-1).flatten(-2) if heads.is_interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([joined, states[..., 2 * half :]], dim=-1)
 
 
 def _activate(values: Tensor, activation: str) -> tuple[Tensor, Tensor]:

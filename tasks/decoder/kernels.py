@@ -101,12 +101,29 @@ def rotate(
     rotate_program[(num_tokens,)](
         qkv, queries, keys, values, cos, sin,
         _or(query_weight, cos), _or(key_weight, cos), qkv.stride(0), cos.stride(0), eps,
-        NUM_QUERY=heads.num_query, NUM_KEY=heads.num_key_value, HALF=heads.size // 2,
-        QUERY_BLOCK=triton.next_power_of_2(heads.num_query), KEY_BLOCK=triton.next_power_of_2(heads.num_key_value),
-        HALF_BLOCK=triton.next_power_of_2(heads.size // 2),
-        QUERY_NORM=query_weight is not None, KEY_NORM=key_weight is not None, num_warps=4,
+        **_describe_heads(heads, cos.shape[1], query_weight, key_weight), num_warps=4,
     )  # fmt: skip
     return queries, keys, values
+
+
+def _describe_heads(
+    heads: Heads, half: int, query_weight: Tensor | None, key_weight: Tensor | None
+) -> dict[str, int | bool]:
+    """Return the constants of the rotation's programs."""
+    norm = 2 if heads.norms_after_rotation else 1
+    return {
+        "NUM_QUERY": heads.num_query,
+        "NUM_KEY": heads.num_key_value,
+        "SIZE": heads.size,
+        "HALF": half,
+        "QUERY_BLOCK": triton.next_power_of_2(heads.num_query),
+        "KEY_BLOCK": triton.next_power_of_2(heads.num_key_value),
+        "HALF_BLOCK": triton.next_power_of_2(half),
+        "VALUE_BLOCK": triton.next_power_of_2(heads.size),
+        "INTERLEAVED": heads.is_interleaved,
+        "QUERY_NORM": 0 if query_weight is None else norm,
+        "KEY_NORM": 0 if key_weight is None else norm,
+    }
 
 
 def rotate_backward(
@@ -126,10 +143,7 @@ def rotate_backward(
     rotate_backward_program[(out.shape[0],)](
         queries, keys, values, before, out, cos, sin,
         _or(query_weight, cos), _or(key_weight, cos), before.stride(0), out.stride(0), cos.stride(0), eps,
-        NUM_QUERY=heads.num_query, NUM_KEY=heads.num_key_value, HALF=heads.size // 2,
-        QUERY_BLOCK=triton.next_power_of_2(heads.num_query), KEY_BLOCK=triton.next_power_of_2(heads.num_key_value),
-        HALF_BLOCK=triton.next_power_of_2(heads.size // 2),
-        QUERY_NORM=query_weight is not None, KEY_NORM=key_weight is not None, num_warps=4,
+        **_describe_heads(heads, cos.shape[1], query_weight, key_weight), num_warps=4,
     )  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""Triton programs that norm and rotate the heads of one token, and undo it for their gradient."""
+"""Triton programs that norm and rotate the heads of one token, and undo it for their gradient.
+
+HALF pairs of columns of a head of SIZE are rotated: neighbours where INTERLEAVED, else columns HALF apart; the rest of
+a head is copied. NORM is 0 for none, 1 for before the rotation and 2 for after it; with a norm 2 HALF = SIZE.
+"""
 
 from typing import Any
 
@@ -9,30 +13,57 @@ import triton.language as tl
 @triton.jit
 def _turn_heads(
     source, target, weight, cos, sin, eps,
-    NUM: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORM: tl.constexpr,
+    NUM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Norm and rotate the heads of one token; source and target point at its first head."""
     heads = tl.arange(0, BLOCK)[:, None]
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (heads < NUM) & (columns < HALF)
-    places = heads * (2 * HALF) + columns
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    apart: tl.constexpr = 1 if INTERLEAVED else HALF
+    firsts = columns * step
+    places = heads * SIZE + firsts
     left = tl.load(source + places, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(source + places + HALF, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(source + places + apart, mask=inside, other=0.0).to(tl.float32)
+    if NORM == 2:
+        turned = left * cos - right * sin
+        right = right * cos + left * sin
+        left = turned
     if NORM:
-        square = (tl.sum(left * left, axis=1) + tl.sum(right * right, axis=1)) / (2 * HALF)
+        square = (tl.sum(left * left, axis=1) + tl.sum(right * right, axis=1)) / SIZE
         rstd = tl.rsqrt(square + eps)[:, None]
-        left *= rstd * tl.load(weight + columns, mask=columns < HALF, other=0.0).to(tl.float32)
-        right *= rstd * tl.load(weight + columns + HALF, mask=columns < HALF, other=0.0).to(tl.float32)
-    tl.store(target + places, (left * cos - right * sin).to(target.dtype.element_ty), mask=inside)
-    tl.store(target + places + HALF, (right * cos + left * sin).to(target.dtype.element_ty), mask=inside)
+        left *= rstd * tl.load(weight + firsts, mask=columns < HALF, other=0.0).to(tl.float32)
+        right *= rstd * tl.load(weight + firsts + apart, mask=columns < HALF, other=0.0).to(tl.float32)
+    if NORM != 2:
+        turned = left * cos - right * sin
+        right = right * cos + left * sin
+        left = turned
+    tl.store(target + places, left.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + places + apart, right.to(target.dtype.element_ty), mask=inside)
+    if SIZE > 2 * HALF:
+        _copy_rest(source, target, NUM, BLOCK, SIZE, HALF)
+
+
+@triton.jit
+def _copy_rest(
+    source, target, NUM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr
+) -> Any:  # fmt: skip
+    """Copy the columns of a token's heads that are not rotated."""
+    heads = tl.arange(0, BLOCK)[:, None]
+    for begin in tl.static_range(2 * HALF, SIZE, 16):
+        columns = begin + tl.arange(0, 16)[None, :]
+        inside = (heads < NUM) & (columns < SIZE)
+        places = heads * SIZE + columns
+        tl.store(target + places, tl.load(source + places, mask=inside), mask=inside)
 
 
 @triton.jit
 def rotate_program(
     qkv, queries, keys, values, cos_in, sin_in, query_weight, key_weight, qkv_stride, angle_stride, eps,
-    NUM_QUERY: tl.constexpr, NUM_KEY: tl.constexpr, HALF: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
+    NUM_QUERY: tl.constexpr, NUM_KEY: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Norm and rotate queries and keys, and copy the values, each to a tensor of its own."""
     token = tl.program_id(0).to(tl.int64)
@@ -40,79 +71,100 @@ def rotate_program(
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     cos = tl.load(cos_in + token * angle_stride + columns, mask=columns < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_in + token * angle_stride + columns, mask=columns < HALF, other=0.0).to(tl.float32)
-    size = 2 * HALF
-    query_row, key_row = queries + token * NUM_QUERY * size, keys + token * NUM_KEY * size
-    _turn_heads(row, query_row, query_weight, cos, sin, eps, NUM_QUERY, QUERY_BLOCK, HALF, HALF_BLOCK, QUERY_NORM)
-    row += NUM_QUERY * size
-    _turn_heads(row, key_row, key_weight, cos, sin, eps, NUM_KEY, KEY_BLOCK, HALF, HALF_BLOCK, KEY_NORM)
-    row += NUM_KEY * size
-    heads = tl.arange(0, KEY_BLOCK)[:, None]
-    inside = (heads < NUM_KEY) & (columns < HALF)
-    places = heads * size + columns
-    value_row = values + token * NUM_KEY * size
-    tl.store(value_row + places, tl.load(row + places, mask=inside), mask=inside)
-    tl.store(value_row + places + HALF, tl.load(row + places + HALF, mask=inside), mask=inside)
+    _turn_heads(
+        row, queries + token * NUM_QUERY * SIZE, query_weight, cos, sin, eps,
+        NUM_QUERY, QUERY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, QUERY_NORM,
+    )  # fmt: skip
+    row += NUM_QUERY * SIZE
+    _turn_heads(
+        row, keys + token * NUM_KEY * SIZE, key_weight, cos, sin, eps,
+        NUM_KEY, KEY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, KEY_NORM,
+    )  # fmt: skip
+    row += NUM_KEY * SIZE
+    _copy_heads(row, values + token * NUM_KEY * SIZE, NUM_KEY, KEY_BLOCK, SIZE, VALUE_BLOCK)
+
+
+@triton.jit
+def _copy_heads(
+    source, target, NUM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr
+) -> Any:  # fmt: skip
+    """Copy whole heads of one token."""
+    heads = tl.arange(0, BLOCK)[:, None]
+    columns = tl.arange(0, SIZE_BLOCK)[None, :]
+    inside = (heads < NUM) & (columns < SIZE)
+    places = heads * SIZE + columns
+    tl.store(target + places, tl.load(source + places, mask=inside), mask=inside)
 
 
 @triton.jit
 def _turn_heads_back(
     grad, before, target, weight, cos, sin, eps,
-    NUM: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORM: tl.constexpr,
+    NUM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Undo `_turn_heads` for the gradient of one token's heads."""
     heads = tl.arange(0, BLOCK)[:, None]
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (heads < NUM) & (columns < HALF)
-    places = heads * (2 * HALF) + columns
-    left_grad = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
-    right_grad = tl.load(grad + places + HALF, mask=inside, other=0.0).to(tl.float32)
-    left = left_grad * cos + right_grad * sin
-    right = right_grad * cos - left_grad * sin
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    apart: tl.constexpr = 1 if INTERLEAVED else HALF
+    firsts = columns * step
+    places = heads * SIZE + firsts
+    left = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(grad + places + apart, mask=inside, other=0.0).to(tl.float32)
+    if NORM != 2:
+        turned = left * cos + right * sin
+        right = right * cos - left * sin
+        left = turned
     if NORM:
         left_normed = tl.load(before + places, mask=inside, other=0.0).to(tl.float32)
-        right_normed = tl.load(before + places + HALF, mask=inside, other=0.0).to(tl.float32)
-        square = (tl.sum(left_normed * left_normed, axis=1) + tl.sum(right_normed * right_normed, axis=1)) / (2 * HALF)
+        right_normed = tl.load(before + places + apart, mask=inside, other=0.0).to(tl.float32)
+        if NORM == 2:
+            turned = left_normed * cos - right_normed * sin
+            right_normed = right_normed * cos + left_normed * sin
+            left_normed = turned
+        square = (tl.sum(left_normed * left_normed, axis=1) + tl.sum(right_normed * right_normed, axis=1)) / SIZE
         rstd = tl.rsqrt(square + eps)[:, None]
         left_normed *= rstd
         right_normed *= rstd
-        left *= tl.load(weight + columns, mask=columns < HALF, other=0.0).to(tl.float32)
-        right *= tl.load(weight + columns + HALF, mask=columns < HALF, other=0.0).to(tl.float32)
-        mean = ((tl.sum(left * left_normed, axis=1) + tl.sum(right * right_normed, axis=1)) / (2 * HALF))[:, None]
+        left *= tl.load(weight + firsts, mask=columns < HALF, other=0.0).to(tl.float32)
+        right *= tl.load(weight + firsts + apart, mask=columns < HALF, other=0.0).to(tl.float32)
+        mean = ((tl.sum(left * left_normed, axis=1) + tl.sum(right * right_normed, axis=1)) / SIZE)[:, None]
         left = (left - left_normed * mean) * rstd
         right = (right - right_normed * mean) * rstd
+    if NORM == 2:
+        turned = left * cos + right * sin
+        right = right * cos - left * sin
+        left = turned
     tl.store(target + places, left.to(target.dtype.element_ty), mask=inside)
-    tl.store(target + places + HALF, right.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + places + apart, right.to(target.dtype.element_ty), mask=inside)
+    if SIZE > 2 * HALF:
+        _copy_rest(grad, target, NUM, BLOCK, SIZE, HALF)
 
 
 @triton.jit
 def rotate_backward_program(
     queries, keys, values, before, out, cos_in, sin_in, query_weight, key_weight,
     before_stride, out_stride, angle_stride, eps,
-    NUM_QUERY: tl.constexpr, NUM_KEY: tl.constexpr, HALF: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
+    NUM_QUERY: tl.constexpr, NUM_KEY: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Lay the gradients of queries, keys and values where the projection wants them."""
     token = tl.program_id(0).to(tl.int64)
-    size = 2 * HALF
     source, target = before + token * before_stride, out + token * out_stride
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     cos = tl.load(cos_in + token * angle_stride + columns, mask=columns < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_in + token * angle_stride + columns, mask=columns < HALF, other=0.0).to(tl.float32)
     _turn_heads_back(
-        queries + token * NUM_QUERY * size, source, target, query_weight, cos, sin, eps,
-        NUM_QUERY, QUERY_BLOCK, HALF, HALF_BLOCK, QUERY_NORM,
+        queries + token * NUM_QUERY * SIZE, source, target, query_weight, cos, sin, eps,
+        NUM_QUERY, QUERY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, QUERY_NORM,
     )  # fmt: skip
-    source += NUM_QUERY * size
-    target += NUM_QUERY * size
+    source += NUM_QUERY * SIZE
+    target += NUM_QUERY * SIZE
     _turn_heads_back(
-        keys + token * NUM_KEY * size, source, target, key_weight, cos, sin, eps,
-        NUM_KEY, KEY_BLOCK, HALF, HALF_BLOCK, KEY_NORM,
+        keys + token * NUM_KEY * SIZE, source, target, key_weight, cos, sin, eps,
+        NUM_KEY, KEY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, KEY_NORM,
     )  # fmt: skip
-    target += NUM_KEY * size
-    heads = tl.arange(0, KEY_BLOCK)[:, None]
-    inside = (heads < NUM_KEY) & (columns < HALF)
-    places = heads * size + columns
-    value_row = values + token * NUM_KEY * size
-    tl.store(target + places, tl.load(value_row + places, mask=inside), mask=inside)
-    tl.store(target + places + HALF, tl.load(value_row + places + HALF, mask=inside), mask=inside)
+    target += NUM_KEY * SIZE
+    _copy_heads(values + token * NUM_KEY * SIZE, target, NUM_KEY, KEY_BLOCK, SIZE, VALUE_BLOCK)

@@ -23,7 +23,23 @@ from tasks.training.reference import sum_losses
 from tasks.training.token_table import TokenTable
 from tests.tasks.tokenization.oracle import trained_runs
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
+FAMILIES = [
+    *("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),
+    *(
+        "ministral",
+        "ministral3",
+        "seed_oss",
+        "granite",
+        "smollm3",
+        "gemma",
+        "phi3",
+        "glm",
+        "glm4",
+        "ernie4_5",
+        "helium",
+    ),
+    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4"),
+]
 LENGTHS = (17, 1, 3, 40, 9)
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -34,6 +50,13 @@ _SHAPE: dict[str, Any] = {
     "vocab_size": 128,
     "max_position_embeddings": 256,
 }
+
+
+def _partial(share: float) -> dict[str, Any]:
+    """Rotation of the first columns of a head only."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
+
+
 _FURTHER: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen3": {"head_dim": 32},
@@ -42,6 +65,47 @@ _FURTHER: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "query_pre_attn_scalar": 24,
+    },
+    "ministral": {
+        "head_dim": 16,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ministral3": {
+        "sliding_window": None,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.3,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "seed_oss": {"head_dim": 32, "attention_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.6,
+        "residual_multiplier": 1.7,
+        "attention_multiplier": 0.2,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
+    "gemma": {"head_dim": 32, "pad_token_id": 0},
+    "phi3": {"sliding_window": 6, "pad_token_id": 0, "rope_parameters": _partial(0.75)},
+    "glm": {"head_dim": 16, "pad_token_id": 0, "rope_parameters": _partial(0.5), "attention_bias": True},
+    "glm4": {"head_dim": 32, "pad_token_id": 0, "rope_parameters": _partial(0.5)},
+    "ernie4_5": {"head_dim": 16, "use_bias": True},
+    "helium": {"head_dim": 16, "pad_token_id": 0},
+    "hunyuan_v1_dense": {"head_dim": 16, "pad_token_id": 0, "attention_bias": True},
+    "olmo2": {"pad_token_id": 0},
+    "olmo3": {
+        "pad_token_id": 0,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "exaone4": {
+        "head_dim": 32,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
 
@@ -211,10 +275,13 @@ def test_what_it_does_not_do_it_refuses(settings: dict[str, Any], reason: str) -
         recognize_decoder(build("qwen2", torch.float32, **settings))
 
 
-def test_other_families_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("family", "named"), [("gpt_neox", "none are found"), ("starcoder2", "Starcoder2DecoderLayer")]
+)
+def test_other_families_are_refused(family: str, named: str) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", vocab_size=64, **shape))
-    with pytest.raises(UnknownDecoderError, match="not of a known family"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=64, **shape))
+    with pytest.raises(UnknownDecoderError, match=rf"layers that are not known \({named}\)"):
         recognize_decoder(attach_adapter(model, TrainingConfig(), seed=0))
 
 

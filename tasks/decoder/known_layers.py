@@ -1,0 +1,139 @@
+"""Decoder layers that the fused decoder knows: one row a class of transformers', with what differs from Llama's.
+
+A layer must have exactly the modules that its row names. Whether a row is right is proven at each start of a training:
+loss and gradients are compared with the model's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+NO_ROTATION = "none"
+"""Name of the angles of a layer that does not rotate its heads."""
+
+Window = Callable[[Any], int | None]
+Rope = Callable[[Any], str]
+
+
+def _own_window(attention: Any) -> int | None:
+    window: int | None = getattr(attention, "sliding_window", None)
+    return window
+
+
+def _config_window(attention: Any) -> int | None:
+    """Of families whose layers all have the config's."""
+    window: int | None = attention.config.sliding_window
+    return window
+
+
+def _hybrid_window(attention: Any) -> int | None:
+    """Of EXAONE 4, whose full layers keep the number and do not use it."""
+    window: int | None = attention.sliding_window if attention.is_sliding else None
+    return window
+
+
+def _one_rope(attention: Any) -> str:
+    return ""
+
+
+def _rope_by_type(attention: Any) -> str:
+    return str(attention.config.layer_types[attention.layer_idx])
+
+
+def _rope_where_asked(attention: Any) -> str:
+    return "" if attention.use_rope else NO_ROTATION
+
+
+def _rope_where_sliding(attention: Any) -> str:
+    """Of EXAONE 4: the full layers of a model that has sliding ones do not rotate."""
+    return "" if attention.sliding_window is None or attention.is_sliding else NO_ROTATION
+
+
+@dataclass(frozen=True)
+class KnownLayer:
+    """What a decoder layer is made of; the names are those of its modules."""
+
+    input_norm: str | None = "input_layernorm"
+    attention_out_norm: str | None = None
+    """Of the attention's output, before it joins the stream."""
+    gate_norm: str | None = "post_attention_layernorm"
+    gate_out_norm: str | None = None
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    head_norms: tuple[str, str] | None = None
+    """Of queries and keys."""
+    norms_rows: bool = False
+    """All heads of a token are normed together."""
+    norms_after_rotation: bool = False
+    is_interleaved: bool = False
+    """Neighbouring columns of a head are rotated together, in place of the columns of its two halves."""
+    is_weight_less_one: bool = False
+    """The norms' weights are stored less one."""
+    dropouts: tuple[str, ...] = ()
+    """Modules of the layer that only drop."""
+    window: Window = _own_window
+    rope: Rope = _one_rope
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of the layer's own modules."""
+        norms = (self.input_norm, self.attention_out_norm, self.gate_norm, self.gate_out_norm)
+        return {"self_attn", "mlp", *self.dropouts, *(name for name in norms if name)}
+
+    @property
+    def attention_modules(self) -> set[str]:
+        """Names of the modules of its attention."""
+        return {*self.qkv, "o_proj", *(self.head_norms or ())}
+
+
+_HEAD_NORMS = ("q_norm", "k_norm")
+_FUSED_GATE = ("gate_up_proj",)
+_LLAMA = KnownLayer()
+_NORMED_AFTER = KnownLayer(
+    input_norm=None, attention_out_norm="post_attention_layernorm", gate_norm=None,
+    gate_out_norm="post_feedforward_layernorm", head_norms=_HEAD_NORMS,
+)  # fmt: skip
+
+KNOWN_LAYERS: dict[str, KnownLayer] = {
+    "LlamaDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen2_5_VLDecoderLayer": _LLAMA,
+    "SeedOssDecoderLayer": _LLAMA,
+    "GraniteDecoderLayer": _LLAMA,
+    "MinistralDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": KnownLayer(window=_config_window),
+    "Ministral3DecoderLayer": KnownLayer(window=_config_window),
+    "Qwen3DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS),
+    "Qwen3VLTextDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS),
+    "SmolLM3DecoderLayer": KnownLayer(rope=_rope_where_asked),
+    "GemmaDecoderLayer": KnownLayer(is_weight_less_one=True),
+    "Gemma3DecoderLayer": KnownLayer(
+        attention_out_norm="post_attention_layernorm",
+        gate_norm="pre_feedforward_layernorm",
+        gate_out_norm="post_feedforward_layernorm",
+        head_norms=_HEAD_NORMS,
+        is_weight_less_one=True,
+        rope=_rope_by_type,
+    ),
+    "Phi3DecoderLayer": KnownLayer(
+        qkv=("qkv_proj",),
+        gate_up=_FUSED_GATE,
+        dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
+        window=_config_window,
+    ),
+    "GlmDecoderLayer": KnownLayer(gate_up=_FUSED_GATE, is_interleaved=True),
+    "Glm4DecoderLayer": KnownLayer(
+        attention_out_norm="post_self_attn_layernorm",
+        gate_out_norm="post_mlp_layernorm",
+        gate_up=_FUSED_GATE,
+        is_interleaved=True,
+    ),
+    "Ernie4_5DecoderLayer": KnownLayer(is_interleaved=True),
+    "HeliumDecoderLayer": KnownLayer(is_interleaved=True),
+    "HunYuanDenseV1DecoderLayer": KnownLayer(
+        head_norms=("query_layernorm", "key_layernorm"), norms_after_rotation=True
+    ),
+    "Olmo2DecoderLayer": replace(_NORMED_AFTER, norms_rows=True),
+    "Olmo3DecoderLayer": replace(_NORMED_AFTER, norms_rows=True, rope=_rope_by_type),
+    "Exaone4DecoderLayer": replace(_NORMED_AFTER, window=_hybrid_window, rope=_rope_where_sliding),
+}
