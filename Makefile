@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := .triton
 
-.PHONY: help install demo docs serve stop test test-gpu check format bench-data bench-gpu bench-run bench-service lock audit sbom release clean
+.PHONY: help install demo docs serve stop test test-kernels test-gpu check format bench-data bench-gpu bench-run bench-service lock audit sbom release clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +30,14 @@ stop: $(INSTALLED) ## Stop the servers, the workers and their runs
 
 test: $(INSTALLED) ## Run all tests, those of the running service beside the others
 	@$(BIN)/python -m tests.together $(ARGS)
+
+$(TRITON)/.installed:
+	@echo "Installing Triton into $(TRITON), for its interpreter"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.9.0
+	@touch $@
+
+test-kernels: $(INSTALLED) $(TRITON)/.installed ## Test the GPU kernels without a GPU, in Triton's interpreter
+	@TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/tasks/decoder/test_kernels.py $(ARGS)
 
 test-gpu: $(INSTALLED) ## Use the whole product on this machine's GPU, story after story (ARGS="--at-once 3")
 	@$(BIN)/python -m tests.gpu.acceptance $(ARGS)
@@ -79,4 +88,4 @@ release: sbom ## Build the wheel into dist, with the locks, the bill of material
 	@cd dist && sha256sum *.whl *.lock sbom.cdx.json > SHA256SUMS && cat SHA256SUMS
 
 clean: ## Remove the environment and what runs left here
-	rm -rf $(VENV) .sft
+	rm -rf $(VENV) $(TRITON) .sft

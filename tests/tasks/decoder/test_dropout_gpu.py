@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.config import TrainingConfig
-from tasks.decoder import elementwise
 from tasks.decoder.decoder import LOGITS_BYTES
-from tasks.decoder.dropout import Dropout, Mask, MaskedTensor, derive_key, draw_kept
-from tasks.decoder.elementwise import Quantized
+from tasks.decoder.dropout import Dropout, MaskedTensor, derive_key, draw_kept
 from tasks.decoder.recognition import quantize_decoder, recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.self_check import try_model, verify
 from tasks.training.lora import attach_adapter
+from tests.tasks.decoder.kernel_device import assert_masked, draw, load_kernels, make
 from tests.tasks.decoder.test_fused import FAMILIES, build, compute_fused, draw_table, measure_difference
-from tests.tasks.decoder.test_fused_gpu import assert_same, draw, rooms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,38 +34,7 @@ SITES = [0, 1, 16, 107]
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    from tasks.decoder import kernels
-
-    return kernels
-
-
-def make(p: float, site: int) -> Mask:
-    dropout = Dropout(p, torch.zeros(1, dtype=torch.int64, device="cuda"))
-    dropout.start_forward(derive_key(3, 4, site))
-    return dropout.mask(site)
-
-
-def assert_masked(masked: Tensor, values: Tensor, mask: Mask) -> None:
-    """Every bit of a masked copy is that of the plain generator's."""
-    wanted = torch.empty_like(values)
-    elementwise.drop(values, MaskedTensor(wanted, mask))
-    assert torch.equal(masked, wanted)
-    assert 0 < int((wanted == 0).sum()) < wanted.numel()
-
-
-@pytest.mark.parametrize("width", [24, 1000, 3584, 5000])
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_masks_are_the_plain_generators_bit_by_bit(
-    kernels: ModuleType, width: int, site: int, dtype: torch.dtype
-) -> None:
-    for p in (1 / 65536, 0.05, 0.1, 0.5, 0.9):
-        mask = make(p, site)
-        values = torch.ones(77, width, device="cuda", dtype=dtype)
-        left, right = rooms(77, width, dtype=dtype)
-        kernels.drop(values, MaskedTensor(left, mask))
-        elementwise.drop(values, MaskedTensor(right, mask))
-        assert torch.equal(left, right)
+    return load_kernels()
 
 
 def test_rows_beyond_32_bits_of_offset(kernels: ModuleType) -> None:
@@ -78,68 +44,6 @@ def test_rows_beyond_32_bits_of_offset(kernels: ModuleType) -> None:
     kernels.drop(values, MaskedTensor(values, mask))
     kept = draw_kept(mask, torch.arange(rows - 64, rows, device="cuda"), width)
     assert torch.equal(values[-64:] != 0, kept)
-
-
-@pytest.mark.parametrize("width", [64, 1000, 3584])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("has_copy", [False, True])
-def test_norm_kernels(kernels: ModuleType, width: int, dtype: torch.dtype, has_copy: bool) -> None:
-    residual, delta, grad, other, further = (draw(77, width, dtype=dtype) for _ in range(5))
-    weight, mask = torch.rand(width, device="cuda") + 0.5, make(0.1, 9)
-    left, dropped = rooms(77, width, dtype=dtype)
-    plain, _ = rooms(77, width, dtype=dtype)
-    quantized = copy(77, width, has_copy)
-    total, rstd = kernels.add_norm(residual, delta, weight, 1e-6, left, quantized, MaskedTensor(dropped, mask))
-    kernels.add_norm(residual, delta, weight, 1e-6, plain)
-    assert_same(left, plain)
-    assert_masked(dropped, left, mask)
-    for residual_grad in (other, None):
-        left, right = rooms(77, width, dtype=dtype)
-        quantized = copy(77, width, has_copy)
-        kernels.norm_backward(grad, total, rstd, weight, residual_grad, left, quantized, MaskedTensor(further, mask))
-        elementwise.norm_backward(grad, total, rstd, weight, residual_grad, right, None, MaskedTensor(further, mask))
-        assert_same(left, right)
-        if quantized is not None:
-            assert_same(quantized.values.float() * quantized.scales, right, 0.04)
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("width", [96, 5000])
-@pytest.mark.parametrize("has_copy", [False, True])
-def test_gate_kernels(kernels: ModuleType, activation: str, width: int, has_copy: bool) -> None:
-    gate_up, grad, further = draw(77, 2 * width), draw(77, width), draw(77, width)
-    mask = make(0.1, 3)
-    left, dropped = rooms(77, width)
-    plain, _ = rooms(77, width)
-    kernels.gate(gate_up, activation, left, copy(77, width, has_copy), MaskedTensor(dropped, mask))
-    kernels.gate(gate_up, activation, plain)
-    assert_same(left, plain)
-    assert_masked(dropped, left, mask)
-    left, right = rooms(77, 2 * width)
-    quantized, again = copy(77, 2 * width, has_copy), grad.clone()
-    kernels.gate_backward(grad, gate_up, activation, left, quantized, MaskedTensor(further, mask))
-    elementwise.gate_backward(again, gate_up, activation, right, None, MaskedTensor(further, mask))
-    assert_same(left, right)
-    assert_same(grad, again)
-    assert torch.equal(grad == 0, again == 0)
-    if quantized is not None:
-        assert_same(quantized.values.float() * quantized.scales, right, 0.04)
-
-
-def test_kernels_of_the_attentions_output(kernels: ModuleType) -> None:
-    values, grad, side = draw(77, 2000), draw(77, 2000), draw(77, 2000)
-    mask, again, further = make(0.05, 1), grad.clone(), side.clone()
-    kernels.drop_backward(grad, values, MaskedTensor(side, mask))
-    elementwise.drop_backward(again, values, MaskedTensor(further, mask))
-    assert_same(grad, again)
-    assert torch.equal(side, further)
-
-
-def copy(rows: int, width: int, is_wanted: bool) -> Quantized | None:
-    if not is_wanted:
-        return None
-    values = torch.zeros(rows, width, device="cuda").to(torch.float8_e4m3fn)
-    return Quantized(values, torch.zeros(rows, 1, device="cuda"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,20 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.config import TrainingConfig
-from tasks.decoder import elementwise
 from tasks.decoder.attention import Segments, attend_one_by_one, find_attentions
 from tasks.decoder.decoder import LOGITS_BYTES
-from tasks.decoder.elementwise import Heads, Quantized
+from tasks.decoder.elementwise import Heads
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.memory_fit import fit_memory
 from tasks.training.loop import train_adapter
 from tasks.training.lora import collect_trained
+from tests.tasks.decoder.kernel_device import assert_same, draw, load_kernels
 from tests.tasks.decoder.test_fused import (
     FAMILIES,
     build,
@@ -38,98 +37,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    from tasks.decoder import kernels
-
-    return kernels
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype)
-
-
-def rooms(rows: int, width: int, pad: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Two places to write to, poisoned, with columns beside them."""
-    places = [torch.full((rows, width + pad), 7.0, device="cuda", dtype=dtype) for _ in range(2)]
-    return [place[:, :width] for place in places]
-
-
-def assert_same(left: Tensor, right: Tensor, limit: float = 1e-3) -> None:
-    assert float((left.double() - right.double()).norm() / right.double().norm()) < limit
-
-
-@pytest.mark.parametrize("width", [64, 1000, 3584])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_norm_kernels(kernels: ModuleType, width: int, dtype: torch.dtype) -> None:
-    residual, delta, grad, other = (draw(77, width, dtype=dtype) for _ in range(4))
-    weight = torch.rand(width, device="cuda") + 0.5
-    left, right = rooms(77, width, dtype=dtype)
-    total, rstd = kernels.add_norm(residual, delta, weight, 1e-6, left)
-    wanted_total, wanted_rstd = elementwise.add_norm(residual, delta, weight, 1e-6, right)
-    assert_same(total, wanted_total)
-    assert_same(rstd, wanted_rstd)
-    assert_same(left, right)
-    for residual_grad in (other, None):
-        left, right = rooms(77, width, dtype=dtype)
-        kernels.norm_backward(grad, total, rstd, weight, residual_grad, left)
-        elementwise.norm_backward(grad, total, rstd, weight, residual_grad, right)
-        assert_same(left, right)
-
-
-@pytest.mark.parametrize("heads", [Heads(28, 4, 128), Heads(5, 1, 96), Heads(3, 3, 64)])
-@pytest.mark.parametrize("has_norm", [False, True])
-def test_rotation_kernels(kernels: ModuleType, heads: Heads, has_norm: bool) -> None:
-    width = (heads.num_query + 2 * heads.num_key_value) * heads.size
-    qkv = draw(77, width)
-    cos, sin = draw(77, heads.size // 2), draw(77, heads.size // 2)
-    first, second = (torch.rand(heads.size, device="cuda") + 0.5 if has_norm else None for _ in range(2))
-    results = kernels.rotate(qkv, heads, cos, sin, first, second, 1e-6)
-    for result, wanted in zip(results, elementwise.rotate(qkv, heads, cos, sin, first, second, 1e-6), strict=True):
-        assert_same(result, wanted)
-    grads = (draw(*results[0].shape), draw(*results[1].shape), draw(*results[2].shape))
-    left, right = rooms(77, width, 192)
-    kernels.rotate_backward(grads, qkv, heads, cos, sin, first, second, 1e-6, left)
-    elementwise.rotate_backward(grads, qkv, heads, cos, sin, first, second, 1e-6, right)
-    assert_same(left, right)
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("has_copy", [False, True])
-def test_gate_kernels(kernels: ModuleType, activation: str, has_copy: bool) -> None:
-    gate_up, grad = draw(77, 2 * 5000), draw(77, 5000)
-
-    def copy(width: int) -> Quantized | None:
-        if not has_copy:
-            return None
-        values = torch.zeros(77, width, device="cuda").to(torch.float8_e4m3fn)
-        return Quantized(values, torch.zeros(77, 1, device="cuda"))
-
-    left, right = rooms(77, 5000)
-    quantized = copy(5000)
-    kernels.gate(gate_up, activation, left, quantized)
-    elementwise.gate(gate_up, activation, right)
-    assert_same(left, right)
-    if quantized is not None:
-        assert_same(quantized.values.float() * quantized.scales, right, 0.04)
-    left, right = rooms(77, 10000)
-    quantized, again = copy(10000), grad.clone()
-    kernels.gate_backward(grad, gate_up, activation, left, quantized)
-    elementwise.gate_backward(again, gate_up, activation, right)
-    assert_same(left, right)
-    assert_same(grad, again)
-    if quantized is not None:
-        assert_same(quantized.values.float() * quantized.scales, right, 0.04)
-
-
-def test_cross_entropy_kernel(kernels: ModuleType) -> None:
-    logits = 3 * draw(333, 151936)
-    targets = torch.randint(0, 151936, (333,), device="cuda")
-    targets[::10] = -100
-    again = logits.clone()
-    losses, wanted = kernels.cross_entropy(logits, targets), elementwise.cross_entropy(again, targets)
-    assert_same(losses, wanted)
-    assert_same(logits, again)
-    assert not losses[::10].any()
-    assert not logits[::10].any()
+    return load_kernels()
 
 
 @pytest.mark.parametrize(

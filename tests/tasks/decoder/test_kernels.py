@@ -1,0 +1,212 @@
+"""The Triton kernels against plain PyTorch, each alone, and all of them as the decoder's.
+
+On a GPU, or without one in Triton's interpreter: `make test-kernels`.
+"""
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from tasks.decoder import elementwise
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.dropout import MaskedTensor, derive_key
+from tasks.decoder.elementwise import Heads
+from tasks.decoder.recognition import recognize_decoder
+from tasks.training.batches import form_flat_batch
+from tasks.training.engines.fused import FusedEngine
+from tests.tasks.decoder.kernel_device import (
+    COPIES,
+    DEVICE,
+    DTYPES,
+    NUM_ROWS,
+    assert_masked,
+    assert_same,
+    copy,
+    draw,
+    load_kernels,
+    make,
+    needs_kernels,
+    rooms,
+)
+from tests.tasks.decoder.test_fused import (
+    build,
+    draw_table,
+    measure_difference,
+    take_grads,
+)
+
+pytestmark = needs_kernels
+# The masks of these sites take every way in which Triton could specialize a kernel for its arguments.
+SITES = [0, 1, 16, 107]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return load_kernels()
+
+
+@pytest.mark.parametrize("width", [64, 1000, 3584])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_kernels(kernels: ModuleType, width: int, dtype: torch.dtype) -> None:
+    residual, delta, grad, other = (draw(NUM_ROWS, width, dtype=dtype) for _ in range(4))
+    weight = torch.rand(width, device=DEVICE) + 0.5
+    left, right = rooms(NUM_ROWS, width, dtype=dtype)
+    total, rstd = kernels.add_norm(residual, delta, weight, 1e-6, left)
+    wanted_total, wanted_rstd = elementwise.add_norm(residual, delta, weight, 1e-6, right)
+    assert_same(total, wanted_total)
+    assert_same(rstd, wanted_rstd)
+    assert_same(left, right)
+    for residual_grad in (other, None):
+        left, right = rooms(NUM_ROWS, width, dtype=dtype)
+        kernels.norm_backward(grad, total, rstd, weight, residual_grad, left)
+        elementwise.norm_backward(grad, total, rstd, weight, residual_grad, right)
+        assert_same(left, right)
+
+
+@pytest.mark.parametrize(
+    ("heads", "num_rotated"),
+    [
+        *((Heads(28, 4, 128), 128), (Heads(5, 1, 96), 96), (Heads(3, 3, 64), 64), (Heads(28, 4, 128), 96)),
+        *((Heads(4, 2, 64, is_interleaved=True), 64), (Heads(4, 2, 128, is_interleaved=True), 64)),
+        *((Heads(4, 2, 64, norms_after_rotation=True), 64), (Heads(3, 1, 80), 32)),
+    ],
+)
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_rotation_kernels(kernels: ModuleType, heads: Heads, num_rotated: int, has_norm: bool) -> None:
+    has_norm = has_norm and num_rotated == heads.size
+    width = (heads.num_query + 2 * heads.num_key_value) * heads.size
+    qkv = draw(NUM_ROWS, width)
+    cos, sin = draw(NUM_ROWS, num_rotated // 2), draw(NUM_ROWS, num_rotated // 2)
+    first, second = (torch.rand(heads.size, device=DEVICE) + 0.5 if has_norm else None for _ in range(2))
+    results = kernels.rotate(qkv, heads, cos, sin, first, second, 1e-6)
+    for result, wanted in zip(results, elementwise.rotate(qkv, heads, cos, sin, first, second, 1e-6), strict=True):
+        assert_same(result, wanted)
+    grads = (draw(*results[0].shape), draw(*results[1].shape), draw(*results[2].shape))
+    left, right = rooms(NUM_ROWS, width, 192)
+    kernels.rotate_backward(grads, qkv, heads, cos, sin, first, second, 1e-6, left)
+    elementwise.rotate_backward(grads, qkv, heads, cos, sin, first, second, 1e-6, right)
+    assert_same(left, right)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("has_copy", COPIES)
+def test_gate_kernels(kernels: ModuleType, activation: str, has_copy: bool) -> None:
+    gate_up, grad = draw(NUM_ROWS, 2 * 5000), draw(NUM_ROWS, 5000)
+
+    left, right = rooms(NUM_ROWS, 5000)
+    quantized = copy(NUM_ROWS, 5000, has_copy)
+    kernels.gate(gate_up, activation, left, quantized)
+    elementwise.gate(gate_up, activation, right)
+    assert_same(left, right)
+    if quantized is not None:
+        assert_same(quantized.values.float() * quantized.scales, right, 0.04)
+    left, right = rooms(NUM_ROWS, 10000)
+    quantized, again = copy(NUM_ROWS, 10000, has_copy), grad.clone()
+    kernels.gate_backward(grad, gate_up, activation, left, quantized)
+    elementwise.gate_backward(again, gate_up, activation, right)
+    assert_same(left, right)
+    assert_same(grad, again)
+    if quantized is not None:
+        assert_same(quantized.values.float() * quantized.scales, right, 0.04)
+
+
+def test_cross_entropy_kernel(kernels: ModuleType) -> None:
+    logits = 3 * draw(4 * NUM_ROWS + 13, 151936)
+    targets = torch.randint(0, 151936, (4 * NUM_ROWS + 13,), device=DEVICE)
+    targets[::10] = -100
+    again = logits.clone()
+    losses, wanted = kernels.cross_entropy(logits, targets), elementwise.cross_entropy(again, targets)
+    assert_same(losses, wanted)
+    assert_same(logits, again)
+    assert not losses[::10].any()
+    assert not logits[::10].any()
+
+
+@pytest.mark.parametrize("width", [24, 1000, 3584, 5000])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_are_the_plain_generators_bit_by_bit(
+    kernels: ModuleType, width: int, site: int, dtype: torch.dtype
+) -> None:
+    for p in (1 / 65536, 0.05, 0.1, 0.5, 0.9):
+        mask = make(p, site)
+        values = torch.ones(NUM_ROWS, width, device=DEVICE, dtype=dtype)
+        left, right = rooms(NUM_ROWS, width, dtype=dtype)
+        kernels.drop(values, MaskedTensor(left, mask))
+        elementwise.drop(values, MaskedTensor(right, mask))
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("width", [64, 1000, 3584])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_copy", COPIES)
+def test_norm_kernels_with_dropout(kernels: ModuleType, width: int, dtype: torch.dtype, has_copy: bool) -> None:
+    residual, delta, grad, other, further = (draw(NUM_ROWS, width, dtype=dtype) for _ in range(5))
+    weight, mask = torch.rand(width, device=DEVICE) + 0.5, make(0.1, 9)
+    left, dropped = rooms(NUM_ROWS, width, dtype=dtype)
+    plain, _ = rooms(NUM_ROWS, width, dtype=dtype)
+    quantized = copy(NUM_ROWS, width, has_copy)
+    total, rstd = kernels.add_norm(residual, delta, weight, 1e-6, left, quantized, MaskedTensor(dropped, mask))
+    kernels.add_norm(residual, delta, weight, 1e-6, plain)
+    assert_same(left, plain)
+    assert_masked(dropped, left, mask)
+    for residual_grad in (other, None):
+        left, right = rooms(NUM_ROWS, width, dtype=dtype)
+        quantized = copy(NUM_ROWS, width, has_copy)
+        kernels.norm_backward(grad, total, rstd, weight, residual_grad, left, quantized, MaskedTensor(further, mask))
+        elementwise.norm_backward(grad, total, rstd, weight, residual_grad, right, None, MaskedTensor(further, mask))
+        assert_same(left, right)
+        if quantized is not None:
+            assert_same(quantized.values.float() * quantized.scales, right, 0.04)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("width", [96, 5000])
+@pytest.mark.parametrize("has_copy", COPIES)
+def test_gate_kernels_with_dropout(kernels: ModuleType, activation: str, width: int, has_copy: bool) -> None:
+    gate_up, grad, further = draw(NUM_ROWS, 2 * width), draw(NUM_ROWS, width), draw(NUM_ROWS, width)
+    mask = make(0.1, 3)
+    left, dropped = rooms(NUM_ROWS, width)
+    plain, _ = rooms(NUM_ROWS, width)
+    kernels.gate(gate_up, activation, left, copy(NUM_ROWS, width, has_copy), MaskedTensor(dropped, mask))
+    kernels.gate(gate_up, activation, plain)
+    assert_same(left, plain)
+    assert_masked(dropped, left, mask)
+    left, right = rooms(NUM_ROWS, 2 * width)
+    quantized, again = copy(NUM_ROWS, 2 * width, has_copy), grad.clone()
+    kernels.gate_backward(grad, gate_up, activation, left, quantized, MaskedTensor(further, mask))
+    elementwise.gate_backward(again, gate_up, activation, right, None, MaskedTensor(further, mask))
+    assert_same(left, right)
+    assert_same(grad, again)
+    assert torch.equal(grad == 0, again == 0)
+    if quantized is not None:
+        assert_same(quantized.values.float() * quantized.scales, right, 0.04)
+
+
+def test_kernels_of_the_attentions_output(kernels: ModuleType) -> None:
+    values, grad, side = draw(NUM_ROWS, 2000), draw(NUM_ROWS, 2000), draw(NUM_ROWS, 2000)
+    mask, again, further = make(0.05, 1), grad.clone(), side.clone()
+    kernels.drop_backward(grad, values, MaskedTensor(side, mask))
+    elementwise.drop_backward(again, values, MaskedTensor(further, mask))
+    assert_same(grad, again)
+    assert torch.equal(side, further)
+
+
+# Each program of the rotation and of the norms has a family here.
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma3_text", "granite", "phi3", "glm4", "hunyuan_v1_dense", "olmo3"]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_decoder_of_kernels_is_the_plain_one(kernels: ModuleType, family: str, dropout: float) -> None:
+    batch = replace(form_flat_batch(draw_table((17, 3, 9)), range(3)), dropout_key=derive_key(1, 2, 3))
+    found = []
+    for ops in (kernels, elementwise):
+        model = build(family, torch.float32, DEVICE, dropout=dropout)
+        decoder = replace(recognize_decoder(model), ops=ops)
+        loss = FusedEngine(decoder, torch.device(DEVICE), 4096, 1, LOGITS_BYTES, 4096).sum_losses(batch)
+        loss.backward()
+        found.append((float(loss.detach()), take_grads(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert measure_difference(found[0][1], found[1][1]) < 1e-4
