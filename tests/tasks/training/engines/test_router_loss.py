@@ -97,5 +97,5 @@ def test_layers_that_run_again_give_the_same_gradient() -> None:
 
 
 def test_a_model_without_routers_is_told() -> None:
-    with pytest.raises(TrainingError, match=r"router_aux_loss_coef is 0\.5, but this Phi3ForCausalLM has no aux"):
-        build_engine("phi3", build_table(12, 12), router_aux_loss_coef=0.5)
+    with pytest.raises(TrainingError, match=r"router_aux_loss_coef is 0\.5, but this Starcoder2ForCausalLM has no aux"):
+        build_engine("starcoder2", build_table(12, 12), router_aux_loss_coef=0.5)
