@@ -14,7 +14,6 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.console import make_visible
 from flows.exporting import TRAINED_FILES, find_tokenizer, name_base, opening_adapter
 from schemas.artifacts import Ref
 from schemas.config import ModelConfig
@@ -28,6 +27,7 @@ from tasks.prompts import PromptSettings, load_settings, make_prompt
 from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
 from tasks.training.checkpoints import TRAINED
 from tasks.training.methods import find_base
+from tasks.visible_text import make_visible
 
 HELP = "/reset forgets the conversation, /help shows this, Ctrl-D ends"
 

@@ -1,7 +1,9 @@
 """`sft check`: what a dataset would become, without training and without model weights."""
 
 import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flows.accounting import describe_place, judge_rejected
@@ -9,6 +11,7 @@ from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
 from tasks.base_model import limit_length, locate_tokenizer
 from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.quality_page import write_quality_page
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.registry.publication import bring_sources
 from tasks.tokenization.examples import PARTS, TokenizationError, tokenize_dataset
@@ -39,8 +42,17 @@ class Check:
         return json.dumps(values, ensure_ascii=False, indent=2, default=list) + "\n"
 
 
-def check_dataset(data: DataConfig, model: ModelConfig, tokenization: TokenizationConfig, *, seed: int) -> Check:
+def check_dataset(
+    data: DataConfig, model: ModelConfig, tokenization: TokenizationConfig, *, seed: int, page: Path | None = None
+) -> Check:
     """Ingest and tokenize a dataset as a run would, with the budgets judged at the end.
+
+    Args:
+        data: the dataset.
+        model: whose tokenizer is taken.
+        tokenization: masks and limits.
+        seed: of the split.
+        page: where the page for people is written; its folder is made where it is missing.
 
     Raises:
         ValueError: the dataset cannot be read at all, or nothing of it can be trained.
@@ -58,14 +70,23 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         except TokenizationError as error:  # a budget: what was made is there, and is shown
             problems.append(str(error))
             warnings = ()
-        groups = group_rejects(folder / part / "rejects.parquet" for part in ("dataset", "tokens"))
+        tables = [folder / part / "rejects.parquet" for part in ("dataset", "tokens")]
+        groups = group_rejects(tables)
         quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         masks = json.loads((folder / "tokens" / "masks.json").read_text(encoding="utf-8"))
+        rejected = {group.reason: group.count for group in groups}
+        num_rows = max(counts.rows_in, counts.rows_read)
+        if problem := judge_rejected(rejected, num_rows, data.max_rejected_fraction, groups):
+            problems.insert(0, problem)
+        warnings = (*([told] if told else []), *warnings)
+        if page is not None:
+            title = f"Check of {data.source}"
+            written = write_quality_page(
+                folder / "page", quality, tables, masks, title=title, warnings=warnings, problems=problems
+            )
+            page.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(written, page)
     lost = {part: sum(masks[part]["rejected"].values()) for part in PARTS}
-    rejected = {group.reason: group.count for group in groups}
-    num_rows = max(counts.rows_in, counts.rows_read)
-    if problem := judge_rejected(rejected, num_rows, data.max_rejected_fraction, groups):
-        problems.insert(0, problem)
     return Check(
         problems=tuple(problems),
         rows={
@@ -78,7 +99,7 @@ def check_dataset(data: DataConfig, model: ModelConfig, tokenization: Tokenizati
         },
         rejected=rejected,
         places={group.reason: [describe_place(row) for row in group.rows] for group in groups},
-        warnings=(*([told] if told else []), *quality["warnings"], *warnings),
+        warnings=(*quality["warnings"], *warnings),
         notes=prepared.notes,
         masks=masks["train"],
     )

@@ -189,6 +189,7 @@ def check(
         list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write what was found as JSON here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write what was found as a page for people here.")] = None,
 ) -> None:
     """Validate a dataset and show what would be trained, without training. Exit code 1 when a budget is broken."""
     loaded = load_for_data(data, config, set_)
@@ -197,7 +198,7 @@ def check(
     from flows.terminal import show_check
 
     try:
-        found = check_dataset(loaded.data, loaded.model, loaded.tokenization, seed=loaded.seed)
+        found = check_dataset(loaded.data, loaded.model, loaded.tokenization, seed=loaded.seed, page=html)
     except ValueError as error:
         fail(error)
     if json_ is not None:

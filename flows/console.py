@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -15,21 +14,10 @@ from flows.environment import run_defaults
 from schemas.config import RunConfig
 from schemas.loading import ConfigError, load_config, override_config
 from tasks.storage import HomeError, make_home
+from tasks.visible_text import make_visible
 
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "base_model"
 console = Console(stderr=True, highlight=False)
-
-# C0 without tab and line feed, delete, C1, and the marks that turn the direction of text around.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def make_visible(text: str) -> str:
-    """Write control characters as escapes, ESC as backslash x1b: a terminal acts on them (title, clipboard, clear).
-
-    Whatever comes from rows, models or messages goes through here before it goes to the terminal.
-    """
-    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
-
 
 def escape(text: str) -> str:
     """Make a text safe for the terminal and for rich's markup."""

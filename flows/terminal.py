@@ -21,12 +21,13 @@ from rich.text import Text
 
 from flows.checking import Check
 from flows.cleaning import Waste, measure
-from flows.console import escape, make_visible
+from flows.console import escape
 from flows.environment import DATABASE_VARIABLE, run_defaults
 from schemas.artifacts import ComparisonReport, Delta, RunReport
 from tasks import storage, tracking
 from tasks.evaluation.verdict import judge
 from tasks.sqlite_files import find_path, make_address
+from tasks.visible_text import make_visible
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
 _STAGES = "prefect.task_runs"
@@ -253,7 +254,7 @@ def _mlflow_command(run_id: str) -> str:
     file = find_path(uri)
     if file is not None and file.is_relative_to(Path.cwd()):
         uri = make_address(file.relative_to(Path.cwd()))
-    return f"{_script('mlflow')} ui --backend-store-uri {shlex.quote(uri)}   then http://127.0.0.1:5000"
+    return f"{_script('mlflow')} ui --backend-store-uri {shlex.quote(uri)}   then {tracking.local_link(run_id)}"
 
 
 def _prefect_command(flow_run_id: str) -> str:

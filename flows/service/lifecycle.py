@@ -58,7 +58,8 @@ class Service:
         ]
         return [
             f"Prefect [bold]{self.prefect_page}[/]  runs, schedules, the form to start a run",
-            f"MLflow  [bold]{self.mlflow_page}[/]  results, artifacts, the model registry",
+            f"MLflow  [bold]{self.mlflow_page}/#/experiments?workflowType=machine_learning[/]  results, artifacts, "
+            "the model registry",
             *(login if self.user is not None else []),
             f"Shell   set -a; . {client}; set +a   points the commands here at these servers",
             f"Logs    {self.folder / 'logs'}",

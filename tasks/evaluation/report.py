@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from schemas.artifacts import Decision, Delta, ProbeReport
@@ -21,6 +21,7 @@ from tasks.evaluation.verdict import (
     list_caveats,
     state_verdict,
 )
+from tasks.pages import open_templates
 
 ROWS_SHOWN = 6
 """Rows shown of each outcome."""
@@ -141,14 +142,7 @@ def write_report(
 
 
 def _environment() -> Environment:
-    """Return the template environment: everything escaped, an unknown name an error."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = open_templates(Path(__file__).parent)
     environment.filters["clip"] = clip_text
     return environment
 

@@ -1,14 +1,13 @@
 """The quality page that a person reads: one HTML file about a dataset, without anything from outside."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.ingestion.rows.screening import KINDS, redact_text
+from tasks.pages import open_templates
 
 FILE_NAME = "quality.html"
 SAMPLES_SHOWN = 3
@@ -41,7 +40,14 @@ class Bar:
 
 
 def write_quality_page(
-    folder: Path, quality: dict[str, Any], rejects: Iterable[Path], masks: dict[str, Any] | None, *, title: str
+    folder: Path,
+    quality: dict[str, Any],
+    rejects: Iterable[Path],
+    masks: dict[str, Any] | None,
+    *,
+    title: str,
+    warnings: Sequence[str] = (),
+    problems: Sequence[str] = (),
 ) -> Path:
     """Write quality.html into a folder, which is made where it is missing.
 
@@ -54,25 +60,24 @@ def write_quality_page(
         rejects: rejects.parquet of ingestion, and where there is one, of tokenization.
         masks: masks.json of tokenization; None leaves out tokens and masks.
         title: heading of the page.
+        warnings: of tokenization, a sentence each; those of ingestion are in quality.json.
+        problems: broken budgets, for which a run would fail.
 
     Returns:
         The path of the page.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = open_templates(Path(__file__).parent)
     environment.filters["hide"] = str if quality["screen"]["mode"] == "off" else redact_text
     environment.filters["clip"] = clip_text
     rows = count_rows(quality, masks)
-    tone, verdict = state_verdict(quality, rows)
+    warnings = [*quality["warnings"], *warnings]
+    tone, verdict = state_verdict(quality["counts"]["rows_read"], rows, is_noted=bool(warnings))
     html = environment.get_template("quality.html.jinja").render(
         title=title,
-        tone=tone,
+        tone="worse" if problems else tone,
         verdict=verdict,
+        problems=problems,
+        warnings=warnings,
         quality=quality,
         slices=slice_rows(rows),
         groups=group_rejects(rejects),
@@ -102,18 +107,24 @@ def count_rows(quality: Mapping[str, Any], masks: Mapping[str, Any] | None) -> d
     }
 
 
-def state_verdict(quality: Mapping[str, Any], rows: Mapping[str, int]) -> tuple[str, str]:
-    """Return a tone (better, mixed, worse) and a sentence: how much is used, and where to look."""
+def state_verdict(num_read: int, rows: Mapping[str, int], *, is_noted: bool) -> tuple[str, str]:
+    """Return a tone (better, mixed, worse) and a sentence: how much is used, and where to look.
+
+    Args:
+        num_read: rows that were read.
+        rows: of `count_rows`.
+        is_noted: whether there are warnings.
+    """
     used = f"{rows['trained']:,} rows are trained and {rows['held out']:,} are held out"
     if not rows["trained"] or not rows["held out"]:
         return "worse", f"{used}: with one side empty, nothing can be trained and judged."
     if rows["rejected"]:
-        percent = 100 * rows["rejected"] / quality["counts"]["rows_read"]
+        percent = 100 * rows["rejected"] / num_read
         return (
             "mixed",
             f"{used}. {rows['rejected']:,} rows ({percent:.2g} % of those read) are rejected: see why below.",
         )
-    if quality["warnings"]:
+    if is_noted:
         return "mixed", f"{used}, none is rejected. There is something to look at: see the notes below."
     return "better", f"{used}, none is rejected, and nothing looks wrong."
 

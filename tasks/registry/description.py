@@ -9,7 +9,7 @@ MAX_CHARACTERS = 5000
 
 
 def describe_version(title: str, comparison: ComparisonReport, decision: Decision, links: str) -> str:
-    """Return Markdown: title, verdict with its reasons, the table of measures, and where to look further.
+    """Return Markdown: title, verdict with its reasons, the table of measures, warnings, and where to look further.
 
     Args:
         title: what the version is.
@@ -26,6 +26,7 @@ def describe_version(title: str, comparison: ComparisonReport, decision: Decisio
     if champion is not None and champion.num_examples:
         lines += ["", f"Against champion version {champion.version}, on {champion.num_examples} rows new to both:", ""]
         lines += _table("champion", champion.metrics, champion.delta)
+    lines += _list_warnings(comparison)
     # Reasons may be long where something went wrong; the links matter more than the table's last rows.
     return "\n".join(lines)[: MAX_CHARACTERS - len(links) - 2] + f"\n\n{links}"
 
@@ -49,9 +50,13 @@ def describe_decision(decision: Decision, comparison: ComparisonReport, what: st
     for check in decision.checks:
         finding = check.finding.replace("|", "\\|")
         lines.append(f"| {'passed' if check.passed else '**failed**'} | {finding} |")
-    if comparison.warnings:
-        lines += ["", "## Please note", "", *(f"- {warning}" for warning in comparison.warnings)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_list_warnings(comparison)]) + "\n"
+
+
+def _list_warnings(comparison: ComparisonReport) -> list[str]:
+    if not comparison.warnings:
+        return []
+    return ["", "## Please note", "", *(f"- {warning}" for warning in comparison.warnings)]
 
 
 def _table(rival: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> list[str]:

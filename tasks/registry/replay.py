@@ -34,11 +34,12 @@ class Replay(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """A training example: the ids before its first answer, and all of them."""
+    """A training example: all its ids, and where its answers begin."""
 
     example_id: str
-    prompt: list[int]
     input_ids: list[int]
+    starts: list[int]
+    """0 where the prompt is trained too, so that the border is not known."""
 
 
 def fetch_logged(uri: str, weights: Path, folder: Path) -> Path:
@@ -79,12 +80,13 @@ def replay_rows(model: Path, dataset: Path, tokens: Path) -> Replay:
     for example in examples:
         place, messages, tools = conversations[example.example_id]
         prompts = list(_ask(loaded, messages, tools))
-        if any(_is_prompt(prompt, example) for prompt in prompts):
+        missing = [start for start in example.starts if not _is_asked(example.input_ids, start, prompts)]
+        if not missing:
             num_equal += 1
         elif any(isinstance(prompt, list) and _is_cut(prompt, example, masks["max_length"]) for prompt in prompts):
             num_cut += 1
         else:
-            differences.append(f"{place}: {_describe(prompts, example)}")
+            differences.append(f"{place}: {_describe(prompts, example.input_ids[: missing[0]])}")
     if differences:
         named = "; ".join(differences[:_MOST_NAMED])
         raise ReplayError(
@@ -104,8 +106,8 @@ def _choose_examples(table: Path) -> Iterator[_Trained]:
         frame = pl.DataFrame(file.read_row_group(number, columns=["example_id", "input_ids", "labels"]))
         each = max(1, math.ceil(frame.height * len(chosen) / NUM_REPLAYED))
         for example_id, input_ids, labels in frame.gather_every(each).rows():
-            start = next((place for place, label in enumerate(labels) if label >= 0), 0)
-            yield _Trained(example_id, input_ids[:start], input_ids)
+            starts = [at for at, label in enumerate(labels) if label >= 0 and (at == 0 or labels[at - 1] < 0)]
+            yield _Trained(example_id, input_ids, starts)
 
 
 def _read_conversations(table: Path, example_ids: Sequence[str]) -> dict[str, tuple[str, list[Any], list[Any] | None]]:
@@ -130,24 +132,22 @@ def _ask(loaded: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | Non
             yield f"the request is refused: {type(error).__name__}: {error}"
 
 
-def _is_prompt(prompt: list[int] | str, example: _Trained) -> bool:
-    """Tell whether a prompt is that of an example; with train_on_prompt its first ids are all that is known."""
-    if isinstance(prompt, str):
-        return False
-    return prompt == (example.prompt or example.input_ids[: len(prompt)])
+def _is_asked(input_ids: list[int], start: int, prompts: Sequence[list[int] | str]) -> bool:
+    """Tell whether the ids before an answer are one of the prompts."""
+    return any(isinstance(prompt, list) and prompt == input_ids[: start or len(prompt)] for prompt in prompts)
 
 
 def _is_cut(prompt: list[int], example: _Trained, max_length: int) -> bool:
-    return len(prompt) + len(example.input_ids) - len(example.prompt) > max_length
+    return len(prompt) + len(example.input_ids) - example.starts[0] > max_length
 
 
-def _describe(prompts: Sequence[list[int] | str], example: _Trained) -> str:
-    """Say how the nearest prompt differs."""
+def _describe(prompts: Sequence[list[int] | str], trained: list[int]) -> str:
+    """Say how the nearest prompt differs from that of the training."""
     refused = next((prompt for prompt in prompts if isinstance(prompt, str)), None)
     if refused is not None:
         return refused[:300]
     known = [prompt for prompt in prompts if isinstance(prompt, list)]
-    nearest = min(known, key=lambda prompt: abs(len(prompt) - len(example.prompt)), default=[])
-    pairs = zip(nearest, example.prompt, strict=False)
-    place = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(nearest), len(example.prompt)))
-    return f"{len(nearest)} tokens in place of {len(example.prompt)}, the first different one at position {place}"
+    nearest = min(known, key=lambda prompt: abs(len(prompt) - len(trained)), default=[])
+    pairs = zip(nearest, trained, strict=False)
+    place = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(nearest), len(trained)))
+    return f"{len(nearest)} tokens in place of {len(trained)}, the first different one at position {place}"

@@ -136,7 +136,11 @@ def join_shards(
         num_rendered_anew=train.num_rendered_anew + eval_.num_rendered_anew,
         warnings=(
             *_tell_cuts(reports, config),
-            *(f"{prepared.template_name}: {warning}" for report in reports.values() for warning in report.warn()),
+            *(
+                f"{prepared.template_name}, {_PART_NAMES[part]} rows: {warning}"
+                for part, report in reports.items()
+                for warning in report.warn()
+            ),
         ),
     )
     _check_budgets(counts, train, folder / "rejects.parquet", prepared, config)
@@ -148,7 +152,8 @@ def _tell_cuts(reports: Mapping[str, MaskReport], config: TokenizationConfig) ->
     what = "prompts, and answers where those are too long" if config.truncation == "cut_answer" else "their prompts"
     return [
         f"{report.num_truncated:,} of {report.num_examples:,} {_PART_NAMES[part]} examples had to be cut to "
-        f"{config.max_length:,} tokens ({what}): raise tokenization.max_length to keep them whole"
+        f"{config.max_length:,} tokens ({what}): raise tokenization.max_length, where the model has "
+        "positions for more, to keep them whole"
         for part, report in reports.items()
         if report.num_truncated
     ]

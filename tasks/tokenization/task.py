@@ -49,7 +49,7 @@ def tokenize(
     """
     source = {"chat_template": chat_template, "template_file_digest": template_file_digest}
     with tracking.stage_run(parent_run_id, "tokenize", config) as run_id, storage.new_folder() as folder:
-        prepared, config = _open_tokenizer(base_model, chat_template, config)
+        prepared, config, told = _open_tokenizer(base_model, chat_template, config)
         tokens = folder / "tokens"
         counts = _make_tokens(tokens, prepared, config, dataset=dataset, base_model=base_model, run_id=run_id, **source)
         uri, digest = tracking.publish(tokens, run_id, "tokens")
@@ -67,22 +67,23 @@ def tokenize(
         total_tokens=counts.total_tokens,
         rows_rejected=counts.rows_rejected,
         template_digest=prepared.template_digest,
-        warnings=counts.warnings,
+        warnings=(*told, *counts.warnings),
     )
 
 
 def _open_tokenizer(
     base_model: ModelRef, chat_template: str | None, config: TokenizationConfig
-) -> tuple[PreparedTokenizer, TokenizationConfig]:
-    """Return the tokenizer that will ship, and the config with a length that the model has positions for."""
+) -> tuple[PreparedTokenizer, TokenizationConfig, tuple[str, ...]]:
+    """Return the tokenizer that will ship, and the config with a length that the model has positions for.
+
+    What was told of that length is a warning that the pipeline tells.
+    """
     folder = tracking.resolve(base_model)
     prepared = prepare_tokenizer(folder, chat_template, config.template_arguments)
     config, told = limit_length(config, folder, base_model.name)
-    if told:
-        get_run_logger().warning("%s", told)
     for note in prepared.notes:
         get_run_logger().info("Tokenizer: %s", note)
-    return prepared, config
+    return prepared, config, (told,) if told else ()
 
 
 def _make_tokens(
@@ -182,13 +183,16 @@ def log_quality(dataset: DatasetRef, tokens: TokensRef, base_model: ModelRef, pa
     """Log the page on rows and masks with the pipeline run; also where both stages were found in the cache."""
     with storage.new_folder() as folder:
         places = tracking.resolve(dataset), tracking.resolve(tokens)
-        page = _write_quality(*places, folder / "quality", title=f"for {base_model.name}")
+        quality, masks = (
+            json.loads((place / name).read_text(encoding="utf-8"))
+            for place, name in zip(places, ("quality.json", "masks.json"), strict=True)
+        )
+        page = write_quality_page(
+            folder / "quality",
+            quality,
+            [place / "rejects.parquet" for place in places],
+            masks,
+            title=f"Rows and masks for {base_model.name}",
+            warnings=tokens.warnings,
+        )
         tracking.log_file(parent_run_id, page, "quality")
-
-
-def _write_quality(dataset: Path, tokens: Path, folder: Path, *, title: str) -> Path:
-    """Write the page on rows and masks that a person reads before trusting the training."""
-    quality = json.loads((dataset / "quality.json").read_text(encoding="utf-8"))
-    masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))
-    rejects = [place / "rejects.parquet" for place in (dataset, tokens)]
-    return write_quality_page(folder, quality, rejects, masks, title=f"Rows and masks {title}")

@@ -52,14 +52,15 @@ def cut_turn(
                 "prompt_too_long",
                 f"message {index}: headers, tools and the first characters of the contents take "
                 f"{len(shortest.prompt_ids)} tokens, the answer {len(shortest.target_ids)}, and "
-                f"tokenization.max_length is {config.max_length}: raise it",
+                f"tokenization.max_length is {config.max_length}: shorten them, or raise it where the model has "
+                "positions for more",
             )
         if config.truncation == "reject":
             raise MaskError(
                 "answer_too_long",
                 f"message {index}: the answer has {len(shortest.target_ids)} tokens, and with its prompt's headers it "
-                f"does not fit tokenization.max_length = {config.max_length}: raise it, or set tokenization.truncation "
-                "to cut_answer",
+                f"does not fit tokenization.max_length = {config.max_length}: set tokenization.truncation to "
+                "cut_answer, or raise it where the model has positions for more",
             )
         room = max(int(config.max_length * _PROMPT_SHARE), len(shortest.prompt_ids))
     system = len(at(_LEAST_CHARACTERS, False).prompt_ids) > room

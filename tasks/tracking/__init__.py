@@ -16,7 +16,16 @@ from tasks.tracking.artifacts import (
     resolve,
 )
 from tasks.tracking.calls import at_once
-from tasks.tracking.connection import client, experiment_link, find_status, get_run, tracking_uri, ui_link, version_link
+from tasks.tracking.connection import (
+    client,
+    experiment_link,
+    find_status,
+    get_run,
+    local_link,
+    tracking_uri,
+    ui_link,
+    version_link,
+)
 from tasks.tracking.curves import log_metrics, metric_log, training_curves
 from tasks.tracking.runs import (
     CONFIG_FILE,
@@ -56,6 +65,7 @@ __all__ = [
     "finish_parent",
     "get_run",
     "list_files",
+    "local_link",
     "log_dataset",
     "log_file",
     "log_folder",

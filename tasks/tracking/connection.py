@@ -12,6 +12,7 @@ from tasks import storage
 from tasks.sqlite_files import find_path, make_address
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow ui`
 
 
 def tracking_uri() -> str:
@@ -88,9 +89,20 @@ def version_link(name: str, version: str) -> str | None:
     return _page(f"models/{name}/versions/{version}")
 
 
+def local_link(run_id: str) -> str:
+    """Return the run's page where `mlflow ui` shows a local database."""
+    return _make_link(_LOCAL_SERVER, f"experiments/{experiment_of(run_id)}/runs/{run_id}")
+
+
 def _page(place: str) -> str | None:
-    """Return the address of a page; the pages of MLflow begin with traces where no one says that this is training."""
     uri = tracking_uri()
-    if not uri.startswith(("http://", "https://")):
-        return None
-    return f"{uri.rstrip('/')}/#/{place}?workflowType=machine_learning"
+    return _make_link(uri, place) if uri.startswith(("http://", "https://")) else None
+
+
+def _make_link(server: str, place: str) -> str:
+    """Return the address of a page.
+
+    MLflow's pages go by this argument, or else by what the browser saw last; at first that is traces, whatever kind the
+    experiment has.
+    """
+    return f"{server.rstrip('/')}/#/{place}?workflowType=machine_learning"

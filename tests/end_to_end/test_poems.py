@@ -1,5 +1,6 @@
 """Five poems learned by heart: the answer comes word for word, and the prompt was not learned."""
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from schemas.artifacts import MergedRef
+from schemas.artifacts import MergedRef, RunReport
 from tasks import tracking
 from tasks.models import load_model, load_tokenizer
 from tests.end_to_end.conftest import RunPipeline
@@ -25,7 +26,7 @@ _POEMS = [
 
 
 @pytest.fixture(scope="module")
-def merged(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) -> RunReport:
     path = tmp_path_factory.mktemp("poems") / "poems.json"
     rows = [{"instruct": instruct, "input": text, "label": label} for instruct, text, label in _POEMS]
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -33,14 +34,19 @@ def merged(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) 
     held_out.write_text(
         json.dumps([{"instruct": "请为冬雪写一首诗：", "input": "雪落无声夜。", "label": "梅开有暗香。"}])
     )
-    report = run_pipeline(
+    return run_pipeline(
         {
             "name": "poems",
             "data": {"source": str(path), "eval_source": str(held_out)},
+            "tokenization": {"max_length": 2048},
             "training": {"rank": 32, "alpha": 64, "learning_rate": 2e-3, "num_epochs": 120, "micro_batch": 5},
             "registry": {"name": "poems"},
         }
     )
+
+
+@pytest.fixture(scope="module")
+def merged(report: RunReport) -> Path:
     ref = tracking.recall(report.mlflow_run_id, "merge", MergedRef)
     assert ref is not None
     return tracking.resolve(ref)
@@ -77,3 +83,19 @@ def test_instruct_alone_never_gives_the_input_back(
     answer = ask(instruct)
     for line in text.splitlines():
         assert line.strip("，。,") not in answer
+
+
+def test_every_warning_is_told_in_log_report_pages_and_with_the_version(report: RunReport) -> None:
+    def read(artifact: str) -> str:
+        return Path(tracking.client().download_artifacts(report.mlflow_run_id, artifact)).read_text("utf-8")
+
+    (told,) = report.dataset.warnings
+    assert "has positions for 512 tokens" in told
+    assert any("one held-out conversation" in warning for warning in report.evaluation.warnings)
+    assert {told, *report.training.warnings} < {*report.evaluation.warnings}
+    description = tracking.client().get_model_version("poems", report.registry.version).description
+    places = (read("report/report.html"), read("gate/gate.md"), read("run_report.json"), description)
+    for warning in report.evaluation.warnings:
+        assert all(warning in html.unescape(place) for place in places)
+    assert told in html.unescape(read("quality/quality.html"))
+    assert told in read("logs/run-1.log")

@@ -1,5 +1,6 @@
 """The command line says what it takes, and what a dataset would become."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -109,10 +110,14 @@ def test_check_takes_the_length_that_the_model_has_positions_for(tmp_path: Path)
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
     rows = [{"prompt": f"Say {n}.", "completion": f"{n} " * 40} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = tmp_path / "check.json"
-    options = ["--set", f"model.base_model={model}", "--json", str(report)]
+    report, page = tmp_path / "check.json", tmp_path / "new" / "check.html"
+    options = ["--set", f"model.base_model={model}", "--json", str(report), "--html", str(page)]
     result = _runner.invoke(app, ["check", str(tmp_path / "rows.jsonl"), *options])
     assert result.exit_code == 1
     found = json.loads(report.read_text())
     assert found["rejected"] == {"answer_too_long": 40}
     assert any("model has positions for 16 tokens" in warning for warning in found["warnings"])
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert all(warning in text for warning in found["warnings"])
+    assert found["problems"]
+    assert all(problem in text for problem in found["problems"])

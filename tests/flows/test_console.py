@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.console import make_visible
+from tasks.visible_text import make_visible
 
 TITLE, CLIPBOARD, CLEAR, C1 = "\x1b]0;gone\x07", "\x1b]52;c;cm0gLXJm\x07", "\x1b[2J", "\x9b2J"
 

@@ -35,8 +35,9 @@ def convert_row(
             raise RowError("missing_field", detail)
     check_meaning(row, layout)
     weight = find_row_weight(row, layout)
-    for column in row.keys() - layout.read_columns - (set(WEIGHT_COLUMNS) if weight != 1 else set()):
-        unused[f"column {column}"] += 1
+    for column in row.keys() - layout.read_columns:
+        if weight == 1 or column.lower() not in WEIGHT_COLUMNS:
+            unused[f"column {column}"] += 1
     tools = read_tools(layout.get(row, "tools"), invented_nulls=invented_nulls)
     schemas = name_schemas(tools) if invented_nulls else None
     messages = form.convert(row, layout, schemas, unused)

@@ -17,6 +17,9 @@ REFUSED_KEYS: dict[str, str] = {
     "videos": "only text is trained: remove these rows",
     "audio": "only text is trained: remove these rows",
     "audios": "only text is trained: remove these rows",
+    "attachments": "only text is trained: write what they say into the message",
+    "documents": "only text is trained: write what they say into the message",
+    "tool_plan": "write it as reasoning_content, or into the content",
     "rejected": "answers to be avoided are not trained: remove the key",
 }
 FLAG_KEYS = frozenset({*TRAIN_KEYS, *REFUSED_KEYS})

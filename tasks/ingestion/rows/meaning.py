@@ -5,6 +5,7 @@ without it teaches something else. `data.ignored_columns` takes a column out of 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tasks.ingestion.errors import RowError
@@ -23,6 +24,8 @@ class Meaning(NamedTuple):
 
 
 def _is_there(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_there, value))
     return value not in (None, False, "", [], {}) and not (isinstance(value, str) and not value.strip())
 
 
@@ -34,16 +37,28 @@ def _is_no_weight(value: Any) -> bool:
     return value not in (None, "") and read_row_weight(value) is None
 
 
+def _is_prose(value: Any) -> bool:
+    """Tell a thought from what says whether there is one, such as on or high."""
+    return isinstance(value, str) and len(value.strip()) > _LONGEST_SWITCH
+
+
 def _masks_others(value: Any) -> bool:
     return _is_there(value) and str(value).lower() != "user"
 
 
+_LONGEST_SWITCH = 20
 _MEDIA = Meaning(_is_there, "only text is trained: remove these rows")
 _PREFERENCE = Meaning(
     _is_there,
     "a preference dataset: name the columns to train in data.columns, such as {prompt: prompt, completion: chosen}",
     is_field=True,
 )
+_REASONING = Meaning(
+    _is_prose,
+    "it belongs before the answer: write the row as messages, with it as reasoning_content of the answer",
+    is_field=True,
+)
+_RATED_BAD = Meaning(_is_false, "the row says that its answer is a bad one: remove the row", "rated_bad")
 _WEIGHT = Meaning(_is_no_weight, "a row weighs from 0 to 1: write such numbers, or give data.weight for the dataset")
 WEIGHT_COLUMNS = ("weight", "loss_weight")
 
@@ -54,13 +69,19 @@ MEANINGS: dict[str, Meaning] = {
     "system_prompt": Meaning(_is_there, "map it: data.columns: {system: system_prompt}", is_field=True),
     "functions": Meaning(_is_there, "map it: data.columns: {tools: functions}", is_field=True),
     "history": Meaning(_is_there, "write earlier turns as messages", is_field=True),
-    "label": Meaning(_is_false, "the row says that its answer is a bad one: remove the row", "rated_bad"),
+    **dict.fromkeys(("label", "kto_tag"), _RATED_BAD),
+    **dict.fromkeys(("reasoning", "reasoning_content", "thinking", "thought", "rationale"), _REASONING),
+    **dict.fromkeys(("cot", "complex_cot", "chain_of_thought"), _REASONING),
+    "documents": Meaning(_is_there, "they belong to the prompt: write them into a message", is_field=True),
+    "chat_template_kwargs": Meaning(
+        _is_there, "set tokenization.template_arguments, which holds for the dataset, and read rows of each kind apart"
+    ),
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
     **dict.fromkeys(WEIGHT_COLUMNS, _WEIGHT),
     "mask": Meaning(_masks_others, "write train: false on the messages that are not trained"),
 }
-NAMES = frozenset(MEANINGS)
+"""By names in small letters; a column may have capitals."""
 
 
 def check_meaning(row: dict[str, Any], layout: Layout) -> None:
@@ -69,10 +90,9 @@ def check_meaning(row: dict[str, Any], layout: Layout) -> None:
     Raises:
         RowError: unread_meaning or rated_bad; names the column, its value and the way out.
     """
-    if NAMES.isdisjoint(row):
-        return
-    for column in NAMES & row.keys() - layout.read_columns - set(layout.ignored_columns):
-        meaning = MEANINGS[column]
+    for column, meaning in _find_meanings(tuple(row)):
+        if column in layout.read_columns or column in layout.ignored_columns:
+            continue
         if meaning.matters(row[column]) and not (meaning.is_field and layout.is_given):
             raise RowError(
                 meaning.reason,
@@ -81,11 +101,19 @@ def check_meaning(row: dict[str, Any], layout: Layout) -> None:
             )
 
 
+@lru_cache(maxsize=256)
+def _find_meanings(columns: tuple[str, ...]) -> tuple[tuple[str, Meaning], ...]:
+    """Return the columns that would say something."""
+    named = ((column, MEANINGS.get(str(column).lower())) for column in columns)
+    return tuple((column, meaning) for column, meaning in named if meaning is not None)
+
+
 def find_row_weight(row: dict[str, Any], layout: Layout) -> float:
     """Return what a checked row says that it weighs, 0 to 1; 1 where it does not say."""
     weight = 1.0
-    for column in WEIGHT_COLUMNS:
-        if column in row and column not in layout.read_columns and column not in layout.ignored_columns:
+    for column, _ in _find_meanings(tuple(row)):
+        is_ours = column not in layout.read_columns and column not in layout.ignored_columns
+        if is_ours and column.lower() in WEIGHT_COLUMNS:
             found = read_row_weight(row[column])
             weight = weight if found is None else found
     return weight

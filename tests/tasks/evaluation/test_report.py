@@ -97,6 +97,7 @@ def test_the_page_stands_alone_and_holds_what_it_was_given(tmp_path: Path) -> No
 
 
 HOSTILE = '</div><script>alert("x")</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'
+TURNED = "the answer is \u202eyes\u202c"
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:
@@ -116,6 +117,15 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     # Title and heading, warning, 2 questions with references and one answer each twice, free question, facts.
     assert reader.text.count(HOSTILE) == 2 + 1 + 2 + 2 + 2 + 3 + 3
     assert "49" not in reader.text.replace("onerror", "")
+
+
+def test_what_turns_the_direction_of_text_is_written_out(tmp_path: Path) -> None:
+    rows = make_rows([0, 0], answers=[TURNED, TURNED]).with_columns(question=pl.lit(TURNED))
+    comparison = compare(rows, rows, EvaluationConfig(num_resamples=100), seed=0)
+    page = write_report(tmp_path, comparison, title=TURNED, warnings=[TURNED]).read_text(encoding="utf-8")
+    assert not re.findall("[\u202a-\u202e]", page)
+    # Title and heading, warning, 2 questions and 2 answers each twice.
+    assert page.count(r"the answer is \u202eyes\u202c") == 2 + 1 + 2 + 4
 
 
 def test_the_page_is_the_same_each_time_and_needs_no_extras(tmp_path: Path) -> None:

@@ -161,6 +161,13 @@ def test_replies_that_a_tree_has_besides_are_counted() -> None:
         ({"context": "in 2003"}, "unread_meaning", "data.columns: {input: context}"),
         ({"label": False}, "rated_bad", "data.ignored_columns: [label]"),
         ({"label": "false"}, "rated_bad", "remove the row"),
+        ({"kto_tag": False}, "rated_bad", "data.ignored_columns: [kto_tag]"),
+        ({"Label": False}, "rated_bad", "data.ignored_columns: [Label]"),
+        ({"Context": "in 2003"}, "unread_meaning", "column Context"),
+        ({"Complex_CoT": "Two and two are four."}, "unread_meaning", "reasoning_content of the answer"),
+        ({"reasoning": "Two and two are four."}, "unread_meaning", "it belongs before the answer"),
+        ({"documents": [{"text": "d"}]}, "unread_meaning", "write them into a message"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "unread_meaning", "tokenization.template_arguments"),
         ({"images": ["a.png"]}, "unread_meaning", "only text is trained"),
         ({"chosen": "x", "rejected": "y"}, "unread_meaning", "preference"),
         ({"history": [["a", "b"]]}, "unread_meaning", "earlier turns"),
@@ -182,7 +189,10 @@ def test_column_that_changes_the_meaning_is_refused_by_name(further: dict[str, A
 
 @pytest.mark.parametrize(
     "further",
-    [{"context": ""}, {"label": True}, {"label": "weather"}, {"images": []}, {"weight": 1}, {"mask": "User"}],
+    [
+        *({"context": ""}, {"label": True}, {"label": "weather"}, {"images": []}, {"weight": 1}, {"mask": "User"}),
+        *({"images": [None, ""]}, {"reasoning": "on"}, {"documents": []}),
+    ],
 )
 def test_column_that_says_nothing_is_passed_over(further: dict[str, Any]) -> None:
     assert said(read({"prompt": "hi", "completion": "yo", **further})) == TURN
@@ -235,6 +245,7 @@ def test_row_that_weighs_less_has_all_its_answers_weigh_less() -> None:
     messages = read({"messages": chat, "weight": "0.5"})
     assert [message.get("weight") for message in messages[1::2]] == [0.5, 0.25, None]
     assert [message.get("weight") for message in read({"messages": CHAT, "loss_weight": 1.0})] == [None, None]
+    assert [message.get("weight") for message in read({"messages": CHAT, "Weight": 0.25})] == [None, 0.25]
     with pytest.raises(RowError) as caught:
         read({"messages": CHAT, "weight": 0})
     assert caught.value.reason == "nothing_to_train"
@@ -252,6 +263,8 @@ def test_row_that_weighs_less_has_all_its_answers_weigh_less() -> None:
         (1, {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "unread_meaning", "train_detail"),
         (1, {"mask": True}, "unread_meaning", "mask"),
         (0, {"images": ["a.png"]}, "unread_meaning", "only text"),
+        (0, {"documents": [{"text": "d"}]}, "unread_meaning", "into the message"),
+        (1, {"tool_plan": "I ask."}, "unread_meaning", "reasoning_content"),
     ],
 )
 def test_message_key_that_cannot_be_carried_is_refused(

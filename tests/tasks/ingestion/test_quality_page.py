@@ -18,6 +18,7 @@ from tasks.ingestion.quality_page import (
     write_quality_page,
 )
 from tasks.ingestion.reject_groups import group_rejects
+from tasks.ingestion.rows.screening import redact_text
 from tests.tasks.ingestion.conftest import WriteLines
 
 MARKUP = "<script>alert('x')</script><img src=x onerror=y>"
@@ -109,6 +110,15 @@ def test_page_is_whole_and_holds_no_markup_of_the_data_and_nothing_from_outside(
     assert page.trained.count(MARKUP) == 1
 
 
+def test_what_turns_the_direction_of_text_is_written_out(folder: Path) -> None:
+    turned = "the answer is \u202eyes\u202c"
+    masks = {**MASKS, "train": {**SIDE, "samples": [[{"text": turned, "trained": True}]]}, "notes": [turned]}
+    quality, rejects = read(folder)
+    page = write_quality_page(folder, quality, rejects, masks, title=turned, warnings=[turned]).read_text("utf-8")
+    assert not re.findall("[\u202a-\u202e]", page)
+    assert page.count(r"the answer is \u202eyes\u202c") == 5  # twice the title
+
+
 def test_page_says_where_every_row_went_after_tokenization(folder: Path) -> None:
     quality, rejects = read(folder)
     assert count_rows(quality, MASKS) == {"trained": 16, "held out": 2, "duplicates": 1, "leaked": 0, "rejected": 5}
@@ -160,11 +170,21 @@ def test_page_of_a_mixture_has_a_line_for_each_dataset(tmp_path: Path, write_lin
 
 def test_verdict_is_good_only_where_nothing_is_to_be_looked_at() -> None:
     rows = {"trained": 9, "held out": 1, "duplicates": 2, "leaked": 0, "rejected": 0}
-    quality: dict[str, Any] = {"counts": {"rows_read": 12}, "warnings": []}
-    assert state_verdict(quality, rows)[0] == "better"
-    assert state_verdict({**quality, "warnings": ["x"]}, rows)[0] == "mixed"
-    assert state_verdict(quality, {**rows, "rejected": 1})[0] == "mixed"
-    assert state_verdict(quality, {**rows, "held out": 0})[0] == "worse"
+    assert state_verdict(12, rows, is_noted=False)[0] == "better"
+    assert state_verdict(12, rows, is_noted=True)[0] == "mixed"
+    assert state_verdict(12, {**rows, "rejected": 1}, is_noted=False)[0] == "mixed"
+    assert state_verdict(12, {**rows, "held out": 0}, is_noted=False)[0] == "worse"
+
+
+def test_page_has_the_warnings_of_both_stages_and_the_broken_budgets(folder: Path) -> None:
+    quality, rejects = read(folder)
+    assert quality["warnings"]
+    told = {"warnings": [f"the template leaves out {MARKUP}"], "problems": ["5 of 24 rows are rejected\n  3 x y"]}
+    text = parse(write_quality_page(folder, quality, rejects, MASKS, title="rows", **told)).text
+    noted = text.partition("Please note")[2].partition("Where every row went")[0]
+    assert all(redact_text(warning) in noted for warning in quality["warnings"])
+    assert told["warnings"][0] in noted
+    assert "A run would fail 5 of 24 rows are rejected" in text
 
 
 def test_rejects_are_grouped_the_most_frequent_first_and_the_first_rows_are_kept(tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def test_both_comparisons_are_tables_with_their_rows() -> None:
     ]
 
 
+def test_warnings_are_told_with_the_version() -> None:
+    warned = _COMPARISON.model_copy(update={"warnings": ("12 of 40 examples had to be cut",)})
+    text = describe_version("t", warned, warned.decision, "[run](there)")
+    assert "## Please note\n\n- 12 of 40 examples had to be cut\n\n[run](there)" in text
+
+
 def test_the_links_stay_where_the_reasons_are_endless() -> None:
     endless = Decision(verdict="refused", checks=(GateCheck(kind="gain", passed=False, finding="why " * 5000),))
     text = describe_version("t", _COMPARISON, endless, "[run](there)")

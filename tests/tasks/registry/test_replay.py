@@ -81,12 +81,5 @@ def test_a_model_that_sees_other_prompts_is_refused(
 ) -> None:
     model, dataset, tokens = work
     change(model)
-    if change is allow_control_tokens:  # seen by the rows whose last answer alone is trained
-        tokenize_dataset(
-            dataset,
-            prepare_tokenizer(_BASE_MODEL, None),
-            tokens,
-            TokenizationConfig(max_length=128, train_on="last_turn"),
-        )
     with pytest.raises(ReplayError, match=message):
         replay_rows(log(model, tmp_path / "logged"), dataset, tokens)

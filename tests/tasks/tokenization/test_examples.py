@@ -84,8 +84,10 @@ def test_the_mask_report_counts_what_a_person_has_to_know(tmp_path: Path, prepar
     dataset = write(tmp_path / "data", train, [say("u:q", "a:x")])
     config = TokenizationConfig(max_length=64, max_truncated_fraction=0.5)
     counts = tokenize_dataset(dataset, prepared, tmp_path / "tokens", config)
-    cut = "1 of 3 training examples had to be cut to 64 tokens (their prompts): raise tokenization.max_length"
-    assert [warning for warning in counts.warnings if "cut" in warning] == [f"{cut} to keep them whole"]
+    assert [warning for warning in counts.warnings if "cut" in warning] == [
+        "1 of 3 training examples had to be cut to 64 tokens (their prompts): raise tokenization.max_length, where the "
+        "model has positions for more, to keep them whole"
+    ]
     report = json.loads((tmp_path / "tokens" / "masks.json").read_text(encoding="utf-8"))
     train_report = report["train"]
     assert (train_report["num_literals"], train_report["num_truncated"]) == (1, 1)
