@@ -19,6 +19,7 @@ from tasks.visible_text import make_visible
 _DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "base_model"
 console = Console(stderr=True, highlight=False)
 
+
 def escape(text: str) -> str:
     """Make a text safe for the terminal and for rich's markup."""
     return markup.escape(make_visible(text))
