@@ -93,7 +93,7 @@ def test_every_warning_is_told_in_log_report_pages_and_with_the_version(report: 
     assert "has positions for 512 tokens" in told
     assert any("one held-out conversation" in warning for warning in report.evaluation.warnings)
     assert {told, *report.training.warnings} < {*report.evaluation.warnings}
-    description = tracking.client().get_model_version("poems", report.registry.version).description
+    description = tracking.client().get_model_version("poems", report.registry.version).description or ""
     places = (read("report/report.html"), read("gate/gate.md"), read("run_report.json"), description)
     for warning in report.evaluation.warnings:
         assert all(warning in html.unescape(place) for place in places)
