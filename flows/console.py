@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -36,6 +37,8 @@ def prepare_environment(*, cache: bool) -> None:
     """Set what Prefect and the model libraries read at import; what the user has set stays."""
     with suppress(OSError, HomeError):  # a command that writes nothing can do without; the others say it
         (make_home() / "prefect").mkdir(exist_ok=True)
+    # FastAPI's words about Prefect's own API, which nobody here can act upon.
+    warnings.filterwarnings("ignore", message="The 'alias' attribute with value")
     for name, value in run_defaults().items():
         os.environ.setdefault(name, value)
     if not cache:

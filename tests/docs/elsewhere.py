@@ -9,6 +9,7 @@ _SERVED = f"{_STORY}::test_the_champion_answers_requests_with_the_prompt_ids_of_
 _SERVICE = "tests/end_to_end/test_service.py::test_started_again_it_does_no_harm"
 _TARGETS = "tests/docs/test_pages.py::test_each_target_of_make_that_is_named_has_a_program"
 _MODULES = "tests/docs/test_pages.py::test_each_module_that_is_named_as_a_program_is_one"
+_POOL = "tests/deploy/test_kubernetes_pool.py::test_the_printed_command_makes_the_pool"
 _EXTRAS = "tests/docs/test_pages.py::test_each_extra_that_is_named_is_there"
 
 ELSEWHERE: dict[str, str] = {
@@ -33,6 +34,7 @@ INLINE: dict[str, str] = {
     "sft publish FILE --name support --recipe support.yaml": f"{_STORY}"
     "::test_published_data_starts_the_run_that_makes_the_next_champion",
     "mlflow models serve": _SERVED,
+    "prefect work-pool create gpu --type kubernetes --base-job-template deploy/kubernetes/gpu-pool.json": _POOL,
     "python -m tasks.training.reference CONFIG": "tests/tasks/training/test_reference.py",
     "python -m docs.settings_page": "tests/docs/test_settings_page.py::test_page_is_that_of_the_model",
     "python -m docs.label_pictures": "tests/docs/test_label_pictures.py::test_pictures_are_those_of_the_code",
