@@ -35,6 +35,7 @@ _USES = {
     r"_scaled_mm": "tasks/decoder/quantized.py",
     r"\._version\b|\b_foreach_\w+": "tasks/decoder/adapters.py",
     r"flash_attn\.cute": "tasks/decoder/attention.py",
+    r"\b_apply_gate\b|_is_expert_parallel": "tasks/training/engines/expert_adapters.py",
     r"_apply_liger_kernel_to_instance|MODEL_TYPE_TO_APPLY_LIGER_FN": "tasks/training/engines/liger.py",
 }
 _GONE = r"SubprocessASGIServer|warn_dependency_requirement_mismatches|\"Finished in"
@@ -155,6 +156,31 @@ def test_pytorch_counts_changes_in_place_and_copies_lists() -> None:
     assert [tensor.tolist() for tensor in left] == [[2.0, 2.0], [3.0, 3.0]]
     assert all(tensor._version > version for tensor, version in zip(left, versions, strict=True))
     assert hasattr(torch, "_scaled_mm")
+
+
+def test_peft_adapts_experts_as_it_is_read() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tasks.training.engines.expert_adapters import read_factors
+
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=16, intermediate_size=8, moe_intermediate_size=12, num_hidden_layers=1, num_experts=3,
+        num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+    )  # fmt: skip
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(r=2, lora_alpha=6, target_parameters=names)
+    )
+    base: Any = model.get_base_model()
+    wrapper = base.model.layers[0].mlp.experts
+    experts = wrapper.get_base_layer()
+    assert (experts.has_gate, experts.has_bias, experts.is_transposed, experts.num_experts) == (True, False, False, 3)
+    for each in (wrapper, wrapper.base_layer):
+        nn.init.normal_(each.lora_B["default"].weight)
+        down, up, scale = read_factors(each)
+        assert scale == 3.0
+        torch.testing.assert_close((down @ up * scale).transpose(1, 2), each.get_delta_weight("default"))
 
 
 def test_peft_lays_its_matrices_beside_the_layer() -> None:

@@ -2,6 +2,7 @@
 
 - the head at trained positions only, some at a time (`chunked_head`)
 - examples end to end in one row, through an attention of variable lengths (`flat_attention`)
+- the adapters of routed experts beside their frozen products (`expert_adapters`)
 - Liger's kernels, where that package is installed (`liger`)
 
 The trial's loss and gradients are compared with those of each example alone, with the model's own attention and whole
@@ -19,6 +20,7 @@ from tasks.families.packing import find_row_limit
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import form_batch
 from tasks.training.engines.base_dropout import find_dropout
+from tasks.training.engines.expert_adapters import use_factored_adapters
 from tasks.training.engines.flat_attention import FlatLayout, find_kinds, laid_out, use_flat_attention
 from tasks.training.engines.general import GeneralEngine, autocast_to
 from tasks.training.engines.liger import use_liger
@@ -71,6 +73,8 @@ def take_short_cuts(
         engine = replace(engine, keeps_packs=keeps_packs)
     else:
         engine = replace(engine, attend=kind if place == engine.device else kinds[0])
+    if place == engine.device and (note := _factor_adapters(engine, trial)):
+        notes.append(note)
     if place == engine.device and (note := use_liger(engine.base, lambda: trial.refuse(engine))):
         notes.append(note)
     model.train()
@@ -111,6 +115,18 @@ def changes_with_length(config: Any, longest: int) -> bool:
             )
             return longest > int(found or config.max_position_embeddings)
     return False
+
+
+def _factor_adapters(engine: GeneralEngine, trial: Checker) -> str:
+    """Take the adapters of routed experts apart from their weights; return why not, or nothing."""
+    give_back = use_factored_adapters(engine.model)
+    if give_back is None:
+        return ""
+    reason = trial.refuse(engine)
+    if reason:
+        give_back()
+        return f"each pass makes a copy of all experts' weights with the adapter added, which is slower: {reason}"
+    return ""
 
 
 def _choose_attention(
