@@ -14,18 +14,16 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.exporting import TRAINED_FILES, find_tokenizer, name_base, opening_adapter
-from schemas.artifacts import Ref
+from flows.exporting import find_tokenizer, name_base, opening_adapter
+from flows.targets import fetch_version, find_base_of, is_trained_folder, only_champion
 from schemas.config import ModelConfig
-from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
 from tasks.evaluation.streaming import stream_text, stream_tokens
 from tasks.merging.trained_models import load_trained
 from tasks.models import ModelError, choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.prompts import PromptSettings, load_settings, make_prompt
-from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
-from tasks.training.checkpoints import TRAINED
+from tasks.registry.versions import CHAMPION, find_by_address
 from tasks.training.methods import find_base
 from tasks.visible_text import make_visible
 
@@ -71,7 +69,7 @@ def open_sessions(target: str, *, compare_base: bool, system: str = "", base_mod
     Raises:
         ValueError: no such model, or its base is not known.
     """
-    if target and any((Path(target).expanduser() / name).is_file() for name in (*TRAINED_FILES, TRAINED)):
+    if is_trained_folder(target):
         sessions = _open_adapter(Path(target).expanduser(), base_model, compare_base=compare_base)
     else:
         sessions = _open_model(target, compare_base=compare_base)
@@ -111,53 +109,20 @@ def _open_model(target: str, *, compare_base: bool) -> list[ChatSession]:
         folder = Path(target).expanduser()
         label = folder.resolve().name
     else:
-        name, version = find_by_address(target or _only_champion(), default_alias=CHAMPION)
-        folder, label = _fetch(name, version), f"{name} version {version}"
+        name, version = find_by_address(target or only_champion(), default_alias=CHAMPION)
+        folder, label = fetch_version(name, version), f"{name} version {version}"
     tokenizer = _load_tokenizer(folder)
     sessions = [_load(label, folder, folder, tokenizer)]
     if compare_base:
         if not name:
             raise ChatError("--compare base needs a registered version: of a folder nobody knows the base model")
-        base, base_name = _find_base(name, version)
+        base, base_name = find_base_of(name, version)
         sessions.insert(0, _load(f"base {base_name}", base, folder, tokenizer))
     return sessions
 
 
 def _begin(system: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
-
-
-def _only_champion() -> str:
-    names = find_champions()
-    if len(names) != 1:
-        known = f"there are {', '.join(names)}" if names else "there is none: sft run makes one, and a folder does too"
-        raise ChatError(
-            f"name a model (NAME@alias, NAME/VERSION or a folder): of registered models with a champion {known}"
-        )
-    return names[0]
-
-
-def _fetch(name: str, version: str) -> Path:
-    found = get_version(name, version)
-    digest = found.tags.get(MODEL_TAG)
-    if digest is None:
-        raise ChatError(
-            f"{name} version {version} was not registered by this pipeline: download it and give its folder"
-        )
-    return tracking.resolve(Ref(uri=str(found.source), digest=digest))
-
-
-def _find_base(name: str, version: str) -> tuple[Path, str]:
-    """Return the folder of the base model of a version; it must be the very one."""
-    tags = get_version(name, version).tags
-    config = ModelConfig.model_validate(tracking.recorded_config(tags[RUN_TAG])["model"])
-    ref = locate_base_model(config)
-    if ref.digest != tags["sft.base_model_digest"]:
-        raise ChatError(
-            f"{config.base_model} has digest {ref.digest[:12]} and {name} version {version} was made from "
-            f"{tags['sft.base_model_digest'][:12]}: the base model has changed since"
-        )
-    return Path(ref.uri), ref.name
 
 
 def _load(label: str, folder: Path, shipped: Path, tokenizer: PreTrainedTokenizerBase) -> ChatSession:

@@ -31,7 +31,10 @@ def _callback() -> None:
 @app.command()
 def run(
     config: Annotated[
-        Path, typer.Argument(help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's.")
+        Path,
+        typer.Argument(
+            help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's, TRL's or Axolotl's."
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value over the file's own keys.", show_default=False)
@@ -142,7 +145,13 @@ def _export(translation: Translation, path: Path) -> None:
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Folder of a LoRA adapter, or of a training's checkpoint.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of an adapter, of trained weights or of a checkpoint; or NAME, NAME/VERSION, NAME@alias, "
+            "whose model is copied."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Gets the merged model; new or empty.")],
     base_model: Annotated[str, typer.Option(help="Folder or hub name. Default: what the adapter names.")] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
@@ -150,8 +159,12 @@ def merge(
     """Merge an adapter into its base model, and prove the result against base + adapter."""
     prepare_environment(cache=True)
     from flows.exporting import export_merged
+    from flows.targets import copy_version, is_version
 
     try:
+        if is_version(adapter):
+            console.print(f"{copy_version(adapter, folder)} is merged and proven already: copied into {folder}")
+            return
         check = export_merged(base_model, adapter, folder, max_shard_size=max_shard_size)
     except ValueError as error:
         fail(error)
@@ -161,18 +174,21 @@ def merge(
 
 @app.command("import")
 def import_(
-    config: Annotated[Path, typer.Argument(help="LLaMA-Factory's YAML.")],
+    config: Annotated[Path, typer.Argument(help="LLaMA-Factory's, TRL's or Axolotl's YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value over its keys.", show_default=False)] = None,
 ) -> None:
-    """Translate a config of LLaMA-Factory's: ours to the output, the table of all keys to the terminal."""
+    """Translate LLaMA-Factory's, TRL's or Axolotl's config: ours to the output, the table of its keys to the terminal."""
     from flows.importing import check_usable, print_config, show_translation, translate_file
-    from schemas.llamafactory.translation import is_llamafactory
+    from schemas.foreign import name_program
     from schemas.loading import read_mapping
 
     try:
         values = read_mapping(config)
-        if not is_llamafactory(values):
-            raise ConfigError(f"{config}: not LLaMA-Factory's: such a config has model_name_or_path at its top")
+        if not name_program(values):
+            raise ConfigError(
+                f"{config}: none of LLaMA-Factory's, TRL's or Axolotl's: such a config has model_name_or_path or "
+                "base_model at its top"
+            )
         translation = translate_file(config, values, overrides or ())
         show_translation(translation)
         check_usable(translation, config)

@@ -1,4 +1,4 @@
-"""Reads configs: ours, or LLaMA-Factory's, which are translated, with a line about every key."""
+"""Reads configs: ours, or LLaMA-Factory's, TRL's or Axolotl's, which are translated, with a line about every key."""
 
 import os
 from collections.abc import Iterable
@@ -12,15 +12,16 @@ from rich.table import Table
 
 from flows.console import console, escape
 from schemas.config import ModelConfig, RunConfig
+from schemas.foreign import name_program, translate_any
 from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
-from schemas.llamafactory.translation import Translation, is_llamafactory, translate
+from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
 
 _COLOURS = {"becomes": "green", "implied": "dim", "not done": "yellow", "refused": "red"}
 
 
 def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()) -> RunConfig | Translation:
-    """Read a config of ours, or one of LLaMA-Factory's, whose trainings become configs of ours.
+    """Read a config of ours, or one of another program's, whose trainings become configs of ours.
 
     Args:
         path: YAML file.
@@ -28,10 +29,10 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
         set_: section.field=value, over our settings.
 
     Raises:
-        ConfigError: it cannot be used; of LLaMA-Factory's every key that cannot be translated is named.
+        ConfigError: it cannot be used; of another program's every key that cannot be translated is named.
     """
     values = read_mapping(path)
-    if not is_llamafactory(values):
+    if not name_program(values):
         return override_config(values, (*overrides, *set_), str(path))
     translation = translate_file(path, values, overrides)
     check_usable(translation, path)
@@ -40,8 +41,8 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
     config = override_config(_in_order(translation.values), tuple(set_), str(path))
     num_lines = {kind: len(translation.list_lines(kind)) for kind in ("becomes", "implied")}
     console.print(
-        f"{path.name} is LLaMA-Factory's: {num_lines['becomes']} settings translated, {num_lines['implied']} hold "
-        f"anyway. The table: sft import {path}",
+        f"{path.name} is {translation.program}'s: {num_lines['becomes']} settings translated, "
+        f"{num_lines['implied']} hold anyway. The table: sft import {path}",
         markup=False,
     )
     for line in translation.list_lines("not done"):
@@ -50,10 +51,10 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
 
 
 def translate_file(path: Path, values: dict[str, Any], overrides: Iterable[str] = ()) -> Translation:
-    """Translate the keys of a file of LLaMA-Factory's, with key=value over them."""
+    """Translate the keys of a file of another program's, with key=value over them."""
     for override in overrides:
         apply_override(values, override)
-    return translate(values, folder=path.parent, num_processes=count_devices())
+    return translate_any(values, folder=path.parent, num_processes=count_devices())
 
 
 def check_usable(translation: Translation, path: Path) -> None:
@@ -61,7 +62,9 @@ def check_usable(translation: Translation, path: Path) -> None:
     refused = translation.list_lines("refused")
     if refused:
         lines = "\n".join(f"  {_word(line)}" for line in refused)
-        raise ConfigError(f"{path}: {len(refused)} key(s) of LLaMA-Factory's that cannot be translated\n{lines}")
+        raise ConfigError(
+            f"{path}: {len(refused)} key(s) of {translation.program}'s that cannot be translated\n{lines}"
+        )
 
 
 def count_devices() -> int:
@@ -103,7 +106,7 @@ def read_chat(model: str) -> ChatTarget:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return ChatTarget(model)
     values = read_mapping(path)
-    translation = translate_file(path, values) if is_llamafactory(values) else None
+    translation = translate_file(path, values) if name_program(values) else None
     if translation is None or translation.kind != "chat":
         raise ConfigError(
             f"{path}: not a chat config of LLaMA-Factory's (that has model_name_or_path): name a model or a folder"
@@ -127,7 +130,7 @@ def _find_folder(base_model: str) -> str:
 
 def show_translation(translation: Translation) -> None:
     """Print what became of each key, on the error stream: the config may be piped into a file."""
-    table = Table(title="LLaMA-Factory's config here", title_justify="left")
+    table = Table(title=f"{translation.program}'s config here", title_justify="left")
     for column in ("key", "value", "", "here"):
         table.add_column(column, overflow="fold")
     order = list(_COLOURS)
@@ -144,7 +147,7 @@ def print_config(translation: Translation, path: Path) -> None:
         config = _in_order(translation.values)
         override_config(config, (), str(path))
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        lines = [f"# From {path.name} of LLaMA-Factory.", *lines, text.rstrip()]
+        lines = [f"# From {path.name} of {translation.program}.", *lines, text.rstrip()]
     else:
         command = "run" if translation.kind == "export" else "chat"
         lines = [f"# sft {command} {path}", *lines]

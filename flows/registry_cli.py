@@ -1,12 +1,13 @@
-"""Commands of `sft` on what was registered or published: promote, rollback, publish, chat."""
+"""Commands of `sft` on what was registered or published: promote, rollback, publish, chat, evaluate."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from flows.console import console, fail, load_for_data, prepare_environment
+from flows.console import console, escape, fail, load_for_data, prepare_environment
 from schemas.artifacts import Move
 
 app = typer.Typer()
@@ -130,6 +131,51 @@ def chat(
             converse(sessions, sampling, Console())
     except ValueError as error:
         fail(error)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="NAME (its champion), NAME/VERSION, NAME@alias, or the folder of a model, an adapter, trained weights "
+            "or a checkpoint."
+        ),
+    ],
+    data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset; all of its rows are asked.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML config whose data and evaluation settings are used.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
+    ] = None,
+    base_model: Annotated[str, typer.Option(help="Folder or hub name, where the model names none.")] = "",
+    beside_base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Compare with the base model, where it is known.")
+    ] = True,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON here.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Write every row with its answers as Parquet here.")] = None,
+) -> None:
+    """Ask a model the rows of a dataset, and its base too: every metric, and what changed with its interval."""
+    loaded = load_for_data(data, config, set_)
+    prepare_environment(cache=True)
+    from flows.evaluating import evaluate_target
+    from flows.targets import opening_target
+    from flows.terminal import show_evaluated
+
+    def follow(who: str) -> Callable[[int, int], None]:
+        return lambda num_done, num_all: status.update(f"{escape(who)}: {num_done:,} of {num_all:,}")
+
+    try:
+        with console.status("Loading") as status, opening_target(model, base_model=base_model) as target:
+            found = evaluate_target(target, loaded, with_base=beside_base, on_progress=follow)
+    except ValueError as error:
+        fail(error)
+    for path, write in ((json_, found.write_json), (answers, found.write_answers)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+    show_evaluated(found)
 
 
 def _report_move(move: Move) -> None:

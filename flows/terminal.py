@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import prefect
@@ -28,6 +28,9 @@ from tasks import storage, tracking
 from tasks.evaluation.verdict import judge
 from tasks.sqlite_files import find_path, make_address
 from tasks.visible_text import make_visible
+
+if TYPE_CHECKING:
+    from flows.evaluating import Evaluated
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
 _STAGES = "prefect.task_runs"
@@ -101,6 +104,25 @@ def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
     console.print(f"Took {wall:.0f} s, {stages:.0f} s of them in the stages. To look further:")
     console.print(f"  MLflow   {_mlflow_command(report.mlflow_run_id)}", soft_wrap=True)
     console.print(f"  Prefect  {_prefect_command(report.prefect_flow_run_id)}", soft_wrap=True)
+
+
+def show_evaluated(found: "Evaluated") -> None:
+    """Print where every row went, and the metrics of a model, beside its base's where they were compared."""
+    console = Console(highlight=False)
+    parts = [f"{number:,} {name}" for name, number in found.rows.items() if number and name != "rows in"]
+    console.print(f"{found.rows['rows in']:,} rows in = {' + '.join(parts)}", markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+    title = f"{found.target} on {found.rows['evaluated']:,} rows"
+    if found.base:
+        console.print(make_metrics_table(f"{title}, beside {found.base}", "base", found.base_metrics, found.delta))
+        return
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in found.metrics.items():
+        table.add_row(name, f"{value + 0.0:.4g}")
+    console.print(table)
 
 
 def show_check(check: Check, source: str) -> None:
@@ -197,14 +219,15 @@ def _metrics_tables(report: RunReport) -> Iterator[Table]:
     if not evaluation.num_examples:
         return
     rows = f"on {evaluation.num_examples} held-out rows"
-    yield _metrics_table(f"Base and fine-tuned model {rows}", "base", evaluation.before, evaluation.delta)
+    yield make_metrics_table(f"Base and fine-tuned model {rows}", "base", evaluation.before, evaluation.delta)
     if champion is not None and champion.num_examples:
         rows = f"on {champion.num_examples} held-out rows ({'; '.join(champion.notes)})"
         title = f"Champion (version {champion.version}) and fine-tuned model {rows}"
-        yield _metrics_table(title, "champion", champion.metrics, champion.delta)
+        yield make_metrics_table(title, "champion", champion.metrics, champion.delta)
 
 
-def _metrics_table(title: str, who: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> Table:
+def make_metrics_table(title: str, who: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> Table:
+    """Return a table of a rival's metrics and the changes to the fine-tuned model's."""
     table = Table(title=title)
     for column in ("metric", who, "fine-tuned", "change", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")

@@ -371,11 +371,6 @@ class TrainingConfig(Section):
     def _check_strategy(self) -> Self:
         if self.strategy == "ddp" or self.num_processes * self.num_nodes == 1:
             return self
-        if not self.is_lora:
-            raise ValueError(
-                f"method is {self.method} and strategy is {self.strategy}, which divides a frozen base: set strategy "
-                "ddp, or method lora"
-            )
         if self.base_weights != "full":
             raise ValueError(
                 f"base_weights is {self.base_weights} and strategy is {self.strategy}: packed weights are whole on "

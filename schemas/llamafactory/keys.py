@@ -120,10 +120,41 @@ IMPLIED: dict[str, str] = {
         "the chat template decides where thoughts stand, with the arguments that were saved with it in training",
     ),
     **dict.fromkeys(
-        ("eval_num_beams", "num_beams", "length_penalty", "skip_special_tokens", "max_length"), "answers are greedy"
+        (
+            "eval_num_beams",
+            "num_beams",
+            "length_penalty",
+            "skip_special_tokens",
+            "max_length",
+            "do_sample",
+            "temperature",
+        ),
+        "answers are greedy",
     ),
     **dict.fromkeys(("export_legacy_format", "export_device"), "safetensors, merged block by block on the CPU"),
     **dict.fromkeys(("infer_backend",), "transformers answers"),
+    **dict.fromkeys(
+        (
+            "half_precision_backend",
+            "fp16_backend",
+            "fp16_opt_level",
+            "use_ipex",
+            "jit_mode_eval",
+            "torchdynamo",
+            "torch_compile",
+            "torch_compile_backend",
+            "torch_compile_mode",
+            "torch_empty_cache_steps",
+            "ray_scope",
+            "past_index",
+            "mp_parameters",
+            "tpu_num_cores",
+            "use_legacy_prediction_loop",
+            "include_inputs_for_metrics",
+            "fsdp_min_num_params",
+        ),
+        "of no effect here: the machine is looked at instead",
+    ),
 }
 """Holds anyway, whatever the value: why."""
 
@@ -134,6 +165,31 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "push_to_hub": ((False,), "nothing is uploaded"),
     "export_hub_model_id": ((), "nothing is uploaded"),
     "use_swanlab": ((False,), "the curves go to MLflow"),
+    **dict.fromkeys(
+        (
+            "swanlab_project",
+            "swanlab_workspace",
+            "swanlab_run_name",
+            "swanlab_mode",
+            "swanlab_api_key",
+            "swanlab_logdir",
+            "swanlab_lark_webhook_url",
+            "swanlab_lark_secret",
+        ),
+        ((), "the curves go to MLflow"),
+    ),
+    **dict.fromkeys(
+        (
+            "hub_model_id",
+            "hub_token",
+            "hub_strategy",
+            "hub_private_repo",
+            "push_to_hub_token",
+            "push_to_hub_model_id",
+            "push_to_hub_organization",
+        ),
+        ((), "nothing is uploaded"),
+    ),
     "top_p": ((1.0,), "only the temperature is set in a chat"),
     "top_k": ((0,), "only the temperature is set in a chat"),
     "repetition_penalty": ((1.0,), "only the temperature is set in a chat"),
@@ -202,6 +258,18 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_device_map": ((), "each process has one GPU"),
     "export_quantization_bit": ((), "merge first, then quantize the merged model with its own tool"),
     "export_quantization_dataset": ((), "merge first, then quantize the merged model with its own tool"),
+    **dict.fromkeys(
+        ("export_quantization_nsamples", "export_quantization_maxlen"),
+        ((), "merge first, then quantize the merged model with its own tool"),
+    ),
+    **dict.fromkeys(
+        ("no_cuda", "use_cpu", "use_mps_device"), ((False,), "hide the GPUs with an empty CUDA_VISIBLE_DEVICES instead")
+    ),
+    **dict.fromkeys(
+        ("per_gpu_train_batch_size", "per_gpu_eval_batch_size"), ((), "write per_device_train_batch_size, its new name")
+    ),
+    "adafactor": ((False,), "AdamW is the optimizer here"),
+    "optim_target_modules": ((), "AdamW moves all that is trained"),
     "use_ray": ((False,), "processes are started by this program"),
 }
 """Refused unless the value is one of these: why."""

@@ -1,6 +1,6 @@
 """What becomes of the keys of a config: lines for a person, and settings of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -65,8 +65,14 @@ class Work:
     """Sections of a RunConfig."""
     lines: list[KeyLine] = field(default_factory=list)
 
-    known: set[str] = field(default_factory=lambda: {*IMPLIED, *NOT_DONE, *REFUSED})
-    """Names of keys."""
+    tables: tuple[
+        Mapping[str, str],
+        Mapping[str, tuple[tuple[Any, ...], str]],
+        Mapping[str, tuple[tuple[Any, ...], str]],
+    ] = (IMPLIED, NOT_DONE, REFUSED)
+    """What is said of keys that are left: see `keys`."""
+    known: set[str] = field(default_factory=set)
+    """Names of keys that were asked for."""
 
     def take(self, key: str, default: Any, convert: Callable[[Any], Any] = lambda value: value) -> tuple[Any, Any]:
         """Return a key as it was given, and its value; the default where it is not given, or wrong and thus refused."""
@@ -103,17 +109,19 @@ class Work:
 
     def finish(self) -> tuple[KeyLine, ...]:
         """Give every key that is left its line, and return all lines."""
+        implied, not_done, refused = self.tables
+        known = [*self.known, *implied, *not_done, *refused]
         for key, value in self.given.items():
-            if key in IMPLIED:
-                self.say(key, value, "implied", IMPLIED[key])
-            elif key in NOT_DONE:
-                harmless, why = NOT_DONE[key]
+            if key in implied:
+                self.say(key, value, "implied", implied[key])
+            elif key in not_done:
+                harmless, why = not_done[key]
                 self.say(key, value, "implied" if value in harmless else "not done", why)
-            elif key in REFUSED:
-                harmless, why = REFUSED[key]
+            elif key in refused:
+                harmless, why = refused[key]
                 self.say(key, value, "implied" if value in harmless else "refused", why)
             else:
-                close = get_close_matches(key, self.known, n=1, cutoff=0.8)
+                close = get_close_matches(key, known, n=1, cutoff=0.8)
                 remedy = f"did you mean {close[0]}?" if close else "leave it out"
                 self.say(key, value, "refused", f"no such key is known: {remedy}")
         self.given.clear()

@@ -21,22 +21,23 @@ def read_training(work: Work, folder: Path, num_processes: int) -> None:
         folder: of the YAML file.
         num_processes: devices that train.
     """
-    _read_name(work)
+    read_name(work)
     _read_settings(work)
     _read_datasets(work, folder)
     _read_held_out(work)
     _read_labels(work)
     _read_method(work)
-    _read_batch(work, num_processes)
-    _read_schedule(work)
-    _read_evaluations(work)
-    _read_kept(work)
+    read_batch(work, num_processes)
+    _read_packing(work)
+    read_schedule(work)
+    read_evaluations(work)
+    read_kept(work)
     _read_memory(work)
-    _read_strategy(work, folder)
-    _read_reports(work)
+    read_strategy(work, folder)
+    read_reports(work)
 
 
-def _read_name(work: Work) -> None:
+def read_name(work: Work) -> None:
     """Name the run and the registered model by run_name, or by the output folder."""
     (output, _), (name, _) = work.take("output_dir", ""), work.take("run_name", "")
     key, shown = ("output_dir", output) if name == NOT_GIVEN else ("run_name", name)
@@ -52,17 +53,22 @@ def _read_name(work: Work) -> None:
 
 
 def _read_settings(work: Work) -> None:
-    _put_all(work, SETTINGS)
-    shown, max_steps = work.take("max_steps", -1, to_whole)
-    if max_steps > 0:
-        work.put("max_steps", shown, "training.max_steps", max_steps)
-    elif shown != NOT_GIVEN:
-        work.say("max_steps", shown, "implied", "the epochs decide")
+    put_all(work, SETTINGS)
+    read_steps(work)
     shown, revision = work.take("model_revision", "main", str)
     if revision != "main":
         work.put("model_revision", shown, "model.revision", revision)
     elif shown != NOT_GIVEN:
         work.say("model_revision", shown, "implied", "it is the default of the hub")
+
+
+def read_steps(work: Work) -> None:
+    """Read max_steps, which goes before the epochs."""
+    shown, max_steps = work.take("max_steps", -1, to_whole)
+    if max_steps > 0:
+        work.put("max_steps", shown, "training.max_steps", max_steps)
+    elif shown != NOT_GIVEN:
+        work.say("max_steps", shown, "implied", "the epochs decide")
 
 
 def _read_datasets(work: Work, folder: Path) -> None:
@@ -151,7 +157,8 @@ def _read_labels(work: Work) -> None:
     work.put("cutoff_len", NOT_GIVEN, "tokenization.truncation", "cut_answer", why)
 
 
-def _put_all(work: Work, settings: Mapping[str, Setting]) -> None:
+def put_all(work: Work, settings: Mapping[str, Setting]) -> None:
+    """Take each key of a table that is a setting of ours under another name."""
     for key, setting in settings.items():
         shown, value = work.take(key, setting.default, setting.convert)
         if value is not None:
@@ -196,7 +203,7 @@ def _read_freeze(work: Work) -> None:
 
 
 def _read_lora(work: Work) -> None:
-    _put_all(work, LORA)
+    put_all(work, LORA)
     shown, alpha = work.take("lora_alpha", 2.0 * work.find("training.rank"), to_number)
     work.put("lora_alpha", shown, "training.alpha", alpha, "twice the rank" if shown == NOT_GIVEN else "")
     shown, names = work.take("lora_target", ("all",), to_names)
@@ -206,7 +213,7 @@ def _read_lora(work: Work) -> None:
         work.put("lora_target", shown, "training.target_modules", ("all-linear",))
 
 
-def _read_batch(work: Work, num_processes: int) -> None:
+def read_batch(work: Work, num_processes: int) -> None:
     """Take batch sizes as they are meant: of each device."""
     key = "per_device_train_batch_size"
     shown, size = work.take(key, 8, to_whole)
@@ -217,6 +224,9 @@ def _read_batch(work: Work, num_processes: int) -> None:
     why = f"{steps} on each of {num_processes} devices" if num_processes > 1 else ""
     name = "training.gradient_accumulation_steps"
     work.put("gradient_accumulation_steps", shown, name, steps * num_processes, why)
+
+
+def _read_packing(work: Work) -> None:
     (shown_packing, packing), (shown_neat, neat) = (
         work.take(key, False, to_flag) for key in ("packing", "neat_packing")
     )
@@ -226,7 +236,8 @@ def _read_batch(work: Work, num_processes: int) -> None:
             work.put(key, shown, "training.packing", packing or neat, why)
 
 
-def _read_schedule(work: Work) -> None:
+def read_schedule(work: Work) -> None:
+    """Read schedule and warm-up."""
     shown, kind = work.take("lr_scheduler_type", "linear", str)
     if kind in _SCHEDULERS:
         work.put("lr_scheduler_type", shown, "training.scheduler", _SCHEDULERS[kind])
@@ -251,7 +262,8 @@ def _read_schedule(work: Work) -> None:
     work.put(key, shown, "training.warmup_fraction", part)
 
 
-def _read_evaluations(work: Work) -> None:
+def read_evaluations(work: Work) -> None:
+    """Read how often the evaluation loss is measured."""
     key = "evaluation_strategy" if "evaluation_strategy" in work.given else "eval_strategy"
     (shown, strategy), (shown_steps, steps) = work.take(key, "no", str), work.take("eval_steps", None, to_whole)
     text = "the evaluation loss is measured ten times a run"
@@ -264,7 +276,7 @@ def _read_evaluations(work: Work) -> None:
         work.say(key, shown, "implied", text)
 
 
-def _read_kept(work: Work) -> None:
+def read_kept(work: Work) -> None:
     """Keep the last adapter, unless the best one is asked for."""
     shown, is_best = work.take("load_best_model_at_end", False, to_flag)
     if is_best or shown != NOT_GIVEN or work.find("training.early_stopping_patience") is not None:
@@ -287,7 +299,7 @@ def _read_memory(work: Work) -> None:
         work.say(key, shown, "implied", "activations are recomputed where the memory asks for it")
 
 
-def _read_strategy(work: Work, folder: Path) -> None:
+def read_strategy(work: Work, folder: Path) -> None:
     """Read the stage of a DeepSpeed config, or fsdp."""
     shown, fsdp = work.take("fsdp", "")
     if fsdp:
@@ -315,7 +327,8 @@ def _read_strategy(work: Work, folder: Path) -> None:
             work.say(f"deepspeed: {key}", device, "not done", "nothing is moved to the host's memory")
 
 
-def _read_reports(work: Work) -> None:
+def read_reports(work: Work) -> None:
+    """Read where the curves go."""
     shown, names = work.take("report_to", (), to_names)
     if {"tensorboard", "all"} & set(names):
         work.put("report_to", shown, "training.report_to", ("tensorboard",), "besides MLflow")

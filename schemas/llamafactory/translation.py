@@ -19,13 +19,14 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 @dataclass(frozen=True)
 class Translation:
-    """A file of LLaMA-Factory's in our terms."""
+    """A file of another program's in our terms."""
 
     kind: Kind
     values: dict[str, Any]
     """train: sections of a RunConfig; export: base_model, adapter, folder, max_shard_size; chat: base_model, adapter,
     temperature, max_new_tokens."""
     lines: tuple[KeyLine, ...]
+    program: str = "LLaMA-Factory"
 
     def list_lines(self, *outcomes: Outcome) -> list[KeyLine]:
         """Return the lines of these outcomes."""
@@ -33,7 +34,7 @@ class Translation:
 
 
 def is_llamafactory(values: Any) -> bool:
-    """Tell whether a mapping is a config of LLaMA-Factory's and not one of ours."""
+    """Tell whether a mapping is a config of LLaMA-Factory's and not one of ours; TRL's is looked at before."""
     return isinstance(values, dict) and "model_name_or_path" in values and not {"model", "data"} & values.keys()
 
 
@@ -48,11 +49,7 @@ def translate(values: Mapping[str, Any], *, folder: Path = Path(), num_processes
     Returns:
         Every key that was given has a line. Where a line is refused, the values are not whole.
     """
-    given = {
-        str(key): float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-        for key, value in values.items()
-        if value is not None
-    }
+    given = clean(values)
     work = Work(given)
     if given.get("export_dir"):
         return Translation("export", _read_export(work), work.finish())
@@ -60,6 +57,15 @@ def translate(values: Mapping[str, Any], *, folder: Path = Path(), num_processes
         read_training(work, folder, num_processes)
         return Translation("train", work.values, work.finish())
     return Translation("chat", _read_chat(work), work.finish())
+
+
+def clean(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys that have a value, and numbers that YAML 1.1 reads as text as numbers."""
+    return {
+        str(key): float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _read_export(work: Work) -> dict[str, Any]:

@@ -38,7 +38,8 @@ from tasks.training.packing import packing_efficiency
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
-from tasks.training.sharding import is_sharded, is_zero, shard_base
+from tasks.training.sharded_optimizer import hand_over
+from tasks.training.sharding import is_sharded, is_zero, shard_base, shard_weights
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
 from tasks.training.throughput import count_useful_flop, measure_peak
 from tasks.training.validation import count_evals_since_best, find_overfitting
@@ -139,10 +140,11 @@ def _save_chosen(run: Run, run_folder: Path) -> tuple[int, list[str]]:
     if setup.config.keeps_best and progress.best_step not in (None, step):
         step = int(progress.best_step or step)
         logger.info("What was trained up to step %d is kept, whose evaluation loss is the smallest", step)
-    if is_rank0():
-        if step != progress.step:
-            trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
-        save_trained(setup.model, setup.config, name_trained_folder(run_folder, setup.config), trained)
+    if not is_rank0():  # which may hold parts only
+        return step, []
+    if step != progress.step:
+        trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
+    save_trained(setup.model, setup.config, name_trained_folder(run_folder, setup.config), trained)
     return step, find_unmoved(setup.start, take_fingerprints(setup.model, trained), num_steps=step)
 
 
@@ -179,7 +181,12 @@ def _divide(setup: Setup) -> Setup:
 
         return divide(setup)
     if is_sharded(setup.config):
-        shard_base(setup.model, setup.device)
+        if setup.config.is_lora:
+            shard_base(setup.model, setup.device)
+        else:
+            held = dict(setup.parameters)
+            shard_weights(setup.model, setup.device, setup.dtype)
+            setup = hand_over(setup, held)
         assert isinstance(setup.engine, GeneralEngine)
         engine = fit_general(setup.engine, setup.table, setup.config, list(setup.parameters.values()))
         return replace(setup, engine=engine)

@@ -105,8 +105,9 @@ def prepare_training(
     engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
     if found:
         notes = (describe_dropout(found, is_kept=config.base_dropout), *notes)
-    for parameter in parameters.values():
-        parameter.data = parameter.data.to(device)
+    if config.is_lora or not is_sharded(config):  # else they go to the device in parts
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(device)
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )

@@ -39,7 +39,7 @@ def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
 
     Args:
         path: of the config.
-        output: folder for the adapter and the tokenizer.
+        output: folder for the adapter, or the model where its own weights are trained, and the tokenizer.
         question: asked of the fine-tuned model at the end.
     """
     from tasks.base_model import locate_base_model
@@ -49,19 +49,19 @@ def main(path: Path, *, output: Path | None = None, question: str = "") -> None:
     train, held_out = tokenize(config, base_model)
     base = load_model(base_model, dtype=torch.float32, device=choose_device())
     model = attach_trained(base, config.training, seed=config.seed).train()
-    sys.stdout.write(f"held-out loss {average_loss(model, held_out):.4f}\n")
+    sys.stdout.write(tell_loss(model, held_out))
     steps = list(plan_steps(train, config.training, seed=config.seed))
     rates = [learning_rate(step, len(steps), config.training) for step in range(len(steps))]
     decay, norm = config.training.weight_decay, config.training.max_grad_norm
     losses = fine_tune(model, steps, rates, max_grad_norm=norm, weight_decay=decay)
     for step, loss in enumerate(losses, start=1):
         sys.stdout.write(f"step {step}/{len(steps)}  loss {loss:.4f}  learning rate {rates[step - 1]:.2e}\n")
-    sys.stdout.write(f"held-out loss {average_loss(model, held_out):.4f}\n")
+    sys.stdout.write(tell_loss(model, held_out))
     prepared = prepare_tokenizer(base_model, config.model.chat_template, config.tokenization.template_arguments)
     if output is not None:
         model.save_pretrained(str(output))
         prepared.tokenizer.save_pretrained(str(output))
-        sys.stdout.write(f"adapter and tokenizer in {output}\n")
+        sys.stdout.write(f"{'adapter' if config.training.is_lora else 'model'} and tokenizer in {output}\n")
     if question:
         sys.stdout.write(f"{question}\n{answer(model, prepared, question, config.evaluation.max_new_tokens)}\n")
 
@@ -171,11 +171,16 @@ def average_loss(model: nn.Module, examples: Sequence[Example]) -> float:
     return total / num_trained if num_trained else float("nan")
 
 
+def tell_loss(model: nn.Module, held_out: Sequence[Example]) -> str:
+    """Return a line on the held-out loss."""
+    return f"held-out loss {average_loss(model, held_out):.4f}\n" if held_out else "no row is held out\n"
+
+
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Supervised fine-tuning in plain PyTorch, one example at a time.")
     parser.add_argument("config", type=Path, help="YAML config of a run; its model, data, tokenization and training")
-    parser.add_argument("--output", type=Path, help="folder for the adapter and the tokenizer")
+    parser.add_argument("--output", type=Path, help="folder for what was trained and the tokenizer")
     parser.add_argument("--question", default="", help="asked of the fine-tuned model at the end")
     return parser.parse_args()
 

@@ -21,6 +21,7 @@ from tasks.training.optimization import descend
 from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
 from tasks.training.schedule import compute_learning_rate
+from tasks.training.sharding import is_sharded
 from tasks.training.validation import compute_eval_loss
 from tasks.training.writing import CheckpointWriter
 
@@ -156,7 +157,8 @@ def release_memory(setup: Setup) -> None:
 
 def save(run: Run, writer: CheckpointWriter) -> None:
     """Copy the training's state and begin to write it."""
-    check_ranks_agree(run.setup.parameters, step=run.progress.step)
+    if run.setup.config.is_lora or not is_sharded(run.setup.config):  # else no rank holds what another does
+        check_ranks_agree(run.setup.parameters, step=run.progress.step)
     parameters, optimizer = run.setup.optimizer.unsharded()
     snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=run.progress, identity=run.identity)
     if snapshot is not None:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from schemas.artifacts import AdaptedWeights, AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
+from tasks.training.cards import complete_folder
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
@@ -64,6 +65,7 @@ def train(
         tracking.log_table(run_id, _tabulate(outcome.adapted), "adapted_weights.json")
         if (folder / "tensorboard").is_dir():
             tracking.log_folder(run_id, folder / "tensorboard", "tensorboard")
+        complete_folder(outcome.adapter, job.tokens / "tokenizer", base_model, config)
         ref = _publish(outcome, run_id, config)
         tracking.remember(run_id, ref)
     speed = f"{ref.tokens_per_second:,.0f}"

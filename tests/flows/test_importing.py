@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from flows.importing import count_devices, load_any
 from schemas.config import RunConfig, TrainingConfig
-from schemas.loading import ConfigError, load_config
+from schemas.loading import ConfigError, load_config, parse_config
 from tasks.models import load_model
 from tasks.training.checkpoints import Progress, take_snapshot, write_snapshot
 from tasks.training.lora import attach_adapter, collect_trained
@@ -88,7 +88,7 @@ def test_import_names_all_that_cannot_be_and_writes_nothing(place: Path) -> None
     assert "2 key(s) of LLaMA-Factory's that cannot be translated" in result.stderr
     ours = call("import", Path(__file__).resolve().parents[2] / "deploy" / "configs" / "demo.yaml")
     assert ours.exit_code == 1
-    assert "not LLaMA-Factory's" in ours.stderr
+    assert "none of LLaMA-Factory's, TRL's or Axolotl's" in ours.stderr
 
 
 def test_overrides_are_over_the_files_own_keys_and_set_is_over_ours(place: Path) -> None:
@@ -203,3 +203,16 @@ def test_files_for_another_command_say_which(place: Path) -> None:
     assert result.exit_code == 1
     assert f"sft chat {chat}" in result.stderr.replace("\n", "")
     assert "not a chat config of LLaMA-Factory's" in call("chat", "my_sft.yaml").stderr
+
+
+def test_trls_file_is_run_and_imported_by_the_same_commands(place: Path) -> None:
+    sft = write(place / "sft.yaml", model_name_or_path="m", dataset_name="d", use_peft=True, lora_r=4, output_dir="x")
+    result = call("import", sft)
+    assert result.exit_code == 0, result.output
+    assert "TRL's config here" in result.stderr
+    assert result.stdout.startswith("# From sft.yaml of TRL.")
+    assert parse_config(yaml.safe_load(result.stdout)).training.rank == 4
+    bad = write(place / "bad.yaml", model_name_or_path="m", dataset_name="d", load_in_8bit=True)
+    refused = call("run", bad)
+    assert refused.exit_code == 1
+    assert "1 key(s) of TRL's that cannot be translated" in refused.stderr

@@ -21,6 +21,21 @@ def test_every_config_file_of_the_repository_loads(path: Path) -> None:
     assert load_config(path).model.base_model
 
 
+def test_configs_of_ten_models_begin_with_what_they_need() -> None:
+    files = [path for path in _CONFIGS.glob("*.yaml") if path.name != "demo.yaml"]
+    configs = {path.stem: load_config(path) for path in files}
+    assert len({config.model.base_model for config in configs.values()}) >= 10
+    assert {config.training.method for config in configs.values()} == {"lora", "full"}
+    for name, config in configs.items():
+        text = (_CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+        assert text.startswith("# "), name
+        assert max(map(len, text.splitlines())) <= 120, name
+        if name != "qwen3-0.6b":
+            assert config.name == config.registry.name == name
+            assert " GB" in text, name
+        assert (config.training.learning_rate > 5e-5) == config.training.is_lora or config.training.rank == 16, name
+
+
 def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
     config = parse_config(_SMALLEST)
     assert config.training.rank == 64
@@ -78,10 +93,6 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
         ),
         ({"training": {"method": "full", "base_weights": "nf4"}}, "base_weights is nf4: only a frozen base can be"),
         ({"training": {"method": "freeze", "engine": "fused"}}, "method is freeze and engine is fused, which trains"),
-        (
-            {"training": {"method": "full", "num_processes": 2, "strategy": "fsdp"}},
-            "method is full and strategy is fsdp, which divides a frozen base",
-        ),
         (
             {"data": {"source": "a", "eval_fraction": 0}, "training": {"keep": "best"}},
             "training.keep is best, which goes by held-out rows, and data.eval_fraction is 0: hold out a part",

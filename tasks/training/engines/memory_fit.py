@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tasks.out_of_memory import is_out_of_memory
 from tasks.tokenization.labels import IGNORE_INDEX
@@ -70,7 +71,7 @@ def fit_memory(
         longest: tokens of an example; where examples are padded, memory may grow with it.
         reserved_bytes: left free.
     """
-    num_parameters = sum(parameter.numel() for parameter in trained)
+    num_parameters = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained)
     free_bytes = _SHARE * _read_free(engine.device) - 8 * num_parameters - reserved_bytes
     most_tokens = min(most_tokens, LARGEST_FORWARD)
     small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)

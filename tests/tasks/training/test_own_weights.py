@@ -1,6 +1,7 @@
 """The model's own weights are trained as the plain loop does it, go on after a stop, and are written as they are."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from tasks.training.own_weights import choose_weights, plan_weights
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
 from tasks.training.reference import average_loss, fine_tune, learning_rate
 from tests.tasks.families.tiny import save_model
-from tests.tasks.training.conftest import KINDS, build_model, build_tokenizer, read_tokens, write_tokens
+from tests.tasks.training.conftest import (
+    KINDS,
+    build_model,
+    build_tokenizer,
+    needs_deepspeed,
+    read_tokens,
+    write_tokens,
+)
 from tests.tasks.training.ranks import on_two_ranks
 from tests.tasks.training.test_reference import read_examples
 
@@ -182,22 +190,59 @@ def test_tied_checkpoint_that_holds_both_tensors_gets_both(tmp_path: Path, token
     assert not torch.equal(written["lm_head.weight"], values["lm_head.weight"])
 
 
-def train_together(number: int, base_model: Path, tokens: Path, folder: Path) -> tuple[list[float], list[float]]:
-    """Train; return both curves."""
-    losses: list[float] = []
-    evaluations: list[float] = []
-    train_adapter(
-        base_model, tokens, folder, FULL, seed=5, identity="x",
-        on_step=lambda record: losses.append(record.loss), on_eval=lambda record: evaluations.append(record.loss),
-    )  # fmt: skip
-    return losses, evaluations
+Curves = tuple[list[float], list[float], list[float]]
 
 
-def test_two_ranks_have_the_curve_of_one(tmp_path: Path, base_model: Path, tokens: Path) -> None:
-    alone = train_together(0, base_model, tokens, tmp_path / "alone")
-    for losses, evaluations in on_two_ranks(train_together, base_model, tokens, tmp_path, folder=tmp_path / "ranks"):
-        assert losses == pytest.approx(alone[0], abs=1e-5)
-        assert evaluations == pytest.approx(alone[1], abs=1e-5)
+def train_together(
+    number: int, base_model: Path, tokens: Path, folder: Path, changes: dict[str, Any], stop_at: int
+) -> Curves:
+    """Train until a step, or the end; return losses, gradient norms and evaluation losses."""
+    curves: Curves = ([], [], [])
+
+    def note(record: StepRecord) -> None:
+        curves[0].append(record.loss)
+        curves[1].append(record.grad_norm)
+
+    with suppress(TrainingStopped):
+        train_adapter(
+            base_model, tokens, folder, FULL.model_copy(update=changes), seed=5, identity="x",
+            on_step=note, on_eval=lambda record: curves[2].append(record.loss),
+            should_stop=lambda: len(curves[0]) == stop_at,
+        )  # fmt: skip
+    return curves
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [
+        ("ddp", "full"),
+        ("fsdp", "full"),
+        ("fsdp", "freeze"),
+        pytest.param("zero2", "full", marks=needs_deepspeed),
+        pytest.param("zero3", "full", marks=needs_deepspeed),
+    ],
+)
+def test_two_ranks_have_the_curve_of_one_and_go_on_from_it(
+    tmp_path: Path, base_model: Path, tokens: Path, strategy: str, method: str
+) -> None:
+    changes = {"method": method, "trained_layers": 1}
+    alone = train_together(0, base_model, tokens, tmp_path / "alone", changes, 100)
+    assert min(alone[1]) > FULL.max_grad_norm  # every step is clipped
+    divided = {**changes, "strategy": strategy}
+    together = tmp_path / "together"
+    first = train_together(0, base_model, tokens, together, changes, 5)
+    assert first[0] == alone[0][:5]
+    second = on_two_ranks(train_together, base_model, tokens, together, divided, 7, folder=tmp_path / "second")
+    third = on_two_ranks(train_together, base_model, tokens, together, divided, 100, folder=tmp_path / "third")
+    for (losses, norms, evaluations), (rest, further, last) in zip(second, third, strict=True):
+        assert [*losses, *rest] == pytest.approx(alone[0][5:], abs=2e-5)
+        assert [*norms, *further] == pytest.approx(alone[1][5:], rel=1e-3)
+        assert [*first[2], *evaluations, *last] == pytest.approx(alone[2], abs=2e-5)
+    one, other = (
+        load_file(tmp_path / name / "trained_weights" / "trained_weights.safetensors") for name in ("alone", "together")
+    )
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
 
 
 def sum_in_buckets(number: int) -> list[list[float]]:

@@ -100,6 +100,24 @@ def test_runs_alone_from_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
 
 
+def test_trains_and_saves_all_weights_and_all_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base_model = build_tokenizer(build_model(tmp_path / "model", vocab_size=120))
+    rows = [{"instruction": f"say {word}", "input": "", "output": word * 2} for word in "abcd"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{base_model: {base_model}}}\n"
+        f"data: {{source: {tmp_path / 'rows.jsonl'}, eval_fraction: 0}}\n"
+        "training: {method: full, micro_batch: 2, num_epochs: 2, learning_rate: 0.003}\n"
+    )
+    main(tmp_path / "run.yaml", output=tmp_path / "trained")
+    told = capsys.readouterr().out
+    assert told.count("no row is held out\n") == 2
+    assert told.endswith(f"model and tokenizer in {tmp_path / 'trained'}\n")
+    before, after = load_model(base_model), load_model(tmp_path / "trained")
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert not torch.equal(old, new), name
+
+
 def test_any_model_with_or_without_an_adapter(base_model: Path, tokens: Path) -> None:
     examples = list(read_examples(tokens).values())[:4]
     whole = load_model(base_model).train()
