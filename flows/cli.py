@@ -177,7 +177,7 @@ def import_(
     config: Annotated[Path, typer.Argument(help="LLaMA-Factory's, TRL's or Axolotl's YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value over its keys.", show_default=False)] = None,
 ) -> None:
-    """Translate LLaMA-Factory's, TRL's or Axolotl's config: ours to the output, the table of its keys to the terminal."""
+    """Translate a config of LLaMA-Factory, TRL or Axolotl: ours to the output, a table of its keys to the terminal."""
     from flows.importing import check_usable, print_config, show_translation, translate_file
     from schemas.foreign import name_program
     from schemas.loading import read_mapping
