@@ -28,11 +28,15 @@ class Ending:
     """What the template writes around a user's words."""
     frame: str = ""
     """All that the template writes around the probe's words."""
+    opening: str = ""
+    """The generation prompt, of templates that write it whether it is asked for or not; `tail` is what precedes it."""
     known: bool = False
     """False where the template refuses the probe: turns are then judged by their own last token."""
 
 
-def find_ending(render: Callable[[list[dict[str, Any]], bool], str], added: re.Pattern[str]) -> Ending:
+def find_ending(
+    render: Callable[[list[dict[str, Any]], bool], str], added: re.Pattern[str], eos: str | None = None
+) -> Ending:
     """Probe a template: question, answer, and a further question.
 
     The tail of a last message may hold more than the end of turn (phi-3 adds eos to the text's end), and the tail of
@@ -44,6 +48,7 @@ def find_ending(render: Callable[[list[dict[str, Any]], bool], str], added: re.P
     try:
         last = render([question, answer], False)
         prompt = render([question], True)
+        is_always_prompted = render([question], False) == prompt
     except MaskError:
         return Ending()
     if last.count(ANSWER) != 1 or prompt.count(USER) != 1:
@@ -53,14 +58,22 @@ def find_ending(render: Callable[[list[dict[str, Any]], bool], str], added: re.P
         history = render([question, answer, {"role": "user", "content": NEXT}], False).partition(ANSWER)[2]
     except MaskError:
         history = ""
-    run = _first_run(tail, added)
     before, _, after = prompt.partition(USER)
+    opening = _find_opening(tail, after, eos) if is_always_prompted else ""
+    tail = tail.removesuffix(opening)
+    run = _first_run(tail, added)
     if not run:
         kept, closed = tail.rstrip(), False
     else:
         kept, closed = tail[: _end_of_turn(tail, history, run)], True
     frame = "\n".join([before, after, *last.replace(USER, ANSWER).split(ANSWER), history])
-    return Ending(tail, kept, closed, after, before[-64:] + after, frame, True)
+    return Ending(tail, kept, closed, after, before[-64:] + after, frame, opening, True)
+
+
+def _find_opening(tail: str, prompt_tail: str, eos: str | None) -> str:
+    """Return what follows an answer's eos and ends a prompt too: the next answer's beginning."""
+    _, found, opening = tail.rpartition(eos) if eos else ("", "", "")
+    return opening if found and opening and prompt_tail.endswith(opening) else ""
 
 
 def find_anchor(prompt_tail: str, added: re.Pattern[str]) -> str:

@@ -98,7 +98,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, source: str, variables: dict[str,
     def probe(messages: list[Message], prompt: bool) -> str:
         return render(chat, normalize_messages(messages, forms), None, add_generation_prompt=prompt)
 
-    ending = find_ending(probe, pattern)
+    ending = find_ending(probe, pattern, tokenizer.eos_token)
     anchor = find_anchor(ending.prompt_tail, pattern)
     anchor_ids = tuple(encode(tokenizer, anchor))
     usable = bool(anchor_ids) and tokens.get(anchor_ids[0]) is not None

@@ -216,6 +216,7 @@ def _mismatch(chat: Chat, number: int, why: str) -> MaskError:
 def _cut_ending(chat: Chat, text: str) -> tuple[str, bool]:
     """Cut what follows the end of turn; tell whether there is one."""
     ending = chat.ending
+    text = text.removesuffix(ending.opening)
     if ending.known and ending.tail and text.endswith(ending.tail):
         return text[: len(text) - len(ending.tail)] + ending.kept, ending.closed
     stripped = text.rstrip()

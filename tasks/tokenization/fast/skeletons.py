@@ -126,9 +126,10 @@ def _trace_turn(chat: Chat, messages: Sequence[Message], index: int, constraints
     prompt = trace(chat, messages[:index], constraints, add_generation_prompt=True)
     whole = trace(chat, messages[: index + 1], constraints, add_generation_prompt=False)
     text = suffix_after(whole, prompt, constraints)
-    if not text or not isinstance(text[-1], str) or not text[-1].endswith(chat.ending.tail):
+    written = chat.ending.tail + chat.ending.opening
+    if not text or not isinstance(text[-1], str) or not text[-1].endswith(written):
         raise Untraceable
-    end = text[-1].removesuffix(chat.ending.tail) + chat.ending.kept
+    end = text[-1].removesuffix(written) + chat.ending.kept
     target = merge((*text[:-1], end))
     return TracedTurn(index, prompt, target)
 

@@ -142,6 +142,19 @@ _NUMBERED_CALLS = (
     "{{ eos_token }}{%- else -%}" + _RAISE + "{%- endif -%}" + _END
 )
 
+# The next answer's beginning stands behind every conversation, asked for or not; two kinds of answers end alike.
+_ALWAYS_PROMPTED = (
+    "{{- bos_token -}}{%- for t in tools or [] -%}{{ '<|start|><|system|>' ~ (t | tojson) ~ '<|end|>' }}{%- endfor -%}"
+    + _LOOP
+    + "{%- if m.role != 'assistant' -%}{{ '<|start|><|' ~ m.role ~ '|>' ~ m.content ~ '<|end|>' }}"
+    "{%- elif m.tool_calls -%}"
+    "{{ '<|start|><|bot|><|act|>' ~ m.content }}{%- for c in m.tool_calls -%}{{ c.function | tojson }}{%- endfor -%}"
+    "{{ '<|/act|><|end|>' }}"
+    "{%- else -%}{{ '<|start|><|bot|><|say|>' ~ m.content ~ '<|/say|><|end|>' }}{%- endif -%}"
+    + _END
+    + "{{ '<|start|><|bot|>' }}"
+)
+
 FAMILIES: dict[str, Family] = {
     "chatml": Family(CHATML, _CHATML_TOKENS, "<|im_end|>"),
     "chatml with tools": Family(
@@ -162,6 +175,16 @@ FAMILIES: dict[str, Family] = {
         "</s>",
         bos="<s>",
         eos="</s>",
+    ),
+    "always prompted": Family(
+        _ALWAYS_PROMPTED,
+        (
+            *("<|start|>", "<|end|>", "<|bot|>", "<|user|>", "<|system|>", "<|tool|>"),
+            *("<|say|>", "<|/say|>", "<|act|>", "<|/act|>"),
+        ),
+        "<|end|>",
+        bos="<|begin|>",
+        eos="<|end|>",
     ),
     "turns": Family(_TURNS, ("<start_turn>", "<end_turn>"), "<end_turn>", bos="<bos>"),
     "open thought": Family(

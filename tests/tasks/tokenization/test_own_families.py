@@ -25,6 +25,7 @@ KEPT = {
     "headers": 19,
     "instructions": 13,
     "numbered calls": 15,
+    "always prompted": 19,
     "turns": 12,
     "open thought": 1,
     "closed thought": 13,
