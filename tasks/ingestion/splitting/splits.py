@@ -19,9 +19,9 @@ from tasks.ingestion.splitting.ranks import Ranks, find_border, first_bits, rank
 TRAIN, EVAL, DUPLICATE, LEAKED, UNUSED = range(5)
 """UNUSED: of a separate held-out dataset beyond the most that are evaluated; neither evaluated nor trained."""
 KEY_BYTES = 16
-IDS_AT_ONCE = 1_000_000
-"""example_ids that are compared with each other in memory: about 100 MB."""
-RANKS_KEPT = 2_000_000
+IDS_AT_ONCE = 2_000_000
+"""example_ids that are compared with each other in memory: about 200 MB."""
+RANKS_KEPT = 16_000_000
 """Where there are more, ranks are made twice: 16 bytes each."""
 KEYS_AT_ONCE = 200_000
 """Held-out conversations that are looked for at once."""

@@ -159,3 +159,10 @@ def test_outcomes_go_by_exact_match_and_then_by_chrf() -> None:
     assert table["answer_before"].to_list() == ["no", "yes", "no", "no", "no", "yes"]
     assert table["chrf_after"].to_list() == [100.0, 99.5, 51.5, 48.5, 50.9, 100.0]
     assert table["nll_before"].to_list() == [1.0] * 6
+
+
+def test_an_exact_match_goes_before_chrf_and_the_tolerance_itself_changes_nothing() -> None:
+    before = make_rows([1, 0, 0, 0], chrf=[50.0, 90.0, 50.0, 50.0])
+    after = make_rows([0, 1, 0, 0], chrf=[90.0, 50.0, 51.0, 49.0])
+    table = compare(before, after, CONFIG, seed=0).table
+    assert table["outcome"].to_list() == ["worsened", "improved", "unchanged", "unchanged"]

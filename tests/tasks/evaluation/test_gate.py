@@ -84,6 +84,7 @@ def _against(value: float, low: float, high: float, *, num_examples: int = 40) -
         (0.0, 0.0, 0.0, 0.0, "refused"),  # the same model again
         (0.10, 0.05, 0.15, 0.0, "refused"),  # worse than the champion
         (-0.10, -0.15, -0.05, 0.2, "refused"),  # not more than what is asked for
+        (-0.30, -0.50, -0.10, 0.2, "promoted"),  # more than what is asked for, and certainly better
         (0.05, 0.01, 0.09, -0.1, "promoted"),  # worse, but certainly by less than is tolerated
         (0.05, -0.05, 0.15, -0.1, "refused"),  # may be worse by more than is tolerated
     ],
@@ -91,6 +92,15 @@ def _against(value: float, low: float, high: float, *, num_examples: int = 40) -
 def test_the_champion_has_to_be_beaten_too(value: float, low: float, high: float, least: float, verdict: str) -> None:
     gate = GateConfig(metric="nll", min_gain_over_champion=least)
     assert judge(_BETTER, gate, _against(value, low, high))[0] == verdict
+
+
+def test_what_may_lose_to_the_champion_need_not_differ_from_it() -> None:
+    alike = _against(0.01, -0.02, 0.04)
+    alike.delta["nll"] = alike.delta["nll"].model_copy(update={"p_value": 0.6})
+    assert judge(_BETTER, GateConfig(metric="nll", min_gain_over_champion=-0.1), alike)[0] == "promoted"
+    by_chance = _against(-0.10, -0.15, -0.05)
+    by_chance.delta["nll"] = by_chance.delta["nll"].model_copy(update={"p_value": 0.6})
+    assert judge(_BETTER, GateConfig(metric="nll"), by_chance)[0] == "refused"
 
 
 def test_who_beats_the_champion_but_not_the_base_is_refused() -> None:
