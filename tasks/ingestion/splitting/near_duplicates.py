@@ -75,7 +75,7 @@ def find_near_duplicates(
         own = numbers[inside]
         for rows, others, jaccard in _compare_all(select_shingles(runs, inside), known, threshold):
             for row, other, index in zip(own[rows].tolist(), others.tolist(), jaccard.tolist(), strict=True):
-                if other not in best or (-index, row) < (-best[other].jaccard, best[other].train):
+                if other not in best or index > best[other].jaccard:  # rows rise: of equally like ones the first stays
                     best[other] = BestMatch(other, row, index)
     return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
 

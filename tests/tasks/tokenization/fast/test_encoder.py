@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
@@ -14,6 +15,7 @@ from tasks.tokenization.masking import Conversation, Masked, build_many
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import CONVERSATIONS, say
 from tests.tasks.tokenization.material import TEMPLATES, TOKENIZERS, dress, load
+from tests.tasks.tokenization.own import make
 from tests.tasks.tokenization.test_masking import CONTENTS, TURNS, conversation
 
 LONG = TokenizationConfig(max_length=100_000)
@@ -107,11 +109,31 @@ def test_what_is_trained_is_as_asked(train_on: Any, train_on_prompt: bool) -> No
         say("u:q", "a:" + "long " * 3000),
         say("u:q"),
         [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}],
+        [{"role": "developer", "content": "Be brief."}, *say("u:q", "a:x")],  # is rendered as a system message
     ],
 )
 def test_what_needs_a_closer_look_is_left_to_rendering(messages: list[dict[str, Any]]) -> None:
     opened = Opened(make_tokenizer(CHATML), TokenizationConfig())
     assert opened.fast(Conversation(messages)) is None
+
+
+def test_constants_that_an_added_token_could_begin_or_end_in_are_left_to_rendering() -> None:
+    begins = Opened(make_tokenizer(CHATML.replace("{{ m.content }}", "<|im_{{ m.content }}")))
+    assert begins.fast(Conversation(say("u:end|>", "a:x"))) is None
+    ends = Opened(make_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }}_end|>")))
+    assert ends.fast(Conversation(say("u:<|im", "a:x"))) is None
+
+
+def test_an_added_token_that_takes_spaces_from_beside_it_is_left_to_rendering() -> None:
+    tokenizer = make_tokenizer(CHATML.replace("{{ m.role }}\n", "{{ m.role }}<|sep|>"))
+    tokenizer.add_tokens([AddedToken("<|sep|>", rstrip=True, normalized=False)])
+    assert Opened(tokenizer).fast(Conversation(say("u: q", "a: x"))) is None
+
+
+def test_characters_that_compose_with_one_another_are_left_to_rendering() -> None:
+    opened = Opened(make("composed bytes", "chatml"))
+    assert opened.compare(say("u:\u1100", "a:\u1161"))  # two halves of a Korean syllable, each alone
+    assert opened.fast(Conversation(say("u:\u1100\u1161", "a:x"))) is None
 
 
 # What a template may do to a content beyond writing it; each has to be noticed.
