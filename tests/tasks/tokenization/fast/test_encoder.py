@@ -124,10 +124,12 @@ def test_constants_that_an_added_token_could_begin_or_end_in_are_left_to_renderi
     assert ends.fast(Conversation(say("u:<|im", "a:x"))) is None
 
 
-def test_an_added_token_that_takes_spaces_from_beside_it_is_left_to_rendering() -> None:
-    tokenizer = make_tokenizer(CHATML.replace("{{ m.role }}\n", "{{ m.role }}<|sep|>"))
-    tokenizer.add_tokens([AddedToken("<|sep|>", rstrip=True, normalized=False)])
-    assert Opened(tokenizer).fast(Conversation(say("u: q", "a: x"))) is None
+@pytest.mark.parametrize("reach", ["rstrip", "single_word"])
+def test_an_added_token_that_depends_on_what_is_beside_it_is_left_to_rendering(reach: str) -> None:
+    template = CHATML.replace("{{ m.role }}\n", "{{ m.role }}<|sep|>").replace("assistant\n", "assistant<|sep|>")
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens([AddedToken("<|sep|>", normalized=False, **{reach: True})])
+    assert Opened(tokenizer).fast(Conversation(say("u: q", "a:x"))) is None
 
 
 def test_characters_that_compose_with_one_another_are_left_to_rendering() -> None:

@@ -21,7 +21,14 @@ from tasks.training.process.ahead import choose_environment, start_waiting, take
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import TrainingJob, write_job
 from tasks.training.process.supervise import Listeners, Supervisor
-from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingOutcome
+from tasks.training.records import (
+    EvalRecord,
+    StepRecord,
+    TrainingCrash,
+    TrainingError,
+    TrainingOutcome,
+    TrainingStopped,
+)
 
 NUM_STEPS = 120
 CONFIG = TrainingConfig(
@@ -335,6 +342,20 @@ def test_errors_come_back_as_they_were_raised(tmp_path: Path, then: str, kind: t
     with pytest.raises(kind, match=message) as caught:
         supervise(TELL.format(then=then), tmp_path / "log")
     assert type(caught.value) is kind
+
+
+def test_processes_that_somebody_else_stopped_are_told_from_crashed_ones(tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match="stopped from outside, after a checkpoint"):
+        supervise(TELL.format(then="connection.send('stopped')"), tmp_path / "train.log")
+
+
+def test_where_no_rank_has_spoken_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
+    listeners = Listeners(lambda record: None, lambda record: None, lambda level, text: None)
+    with Supervisor(listeners, tmp_path / "train.log", silence_seconds=60) as supervisor:
+        supervisor.start(["-c", "import time; time.sleep(60)"])
+        began = time.monotonic()
+        supervisor.stop(10)
+        assert time.monotonic() - began < 5
 
 
 def test_silent_process_is_killed(tmp_path: Path) -> None:
