@@ -6,6 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows.console import console, escape, fail, load_for_data, prepare_environment
+from flows.listing_cli import app as listing_app
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from schemas.config import RunConfig
@@ -16,15 +17,27 @@ app = typer.Typer(
     name="sft",
     help="Fine-tune language models in a way that people can trust.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(registry_app)
+app.add_typer(listing_app)
 app.add_typer(service_app)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"sft-pipeline {version('sft-pipeline')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _callback() -> None:
+def _callback(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Fine-tune language models in a way that people can trust."""
 
 

@@ -1,0 +1,98 @@
+"""Commands of `sft` that list: runs, models."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from flows.console import escape, fail, prepare_environment
+
+app = typer.Typer()
+_JSON = typer.Option("--json", help="Print JSON.")
+
+
+@app.command()
+def runs(
+    compared: Annotated[
+        list[str] | None, typer.Argument(help="Ids of runs, or their beginnings, to compare.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest.")] = 20,
+    json_: Annotated[bool, _JSON] = False,
+) -> None:
+    """List the newest runs, or compare some: settings that differ, and metrics."""
+    prepare_environment(cache=True)
+    from flows.listing import as_values, compare_runs, list_runs, shorten_id
+
+    try:
+        if compared:
+            comparison = compare_runs(compared)
+            if json_:
+                _print_json(vars(comparison))
+            else:
+                heads = [shorten_id(run) for run in comparison.runs]
+                _print_table("Settings that differ", ["setting", *heads], comparison.settings)
+                _print_table("Metrics", ["metric", *heads], comparison.metrics)
+            return
+        rows = list_runs(limit=limit)
+    except ValueError as error:
+        fail(error)
+    if json_:
+        _print_json(as_values(rows))
+        return
+    for row in rows:
+        took = "" if row.seconds is None else f"  {row.seconds:,.0f} s"
+        outcome = f"  {row.version} {row.verdict}" if row.version else ""
+        _print_entry(f"{shorten_id(row.run)}  {row.started}  {row.status.lower()}{took}{outcome}", row.name)
+    if not rows:
+        _console().print("There are no runs yet.")
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="Registered model. Default: all.", show_default=False)] = None,
+    json_: Annotated[bool, _JSON] = False,
+) -> None:
+    """List registered versions with their aliases, and why the gate let each pass or refused it."""
+    prepare_environment(cache=True)
+    from flows.listing import as_values, list_versions, shorten_id
+
+    try:
+        rows = list_versions(name)
+    except ValueError as error:
+        fail(error)
+    if json_:
+        _print_json(as_values(rows))
+        return
+    for row in rows:
+        aliases = f"  {row.aliases}" if row.aliases else ""
+        head = f"{row.version}{aliases}  {row.registered}  from {row.base_model}, run {shorten_id(row.run)}"
+        _print_entry(head, f"{row.verdict}: {row.reasons}" if row.reasons else row.verdict)
+    if not rows:
+        _console().print("There are no versions yet.")
+
+
+def _print_entry(head: str, text: str) -> None:
+    console = _console()
+    console.print(f"[bold]{escape(head)}[/]", soft_wrap=True)
+    console.print(Padding(escape(text), (0, 0, 0, 4)))
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _print_table(title: str, columns: list[str], rows: dict[str, tuple[Any, ...]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for name, values in rows.items():
+        cells = ["" if value is None else f"{value:.5g}" if isinstance(value, float) else value for value in values]
+        table.add_row(escape(name), *map(escape, cells))
+    _console().print(table if rows else f"{title}: none.")
+
+
+def _print_json(values: Any) -> None:
+    typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
