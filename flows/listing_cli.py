@@ -24,7 +24,7 @@ def runs(
 ) -> None:
     """List the newest runs, or compare some: settings that differ, and metrics."""
     prepare_environment(cache=True)
-    from flows.listing import as_values, compare_runs, list_runs, shorten_id
+    from tasks.registry.listing import as_values, compare_runs, list_runs, shorten_id
 
     try:
         if compared:
@@ -57,7 +57,7 @@ def models(
 ) -> None:
     """List registered versions with their aliases, and why the gate let each pass or refused it."""
     prepare_environment(cache=True)
-    from flows.listing import as_values, list_versions, shorten_id
+    from tasks.registry.listing import as_values, list_versions, shorten_id
 
     try:
         rows = list_versions(name)
