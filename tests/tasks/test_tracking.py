@@ -167,7 +167,7 @@ def test_calls_to_a_local_database_follow_each_other() -> None:
     assert threads == [threading.get_ident()] * 2
 
 
-def test_a_stage_carries_its_settings_and_its_experiment_opens_on_runs(parent: str) -> None:
+def test_a_stage_carries_its_settings_and_its_experiment_its_kind(parent: str) -> None:
     with tracking.stage_run(parent, "gate", GateConfig(metric="chrf")) as run_id:
         pass
     assert tracking.get_run(run_id).data.params["metric"] == "chrf"

@@ -119,6 +119,12 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
     assert "49" not in reader.text.replace("onerror", "")
 
 
+def test_an_empty_question_is_no_missing_answer(tmp_path: Path) -> None:
+    rows = make_rows([0], answers=[""]).with_columns(question=pl.lit(" "))
+    text = read_page(write_report(tmp_path, compare(rows, rows, EvaluationConfig(), seed=0), title="t")).text
+    assert (text.count("no text"), text.count("no answer")) == (1, 3)  # two answers and a caveat
+
+
 def test_what_turns_the_direction_of_text_is_written_out(tmp_path: Path) -> None:
     rows = make_rows([0, 0], answers=[TURNED, TURNED]).with_columns(question=pl.lit(TURNED))
     comparison = compare(rows, rows, EvaluationConfig(num_resamples=100), seed=0)
