@@ -42,7 +42,7 @@ R = TypeVar("R", bound=Ref)
 def open_experiment(name: str) -> str:
     """Return the id of an experiment, made when missing.
 
-    Its kind tells servers that it holds trainings; the pages of MLflow 3.17 go by their address instead, so links say it.
+    Its kind says that it holds trainings; the pages of MLflow 3.17 go by their address instead, so links say it.
     """
     found = client().get_experiment_by_name(name)
     if found is not None:
