@@ -223,7 +223,7 @@ def _name_kind(model: nn.Module, path: str, module: nn.Module, *, part: str, hea
         return EMBEDDINGS
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return CONVOLUTIONS
-    if _is_router(model, path, module):
+    if _is_router(model, path):
         return ROUTER
     if type(module).__name__.endswith("Experts"):
         return ROUTED
@@ -232,7 +232,7 @@ def _name_kind(model: nn.Module, path: str, module: nn.Module, *, part: str, hea
     return next((kind for kind, pattern in _KINDS if re.search(pattern, inner)), OTHER)
 
 
-def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
+def _is_router(model: nn.Module, path: str) -> bool:
     """Say whether a module, or one that it lies in, chooses experts: by its class, or by its name beside experts."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):

@@ -84,7 +84,7 @@ def render_turn(chat: Chat, messages: Sequence[Message], index: int, tools: Sequ
     whole = render(chat, messages[: index + 1], tools, add_generation_prompt=False)
     shown = messages[: index + 1]
     text = whole[len(prompt) :] if whole.startswith(prompt) else _align(chat, shown, tools, prompt, whole)
-    _check_thought(chat, messages[index], index, prompt, text)
+    _check_thought(chat, index, prompt, text)
     target, closed = _cut_ending(chat, text)
     _check_written(chat, index, target, closed)
     return Turn(index, prompt, target, closed)
@@ -170,7 +170,7 @@ def _follow_thought(chat: Chat, messages: Sequence[Message], prompt: PromptThoug
     return (words.lstrip() if prompt.gap else words) + closing + rest
 
 
-def _check_thought(chat: Chat, message: Message, number: int, prompt: str, text: str) -> None:
+def _check_thought(chat: Chat, number: int, prompt: str, text: str) -> None:
     """Refuse an answer without reasoning behind a prompt that opens a thought.
 
     Raises:

@@ -137,8 +137,8 @@ def remove_leaks(index: Index, sides: Sides) -> None:
     """
     mark_leaks(index, sides)
     if len(index.bounds) > 2:
-        for group in ((EVAL, UNUSED), (TRAIN,)):
-            mark_copies(index, select(index, sides, *group), sides)
+        for side in (EVAL, TRAIN):
+            mark_copies(index, select(index, sides, side), sides)
 
 
 def mark_leaks(index: Index, sides: Sides) -> None:

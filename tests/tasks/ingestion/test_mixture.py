@@ -173,6 +173,9 @@ def test_most_held_out_rows_are_shared_out_by_size(tmp_path: Path, write_lines: 
     counts = build(tmp_path / "out", source=str(a), eval_fraction=0.5, max_eval_rows=20, mixture=[{"source": str(b)}])
     assert (counts.rows_eval, counts.rows_train) == (20, 380)
     assert Counter(source for source, _ in read(tmp_path / "out", "eval")) == {"a.jsonl": 15, "b.jsonl": 5}
+    # 10 * 300 / 400 is 7.5 and 10 * 100 / 400 is 2.5: each is rounded, to 10 together.
+    build(tmp_path / "ten", source=str(a), eval_fraction=0.5, max_eval_rows=10, mixture=[{"source": str(b)}])
+    assert Counter(source for source, _ in read(tmp_path / "ten", "eval")) == {"a.jsonl": 8, "b.jsonl": 2}
 
 
 def test_separate_held_out_dataset_is_kept_out_of_every_dataset(tmp_path: Path, write_lines: WriteLines) -> None:

@@ -119,6 +119,13 @@ def test_training_row_that_is_a_held_out_one_but_for_case_and_spaces_is_a_leak(t
     assert count_shared_prompts(write_index(tmp_path, train, held_out), sides == TRAIN, sides == EVAL) == 1
 
 
+def test_shared_prompts_are_counted_over_all_pieces(tmp_path: Path) -> None:
+    rows = [make("q", "a"), make("r", "b"), make("q", "held out"), make("s", "held out")]
+    index = write_index(tmp_path, rows, rows_per_piece=1)
+    train, held_out = np.array([True, True, False, False]), np.array([False, False, True, True])
+    assert count_shared_prompts(index, train, held_out) == 1
+
+
 def test_training_row_that_begins_with_a_held_out_conversation_is_a_leak() -> None:
     def side(train: UsableRow, held_out: UsableRow) -> int:
         return int(split_apart([train], [held_out], 1000)[0])
