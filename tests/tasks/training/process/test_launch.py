@@ -358,6 +358,22 @@ def test_where_no_rank_has_spoken_there_is_nothing_to_wait_for(tmp_path: Path) -
         assert time.monotonic() - began < 5
 
 
+def test_a_message_that_comes_in_parts_is_heard_whole(tmp_path: Path) -> None:
+    program = """
+import os, socket, time
+from tasks.training.process.messages import ADDRESS_VARIABLE
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(os.environ[ADDRESS_VARIABLE])
+connection.sendall(b'{"kind": "log", "level": 20, "message": "from be')
+time.sleep(0.5)
+connection.sendall(b'ginning to end"}' + bytes([10]))
+"""
+    heard: list[str] = []
+    with pytest.raises(TrainingCrash):
+        supervise(program, tmp_path / "train.log", on_log=lambda level, text: heard.append(text))
+    assert heard == ["from beginning to end"]
+
+
 def test_silent_process_is_killed(tmp_path: Path) -> None:
     pids: list[int] = []
 
