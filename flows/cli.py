@@ -5,8 +5,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from flows.around_cli import app as around_app
 from flows.console import console, escape, fail, load_for_data, prepare_environment
-from flows.listing_cli import app as listing_app
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from schemas.config import RunConfig
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(registry_app)
-app.add_typer(listing_app)
+app.add_typer(around_app)
 app.add_typer(service_app)
 
 

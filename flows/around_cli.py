@@ -1,6 +1,7 @@
-"""Commands of `sft` that list: runs, models."""
+"""Commands of `sft` around a run: init before it, runs and models after it."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,10 +9,39 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from flows.console import escape, fail, prepare_environment
+from flows.console import console, escape, fail, prepare_environment
+from schemas.loading import ConfigError
 
 app = typer.Typer()
 _JSON = typer.Option("--json", help="Print JSON.")
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the base model.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write, a new one. Default: print it.")
+    ] = None,
+) -> None:
+    """Write a short commented config for a dataset and a model, from what is found in them."""
+    prepare_environment(cache=True)
+    from flows.first_config import make_config
+
+    if output is not None and output.exists():
+        fail(ConfigError(f"{output}: is there already; give another name"))
+    try:
+        made = make_config(data, model)
+    except ValueError as error:
+        fail(error)
+    if output is None:
+        typer.echo(made.text, nl=False)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(made.text, encoding="utf-8")
+        console.print(f"Wrote {escape(str(output))}. Next: sft run {escape(str(output))}", soft_wrap=True)
+    for line in (*made.check.problems, *made.check.warnings):
+        console.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
 
 
 @app.command()

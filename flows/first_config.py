@@ -1,0 +1,112 @@
+"""`sft init`: a short commented config for a dataset and a model, from what is found in them."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from flows.checking import Check, check_dataset
+from schemas.config import DataConfig, ModelConfig, RunConfig, TokenizationConfig
+from schemas.loading import parse_config
+from tasks.base_model import locate_tokenizer
+from tasks.models import read_context_length
+
+_FEWEST_HELD_OUT, _MOST_HELD_OUT = 30, 500
+_HELD_OUT_PART = 0.1
+_LONGEST = 131_072
+# Answers that are short enough to be right or wrong as a whole.
+_SHORT_ANSWER_TOKENS = 16
+# Training rows up to which there are so many epochs.
+_EPOCHS = ((5_000, 3), (50_000, 2))
+
+
+@dataclass(frozen=True)
+class FirstConfig:
+    """A config, and what it was made of."""
+
+    text: str
+    """YAML with comments."""
+    check: Check
+
+
+def make_config(data: str, base_model: str) -> FirstConfig:
+    """Return a config for a dataset and a model.
+
+    Args:
+        data: file, folder or hub name.
+        base_model: folder or hub name.
+
+    Raises:
+        ValueError: the dataset or the tokenizer cannot be read.
+    """
+    model = ModelConfig(base_model=base_model)
+    place = locate_tokenizer(model)
+    context = (read_context_length(place) if (place / "config.json").is_file() else None) or _LONGEST
+    length = TokenizationConfig(max_length=min(context, _LONGEST))
+    found = check_dataset(DataConfig(source=data), model, length, seed=RunConfig.model_fields["seed"].default)
+    text = _write(data, base_model, context, found)
+    parse_config(yaml.safe_load(text))
+    return FirstConfig(text, found)
+
+
+def choose_fraction(num_rows: int) -> float:
+    """Return the part of the rows to hold out: enough for the gate where there are enough rows, and not many more."""
+    fraction = min(_HELD_OUT_PART, _MOST_HELD_OUT / num_rows) if num_rows else _HELD_OUT_PART
+    if num_rows * fraction < 1.2 * _FEWEST_HELD_OUT:  # some of them may be too long, or be rejected
+        fraction = min(0.2, 1.2 * _FEWEST_HELD_OUT / max(num_rows, 1))
+    return round(fraction, 4)
+
+
+def choose_length(longest: int, context: int) -> int:
+    """Return the smallest power of two that holds the longest example, or what the model has positions for."""
+    return min(context, max(512, 1 << (longest - 1).bit_length()))
+
+
+def _write(data: str, base_model: str, context: int, found: Check) -> str:
+    lengths, answers = found.masks["tokens_per_example"], found.masks["trained_tokens_per_example"]
+    num_kept = found.rows["to train"] + found.rows["held out"]
+    fraction = choose_fraction(num_kept)
+    num_held_out = round(num_kept * fraction)
+    length = choose_length(int(lengths["max"]), context)
+    epochs = next((count for most, count in _EPOCHS if num_kept <= most), 1)
+    is_short = answers["p90"] <= _SHORT_ANSWER_TOKENS
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{Path(base_model).name}-{Path(data).stem}".lower()).strip("-.")
+    metric, gain = ("exact_match", 0.02) if is_short else ("nll", 0.01)
+    too_few = "" if num_held_out >= _FEWEST_HELD_OUT else ", too few for a champion (gate.min_conversations)"
+    why = f"answers of {answers['median']:.0f} tokens are right or wrong as a whole" if is_short else "for free text"
+    longest = f"{lengths['max']:,}" + (": the model has positions for no more" if lengths["max"] >= context else "")
+    return f"""# Made from {found.rows["rows in"]:,} rows: {_list_rows(found)}.
+# All settings and their meaning: docs/settings.md; how one row looks: sft check {data} --config THIS_FILE
+name: {name}
+
+model:
+  base_model: {json.dumps(base_model)}
+
+data:
+  source: {json.dumps(data)}
+  eval_fraction: {fraction:<8}     # about {num_held_out:,} rows are held out{too_few}
+
+tokenization:
+  # Half of the examples have {lengths["median"]:.0f} tokens or fewer, the longest has {longest}.
+  max_length: {length}
+
+training:
+  rank: 64
+  alpha: 128
+  learning_rate: 1.0e-4
+  num_epochs: {epochs:<10}     # fewer where there are more rows; an over-fitting model is told
+  # dropout: 0.05            # LoRA's
+  # packing: true            # packs of tokens in place of a number of examples a step
+
+registry:
+  name: {name}
+  gate:
+    metric: {metric:<12}     # {why}
+    min_gain: {gain}
+"""
+
+
+def _list_rows(found: Check) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in found.rows.items() if count and name != "rows in")

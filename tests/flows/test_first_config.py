@@ -1,0 +1,54 @@
+"""`sft init` writes a config that loads, and whose numbers are those of the data."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.first_config import choose_fraction, choose_length
+from schemas.loading import load_config
+
+MODEL = Path(__file__).parents[2] / "deploy" / "demo" / "base_model"
+
+
+def write_rows(path: Path, count: int, answer: str) -> Path:
+    rows = [{"instruction": f"Question {number}?", "output": f"{answer} {number}."} for number in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "fraction"), [(100, 0.2), (200, 0.18), (400, 0.1), (5_000, 0.1), (50_000, 0.01), (0, 0.2)]
+)
+def test_enough_is_held_out_for_the_gate_and_not_much_more(num_rows: int, fraction: float) -> None:
+    assert choose_fraction(num_rows) == fraction
+
+
+@pytest.mark.parametrize(
+    ("longest", "context", "length"), [(51, 32768, 512), (513, 32768, 1024), (2048, 32768, 2048), (9000, 4096, 4096)]
+)
+def test_length_holds_the_longest_example(longest: int, context: int, length: int) -> None:
+    assert choose_length(longest, context) == length
+
+
+@pytest.mark.parametrize(("answer", "metric"), [("Yes", "exact_match"), ("A long answer of many words, " * 8, "nll")])
+def test_the_config_loads_and_says_what_was_found(tmp_path: Path, answer: str, metric: str) -> None:
+    data, config = write_rows(tmp_path / "support rows.jsonl", 200, answer), tmp_path / "mine.yaml"
+    result = CliRunner().invoke(app, ["init", str(data), str(MODEL), "--output", str(config)])
+    assert result.exit_code == 0, result.output
+    loaded = load_config(config)
+    assert (loaded.data.source, loaded.model.base_model) == (str(data), str(MODEL))
+    assert (loaded.data.eval_fraction, loaded.registry.gate.metric) == (0.18, metric)
+    assert loaded.registry.name == "base_model-support-rows".replace("_", "-")
+    assert "Made from 200 rows" in config.read_text()
+    again = CliRunner().invoke(app, ["init", str(data), str(MODEL), "--output", str(config)])
+    assert again.exit_code == 1
+    assert "is there already" in again.output
+
+
+def test_data_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["init", str(tmp_path / "nowhere.jsonl"), str(MODEL)])
+    assert result.exit_code == 1
+    assert "nowhere.jsonl" in result.output
