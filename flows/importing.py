@@ -17,6 +17,8 @@ from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
 
+_MAX_SHOWN = 200
+"""Characters of a value."""
 _COLOURS = {"becomes": "green", "implied": "dim", "not done": "yellow", "refused": "red"}
 
 
@@ -169,4 +171,7 @@ def _word(line: KeyLine) -> str:
 
 
 def _show(value: Any) -> str:
-    return value if value == NOT_GIVEN else yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
+    if value == NOT_GIVEN:
+        return str(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} […]"

@@ -11,6 +11,8 @@ from tasks.ingestion.errors import REASONS, DataError, RowError
 from tasks.ingestion.rows.screening import Screen, redact_text
 
 MAX_RAW_CHARACTERS = 2000
+_SCREENED_CHARACTERS = 10 * MAX_RAW_CHARACTERS
+"""Of what is kept, and what follows it: a secret may go beyond. A broken row of gigabytes would take minutes."""
 PLACES_SHOWN = 5
 FIRST_SHOWN = 10
 
@@ -40,8 +42,8 @@ def make_reject(source: str, line: int, error: RowError, raw: Any, screen: Scree
         source=source,
         line=line,
         reason=error.reason,
-        detail=hide(error.detail.encode("utf-8", "replace").decode()),
-        raw=hide(data.decode())[:MAX_RAW_CHARACTERS],
+        detail=hide(error.detail[:_SCREENED_CHARACTERS].encode("utf-8", "replace").decode()),
+        raw=hide(text[:_SCREENED_CHARACTERS].encode("utf-8", "replace").decode())[:MAX_RAW_CHARACTERS],
     )
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import mlflow
 import mlflow.pyfunc  # by its name: MLflow itself puts it off until the first model is written, within a stage
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from mlflow.types.schema import AnyType, ColSpec, Schema
 
@@ -42,7 +44,7 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
     MLflow keeps the folder's own name.
     """
     assert folder.name == Path(tracking.MODEL_SUBFOLDER).name, folder
-    tracking.client()
+    clear_pending(run_id)
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         # As mlflow.pyfunc.log_model does it, but for its trial request, which loads the weights again and answers.
         info = Model.log(
@@ -60,6 +62,18 @@ def log_merged_model(folder: Path, run_id: str, *, question: str) -> str:
             metadata={"task": "llm/v1/chat"},
         )
     return f"models:/{info.model_id}"
+
+
+def clear_pending(run_id: str) -> None:
+    """Delete the models that killed attempts of a run began to log, files and entries; finished ones stay."""
+    client = tracking.client()
+    found = client.search_logged_models(
+        [str(tracking.get_run(run_id).info.experiment_id)], f"source_run_id = '{run_id}'"
+    )
+    for model in found:
+        if model.status != LoggedModelStatus.READY:
+            get_artifact_repository(model.artifact_location).delete_artifacts()
+            client.delete_logged_model(model.model_id)
 
 
 def _describe_request() -> Schema:

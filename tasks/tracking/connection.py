@@ -23,7 +23,7 @@ def tracking_uri() -> str:
 @cache
 def _client_for(uri: str) -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the trace of what it raises too
     if (file := find_path(uri)) is not None:
         # It loads MLflow's store, which clients of a server do without.
         from tasks.tracking.database import prepare_database

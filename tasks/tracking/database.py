@@ -78,8 +78,7 @@ def _make(path: Path, artifact_root: str) -> None:
     for each in (path, new):
         for suffix in ("", *_SIDE_FILES):
             each.with_name(each.name + suffix).unlink(missing_ok=True)
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     store = SqlAlchemyStore(make_address(new), artifact_root)
     store.engine.dispose()
     with new.open("rb+") as file:

@@ -27,10 +27,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
+
 from tests.laboratory.inputs import DEMO_MODEL, ROOT, draw_config, draw_dataset, draw_model, draw_rows, draw_template
 from tests.laboratory.oddities import draw_llamafactory, draw_settings
 
 HANG_SECONDS = 60.0
+"""Of computing; what only waits, or waits its turn on a busy machine, has _WAITS times as long."""
+_WAITS = 5
 MEMORY_BYTES = 12 << 30
 KINDS = ("config", "dataset", "model", "template", "import", "settings")
 RIGHT = ("done", "refused")
@@ -121,14 +125,25 @@ class _Worker:
         """Hand a case over and wait for how it ends."""
         assert self._process.stdin is not None
         print(json.dumps([kind, seed]), file=self._process.stdin, flush=True)
-        try:
-            answer = self._answers.get(timeout=HANG_SECONDS)
-        except queue.Empty:
-            return "hang", f"no answer after {HANG_SECONDS:g} s"
+        began, before = time.monotonic(), self._cpu_seconds()
+        while True:
+            try:
+                answer = self._answers.get(timeout=HANG_SECONDS / 20)
+                break
+            except queue.Empty:
+                waited, computed = time.monotonic() - began, self._cpu_seconds() - before
+                if computed > HANG_SECONDS or waited > _WAITS * HANG_SECONDS:
+                    return "hang", f"no answer after {waited:.0f} s, {computed:.0f} s of them computing"
         if not answer:
             return "dead process", f"exit code {self._process.wait()}: {self._read_errors()}"
         way, detail = json.loads(answer)
         return way, detail
+
+    def _cpu_seconds(self) -> float:
+        with suppress(psutil.Error):
+            times = psutil.Process(self._process.pid).cpu_times()
+            return float(times.user + times.system + times.children_user + times.children_system)
+        return 0.0
 
     def _read_errors(self) -> str:
         self._errors.seek(0)

@@ -13,7 +13,7 @@ from tests.laboratory.junk import draw_value, dump, mutate, spoil
 
 ROOT = Path(__file__).resolve().parents[2]
 _ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "gb18030", "cp1252", "utf-7")
-_SPARSE_BYTES = 1 << 30
+_SPARSE_BYTES = 256 << 20
 _BOMB_BYTES = 64 << 20
 _NAMES = (b"rows.jsonl", b"a b.jsonl", b".hidden.jsonl", b"\xff\xfe.jsonl", b"new\nline.jsonl", "é✓.jsonl".encode())
 _LLAMAFACTORY: dict[str, Any] = {
@@ -62,7 +62,7 @@ def write_encoded(folder: Path, rows: list[Any], draw: Random) -> tuple[str, int
 
 
 def write_holes(folder: Path, rows: list[Any], draw: Random) -> str:
-    """Write a gigabyte of which hardly anything is on the disk, something that unpacks to far more, or a long row."""
+    """Write 256 MiB of which hardly anything is on the disk, something that unpacks to far more, or a long row."""
     lines = b"".join(dump(row) + b"\n" for row in rows)
     kind = draw.randrange(4)
     if kind == 0:

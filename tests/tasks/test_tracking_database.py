@@ -112,3 +112,22 @@ def test_a_run_waits_for_who_else_writes_to_the_database(tmp_path: Path, monkeyp
         event.remove(Engine, "before_cursor_execute", note)
     assert tracking.find_status(run.info.run_id) == "RUNNING"
     assert waits == [WAIT_SECONDS * 1000]
+
+
+_FULL = """
+import resource
+from tasks import tracking
+run = tracking.client().create_run(tracking.open_experiment("full"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+try:
+    tracking.end_run(run.info.run_id, "FAILED")
+except Exception:
+    print("raised")
+"""
+
+
+def test_a_database_that_cannot_be_written_is_said_once_and_without_a_trace(tmp_path: Path) -> None:
+    environment = {"SFT_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", _FULL], env=environment, capture_output=True, text=True, check=False)
+    assert "raised" in done.stdout
+    assert "Traceback" not in done.stderr

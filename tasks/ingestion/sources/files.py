@@ -63,6 +63,7 @@ def kind_of_file(path: Path) -> str:
         DataError: it is no regular file (reading a pipe or a device may never end), is compressed, or is of no known
             kind.
     """
+    check_name(path)
     if not path.is_file():
         raise DataError(f"{path}: neither a file nor a folder (a pipe, socket or device): save its rows to a file")
     if path.suffix.lower() in COMPRESSED:
@@ -81,6 +82,14 @@ def kind_of_file(path: Path) -> str:
     raise DataError(f"{path}: neither its name nor its first bytes tell what it is: known endings are {KNOWN}")
 
 
+def check_name(path: Path) -> None:
+    """Refuse a name that is no text: tables and reports could not hold it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!a}: the name is not UTF-8: rename it") from None
+
+
 def find_in_folder(folder: Path) -> Source:
     """Take every file of a known kind below the folder, in the order of their relative paths."""
     files, skipped = [], []
@@ -88,6 +97,7 @@ def find_in_folder(folder: Path) -> Source:
         relative = path.relative_to(folder)
         if path.is_dir() or any(part.startswith(".") for part in relative.parts):
             continue
+        check_name(relative)
         kind = None if not path.is_file() or path.suffix.lower() in COMPRESSED else _kind_of_name(path)
         if kind is None or path.name in METADATA_NAMES:
             skipped.append(relative.as_posix())

@@ -132,6 +132,8 @@ def read_json_lines(path: Path, span: FileSpan) -> Iterator[RawRow]:
                 num_rows += 1
                 continue
             except NotFast:
+                if b"\0" in data:  # no JSON: a hole that a crash left, and it may be gigabytes long
+                    data = data[: data.index(b"\0") + 1]
                 text = decode(path, data, start, line).strip()
             if not text:
                 continue

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_value_of_a_column_that_cannot_be_read_is_one_rows_reject(tmp_path: Path
 
 READ = """
 import sys
+import time
 from pathlib import Path
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.files import SourceFile
@@ -186,3 +188,23 @@ def test_malformed_index_is_refused(tmp_path: Path, text: str) -> None:
 def test_unknown_home_is_an_error_with_the_way_out() -> None:
     with pytest.raises(DataError, match="write the whole path"):
         find_sources(DataConfig(source="~nosuchuser/rows.jsonl").datasets[0])
+
+
+def test_a_hole_in_a_file_is_one_reject_and_takes_no_time(tmp_path: Path) -> None:
+    rows = b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
+    for name in ("rows.jsonl", "rows.json"):
+        (tmp_path / name).write_bytes(rows)
+        os.truncate(tmp_path / name, 12 << 20)  # as a crash leaves one: zero bytes that are on no disk
+        config = DataConfig(source=str(tmp_path / name), max_rejected_fraction=1.0)
+        began = time.process_time()
+        counts = build_dataset(config, seed=0, folder=tmp_path / name.replace(".", "-"))
+        assert counts.rows_rejected == {"broken_json": 1}
+        assert counts.rows_in == 3
+        assert time.process_time() - began < 3  # looking for secrets in all of it took 6
+
+
+def test_a_file_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text('{"prompt": "a", "completion": "b"}\n')
+    config = DataConfig(source=str(tmp_path))
+    with pytest.raises(DataError, match=r"udcff\.jsonl': the name is not UTF-8: rename it"):
+        find_sources(config)

@@ -1,5 +1,9 @@
 """A registered version answers chat requests with the prompt ids of training, also where the tokenizer adds BOS."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +138,41 @@ def test_stop_cuts_the_answer(logged: tuple[str, str]) -> None:
     cut = served.predict({"messages": _QUESTION, "max_tokens": 6, "stop": [text[1]]})["choices"][0]
     assert cut["message"]["content"] == text.split(text[1])[0]
     assert cut["finish_reason"] == "stop"
+
+
+# Killed while MLflow takes the files to its store: the entry is there, and some of the files.
+_KILLED = """
+import os, signal, sys
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from tasks.registry import versions
+
+def stop(self, *_, **__):
+    Path(self.artifact_dir).mkdir(parents=True, exist_ok=True)
+    (Path(self.artifact_dir) / "half").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+LocalArtifactRepository.log_artifacts = stop
+versions.log_merged_model(Path(sys.argv[1]), sys.argv[2], question="hi")
+"""
+
+
+def test_what_a_killed_attempt_began_to_log_is_cleared_by_the_next_one(model_folder: Path, tracking_home: Path) -> None:
+    config = parse_config({"name": "killed", "model": {"base_model": "b"}, "data": {"source": "d"}})
+    run_id = tracking.create_parent_run(config, run_name="r", config_digest="c", tags={})
+    whole = versions.log_merged_model(model_folder, run_id, question="hi")
+    command = [sys.executable, "-c", _KILLED, str(model_folder), run_id]
+    environment = {**os.environ, "SFT_HOME": str(tracking_home)}
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    client, experiment = tracking.client(), str(tracking.get_run(run_id).info.experiment_id)
+    (pending,) = (model for model in client.search_logged_models([experiment]) if model.status != "READY")
+    place = Path(pending.artifact_location.removeprefix("file://"))
+    assert (place / "half").is_file()
+    again = versions.log_merged_model(model_folder, run_id, question="hi")
+    left = client.search_logged_models([experiment])
+    assert {model.model_uri: str(model.status) for model in left} == {whole: "READY", again: "READY"}
+    assert not place.exists()
