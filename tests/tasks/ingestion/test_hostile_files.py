@@ -207,4 +207,4 @@ def test_a_file_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text('{"prompt": "a", "completion": "b"}\n')
     config = DataConfig(source=str(tmp_path))
     with pytest.raises(DataError, match=r"udcff\.jsonl': the name is not UTF-8: rename it"):
-        find_sources(config)
+        find_sources(config.datasets[0])
