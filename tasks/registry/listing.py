@@ -45,7 +45,7 @@ class VersionRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Runs beside each other."""
 
     runs: tuple[str, ...]
@@ -91,7 +91,7 @@ def list_versions(name: str | None) -> list[VersionRow]:
     return rows
 
 
-def compare_runs(runs: Sequence[str]) -> Comparison:
+def compare_runs(runs: Sequence[str]) -> RunComparison:
     """Return the settings in which runs differ, and their metrics.
 
     Args:
@@ -108,7 +108,7 @@ def compare_runs(runs: Sequence[str]) -> Comparison:
             settings[name] = values
     names = sorted({name for run in found for name in run.data.metrics if not name.startswith("system/")})
     metrics = {name: tuple(run.data.metrics.get(name) for run in found) for name in names}
-    return Comparison(tuple(run.info.run_id for run in found), settings, metrics)
+    return RunComparison(tuple(run.info.run_id for run in found), settings, metrics)
 
 
 def as_values(rows: Sequence[RunRow | VersionRow]) -> list[dict[str, Any]]:
