@@ -42,7 +42,11 @@ def locate_base_model(config: ModelConfig) -> ModelRef:
     folder = _expand(config.base_model)
     if folder.is_dir():
         _check_folder(folder)
-        return ModelRef(uri=str(folder.absolute()), digest=digest_folder(folder), name=folder.absolute().name)
+        try:
+            digest = digest_folder(folder)
+        except PermissionError as error:
+            raise BaseModelError(f"{error.filename}: you may not read it: change its mode or owner") from None
+        return ModelRef(uri=str(folder.absolute()), digest=digest, name=folder.absolute().name)
     folder = _download(config, _MODEL_FILES)
     _check_folder(folder)
     # A snapshot folder is named after the commit that it holds.
@@ -84,6 +88,14 @@ def _expand(name: str) -> Path:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise BaseModelError(f"model.base_model = {name!r}: {error}: write the whole path") from None
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass  # a hub name, or said below
+    except OSError as error:
+        raise BaseModelError(
+            f"model.base_model = {name[:200]!r}: {error.strerror}: give a folder you may read"
+        ) from None
     if _is_path(name):
         check_allowed(path, "model.base_model")
     return path

@@ -1,5 +1,6 @@
 """Finds the files of a dataset: which files of a folder hold rows, and their kinds (JSON, CSV, Parquet and so on)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ KINDS: dict[str, str] = {
     ".feather": "arrow",
     ".ipc": "arrow",
 }
+_MAX_SHOWN = 200
+"""Characters of a path."""
 COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"})
 # What the datasets library writes beside its files, and LLaMA-Factory's index: descriptions, not rows.
 METADATA_NAMES = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -66,6 +69,7 @@ def kind_of_file(path: Path) -> str:
     check_name(path)
     if not path.is_file():
         raise DataError(f"{path}: neither a file nor a folder (a pipe, socket or device): save its rows to a file")
+    check_readable(path)
     if path.suffix.lower() in COMPRESSED:
         raise DataError(f"{path}: compressed files are not read: unpack it and give the {KNOWN} file inside")
     kind = _kind_of_name(path)
@@ -90,12 +94,38 @@ def check_name(path: Path) -> None:
         raise DataError(f"{str(path)!a}: the name is not UTF-8: rename it") from None
 
 
+def exists(path: Path) -> bool:
+    """Tell whether something is there.
+
+    Raises:
+        DataError: nobody can tell: the name is too long, links go in a circle, or a folder above may not be entered.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte is in no name
+        return False
+    except OSError as error:
+        shown = str(path) if len(str(path)) <= _MAX_SHOWN else f"{str(path)[:_MAX_SHOWN]}…"
+        raise DataError(f"{shown}: {error.strerror}: give a path that you may read") from None
+    return True
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what this user may not read, before rows are lost or hours are spent."""
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        raise DataError(f"{path}: you may not read it: change its mode or owner, or take it out of the dataset")
+
+
 def find_in_folder(folder: Path) -> Source:
     """Take every file of a known kind below the folder, in the order of their relative paths."""
+    check_readable(folder)
     files, skipped = [], []
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
         relative = path.relative_to(folder)
-        if path.is_dir() or any(part.startswith(".") for part in relative.parts):
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.is_dir():
+            check_readable(path)  # what is below would be missing without a word
             continue
         check_name(relative)
         kind = None if not path.is_file() or path.suffix.lower() in COMPRESSED else _kind_of_name(path)
@@ -103,6 +133,7 @@ def find_in_folder(folder: Path) -> Source:
             skipped.append(relative.as_posix())
         else:
             check_allowed(path, str(folder))  # it may be a link
+            check_readable(path)
             files.append(SourceFile(path, relative.as_posix(), kind))
     if not files:
         raise DataError(f"{folder}: the folder holds no dataset file: known endings are {KNOWN}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from schemas.config import DataConfig, DatasetConfig
 from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
-from tasks.ingestion.sources.files import Source, SourceFile, find_in_folder, kind_of_file, looks_like_a_path
+from tasks.ingestion.sources.files import Source, SourceFile, exists, find_in_folder, kind_of_file, looks_like_a_path
 from tasks.ingestion.sources.hub import find_on_hub
 from tasks.ingestion.sources.llamafactory import read_index, split_index_name
 from tasks.storage import digest_file
@@ -59,11 +59,14 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
     if index is not None:
         check_allowed(index, _SETTINGS)
         return read_index(index, chosen)
-    if looks_like_a_path(name) or path.exists():
+    if looks_like_a_path(name):
+        check_allowed(path, _SETTINGS)  # first, so that nobody learns what is there
+    is_there = exists(path)
+    if is_there:
         check_allowed(path, _SETTINGS)
     if path.is_dir():
         return (find_in_folder(path),)
-    if path.exists():
+    if is_there:
         return (Source(name, (SourceFile(path, path.name, kind_of_file(path)),)),)
     if looks_like_a_path(name):
         raise DataError(

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def test_value_of_a_column_that_cannot_be_read_is_one_rows_reject(tmp_path: Path
 
 READ = """
 import sys
+import tempfile
 import time
 from pathlib import Path
 from tasks.ingestion.errors import DataError
@@ -208,3 +210,56 @@ def test_a_file_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None
     config = DataConfig(source=str(tmp_path))
     with pytest.raises(DataError, match=r"udcff\.jsonl': the name is not UTF-8: rename it"):
         find_sources(config.datasets[0])
+
+
+def test_a_name_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for source, said in (
+        ("x" * 5000, "File name too long"),
+        (str(tmp_path / "loop" / "a"), "levels of symbolic links"),
+    ):
+        with pytest.raises(DataError, match=said) as error:
+            find_sources(DataConfig(source=source).datasets[0])
+        assert len(str(error.value)) < 500
+
+
+# root may read everything: the ones below are asked by a process that is nobody.
+_AS_NOBODY = """
+import os, sys
+from schemas.config import DataConfig
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.sources.sources import find_sources
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+for source in sys.argv[1:]:
+    try:
+        find_sources(DataConfig(source=source).datasets[0])
+        print("taken")
+    except DataError as error:
+        print(str(error).replace("\\n", " "))
+"""
+
+
+def test_what_this_user_may_not_read_is_an_error_and_no_row_is_missing_without_a_word() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        row = '{"prompt": "a", "completion": "b"}\n'
+        for place in ("file", "folder/below", "open"):
+            (folder / place).mkdir(parents=True)
+            (folder / place / "rows.jsonl").write_text(row)
+        (folder / "file" / "rows.jsonl").chmod(0)
+        (folder / "folder" / "rows.jsonl").write_text(row)
+        (folder / "folder" / "below").chmod(0)
+        asked = ["file", "file/rows.jsonl", "folder", "folder/below/rows.jsonl", "open"]
+        command = [sys.executable, "-c", _AS_NOBODY, *(str(folder / place) for place in asked)]
+        if os.getuid() == 0 and not os.access(Path(sys.executable).resolve(), os.X_OK):
+            pytest.skip("nobody may run this Python")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+        assert done.returncode == 0, done.stderr
+        (folder / "folder" / "below").chmod(0o700)
+    said = done.stdout.splitlines()
+    assert [line.split(": ", 1)[-1].split(":")[0] for line in said[:3]] == ["you may not read it"] * 3
+    assert "Permission denied: give a path that you may read" in said[3]
+    assert said[4] == "taken"
