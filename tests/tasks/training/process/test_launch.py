@@ -334,6 +334,7 @@ def say_error(kind: str, message: str) -> str:
         (say_error("CheckpointError", "of another run"), CheckpointError, "^of another run$"),
         (say_error("OutOfMemoryError", "CUDA out of memory"), TrainingError, "^CUDA out of memory$"),
         (say_error("KeyError", "x"), TrainingCrash, "failed with KeyError: x\nTraceback of it"),
+        (say_error("KeyError", "x") + "; " + say_error("RuntimeError", "y"), TrainingCrash, "failed with KeyError: x"),
         # The rank that lost its peer is heard first; the peer knows why.
         (say_error("RuntimeError", "peer") + "; " + say_error("TrainingError", "NaN"), TrainingError, "^NaN$"),
     ],
