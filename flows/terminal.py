@@ -136,8 +136,9 @@ def show_check(check: Check, source: str) -> None:
     console.print(_rows_table(check))
     for reason, places in check.places.items():
         console.print(f"[yellow]{reason}[/] ({check.rejected[reason]:,})")
-        for place in places:
-            console.print(f"  {escape(_shorten(place))}", style="dim")
+        for number, place in enumerate(places):  # the first one whole: the way out stands at its end
+            shown = _shorten(place) if number else " ".join(place.split())
+            console.print(f"  {escape(shown)}", style="dim")
     console.print(_lengths_table(check.masks))
     console.print(_remarks_table(check), "")
     for number, runs in enumerate(check.masks["samples"][:_NUM_SHOWN], start=1):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -56,6 +57,9 @@ def test_an_unchanged_run_reuses_three_stages_another_template_keeps_the_rows_an
         assert [item.path for item in tracking.client().list_artifacts(report.mlflow_run_id, "quality")] == [
             "quality/quality.html"
         ]
+    told = [_read_told(report) for report in (first, again)]
+    assert len(told[0]) == 2
+    assert told[1] == [f"{line} (cached)" for line in told[0]]
     assert again.mlflow_run_id != first.mlflow_run_id
     assert again.evaluation.before == first.evaluation.before
     assert again.training.final_loss == first.training.final_loss
@@ -63,6 +67,12 @@ def test_an_unchanged_run_reuses_three_stages_another_template_keeps_the_rows_an
     assert _reused(run(_ROWS, other)) == {"ingest"}
     changed = run([*_ROWS[:-1], {"prompt": "Say 23.", "completion": "The number twenty-three."}], other)
     assert _reused(changed) == set()
+
+
+def _read_told(report: RunReport) -> list[str]:
+    """Return what the log says of examples and rows."""
+    log = Path(tracking.client().download_artifacts(report.mlflow_run_id, "logs/run-1.log")).read_text("utf-8")
+    return re.findall(r"(?m)\d+ (?:rows in = |examples, ).*$", log)
 
 
 def _adapter(report: RunReport) -> AdapterRef:

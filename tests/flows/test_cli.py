@@ -101,6 +101,8 @@ def test_rows_that_tokenization_refuses_count_in_the_budget_of_check(tmp_path: P
     assert found["rows"]["rows in"] == sum(number for name, number in found["rows"].items() if name != "rows in")
     allowed = _runner.invoke(app, ["check", str(rows), *options[:2], "--set", "data.max_rejected_fraction=0.75"])
     assert allowed.exit_code == 0, allowed.output
+    told = " ".join(allowed.output.partition("template_error (150)")[2].split())
+    assert told.count("set model.chat_template to a template that takes it, such as chatml") == 1
 
 
 def test_check_takes_the_length_that_the_model_has_positions_for(tmp_path: Path) -> None:
