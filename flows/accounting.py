@@ -84,7 +84,7 @@ def describe_rows(dataset: DatasetRef, tokens: TokensRef) -> str:
 def describe_tokens(tokens: TokensRef) -> str:
     """Return one line on the examples and their tokens."""
     share = tokens.trained_tokens / max(1, tokens.total_tokens)
-    return f"{tokens.num_examples:,} examples, {tokens.total_tokens:,} tokens, {share:.0%} of them trained"
+    return f"{tokens.num_examples:,} examples, {tokens.total_tokens:,} tokens, {100 * share:.0f} % of them trained"
 
 
 def tell_rows(dataset: DatasetRef, tokens: TokensRef, *, is_cached: Sequence[bool]) -> None:
