@@ -75,9 +75,9 @@ def expect_effects(
         A sentence for people, and warnings: too few conversations to promote anything.
     """
     if rows.is_empty():
-        told = "No row is held out, so that nothing can show whether the fine-tuned model is better"
-        return told, (
-            f"{told}: it stays challenger. Hold out a part (data.eval_fraction, data.eval_source) to have it judged",
+        return "0 held-out conversations can show no change of anything", (
+            "No row is held out, so that nothing can show whether the fine-tuned model is better: it stays challenger. "
+            "Hold out a part (data.eval_fraction, data.eval_source) to have it judged",
         )
     groups = rows["example_id"].replace(conversations)
     num = groups.n_unique()
