@@ -77,13 +77,16 @@ def run(
         return
     _check_is_free(output)
     _check_home()
-    from flows.temporary_server import starting_server
+    from flows.temporary_server import ServerStartError, starting_server
 
-    with starting_server():
-        from flows import stages  # noqa: F401  takes as long as the server
-        from flows.ending import end_with_run, ignore_signals, take_outcome
-        from flows.pipeline import sft_pipeline
-        from flows.terminal import quiet_prefect, show_outcome
+    try:
+        with starting_server():
+            from flows import stages  # noqa: F401  takes as long as the server
+            from flows.ending import end_with_run, ignore_signals, take_outcome
+            from flows.pipeline import sft_pipeline
+            from flows.terminal import quiet_prefect, show_outcome
+    except ServerStartError as error:
+        fail(error)
     if not verbose:
         quiet_prefect()
 

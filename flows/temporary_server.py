@@ -6,11 +6,14 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
+from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
+
+from tasks.storage import home
 
 # Ends with either process, so that it leaves nothing behind itself.
 _WATCH = (
@@ -18,9 +21,20 @@ _WATCH = (
 )
 
 
+# Two that make or bring up to date the same database at once wait for each other in vain.
+_TURN_SECONDS = 150.0
+
+
+class ServerStartError(ValueError):
+    """Prefect's temporary server does not start."""
+
+
 @contextmanager
 def starting_server() -> Iterator[None]:
     """Start the temporary server beside what the body does, where no server is configured; be ready at the end.
+
+    Raises:
+        ServerStartError: it does not answer in time.
 
     The server is a process of its own and takes as long to start as the model libraries take to import. Prefect stops
     it at exit; a process that is killed cannot, so a shell watches this one.
@@ -40,7 +54,13 @@ def _start() -> None:
     before = {child.pid for child in psutil.Process().children()}
     logging.disable(logging.INFO)  # it would announce itself, and how to have one that stays
     try:
-        get_client(sync_client=True)  # without a configured server a client starts one, and waits until it answers
+        with _turn():
+            get_client(sync_client=True)  # without a configured server a client starts one, and waits for its answer
+    except RuntimeError as error:
+        raise ServerStartError(
+            f"Prefect's temporary server: {error} On a busy machine give it longer "
+            "(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=600), or start one for all runs: sft serve"
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
     servers = [
@@ -51,3 +71,15 @@ def _start() -> None:
     assert servers, "Prefect's client started no server of its own: has its ephemeral mode changed?"
     command = _WATCH.format(parent=os.getpid(), server=servers[0])
     subprocess.Popen(["/bin/sh", "-c", command], start_new_session=True, stdin=subprocess.DEVNULL)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Let one run of a home after the other start its server; one that takes too long is not waited for."""
+    lock = FileLock(home() / "prefect" / "start.lock")
+    with suppress(Timeout, OSError):
+        lock.acquire(timeout=_TURN_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
