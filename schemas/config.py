@@ -304,8 +304,9 @@ class TrainingConfig(Section):
     num_nodes: int = Field(default=1, ge=1, le=1024, title="Machines")
     """Machines that train together; each runs the same command with SFT_RENDEZVOUS and SFT_NODE_RANK set."""
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(default="ddp", title="Several processes")
-    """ddp: each holds everything; fsdp: the frozen weights are divided among them; zero2, zero3 (DeepSpeed, an extra):
-    gradients and optimizer are divided, with zero3 all weights too. All but ddp train with the general engine."""
+    """ddp: each holds everything; fsdp: the weights are divided among them, with gradients and optimizer where the
+    model's own weights are trained; zero2, zero3 (DeepSpeed, an extra): gradients and optimizer are divided, with zero3
+    all weights too. All but ddp train with the general engine."""
 
     @property
     def keeps_best(self) -> bool:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from flows.chatting import SamplingConfig, answer, open_sessions
+from flows.evaluating import evaluate_target
 from flows.exporting import export_merged
+from flows.targets import TargetError, copy_version, opening_target
 from schemas.artifacts import AdapterRef, MergedRef
+from schemas.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from tasks import storage, tracking
 from tasks.models import load_model
 from tests.end_to_end.conftest import BASE_MODEL, RunPipeline
@@ -59,3 +62,17 @@ def test_becomes_a_registered_version(run_pipeline: RunPipeline, tmp_path: Path,
     (whole,) = open_sessions(str(tracking.resolve(merged)), compare_base=False)
     said = ["".join(answer(session, "Say 3.", sampling)) for session in (base, tuned, whole)]
     assert said[1] == said[2] != said[0]
+
+    with opening_target(f"own-{method}/1") as target:  # of the registry, beside its base
+        assert target.base == BASE_MODEL
+        assert target.label == f"own-{method} version 1"
+        data = DataConfig(source=str(tmp_path / "rows.jsonl"), max_rows=20)
+        evaluation = EvaluationConfig(max_new_tokens=4, num_resamples=100)
+        config = RunConfig(model=ModelConfig(base_model="unused"), data=data, evaluation=evaluation)
+        found = evaluate_target(target, config, with_base=True)
+    assert (found.rows["rows in"], found.rows["evaluated"]) == (20, 20)
+    assert found.metrics["nll"] < found.base_metrics["nll"]
+    assert copy_version(f"own-{method}/1", tmp_path / "copy") == f"own-{method} version 1"
+    assert all(torch.equal(load_model(tmp_path / "copy").state_dict()[name], written[name]) for name in names)
+    with pytest.raises(TargetError, match="is not empty"):
+        copy_version(f"own-{method}/1", tmp_path / "copy")

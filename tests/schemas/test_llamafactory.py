@@ -198,6 +198,51 @@ def test_settings(folder: Path, keys: dict[str, Any], section: str, expected: di
     parse_config(translation.values)
 
 
+FULL = """
+model_name_or_path: org/Model-4B-Instruct
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: full
+deepspeed: examples/deepspeed/ds_z3_config.json
+dataset: identity,alpaca_en_demo
+template: qwen3_nothink
+cutoff_len: 2048
+max_samples: 1000
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+output_dir: saves/model-4b/full/sft
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 2
+learning_rate: 1.0e-5
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, 8])
+def test_documented_full_training_becomes_a_config_that_loads(folder: Path, num_processes: int) -> None:
+    (folder / "examples" / "deepspeed").mkdir(parents=True)
+    stage = {"zero_optimization": {"stage": 3, "overlap_comm": False}, "bf16": {"enabled": "auto"}}
+    (folder / "examples" / "deepspeed" / "ds_z3_config.json").write_text(json.dumps(stage))
+    translation = translate(change(FULL), num_processes=num_processes)
+    assert translation.list_lines("refused", "not done") == []
+    training = parse_config(translation.values).training
+    assert (training.method, training.strategy, training.learning_rate) == ("full", "zero3", 1e-5)
+    assert training.num_processes == num_processes
+    assert training.micro_batch * training.gradient_accumulation_steps == 2 * num_processes
+
+
 def test_loras_keys_are_of_no_effect_without_it(folder: Path) -> None:
     translation = translate(change(finetuning_type="full", lora_alpha=3, freeze_trainable_layers=2))
     for key in ("lora_rank", "lora_target", "lora_alpha", "freeze_trainable_layers"):
