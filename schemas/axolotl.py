@@ -16,6 +16,7 @@ from schemas.llamafactory.training import (
     read_batch,
     read_evaluations,
     read_name,
+    read_optimizer,
     read_schedule,
     read_steps,
     read_strategy,
@@ -164,6 +165,7 @@ def read_axolotl(given: dict[str, Any], folder: Path, num_processes: int) -> Wor
     _read_template(work)
     _read_method(work)
     read_batch(work, num_processes)
+    read_optimizer(work)
     read_schedule(work)
     read_evaluations(work)
     _read_memory(work)
@@ -290,13 +292,6 @@ def _read_memory(work: Work) -> None:
         work.say(
             "gradient_checkpointing", recomputes, "implied", "activations are recomputed where the memory asks for it"
         )
-    shown, kind = work.take("optim", "adamw_torch_fused", str)
-    if kind.startswith("adamw"):
-        if shown != NOT_GIVEN:
-            outcome: Outcome = "not done" if "8bit" in kind or "4bit" in kind else "implied"
-            work.say("optimizer", shown, outcome, "AdamW with moments in fp32")
-    else:
-        work.say("optimizer", shown, "refused", "AdamW is the optimizer here")
 
 
 def _read_fsdp(work: Work) -> None:

@@ -260,6 +260,8 @@ class TrainingConfig(Section):
     """How the learning rate falls after the warm-up."""
     warmup_fraction: float = Field(default=0.1, ge=0.0, le=1.0, title="Warm-up")
     """Part of all steps over which the learning rate rises linearly."""
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", title="Optimizer")
+    """adamw: moments in fp32; adamw_8bit: in 8 bits (torchao, an extra), 2 bytes a trained value in place of 8."""
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, title="Weight decay")
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0, title="Gradient clipping")
@@ -372,6 +374,11 @@ class TrainingConfig(Section):
     def _check_strategy(self) -> Self:
         if self.strategy == "ddp" or self.num_processes * self.num_nodes == 1:
             return self
+        if self.optimizer == "adamw_8bit" and (self.strategy != "fsdp" or not self.is_lora):
+            raise ValueError(
+                f"optimizer is adamw_8bit and strategy is {self.strategy}, which divides the optimizer: set optimizer "
+                "adamw, or strategy ddp"
+            )
         if self.base_weights != "full":
             raise ValueError(
                 f"base_weights is {self.base_weights} and strategy is {self.strategy}: packed weights are whole on "

@@ -16,6 +16,7 @@ from schemas.llamafactory.training import (
     read_evaluations,
     read_kept,
     read_name,
+    read_optimizer,
     read_reports,
     read_schedule,
     read_steps,
@@ -91,6 +92,7 @@ def read_trl(given: dict[str, Any], folder: Path, num_processes: int) -> Work:
     _read_data(work)
     _read_method(work)
     read_batch(work, num_processes)
+    read_optimizer(work)
     read_schedule(work)
     read_evaluations(work)
     read_kept(work)

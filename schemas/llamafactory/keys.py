@@ -244,10 +244,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenized_path": ((), "tokens of another program are not read: name the dataset"),
     "default_system": (("",), "write the system message into the rows"),
     "disable_shuffling": ((False,), "the order is drawn by the seed"),
-    "optim": (
-        ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"),
-        "AdamW is the optimizer here",
-    ),
     "optim_args": ((), "AdamW has its usual constants"),
     "adam_beta1": ((0.9,), "AdamW has its usual constants"),
     "adam_beta2": ((0.999,), "AdamW has its usual constants"),

@@ -29,6 +29,7 @@ def read_training(work: Work, folder: Path, num_processes: int) -> None:
     _read_method(work)
     read_batch(work, num_processes)
     _read_packing(work)
+    read_optimizer(work)
     read_schedule(work)
     read_evaluations(work)
     read_kept(work)
@@ -234,6 +235,17 @@ def _read_packing(work: Work) -> None:
         if shown != NOT_GIVEN:
             why = "examples of a pack never see each other" if packing or neat else ""
             work.put(key, shown, "training.packing", packing or neat, why)
+
+
+def read_optimizer(work: Work, key: str = "optim") -> None:
+    """Read which AdamW it is; any other optimizer is refused."""
+    shown, kind = work.take(key, "adamw_torch", str)
+    if kind in ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"):
+        work.put(key, shown, "training.optimizer", "adamw_8bit", "by torchao: pip install 'sft-pipeline[torchao]'")
+    elif kind not in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"):
+        work.say(key, shown, "refused", "AdamW is the optimizer here, or adamw_8bit")
+    elif shown != NOT_GIVEN:
+        work.say(key, shown, "implied", "training.optimizer = adamw")
 
 
 def read_schedule(work: Work) -> None:

@@ -21,7 +21,7 @@ def describe_costs(config: TrainingConfig, parameters: Mapping[str, nn.Parameter
         engine: that trains, in a word or two.
     """
     if not config.is_lora:
-        return [describe_cost(parameters)]
+        return [describe_cost(parameters, config)]
     sentences = []
     if config.use_rslora:
         scale = config.alpha / math.sqrt(config.rank)

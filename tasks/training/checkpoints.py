@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tasks.training.adamw import put_together, take_apart
 from tasks.training.distributed import gather, rank
 from tasks.training.random_states import read_random_states, seed_per_rank, write_random_states
 from tasks.training.records import EvalRecord, TrainingError
@@ -284,9 +285,10 @@ def _copy(tensor: Tensor) -> Tensor:
 def _list_moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """Return the optimizer's tensors by parameter name and key, such as `lora_A.weight|exp_avg`."""
     return [
-        (f"{name}|{key}", value)
+        (f"{name}|{key}", tensor)
         for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
+        for entry, value in optimizer.state[parameter].items()
+        for key, tensor in take_apart(entry, value)
     ]
 
 
@@ -295,8 +297,9 @@ def _write_optimizer(
 ) -> None:
     """Put the optimizer's tensors back, in the order in which it holds the parameters."""
     numbers = {name: number for number, name in enumerate(parameters)}
-    state: dict[int, dict[str, Tensor]] = {}
+    found: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit("|", 1)
-        state.setdefault(numbers[name], {})[key] = tensor
+        name, _, key = full_name.partition("|")
+        found.setdefault(numbers[name], {})[key] = tensor
+    state = {number: put_together(entries) for number, entries in found.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tasks.training.adamw import set_learning_rate
 from tasks.training.distributed import sum_flat, sum_gradients
 
 _CLIP_EPS = 1e-6  # as in `torch.nn.utils.clip_grad_norm_`
@@ -51,6 +52,8 @@ class WholeOptimizer:
     max_grad_norm: float
     flat: Tensor | None = None
     """The gradients of all parameters end to end, where they stay; None: they are made anew in each step."""
+    waits: bool = False
+    """For whether a step may be done: the optimizer cannot be told on the device to leave it."""
 
     def add(self, loss: Tensor, *, is_last: bool) -> None:
         """Add to the parameters' own gradients."""
@@ -72,11 +75,12 @@ class WholeOptimizer:
 
     def move(self, learning_rate: float, is_finite: Tensor) -> None:
         """Queue PyTorch's step on the device, without waiting for whether it may be done."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        # AdamW in its fused form asks for this on the device, as a gradient scaler sets it.
-        self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        set_learning_rate(self.optimizer, learning_rate)
+        if not self.waits:
+            # AdamW in its fused form asks for this on the device, as a gradient scaler sets it.
+            self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        if not self.waits or is_finite.item():
+            self.optimizer.step()
         self.forget()
 
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from schemas.config import TrainingConfig
 from tasks.families.classes import FamilyError
 from tasks.families.files import TRAINED_CONFIG, TRAINED_WEIGHTS
 from tasks.families.selection import SelectedWeight, select_weights
+from tasks.training.adamw import count_moment_bytes
 from tasks.training.checkpoints import publish_folder
 from tasks.training.records import TrainingError
 
@@ -85,10 +86,10 @@ def advise_learning_rate(config: TrainingConfig) -> str:
     )
 
 
-def describe_cost(trained: Mapping[str, nn.Parameter]) -> str:
+def describe_cost(trained: Mapping[str, nn.Parameter], config: TrainingConfig) -> str:
     """Say what trained weights take: in memory, and on the disk for each checkpoint."""
-    count = sum(parameter.numel() for parameter in trained.values())
+    count, moments = sum(parameter.numel() for parameter in trained.values()), count_moment_bytes(config)
     return (
-        f"{count:,} values are trained in fp32: {16 * count / 2**30:.2f} GiB with their gradient and AdamW's moments, "
-        f"{12 * count / 2**30:.2f} GiB on the disk for each checkpoint"
+        f"{count:,} values are trained in fp32: {(8 + moments) * count / 2**30:.2f} GiB with their gradient and "
+        f"AdamW's moments, {(4 + moments) * count / 2**30:.2f} GiB on the disk for each checkpoint"
     )

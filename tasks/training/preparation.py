@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from schemas.artifacts import AdaptedWeights
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
+from tasks.training.adamw import EIGHT_BITS, build_adamw
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import run_once_per_node
 from tasks.training.engines.base_dropout import describe_dropout, find_dropout, switch_off_dropout
@@ -108,9 +109,7 @@ def prepare_training(
     if config.is_lora or not is_sharded(config):  # else they go to the device in parts
         for parameter in parameters.values():
             parameter.data = parameter.data.to(device)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = build_adamw(list(parameters.values()), config)
     engine.attach_to(optimizer)
     setup = Setup(
         config=config,
@@ -118,7 +117,13 @@ def prepare_training(
         model=adapted,
         parameters=parameters,
         num_trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
-        optimizer=WholeOptimizer(parameters, optimizer, config.max_grad_norm, engine.bind_gradients()),
+        optimizer=WholeOptimizer(
+            parameters,
+            optimizer,
+            config.max_grad_norm,
+            engine.bind_gradients(),
+            waits=config.optimizer == EIGHT_BITS,
+        ),
         table=table,
         eval_table=eval_table,
         rows=rows,

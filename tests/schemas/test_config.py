@@ -81,6 +81,10 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
             {"evaluation": {"probes": [{"name": "a", "source": "x", "max_loss": 1}] * 2}},
             "probes are named a, a: give each a name of its own",
         ),
+        (
+            {"training": {"optimizer": "adamw_8bit", "num_processes": 2, "strategy": "zero2"}},
+            "optimizer is adamw_8bit and strategy is zero2, which divides the optimizer",
+        ),
         ({"training": {"method": "ful"}}, "training.method"),
         (
             {"training": {"trained_modules": ["lm_head"]}},

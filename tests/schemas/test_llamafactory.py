@@ -172,6 +172,8 @@ def test_keys_that_are_not_given_have_llamafactorys_defaults(folder: Path) -> No
             "training",
             {"trained_layers": 0, "trained_modules": ["layers.0", "layers.1", "lm_head", "norm"]},
         ),
+        ({"optim": "adamw_8bit"}, "training", {"optimizer": "adamw_8bit"}),
+        ({"optim": "adamw_torch"}, "training", {"optimizer": None}),
         ({"mask_history": True}, "tokenization", {"train_on": "last_turn"}),
         ({"enable_thinking": False}, "tokenization", {"template_arguments": {"enable_thinking": False}}),
         ({"enable_thinking": True}, "tokenization", {"template_arguments": {"enable_thinking": True}}),

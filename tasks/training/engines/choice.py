@@ -16,6 +16,7 @@ from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
+from tasks.training.adamw import count_moment_bytes
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
@@ -92,7 +93,13 @@ def _build_fused(
     if device.type == "cuda":
         trained = list(collect_trained(model).values())
         engine = fit_all_ranks(
-            fit_memory(engine, trained=trained, most_tokens=most_tokens, recompute=config.gradient_checkpointing)
+            fit_memory(
+                engine,
+                trained=trained,
+                most_tokens=most_tokens,
+                recompute=config.gradient_checkpointing,
+                moment_bytes=count_moment_bytes(config),
+            )
         )
         if not engine.num_recomputed and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
@@ -171,6 +178,7 @@ def fit_general(
             most_tokens=engine.tokens_per_forward,
             recompute=config.gradient_checkpointing,
             longest=int(table.lengths.max()),
+            moment_bytes=count_moment_bytes(config),
         )
     )
 

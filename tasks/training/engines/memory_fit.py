@@ -59,20 +59,22 @@ def fit_memory(
     most_tokens: int,
     recompute: bool | None,
     longest: int = _EXAMPLE_TOKENS,
+    moment_bytes: int = 8,
     reserved_bytes: int = 0,
 ) -> AnyEngine:
     """Return the engine with the forward pass and the recomputation that the GPU's free memory allows.
 
     Args:
         engine: on a CUDA device.
-        trained: parameters; AdamW will take 8 bytes for each of their values.
+        trained: parameters.
         most_tokens: of a step: more would never be used.
         recompute: every layer or none; None: what fits.
         longest: tokens of an example; where examples are padded, memory may grow with it.
+        moment_bytes: that the optimizer will take for each of their values.
         reserved_bytes: left free.
     """
     num_parameters = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained)
-    free_bytes = _SHARE * _read_free(engine.device) - 8 * num_parameters - reserved_bytes
+    free_bytes = _SHARE * _read_free(engine.device) - moment_bytes * num_parameters - reserved_bytes
     most_tokens = min(most_tokens, LARGEST_FORWARD)
     small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)
     kept = _measure(engine, trained, longest) if recompute is not True or not engine.num_layers else None

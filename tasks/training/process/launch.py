@@ -82,7 +82,11 @@ def run_training(
 
 
 def _check_strategy(config: TrainingConfig) -> None:
-    """Raise TrainingError where DeepSpeed is wanted and not installed, before any process loads a model."""
+    """Raise TrainingError where DeepSpeed or torchao is wanted and not installed, before any process loads a model."""
+    if config.optimizer == "adamw_8bit":
+        from tasks.training.adamw import check_optimizer
+
+        check_optimizer(config)
     is_wanted = config.strategy in ("zero2", "zero3") and config.num_processes * config.num_nodes > 1
     if is_wanted and find_spec("deepspeed") is None:
         raise TrainingError(

@@ -1,7 +1,9 @@
 """The model's own weights are trained as the plain loop does it, go on after a stop, and are written as they are."""
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from tasks.training.engines.self_check import comparing_some
 from tasks.training.loop import train_adapter
 from tasks.training.lora import collect_trained
 from tasks.training.own_weights import choose_weights, plan_weights
+from tasks.training.process.launch import run_training
+from tasks.training.process.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
 from tasks.training.reference import average_loss, fine_tune, learning_rate
 from tests.tasks.families.tiny import save_model
@@ -188,6 +192,55 @@ def test_tied_checkpoint_that_holds_both_tensors_gets_both(tmp_path: Path, token
     written = load_file(tmp_path / "written" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
     assert not torch.equal(written["lm_head.weight"], values["lm_head.weight"])
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """Torchao compiles its step, which takes a minute; as it is written it computes the same."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="the extra torchao is not installed")
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_moments_in_8_bits_learn_alike_and_go_on_after_a_stop(tmp_path: Path, method: str) -> None:
+    base_model = build_model(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    tokens = write_tokens(tmp_path / "tokens", num_train=44)
+    losses: dict[str, list[float]] = {"exact": [], "whole": [], "stopped": []}
+
+    def train(name: str, optimizer: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        config = TrainingConfig.model_validate({**SETTINGS, "method": method, "optimizer": optimizer, "rank": 32})
+        outcome = train_adapter(
+            base_model, tokens, tmp_path / name, config, seed=5, identity="the same",
+            on_step=lambda record: losses[name].append(record.loss),
+            should_stop=lambda: len(losses[name]) == stop_at,
+        )  # fmt: skip
+        (file,) = outcome.adapter.glob("*.safetensors")
+        return load_file(file)
+
+    train("exact", "adamw")
+    whole = train("whole", "adamw_8bit")
+    assert losses["whole"] != losses["exact"]
+    assert losses["whole"] == pytest.approx(losses["exact"], rel=0.02)
+    with pytest.raises(TrainingStopped):
+        train("stopped", "adamw_8bit", stop_at=7)
+    state = load_file(max((tmp_path / "stopped" / "checkpoints").glob("step-*")) / "optimizer.safetensors")
+    assert {name.rsplit("|", 1)[-1] for name in state} >= {"codes", "scale", "qmap", "step"}
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith("codes")} == {torch.uint8}
+    again = train("stopped", "adamw_8bit")
+    assert losses["stopped"] == losses["whole"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_without_torchao_no_training_starts(tmp_path: Path, base_model: Path, tokens: Path) -> None:
+    if find_spec("torchao") is not None:
+        pytest.skip("it is installed")
+    config = TrainingConfig(optimizer="adamw_8bit")
+    job = TrainingJob(base_model, tokens, tmp_path / "run", config, 5, "x")
+    with pytest.raises(TrainingError, match=r"optimizer is adamw_8bit.*pip install 'sft-pipeline\[torchao\]'"):
+        run_training(job)
+    assert not (tmp_path / "run").exists()
 
 
 Curves = tuple[list[float], list[float], list[float]]
