@@ -30,13 +30,16 @@ def to_number(value: Any) -> float:
     """Return a number; raise TypeError or ValueError for anything else."""
     if isinstance(value, bool):
         raise TypeError("a number is wanted")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a smaller number is wanted") from None
 
 
 def to_whole(value: Any) -> int:
     """Return a whole number; raise TypeError or ValueError for anything else."""
     number = to_number(value)
-    if number != int(number):
+    if not number.is_integer():  # neither are infinity and "not a number"
         raise ValueError("a whole number is wanted")
     return int(number)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from schemas.llamafactory.keys import IMPLIED, NOT_DONE, REFUSED
-from schemas.llamafactory.lines import NOT_GIVEN
+from schemas.llamafactory.lines import NOT_GIVEN, to_whole
 from schemas.llamafactory.settings import LORA, SETTINGS
 from schemas.llamafactory.training import FREEZE
 from schemas.llamafactory.translation import Translation, is_llamafactory, translate
@@ -402,3 +402,10 @@ def test_every_documented_key_is_known(key: str) -> None:
     lines = [line for line in translate({**given, key: "d" if key == "export_dir" else 1}).lines if line.key == key]
     assert lines
     assert not [line for line in lines if "no such key" in line.text]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**4000, 1.5, True])
+def test_no_whole_number_is_a_type_or_value_error(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        to_whole(value)
+    assert to_whole("16") == 16
