@@ -19,15 +19,15 @@ from typing import IO
 _FOLDER = Path(__file__).resolve().parent
 _RUNS = _FOLDER / "end_to_end"
 SERVICE = sorted([*_RUNS.glob("test_service*.py"), _RUNS / "test_s3.py"])
-_COMMANDS = sorted(
-    [*_RUNS.glob("test_shard*.py"), *(_RUNS / f"test_{name}.py" for name in ("bad_input", "docs_commands", "resume"))]
-)
-_PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS})
+_COMMANDS = sorted([*_RUNS.glob("test_shard*.py"), *(_RUNS / f"test_{name}.py" for name in ("bad_input", "resume"))])
+_PAGES = [_RUNS / "test_docs_commands.py"]
+_PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS, *_PAGES})
 GROUPS = {
     # The longest first.
     "stages": [f"--ignore={_RUNS}", str(_FOLDER)],
     "service": [str(path) for path in SERVICE],
     "pipelines": [str(path) for path in _PIPELINES],
+    "pages": [str(path) for path in _PAGES],
     "commands": [str(path) for path in _COMMANDS],
 }
 _FAILED, _NONE_CHOSEN = 1, 5  # pytest's exit codes: some tests failed; there was none to run
