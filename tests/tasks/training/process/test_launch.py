@@ -426,6 +426,15 @@ def test_a_training_that_told_its_outcome_has_ended_well_however_its_process_end
     assert (outcome.num_steps, outcome.final_loss) == (3, 0.5)
 
 
+def test_what_goes_wrong_seconds_after_the_outcome_is_still_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = f"{OUTCOME}; import time; time.sleep(2.5); {say_error('RuntimeError', 'in its ending')}"
+    assert supervise(TELL.format(then=late), tmp_path / "log").num_steps == 3
+    assert "After the training had ended: " in caplog.text
+    assert "in its ending" in caplog.text
+
+
 def test_what_a_process_said_before_it_ended_is_heard(tmp_path: Path) -> None:
     said: list[str] = []
 
