@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flows.console import console, escape
 from schemas.config import ModelConfig, RunConfig
 from schemas.foreign import name_program, translate_any
 from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
+from schemas.llamafactory.training import is_there
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
 
@@ -104,8 +106,10 @@ def read_chat(model: str) -> ChatTarget:
     Raises:
         ConfigError: the YAML is none of a chat.
     """
-    path = Path(model).expanduser()
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    path = Path(model)
+    with suppress(RuntimeError):  # a user that there is not
+        path = path.expanduser()
+    if path.suffix not in (".yaml", ".yml") or not is_there(path, as_file=True):
         return ChatTarget(model)
     values = read_mapping(path)
     translation = translate_file(path, values) if name_program(values) else None

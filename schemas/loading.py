@@ -127,7 +127,7 @@ def _check_homes(config: RunConfig, where: str) -> None:
 
 def _describe(detail: Any) -> str:
     """Word one pydantic error: field, value, limit, remedy."""
-    field, value = ".".join(str(part) for part in detail["loc"]) or "config", detail["input"]
+    field, value = _shorten(".".join(str(part) for part in detail["loc"])) or "config", detail["input"]
     if detail["type"] == "extra_forbidden":
         return f"{field}: unknown setting; {_suggest(detail['loc'])}"
     if detail["type"] == "missing":

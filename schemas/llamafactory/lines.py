@@ -1,5 +1,6 @@
 """What becomes of the keys of a config: lines for a person, and settings of ours."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,19 +28,22 @@ class KeyLine:
 
 
 def to_number(value: Any) -> float:
-    """Return a number; raise TypeError or ValueError for anything else."""
+    """Return a finite number; raise TypeError or ValueError for anything else."""
     if isinstance(value, bool):
         raise TypeError("a number is wanted")
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         raise ValueError("a smaller number is wanted") from None
+    if not math.isfinite(number):
+        raise ValueError("a finite number is wanted")
+    return number
 
 
 def to_whole(value: Any) -> int:
     """Return a whole number; raise TypeError or ValueError for anything else."""
     number = to_number(value)
-    if not number.is_integer():  # neither are infinity and "not a number"
+    if not number.is_integer():
         raise ValueError("a whole number is wanted")
     return int(number)
 

@@ -1,6 +1,7 @@
 """LLaMA-Factory's config of a training as sections of ours."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -87,7 +88,7 @@ def _read_datasets(work: Work, folder: Path) -> None:
         sources, given, eval_source = list(names), {"format": "alpaca"}, ",".join(held_out)
     else:
         path = find_path(Path(index) / INDEX, folder)
-        if not path.is_file():
+        if not is_there(path, as_file=True):
             text = f"{path}: no such file, neither from the working folder nor from the config's or one above it"
             work.say("dataset_dir", shown_index, "refused", text)
             return
@@ -109,11 +110,20 @@ def _read_datasets(work: Work, folder: Path) -> None:
 
 def find_path(path: Path, folder: Path) -> Path:
     """Return a path as it is found from the working folder, or else from the YAML's folder or one above it."""
-    path = path.expanduser()
-    if path.is_absolute() or path.exists():
+    with suppress(RuntimeError):  # a user that there is not
+        path = path.expanduser()
+    if path.is_absolute() or is_there(path):
         return path
     absolute = folder.resolve()
-    return next((parent / path for parent in (absolute, *absolute.parents) if (parent / path).exists()), path)
+    return next((parent / path for parent in (absolute, *absolute.parents) if is_there(parent / path)), path)
+
+
+def is_there(path: Path, *, as_file: bool = False) -> bool:
+    """Tell whether there is something at a path, or a file; nothing can be where a name is too long."""
+    try:
+        return path.is_file() if as_file else path.exists()
+    except OSError:
+        return False
 
 
 def _read_held_out(work: Work) -> None:

@@ -183,3 +183,10 @@ def test_every_field_of_the_form_has_a_title_a_help_text_and_a_place() -> None:
 def test_config_and_command_line_import_without_torch() -> None:
     code = "import sys, schemas.loading, schemas.artifacts, schemas.records, flows.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_long_name_is_shown_in_part() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"model": {"base_model": "m"}, "data": {"source": "s"}, "a" * 100_000: 1})
+    assert "unknown setting" in str(caught.value)
+    assert len(str(caught.value)) < 1000

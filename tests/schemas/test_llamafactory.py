@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from schemas.llamafactory.keys import IMPLIED, NOT_DONE, REFUSED
-from schemas.llamafactory.lines import NOT_GIVEN, to_whole
+from schemas.llamafactory.lines import NOT_GIVEN, to_number, to_whole
 from schemas.llamafactory.settings import LORA, SETTINGS
 from schemas.llamafactory.training import FREEZE
 from schemas.llamafactory.translation import Translation, is_llamafactory, translate
@@ -409,3 +409,18 @@ def test_no_whole_number_is_a_type_or_value_error(value: object) -> None:
     with pytest.raises((TypeError, ValueError)):
         to_whole(value)
     assert to_whole("16") == 16
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**4000, True])
+def test_no_finite_number_is_a_type_or_value_error(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        to_number(value)
+    assert to_number("0.5") == 0.5
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-this-name/data"])
+def test_a_folder_that_cannot_be_is_not_there(folder: Path, name: str) -> None:
+    given = {"model_name_or_path": "m", "stage": "sft", "do_train": True, "dataset": "d", "dataset_dir": name}
+    (line,) = [line for line in translate(given, folder=folder).lines if line.key == "dataset_dir"]
+    assert line.outcome == "refused"
+    assert "no such file" in line.text
