@@ -39,7 +39,7 @@ def read_parquet(path: Path, span: FileSpan) -> Iterator[RawRow]:
         with pq.ParquetFile(path) as file:
             groups = range(file.num_row_groups)[span.start : span.stop]
             yield from _number(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=groups), span.first_row)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}): write it again") from error
 
 
