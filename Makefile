@@ -10,7 +10,9 @@ TRITON := .triton
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(INSTALLED): pyproject.toml torch.lock requirements.lock
+LOCKS := deploy/supply/torch.lock deploy/supply/requirements.lock
+
+$(INSTALLED): pyproject.toml $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || { echo "Python 3.11.5 or later is needed: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
@@ -53,7 +55,7 @@ format: $(INSTALLED) ## Format and mend what can be mended
 	@$(BIN)/ruff check --fix .
 
 docs: $(INSTALLED) ## Build the documentation as a site in build/site
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --config-file deploy/site/mkdocs.yml --strict --quiet
 	@echo "build/site/index.html (with search: $(PYTHON) -m http.server --directory build/site)"
 
 bench-data: $(INSTALLED) ## Time the data preparation (ARGS="--rows 1000000": its memory)
@@ -84,7 +86,7 @@ release: sbom ## Build the wheel into dist, with the locks, the bill of material
 	@rm -f dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --disable-pip-version-check -w dist .
 	@rm -rf build/lib build/bdist.*
-	@cp torch.lock requirements.lock dist/
+	@cp $(LOCKS) dist/
 	@cd dist && sha256sum *.whl *.lock sbom.cdx.json > SHA256SUMS && cat SHA256SUMS
 
 clean: ## Remove the environment and what runs left here

@@ -3,8 +3,8 @@
     .venv/bin/python deploy/supply/install.py [--without-hashes]
 
 `torch.lock` has torch and what it brings for CUDA, `requirements.lock` all else. One case cannot be compared: where
-pip's own settings name an index or a folder that serves another build of torch (`2.13.0+cpu`; PyPI takes no such
-versions), that build is taken, and the terminal says from where and with which sha256.
+pip's own settings name an index or a folder that serves another build of torch (`2.13.0+cpu`; the public index takes
+no such versions), that build is taken, and the terminal says from where and with which sha256.
 """
 
 import json
@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCH_LOCK, LOCK = ROOT / "torch.lock", ROOT / "requirements.lock"
-_PYPI = ("pypi.org", "files.pythonhosted.org")
+_HERE = Path(__file__).resolve().parent
+TORCH_LOCK, LOCK = _HERE / "torch.lock", _HERE / "requirements.lock"
 _HASHED = ("--require-hashes", "--no-deps", "--no-build-isolation", "-r")
 _ADVICE = """
 Nothing that differs from the locks was installed. Where the index is a mirror with builds of its own, and you trust it:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         return _install_without_hashes()
     torch: tuple[str, ...] = (*_HASHED, str(TORCH_LOCK))
     found = _find_torch()
-    if found is not None and is_own_build(found):
+    if found is not None and is_own_build(found, _list_settings()):
         info = found["download_info"]
         print(
             f"torch {found['metadata']['version']} comes from {info['url']}, which pip's own settings name: it is "
@@ -67,9 +67,20 @@ def select(lock: str, names: tuple[str, ...]) -> str:
     return "".join(entry for entry in entries if entry.partition("==")[0] in names)
 
 
-def is_own_build(found: dict[str, Any]) -> bool:
-    """Tell whether a package is a build that PyPI cannot have served: its version has a local part, from elsewhere."""
-    return "+" in found["metadata"]["version"] and urlsplit(found["download_info"]["url"]).hostname not in _PYPI
+def is_own_build(found: dict[str, Any], settings: str) -> bool:
+    """Tell whether a package is a build of the user's own: a version with a local part, from where the settings point.
+
+    Args:
+        found: an entry of pip's report.
+        settings: pip's, as `pip config list` prints them.
+    """
+    place = urlsplit(found["download_info"]["url"])
+    is_named = place.scheme == "file" or (place.hostname is not None and place.hostname in settings)
+    return "+" in found["metadata"]["version"] and is_named
+
+
+def _list_settings() -> str:
+    return str(_pip("config", "list", capture_output=True, text=True).stdout)
 
 
 def _find_torch() -> dict[str, Any] | None:

@@ -54,12 +54,14 @@ def test_torch_and_what_it_needs_for_cuda_is_parted_from_the_rest() -> None:
     ("version", "url", "own"),
     [
         ("2.13.0+cpu", "file:///wheels/torch-2.13.0%2Bcpu.whl", True),
-        ("2.13.0+cpu", "https://files.pythonhosted.org/packages/torch.whl", False),
+        ("2.13.0+cpu", "https://mirror.example/torch.whl", True),
+        ("2.13.0+cpu", "https://public.example/packages/torch.whl", False),
         ("2.13.0", "https://mirror.example/torch.whl", False),
     ],
 )
 def test_only_a_build_that_the_index_cannot_serve_goes_without_a_hash(version: str, url: str, own: bool) -> None:
-    assert is_own_build({"metadata": {"version": version}, "download_info": {"url": url}}) is own
+    settings = "global.extra-index-url='https://mirror.example/simple'\n"
+    assert is_own_build({"metadata": {"version": version}, "download_info": {"url": url}}, settings) is own
 
 
 def test_a_file_that_is_not_the_locked_one_is_refused(tmp_path: Path) -> None:
