@@ -37,6 +37,10 @@ _PACKED = {"rank": 64, "alpha": 128, "packing": True}
 # As many tokens a step as the peers have.
 _KEPT = {**_PACKED, "tokens_per_pack": 32768, "micro_batch": 1}
 _LEAN = {**_PACKED, "tokens_per_pack": 8192, "micro_batch": 1, "gradient_accumulation_steps": 4}
+# Every weight of the model, with AdamW's moments in fp32, or in 8 bits through torchao.
+_FULL = {"method": "full", "packing": True, "learning_rate": 1e-5, "micro_batch": 1}
+_FULL_7B = {**_FULL, "tokens_per_pack": 8192, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+_EIGHT_BITS = {"optimizer": "adamw_8bit"}
 # What is run: who, shape, settings; steps in all.
 RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
@@ -54,6 +58,20 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {**_KEPT, "micro_batch": 2, "gradient_checkpointing": False, "num_processes": 2},
         13,
     ),
+    "ours-0.6b-full": (
+        "ours",
+        "qwen3-0.6b",
+        {**_FULL, "tokens_per_pack": 32768, "gradient_accumulation_steps": 2, "gradient_checkpointing": False},
+        12,
+    ),
+    "ours-0.6b-full-general": (
+        "ours",
+        "qwen3-0.6b",
+        {**_FULL, "tokens_per_pack": 32768, "gradient_accumulation_steps": 2, "engine": "general"},
+        8,
+    ),
+    "ours-7b-full": ("ours", "qwen2.5-7b", _FULL_7B, 7),
+    "ours-7b-full-8bit": ("ours", "qwen2.5-7b", {**_FULL_7B, **_EIGHT_BITS}, 7),
     "unsloth-7b": ("unsloth", "qwen2.5-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 10),
     "unsloth-7b-dropout": (
         "unsloth",
@@ -65,7 +83,27 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "unsloth-0.6b": ("unsloth", "qwen3-0.6b", {"checkpointing": False, "batch": 16, "accumulation": 2}, 12),
     "trl-7b": ("trl", "qwen2.5-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 9),
     "trl-7b-lean": ("trl", "qwen2.5-7b", {"checkpointing": True, "batch": 8, "accumulation": 2}, 8),
+    "trl-0.6b-full": ("trl", "qwen3-0.6b", {"full": True, "checkpointing": False, "batch": 16, "accumulation": 2}, 9),
+    "trl-7b-full": ("trl", "qwen2.5-7b", {"full": True, "checkpointing": True, "batch": 4, "accumulation": 4}, 7),
+    "trl-7b-full-8bit": (
+        "trl",
+        "qwen2.5-7b",
+        {"full": True, "checkpointing": True, "batch": 4, "accumulation": 4, "optimizer": "adamw_torch_8bit"},
+        7,
+    ),
     "llamafactory-7b-recipe": ("llamafactory", "qwen2.5-7b", {"batch": 2, "accumulation": 8}, 8),
+    "llamafactory-0.6b-full": (
+        "llamafactory",
+        "qwen3-0.6b",
+        {"full": True, "checkpointing": False, "packed_tokens": 32768, "batch": 1, "accumulation": 2},
+        9,
+    ),
+    "llamafactory-7b-full": (
+        "llamafactory",
+        "qwen2.5-7b",
+        {"full": True, "checkpointing": True, "packed_tokens": 8192, "batch": 1, "accumulation": 4},
+        7,
+    ),
 }
 # Rows of the table: what, ours, against, at least, and the most memory in GiB.
 TABLE: list[tuple[str, str, str, float, float | None]] = [
@@ -81,6 +119,12 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),
+    ("0.6B, all weights", "ours-0.6b-full", "trl-0.6b-full", 1.2, None),
+    ("0.6B, all weights, beside LLaMA-Factory", "ours-0.6b-full", "llamafactory-0.6b-full", 1.2, None),
+    ("0.6B, all weights, beside the general engine", "ours-0.6b-full", "ours-0.6b-full-general", 1.0, None),
+    ("7B, all weights, checkpointing", "ours-7b-full", "trl-7b-full", 1.2, None),
+    ("7B, all weights, beside LLaMA-Factory", "ours-7b-full", "llamafactory-7b-full", 1.2, None),
+    ("7B, all weights, 8-bit moments", "ours-7b-full-8bit", "trl-7b-full-8bit", 1.2, None),
 ]
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def summarize(times: list[float], tokens: list[int], skip: int) -> dict[str, Any
     }
 
 
+class EnoughError(Exception):
+    """All steps that are timed are done."""
+
+
 def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """Run the training stage's own functions: in this process, or in one for each GPU."""
     from schemas.config import TrainingConfig
@@ -51,52 +56,80 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     from tasks.training.process.messages import TrainingJob
 
     times: list[float] = []
-    tokens: list[int] = []
+    records: list[Any] = []
     lines: list[str] = []
+    warnings: list[str] = []
 
     def note(record: Any) -> None:
         times.append(time.perf_counter())
-        tokens.append(record.num_tokens)
+        records.append(record)
         print(record, flush=True)
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
+            if record.levelno >= logging.WARNING:
+                warnings.append(record.getMessage())
 
     logging.basicConfig(level=logging.INFO)
     logging.getLogger().addHandler(Lines())
-    config = TrainingConfig(**settings, max_steps=steps, checkpoint_every_steps=10_000)
+    # A training of all weights is left before its end: what its last step writes, 90 GB for 7B, is not timed anyway.
+    is_left = settings.get("method", "lora") != "lora"
+    config = TrainingConfig(**settings, max_steps=steps + is_left, checkpoint_every_steps=10_000)
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     job = TrainingJob(folder / "model", folder / "tokens", run, config, seed=0, identity="benchmark")
     started = time.perf_counter()
-    outcome = run_training(job, on_step=note, in_place=config.num_processes == 1)
+    peak_bytes = 0
+    if is_left:
+        _train_and_leave(job, note, steps)
+    else:
+        outcome = run_training(job, on_step=note, in_place=config.num_processes == 1)
+        peak_bytes, warnings = outcome.peak_memory_bytes, list(outcome.warnings)
     shutil.rmtree(run, ignore_errors=True)
     return {
-        **summarize(times, tokens, max(2, steps // 4)),
-        "peak_gib": round(outcome.peak_memory_bytes / 2**30, 1),
+        **summarize(times, [record.num_tokens for record in records], max(2, steps // 4)),
+        "peak_gib": round(max(peak_bytes, *(record.memory_bytes for record in records)) / 2**30, 1),
         "first_step_seconds": round(times[0] - started, 1),
-        "final_loss": round(outcome.final_loss, 3),
+        "final_loss": round(records[-1].loss, 3),
         "engine": next((line for line in lines if line.startswith("Training with")), ""),
-        "warnings": list(outcome.warnings),
+        "warnings": warnings,
     }
 
 
+def _train_and_leave(job: Any, note: Any, steps: int) -> None:
+    """Train in this thread, and leave after so many steps."""
+    from tasks.training.loop import train_adapter
+
+    def count(record: Any) -> None:
+        note(record)
+        if record.step == steps:
+            raise EnoughError
+
+    with suppress(EnoughError):
+        train_adapter(
+            job.base_model, job.tokens, job.run_folder, job.config, seed=job.seed, identity=job.identity, on_step=count
+        )
+
+
 def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run TRL at its best: packing, Liger's kernels, FlashAttention."""
+    """Run TRL at its best: packing, Liger's kernels, FlashAttention; all weights in fp32, or LoRA."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    is_full = settings.get("full", False)
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.bfloat16, attn_implementation="flash_attention_2", device_map={"": 0}
-    )
+        folder / "model", dtype=torch.float32 if is_full else torch.bfloat16, attn_implementation="flash_attention_2",
+        device_map={"": 0},
+    )  # fmt: skip
     adapter = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), peft_config=adapter,
+        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()),
+        peft_config=None if is_full else adapter,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )  # fmt: skip
     return _time_trainer(trainer, steps)
@@ -121,7 +154,7 @@ def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str,
     )  # fmt: skip
     arguments = _trainer_settings(folder, settings, steps)
     arguments.pop("gradient_checkpointing")
-    config = SFTConfig(**arguments, bf16=True, optim="adamw_torch_fused")
+    config = SFTConfig(**arguments, bf16=True)
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), processing_class=tokenizer
     )
@@ -135,7 +168,8 @@ def _trainer_settings(folder: Path, settings: dict[str, Any], steps: int) -> dic
         "per_device_train_batch_size": settings["batch"],
         "gradient_accumulation_steps": settings["accumulation"],
         "max_steps": steps,
-        "learning_rate": 1e-4,
+        "learning_rate": 1e-5 if settings.get("full") else 1e-4,
+        "optim": settings.get("optimizer", "adamw_torch_fused"),
         "gradient_checkpointing": bool(settings["checkpointing"]),
         "max_length": 2048,
         "packing": True,
@@ -196,7 +230,10 @@ def _build_clock() -> Any:
 
 
 def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run LLaMA-Factory's documented LoRA recipe through its own entry, on rows of the same lengths as text."""
+    """Run LLaMA-Factory through its own entry, on rows of the same lengths as text.
+
+    LoRA by its documented recipe; all weights, which it keeps in fp32, at its best: packed, Liger, FlashAttention.
+    """
     import torch
     from transformers import Trainer
 
@@ -216,6 +253,12 @@ def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict
         "lr_scheduler_type": "cosine", "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(), "preprocessing_num_workers": 1,
     }  # fmt: skip
+    if settings.get("full"):
+        config |= {
+            "finetuning_type": "full", "learning_rate": 1e-5, "cutoff_len": settings["packed_tokens"],
+            "neat_packing": True, "flash_attn": "fa2", "enable_liger_kernel": True,
+            "disable_gradient_checkpointing": not settings["checkpointing"],
+        }  # fmt: skip
     (data / "config.json").write_text(json.dumps(config))  # JSON is YAML too
     clock = _build_clock()
     inner = Trainer.training_step
