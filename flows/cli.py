@@ -12,6 +12,7 @@ from flows.service_cli import app as service_app
 from schemas.config import RunConfig
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError
+from tasks import garbage
 
 app = typer.Typer(
     name="sft",
@@ -80,7 +81,7 @@ def run(
     from flows.temporary_server import ServerStartError, starting_server
 
     try:
-        with starting_server():
+        with starting_server(), garbage.importing():
             from flows import stages  # noqa: F401  takes as long as the server
             from flows.ending import end_with_run, ignore_signals, take_outcome
             from flows.pipeline import sft_pipeline

@@ -28,7 +28,7 @@ from flows.probing import digest_template, prepare_probes
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
 from schemas.loading import override_config
-from tasks import tracking
+from tasks import garbage, tracking
 from tasks.caching import CACHED, run_stage
 from tasks.registry.recipes import need_recipe
 
@@ -71,8 +71,9 @@ def sft_pipeline(
     config = choose_config(config, recipe, dataset_uri)
     seconds: dict[str, float] = {}
     title = describe_run(config)
-    from flows import stages  # not at the top: see there
-    from flows.preflight import check_model
+    with garbage.importing():
+        from flows import stages  # not at the top: see there
+        from flows.preflight import check_model
 
     stages.check_settings(config.registry.gate, config.evaluation.probes)
     gpu_stages.prepare()

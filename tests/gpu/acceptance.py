@@ -137,7 +137,9 @@ def tell_service(given: Inputs) -> Report:
 
     home = given.work / "service"
     home.mkdir(parents=True)
-    served = Service(service_environment(home, SFT_AUTH="on", PREFECT_HOME=str(home / "prefect")), home)
+    roots = os.pathsep.join(str(path) for path in (given.model.parent, given.rows.parent, given.held_out.parent))
+    variables = {"SFT_AUTH": "on", "PREFECT_HOME": str(home / "prefect"), "SFT_DATA_ROOTS": roots}
+    served = Service(service_environment(home, **variables), home)
     served.sft("serve")
     try:
         began = time.monotonic()

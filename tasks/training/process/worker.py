@@ -15,6 +15,7 @@ from inspect import signature as read_signature
 from pathlib import Path
 from typing import Any
 
+from tasks import garbage
 from tasks.training.process.connection import LogSender, WorkerConnection, connect_worker
 from tasks.training.process.messages import (
     ADDRESS_VARIABLE,
@@ -52,8 +53,9 @@ def main(path: Path) -> None:
 
 def _train(job: TrainingJob, connection: WorkerConnection) -> None:
     """Train as one of the ranks; tell of it where this is the first one."""
-    from tasks.training.distributed import init_process_group
-    from tasks.training.loop import train_adapter
+    with garbage.importing():
+        from tasks.training.distributed import init_process_group
+        from tasks.training.loop import train_adapter
 
     signal.signal(signal.SIGTERM, lambda number, frame: connection.ask_to_stop())
     is_first = os.environ.get("RANK", "0") == "0"
@@ -125,7 +127,8 @@ def wait_for_job() -> None:
 
     See `ahead`.
     """
-    import tasks.training.loop  # noqa: F401
+    with garbage.importing():
+        import tasks.training.loop  # noqa: F401
 
     text = sys.stdin.readline()
     if not text:
