@@ -9,6 +9,7 @@ from flows.around_cli import app as around_app
 from flows.console import console, escape, fail, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
+from flows.serving_cli import app as serving_app
 from schemas.config import RunConfig
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(registry_app)
 app.add_typer(around_app)
+app.add_typer(serving_app)
 app.add_typer(service_app)
 
 

@@ -13,7 +13,15 @@ from schemas.config import ModelConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.merging.weights import merge_adapter
-from tasks.registry.versions import CHAMPION, MODEL_TAG, RUN_TAG, find_by_address, find_champions, get_version
+from tasks.registry.versions import (
+    CHAMPION,
+    MODEL_TAG,
+    RUN_TAG,
+    aliases_of,
+    find_by_address,
+    find_champions,
+    get_version,
+)
 from tasks.tokenization.saving import save_tokenizer
 from tasks.tokenization.templates import prepare_tokenizer
 from tasks.training.checkpoints import TRAINED
@@ -135,3 +143,27 @@ def find_base_of(name: str, version: str) -> tuple[Path, str]:
             f"{tags['sft.base_model_digest'][:12]}: the base model has changed since"
         )
     return Path(ref.uri), ref.name
+
+
+@dataclass(frozen=True)
+class VersionFacts:
+    """What is known of a registered version without its files."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    digest: str
+    tags: dict[str, str]
+
+
+def describe_version(target: str) -> VersionFacts:
+    """Return what the registry knows of a version: NAME (its champion), NAME/VERSION, NAME@alias, or the only champion.
+
+    Raises:
+        ValueError: there is no such version, or it is none of this pipeline's.
+    """
+    name, version = find_by_address(target or only_champion(), default_alias=CHAMPION)
+    tags = dict(get_version(name, version).tags)
+    if MODEL_TAG not in tags:
+        raise TargetError(f"{name} version {version} was not registered by this pipeline")
+    return VersionFacts(name, version, aliases_of(name, version), tags[MODEL_TAG], tags)

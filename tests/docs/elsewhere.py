@@ -12,7 +12,19 @@ _MODULES = "tests/docs/test_pages.py::test_each_module_that_is_named_as_a_progra
 _POOL = "tests/deploy/test_kubernetes_pool.py::test_the_printed_command_makes_the_pool"
 _EXTRAS = "tests/docs/test_pages.py::test_each_extra_that_is_named_is_there"
 
+_SERVING = "tests/flows/test_serving.py"
+_CURL = "tests/tasks/serving/test_app.py::test_curl_gets_answer_stream_and_error"
+_LOOPBACK = f"{_SERVING}::test_the_command_serves_on_loopback_by_its_own_names"
+_VLLM = f"{_SERVING}::test_vllms_command_is_printed_and_another_is_checked"
+
 ELSEWHERE: dict[str, str] = {
+    ".venv/bin/sft serve-model demo-assistant@champion": _LOOPBACK,
+    "curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
+    '-d \'{"messages": [{"role": "user", "content": "What does the quamrin eat?"}]}\'': _CURL,
+    "SFT_SERVE_API_KEY=a-long-secret .venv/bin/sft serve-model demo-assistant@champion --host 0.0.0.0 "
+    "--allow-host llm.example.org": f"{_SERVING}::test_beyond_loopback_a_key_and_a_name_are_wanted",
+    ".venv/bin/sft serve-model demo-assistant@champion --engine vllm": _VLLM,
+    ".venv/bin/sft serve-model demo-assistant@champion --engine vllm --check serve.sh": _VLLM,
     "make test": _TARGETS,
     "make serve": _SERVICE,
     "SFT_DATABASE_URL=postgresql://sft:PASSWORD@127.0.0.1:5432/sft make serve": _SERVICE,

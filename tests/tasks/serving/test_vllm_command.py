@@ -1,0 +1,75 @@
+"""vLLM's command is what the model needs, and what a command does otherwise is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tasks.serving.call_syntax import JsonCalls
+from tasks.serving.vllm_command import VllmNeeds, check_command, count_gpus, write_command
+
+
+@pytest.fixture
+def needs(tmp_path: Path) -> VllmNeeds:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
+    syntax = JsonCalls("<tool_call>", "name", "arguments")
+    return VllmNeeds(tmp_path, "mine", 4096, 2048, "bfloat16", syntax, frozenset({3, 7}), "{{ x }}", 10**9)
+
+
+def test_the_written_command_passes_its_own_check(needs: VllmNeeds) -> None:
+    words = write_command(needs, length=4096, num_gpus=2)
+    assert words[:5] == ["vllm", "serve", str(needs.folder), "--served-model-name", "mine"]
+    assert words[-2:] == ["--tensor-parallel-size", "2"]
+    assert check_command(words, needs) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"--served-model-name": None}, "--served-model-name mine"),
+        ({"--dtype": "float16"}, "stored in bfloat16"),
+        ({"--max-model-len": "1k"}, "trained on examples of up to 2048"),
+        ({"--max-model-len": "8192"}, "context is 4096"),
+        ({"--tool-call-parser": "mistral"}, "--tool-call-parser hermes"),
+        ({"--host": "0.0.0.0"}, "without a key"),
+        ({"--host": None}, "without a key"),
+        ({"--quantization": "fp8"}, "changes the weights"),
+        ({"--chat-template": "{{ y }}"}, "not the template of training"),
+        ({"--tokenizer": "/elsewhere"}, "own tokenizer"),
+        ({"--trust-remote-code": ""}, "runs code"),
+        ({"--kv-cache-dtype": "fp8"}, "what attention remembers"),
+        ({"--override-generation-config": '{"eos_token_id": 1}'}, "stop ids away"),
+    ],
+)
+def test_what_would_be_otherwise_is_said(needs: VllmNeeds, changed: dict[str, str | None], told: str) -> None:
+    words = write_command(needs)
+    for flag, value in changed.items():
+        if flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+        words += [flag, *([value] if value else [])] if value is not None else []
+    (problem,) = check_command(words, needs)
+    assert told in problem
+
+
+def test_lost_stop_ids_and_another_model_are_said(needs: VllmNeeds, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert "does not name the stop ids [7]" in check_command(write_command(needs), needs)[0]
+    words = ["vllm", "serve", "/other", *write_command(needs)[3:]]
+    assert "it serves /other" in check_command(words, needs)[0]
+    with pytest.raises(ValueError, match="is no `vllm serve"):
+        check_command(["python", "-m", "http.server"], needs)
+
+
+def test_float32_weights_are_not_halved_by_default(needs: VllmNeeds) -> None:
+    single = VllmNeeds(**{**vars(needs), "dtype": "float32"})
+    words = [word for word in write_command(single) if word not in ("--dtype", "float32")]
+    assert any("--dtype float32 serves what was tested" in problem for problem in check_command(words, single))
+
+
+def test_gpus_are_counted_by_the_weights(needs: VllmNeeds) -> None:
+    assert [count_gpus(VllmNeeds(**{**vars(needs), "num_bytes": size}), 80 * 10**9) for size in (1, 4e10, 1.4e11)] == [
+        1,
+        2,
+        4,
+    ]
