@@ -8,7 +8,8 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ _FLASH4_CAPABILITIES = (9, 10)
 # Its gradients were compared with the exact ones at these sizes; at 16 they are wrong.
 _FLASH4_HEAD_SIZES = (64, 128, 256)
 _FLASH4_LEAST_LENGTH = 512
+LARGEST_HEAD = 256
+"""Of FlashAttention; `wide_attention` takes larger ones."""
 # Above 256 examples it takes other kernels.
 _MANY_EXAMPLES = 300
 
@@ -42,6 +45,16 @@ class Segments:
     def longest(self) -> int:
         """Tokens of the longest segment: FlashAttention gives NaN, and no error, for less."""
         return max(self.lengths)
+
+    @cached_property
+    def host_borders(self) -> Tensor:
+        """[examples + 1] int64 on the host."""
+        return torch.tensor([0, *accumulate(self.lengths)])
+
+    @cached_property
+    def wide_borders(self) -> Tensor:
+        """[examples + 1] int64 on the device."""
+        return self.borders.long()
 
     def move(self, device: torch.device) -> "Segments":
         """Return the segments with their borders on a device."""

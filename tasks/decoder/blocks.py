@@ -169,7 +169,9 @@ class Project(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         adapted, projected, _ = ctx.saved_tensors
         projection, ops, dropout = ctx.settings
-        small, input_grad, side = projection.backward(grad, needs_input=True, drops=dropout is not None)
+        small, input_grad, side = projection.backward(
+            grad, needs_input=ctx.needs_input_grad[0] or dropout is not None, drops=dropout is not None
+        )
         masked = _mask(side, projection, dropout)
         if masked is not None:
             ops.drop_backward(input_grad, adapted, masked)

@@ -24,9 +24,12 @@ from tasks.decoder.blocks import (
     Norm,
     last_output_unused,
 )
+from tasks.decoder.delta_rule import DeltaRule, run_plain_rule
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.head import HeadLoss
 from tasks.decoder.layer import Layer, attend_scaled, run_layer
+from tasks.decoder.layer_inputs import LayerInputs
+from tasks.decoder.mixers import DeltaNet, Forward, KeysValues, name_shared
 
 # Bytes of logits that exist at a time.
 LOGITS_BYTES = 1 << 30
@@ -50,6 +53,11 @@ class Decoder:
     """positions [T] -> [T], factors of the rotated queries (Ministral 3)."""
     dropout: Dropout | None = None
     """Of the adapter, where gradients are taken."""
+    delta_rule: DeltaRule = run_plain_rule
+    logit_cap: float | None = None
+    """c, where logits x are c tanh(x / c) (Gemma)."""
+    layer_inputs: LayerInputs | None = None
+    """Of Gemma 4."""
 
     def invalidate(self) -> None:
         """Say that the trained matrices have changed."""
@@ -68,8 +76,14 @@ class Decoder:
         """Say whether passes add to gradients in place."""
         return any(group.grad_a is not None for group in self._groups())
 
+    @property
+    def has_delta_nets(self) -> bool:
+        """Whether some layers have a delta rule in place of attention."""
+        return any(isinstance(layer.mixer, DeltaNet) for layer in self.layers)
+
     def _groups(self) -> list[AdapterGroup]:
-        return [projection.adapters for layer in self.layers for projection in layer.projections]
+        further = [] if self.layer_inputs is None else [self.layer_inputs.projection.adapters]
+        return [*further, *(projection.adapters for layer in self.layers for projection in layer.projections)]
 
 
 def compute_losses(
@@ -101,28 +115,44 @@ def compute_losses(
     stream, delta, source = decoder.embed(input_ids), None, None
     dropout = decoder.dropout if torch.is_grad_enabled() else None
     key = None if dropout is None else dropout.key
-    ropes = {layer.rope: decoder.angles(stream, positions, layer.rope) for layer in decoder.layers}
     attend = decoder.attend
     if decoder.scale_queries is not None:
         attend = partial(attend_scaled, attend, decoder.scale_queries(positions).to(stream.dtype)[:, None, None])
-    for number, layer in enumerate(decoder.layers):
+    forward = Forward(
+        decoder.ops, dropout, attend, decoder.delta_rule, segments, positions, _find_angles(decoder, stream, positions)
+    )
+    own_inputs: list[Tensor] | list[None] = [None] * len(decoder.layers)
+    if decoder.layer_inputs is not None:
+        own_inputs = decoder.layer_inputs.compute(input_ids, stream, decoder.ops, dropout)
+    shared: dict[str, KeysValues | None] = {}
+    for number, (layer, own_input) in enumerate(zip(decoder.layers, own_inputs, strict=True)):
         select = trained if number == len(decoder.layers) - 1 else None
-        run = partial(run_layer, layer, decoder.ops, dropout, attend, segments, *ropes[layer.rope], select)
+        keeps, reads = name_shared(layer.mixer)
+        run = partial(run_layer, layer, forward, select)
+        arguments = shared.get(reads), own_input
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
             contexts = partial(_open_contexts, is_unused=layer.is_output_direct)
-            stream, delta = checkpoint(
-                run, stream, None, None, key, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-            )
+            stream, delta, kept = checkpoint(
+                run, *arguments, stream, None, None, key, use_reentrant=False, preserve_rng_state=False,
+                context_fn=contexts,
+            )  # fmt: skip
         else:
-            stream, delta = run(stream, delta, source, key)
+            stream, delta, kept = run(*arguments, stream, delta, source, key)
+        shared |= {keeps: kept} if keeps else {}
         source = layer.down if layer.is_output_direct else None
     weight = decoder.head.weight
     chunk = max(64, logits_bytes // (weight.shape[0] * weight.element_size()))
     losses: Tensor = HeadLoss.apply(
-        stream, delta, source, targets, decoder.norm, _Head(decoder.head), chunk, decoder.ops
+        stream, delta, source, targets, decoder.norm, _Head(decoder.head, decoder.logit_cap), chunk, decoder.ops
     )
     return losses
+
+
+def _find_angles(decoder: Decoder, stream: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the angles of each kind that a layer asks for."""
+    mixers = [layer.mixer for layer in decoder.layers if not isinstance(layer.mixer, DeltaNet)]
+    return {mixer.rope: decoder.angles(stream, positions, mixer.rope) for mixer in mixers}
 
 
 def _open_contexts(*, is_unused: bool) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -133,8 +163,9 @@ def _open_contexts(*, is_unused: bool) -> tuple[AbstractContextManager[None], Ab
 class _Head:
     """The frozen output head."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, cap: float | None) -> None:
         self.module = module
+        self.cap = cap
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return logits [N, V]."""

@@ -7,7 +7,7 @@ The adapter computes y = W x + s B A (m * x) / (1 - p) with m [T, H] of zeros an
 follows from
 
     key        of the forward pass: a digest of seed, step and the number of the micro batch
-    site       of the projection: four a layer, see `number_site`
+    site       of the projection: see `number_site`
     row        of the token in the forward pass
     column
 
@@ -33,10 +33,18 @@ _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 # Of the linear layers of a decoder layer: those that share an input share a site.
 SITES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), 0),
-    "o_proj": 1,
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba"), 0),
+    **dict.fromkeys(("a_proj", "b_proj", "g_proj"), 0),
+    **dict.fromkeys(("o_proj", "out_proj"), 1),
     **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), 2),
     "down_proj": 3,
+    # Of Gemma 4's own inputs of a layer; the last one is of all layers together.
+    "per_layer_input_gate": 4,
+    "per_layer_projection": 5,
+    "per_layer_model_projection": 6,
 }
+# Sites below it are four a layer.
+_FURTHER_SITES = 1 << 20
 
 
 class Mask(NamedTuple):
@@ -87,7 +95,8 @@ class Dropout:
 
 def number_site(layer: int, name: str) -> int:
     """Return the site of a linear layer, one of `SITES`, of decoder layer `layer`."""
-    return 4 * layer + SITES[name]
+    place = SITES[name]
+    return 4 * layer + place if place < 4 else _FURTHER_SITES + 3 * layer + place
 
 
 def derive_key(seed: int, step: int, number: int) -> int:

@@ -194,19 +194,23 @@ def drop_backward(grad: Tensor, values: Tensor, side: MaskedTensor) -> None:
     drop(values, side)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return -log p(target) of each row of logits [N, V], and put its gradient in the logits' place.
 
-    A negative target does not count: its loss and gradient are 0.
+    A negative target does not count: its loss and gradient are 0. With a cap c, logits x are first made c tanh(x / c).
     """
     wide = _widen(logits)
+    slopes = torch.ones_like(wide[:1])
+    if cap is not None:
+        tanh = torch.tanh(wide / cap)
+        wide, slopes = cap * tanh, 1 - tanh.square()
     counts = (targets >= 0).to(wide.dtype)
     places = targets.clamp(min=0)[:, None]
     log_sums = torch.logsumexp(wide, dim=-1)
     losses = (log_sums - wide.gather(1, places)[:, 0]) * counts
     grads = torch.exp(wide - log_sums[:, None])
     grads.scatter_add_(1, places, -torch.ones_like(places, dtype=wide.dtype))
-    logits.copy_(grads * counts[:, None])
+    logits.copy_(grads * slopes * counts[:, None])
     return losses
 
 

@@ -16,6 +16,11 @@ from tasks.decoder.projections import AnyProjection
 class Head(Protocol):
     """The frozen output head."""
 
+    @property
+    def cap(self) -> float | None:
+        """Return c, where logits x become c tanh(x / c)."""
+        ...
+
     def forward(self, rows: Tensor) -> Tensor:
         """Return logits [N, V]."""
         ...
@@ -35,7 +40,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         residual: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         source: AnyProjection | None,
         targets: Tensor,
         norm: Norm,
@@ -49,13 +54,17 @@ class HeadLoss(torch.autograd.Function):
         losses = []
         for rows, row_targets in zip(normed.split(chunk), targets.split(chunk), strict=True):
             logits = head.forward(rows)
-            losses.append(ops.cross_entropy(logits, row_targets))
+            losses.append(ops.cross_entropy(logits, row_targets, head.cap))
             if any(ctx.needs_input_grad[:2]):
                 rows.copy_(head.backward(logits))
             del logits
         if any(ctx.needs_input_grad[:2]):
-            ops.norm_backward(normed, total, rstd, norm.weight, None, total)
+            # Without a delta the sum is the stream itself, which others still read.
+            result = total if delta is not None else torch.empty_like(total)
+            ops.norm_backward(normed, total, rstd, norm.weight, None, result)
+            total = result
         ctx.save_for_backward(total)
+        ctx.has_delta = delta is not None
         ctx.source = source
         return torch.cat(losses)
 
@@ -68,4 +77,4 @@ class HeadLoss(torch.autograd.Function):
         result.copy_(rows.to(grad.dtype) * grad[:, None])
         if ctx.source is not None:
             ctx.source.forget_grad()
-        return result, result, None, None, None, None, None, None
+        return result, result if ctx.has_delta else None, None, None, None, None, None, None

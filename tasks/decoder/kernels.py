@@ -213,12 +213,13 @@ def drop_backward(grad: Tensor, values: Tensor, side: MaskedTensor) -> None:
     )  # fmt: skip
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """See `elementwise.cross_entropy`."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     cross_entropy_program[(logits.shape[0],)](
-        logits, targets, losses, logits.stride(0), logits.shape[1], BLOCK=_VOCABULARY_BLOCK, num_warps=16
-    )
+        logits, targets, losses, logits.stride(0), logits.shape[1], cap or 1.0, CAPS=cap is not None,
+        BLOCK=_VOCABULARY_BLOCK, num_warps=16,
+    )  # fmt: skip
     return losses
 
 

@@ -69,6 +69,10 @@ class KnownLayer:
     """Neighbouring columns of a head are rotated together, in place of the columns of its two halves."""
     is_weight_less_one: bool = False
     """The norms' weights are stored less one."""
+    has_gates: bool = False
+    """What a query head attends to has a gate, which lies behind the query."""
+    layer_input: tuple[str, ...] = ()
+    """Of layers with an input of their own: its gate, its projection and that one's norm, and what else is there."""
     dropouts: tuple[str, ...] = ()
     """Modules of the layer that only drop."""
     window: Window = _own_window
@@ -76,9 +80,9 @@ class KnownLayer:
 
     @property
     def modules(self) -> set[str]:
-        """Names of the layer's own modules."""
+        """Names of the layer's own modules beside what mixes the tokens."""
         norms = (self.input_norm, self.attention_out_norm, self.gate_norm, self.gate_out_norm)
-        return {"self_attn", "mlp", *self.dropouts, *(name for name in norms if name)}
+        return {"mlp", *self.dropouts, *(name for name in norms if name)}
 
     @property
     def attention_modules(self) -> set[str]:
@@ -115,6 +119,13 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
         is_weight_less_one=True,
         rope=_rope_by_type,
     ),
+    "Gemma4TextDecoderLayer": KnownLayer(
+        attention_out_norm="post_attention_layernorm",
+        gate_norm="pre_feedforward_layernorm",
+        gate_out_norm="post_feedforward_layernorm",
+        layer_input=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm", "act_fn"),
+    ),
+    "Qwen3_5DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, is_weight_less_one=True, has_gates=True),
     "Phi3DecoderLayer": KnownLayer(
         qkv=("qkv_proj",),
         gate_up=_FUSED_GATE,

@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 from tasks.decoder.attention import Attention, Segments
-from tasks.decoder.blocks import GatedProject, Norm, NormProject, OutputNorm, Project, Rotate, Select
+from tasks.decoder.blocks import GatedProject, Norm, NormProject, OutputNorm, Project, Select
 from tasks.decoder.dropout import Dropout
-from tasks.decoder.elementwise import Heads
-from tasks.decoder.further_blocks import RowNorms, Scale
+from tasks.decoder.further_blocks import Scale
+from tasks.decoder.mixers import Forward, KeysValues, Mixer, mix
 from tasks.decoder.projections import AnyProjection
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer adds of an input of its own (Gemma 4)."""
+
+    gate: AnyProjection
+    output: AnyProjection
+    norm: Norm
 
 
 @dataclass(frozen=True)
@@ -22,84 +32,89 @@ class Layer:
 
     input_norm: Norm | None
     qkv: AnyProjection
-    heads: Heads
-    head_norms: tuple[Norm, Norm] | None
-    """Of queries and keys."""
-    norms_rows: bool
-    """The head norms take all heads of a token together."""
-    rope: str
-    """Which of the model's angles: the layer's type, "" where there is one for all, or `NO_ROTATION`."""
-    window: int | None
-    attention_scale: float
+    """What the mixer reads."""
+    mixer: Mixer
     output: AnyProjection
     attention_out_norm: Norm | None
-    """Before the attention's output joins the stream (Gemma)."""
+    """Before the mixer's output joins the stream (Gemma)."""
     gate_norm: Norm | None
     gate_up: AnyProjection
     activation: str
     down: AnyProjection
     gate_out_norm: Norm | None
     output_scale: float = 1.0
-    """Of what the attention and the gated layer add to the stream."""
+    """Of what the mixer and the gated layer add to the stream."""
+    layer_input: LayerInput | None = None
+    stream_scale: Tensor | None = None
+    """[1], of the stream that the layer gives."""
 
     @property
     def projections(self) -> tuple[AnyProjection, ...]:
-        """All four groups."""
-        return self.qkv, self.output, self.gate_up, self.down
+        """All groups."""
+        further = () if self.layer_input is None else (self.layer_input.gate, self.layer_input.output)
+        return self.qkv, self.output, self.gate_up, self.down, *further
 
     @property
     def is_output_direct(self) -> bool:
         """The last product joins the stream as it is."""
-        return self.gate_out_norm is None and self.output_scale == 1.0
+        is_plain = self.gate_out_norm is None and self.output_scale == 1.0
+        return is_plain and self.layer_input is None and self.stream_scale is None
 
 
 def run_layer(
     layer: Layer,
-    ops: ModuleType,
-    dropout: Dropout | None,
-    attend: Attention,
-    segments: Segments,
-    cos: Tensor,
-    sin: Tensor,
+    forward: Forward,
     select: Tensor | None,
+    shared: KeysValues | None,
+    own_input: Tensor | None,
     stream: Tensor,
     delta: Tensor | None,
     source: AnyProjection | None,
     key: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the stream after the attention, and what the gated layer adds to it.
+) -> tuple[Tensor, Tensor | None, KeysValues | None]:
+    """Return the stream after the mixer, what the gated layer adds to it, and keys and values for later layers.
 
     Args:
         layer: its parts.
-        ops: of the work between the products.
-        dropout: of the adapter.
-        attend: the attention.
-        segments: the examples' borders.
-        cos: of the positions' angles.
-        sin: likewise.
+        forward: what the layers share.
         select: the only positions that are wanted; None: all.
+        shared: another layer's keys and values, where this one attends to those.
+        own_input: [T, P] of its `layer_input`.
         stream: [T, H]
         delta: [T, H], added first.
         source: the projection that made delta.
         key: of dropout, for `checkpoint` alone: it refuses to run the layer again once an argument has changed.
     """
-    stream, qkv = _normed_project(layer.input_norm, layer.qkv, ops, dropout, stream, delta, source)
-    norms = layer.head_norms or (None, None)
-    if layer.head_norms is not None and layer.norms_rows:
-        qkv = RowNorms.apply(qkv, layer.qkv, layer.heads, layer.head_norms, ops)
-        queries, keys, values = Rotate.apply(qkv, None, layer.heads, cos, sin, (None, None), ops)
-    else:
-        queries, keys, values = Rotate.apply(qkv, layer.qkv, layer.heads, cos, sin, norms, ops)
-    attended = attend(queries, keys, values, segments, scale=layer.attention_scale, window=layer.window).flatten(1)
+    ops, dropout = forward.ops, forward.dropout
+    stream, rows = _normed_project(layer.input_norm, layer.qkv, ops, dropout, stream, delta, source)
+    mixed, kept = mix(layer.mixer, rows, layer.qkv, forward, shared)
     if select is not None:
-        stream, attended = Select.apply(stream, attended, select)
-    delta = Project.apply(attended, layer.output, ops, dropout, *layer.output.adapters.parameters)
+        stream, mixed = Select.apply(stream, mixed, select)
+    delta = Project.apply(mixed, layer.output, ops, dropout, *layer.output.adapters.parameters)
     delta, source = _finish(delta, layer.output, layer.attention_out_norm, layer.output_scale, ops)
     stream, gate_up = _normed_project(layer.gate_norm, layer.gate_up, ops, dropout, stream, delta, source)
     parameters = layer.down.adapters.parameters
     delta = GatedProject.apply(gate_up, layer.gate_up, layer.activation, layer.down, ops, dropout, *parameters)
     delta, _ = _finish(delta, layer.down, layer.gate_out_norm, layer.output_scale, ops)
-    return stream, delta
+    if layer.layer_input is not None:
+        assert own_input is not None
+        stream = stream + delta
+        own_input = own_input if select is None else own_input.index_select(0, select)
+        delta = _run_layer_input(layer.layer_input, layer.activation, stream, own_input, ops, dropout)
+    if layer.stream_scale is not None:
+        return (stream + delta) * layer.stream_scale, None, kept
+    return stream, delta, kept
+
+
+def _run_layer_input(
+    part: LayerInput, activation: str, stream: Tensor, own_input: Tensor, ops: ModuleType, dropout: Dropout | None
+) -> Tensor:
+    """Return what a layer's own input adds to the stream."""
+    gate = Project.apply(stream, part.gate, ops, dropout, *part.gate.adapters.parameters)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    output = Project.apply(active * own_input, part.output, ops, dropout, *part.output.adapters.parameters)
+    result: Tensor = OutputNorm.apply(output, part.output, part.norm, ops)
+    return result
 
 
 def _normed_project(

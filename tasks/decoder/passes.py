@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.decoder.attention import Segments, attend_flash4, attend_varlen
+from tasks.decoder.attention import LARGEST_HEAD, Segments, attend_flash4, attend_varlen
 from tasks.decoder.decoder import Decoder, compute_losses
+from tasks.decoder.mixers import list_attentions
 from tasks.decoder.recording import Recorder
 
 MOST_TOKENS = 8192
@@ -178,7 +179,9 @@ class PassRecorder:
 
 def can_record(decoder: Decoder, device: torch.device) -> bool:
     """Say whether a decoder's passes depend on nothing but their shapes: attention that reads borders on the device."""
-    return device.type == "cuda" and decoder.attend in (attend_varlen, attend_flash4)
+    if device.type != "cuda" or decoder.attend not in (attend_varlen, attend_flash4) or decoder.has_delta_nets:
+        return False
+    return all(heads.size <= LARGEST_HEAD for heads in list_attentions(layer.mixer for layer in decoder.layers))
 
 
 def _lay_out(batch: FlatBatch, scale: float) -> Tensor:

@@ -13,19 +13,20 @@ from tasks.decoder.adapters import Part
 from tasks.decoder.attention import find_attentions
 from tasks.decoder.blocks import Norm
 from tasks.decoder.decoder import Decoder, choose_operations
+from tasks.decoder.delta_rule import find_delta_rules
 from tasks.decoder.dropout import Dropout, number_site
-from tasks.decoder.elementwise import Heads
 from tasks.decoder.known_layers import KNOWN_LAYERS, NO_ROTATION, KnownLayer
-from tasks.decoder.layer import Layer
+from tasks.decoder.layer import Layer, LayerInput
+from tasks.decoder.layer_inputs import LayerInputs
+from tasks.decoder.mixer_recognition import plan_mixer
+from tasks.decoder.mixers import find_flash_size, list_attentions
+from tasks.decoder.module_reading import UnknownDecoderError as UnknownDecoderError
+from tasks.decoder.module_reading import check_modules, read_norm, read_part
 from tasks.decoder.projections import AnyProjection, Projection, build_projection
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Widest row that a kernel's program holds at once.
 _MAX_HIDDEN = 16384
-
-
-class UnknownDecoderError(ValueError):
-    """The model, or its adapter, has something that the fused decoder does not do; the message says what."""
 
 
 def recognize_decoder(model: PeftModel) -> Decoder:
@@ -48,26 +49,36 @@ def recognize_decoder(model: PeftModel) -> Decoder:
     if unknown or not layers:
         raise UnknownDecoderError(f"it has layers that are not known ({', '.join(unknown) or 'none are found'})")
     _check_settings(config)
-    _check_trained(model, inner.layers)
+    own_inputs = getattr(inner, "per_layer_model_projection", None)
+    _check_trained(model, [inner.layers] if own_inputs is None else [inner.layers, own_inputs])
     share = _read_dropout(model)
     activation = _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
     plans = [
         _read_layer(layer, number, activation) for number, layer in enumerate(layers)
     ]  # all of them, before the first weight moves
+    build_inputs = None if own_inputs is None else _read_layer_inputs(inner)
     embedding = base.get_input_embeddings()
     dtype, device = embedding.weight.dtype, embedding.weight.device
     decoder_layers = tuple(plan() for plan in plans)
     known = KNOWN_LAYERS[type(layers[0]).__name__]
+    attentions = list_attentions(layer.mixer for layer in decoder_layers)
     return Decoder(
         embed=_read_embedding(embedding, config),
-        angles=_read_angles(inner.rotary_emb, decoder_layers[0].heads.size),
+        angles=_read_angles(inner.rotary_emb, find_flash_size(attentions)),
         layers=decoder_layers,
-        norm=_read_norm(inner.norm, known, 1.0 / getattr(config, "logits_scaling", 1.0)),
+        norm=read_norm(
+            inner.norm,
+            is_weight_less_one=known.is_weight_less_one,
+            factor=1.0 / getattr(config, "logits_scaling", 1.0),
+        ),
         head=base.get_output_embeddings(),
-        attend=find_attentions(device, dtype, decoder_layers[0].heads.size)[0],
+        attend=find_attentions(device, dtype, find_flash_size(attentions))[0],
         ops=choose_operations(device, dtype),
         scale_queries=_read_query_scale(config),
         dropout=Dropout(share, torch.zeros(1, dtype=torch.int64, device=device)) if share else None,
+        delta_rule=find_delta_rules(device, dtype)[0],
+        logit_cap=getattr(config, "final_logit_softcapping", None),
+        layer_inputs=None if build_inputs is None else build_inputs(),
     )
 
 
@@ -103,8 +114,7 @@ def _check_settings(config: Any) -> None:
     """Refuse what changes a layer's arithmetic."""
     wanted: dict[str, tuple[Any, ...]] = {
         "attn_logit_softcapping": (None,),
-        "final_logit_softcapping": (None,),
-        "use_bidirectional_attention": (None, False),
+        "use_bidirectional_attention": (None, False, "vision"),
         "attention_dropout": (None, 0, 0.0),
         "residual_dropout": (None, 0, 0.0),
         "resid_pdrop": (None, 0, 0.0),
@@ -119,9 +129,9 @@ def _check_settings(config: Any) -> None:
         raise UnknownDecoderError(f"its hidden size is {config.hidden_size}, above {_MAX_HIDDEN}")
 
 
-def _check_trained(model: PeftModel, layers: nn.Module) -> None:
-    """Refuse trained parameters that are not the plain LoRA matrices of the layers' linear modules."""
-    inside = {id(parameter) for parameter in layers.parameters()}
+def _check_trained(model: PeftModel, places: list[nn.Module]) -> None:
+    """Refuse trained parameters that are not the plain LoRA matrices of the linear modules at some places."""
+    inside = {id(parameter) for place in places for parameter in place.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not (
             id(parameter) in inside and name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))
@@ -146,31 +156,25 @@ def _read_dropout(model: PeftModel) -> float:
 def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]:
     """Check a layer and return a function that builds it."""
     known = KNOWN_LAYERS[type(layer).__name__]
-    attention, mlp = layer.self_attn, layer.mlp
-    _check_modules(layer, known.modules)
-    _check_modules(attention, known.attention_modules)
-    qkv = [_read_part(attention, name) for name in known.qkv]
-    output = [_read_part(attention, "o_proj")]
-    gate_up = [_read_part(mlp, name) for name in known.gate_up]
-    down = [_read_part(mlp, "down_proj")]
+    has_input = bool(getattr(layer, "hidden_size_per_layer_input", 0))
+    mixer_name = "linear_attn" if hasattr(layer, "linear_attn") else "self_attn"
+    check_modules(layer, {mixer_name, *known.modules, *(known.layer_input if has_input else ())})
+    mixer = plan_mixer(layer, known)
+    gate_up = [read_part(layer.mlp, name) for name in known.gate_up]
+    down = [read_part(layer.mlp, "down_proj")]
+    own_input = [[read_part(layer, name)] for name in known.layer_input[:2]] if has_input else []
     sites = [number_site(number, name) for name in ("q_proj", "o_proj", "gate_proj", "down_proj")]
-    heads = _read_heads(attention, known)
 
     def norm(name: str | None) -> Norm | None:
-        return None if name is None else _read_norm(getattr(layer, name), known)
+        less_one = known.is_weight_less_one
+        return None if name is None else read_norm(getattr(layer, name), is_weight_less_one=less_one)
 
     def build() -> Layer:
-        head_norms = [_read_norm(getattr(attention, name), known) for name in known.head_norms or ()]
         return Layer(
             input_norm=norm(known.input_norm),
-            qkv=build_projection(qkv, sites[0]),
-            heads=heads,
-            head_norms=(head_norms[0], head_norms[1]) if head_norms else None,
-            norms_rows=known.norms_rows,
-            rope=known.rope(attention),
-            window=known.window(attention),
-            attention_scale=float(attention.scaling),
-            output=build_projection(output, sites[1]),
+            qkv=build_projection(mixer.inputs, sites[0]),
+            mixer=mixer.build(),
+            output=build_projection(mixer.output, sites[1]),
             attention_out_norm=norm(known.attention_out_norm),
             gate_norm=norm(known.gate_norm),
             gate_up=build_projection(gate_up, sites[2]),
@@ -178,53 +182,31 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
             down=build_projection(down, sites[3]),
             gate_out_norm=norm(known.gate_out_norm),
             output_scale=float(getattr(layer, "residual_multiplier", 1.0)),
+            layer_input=_build_layer_input(layer, known, own_input, number) if has_input else None,
+            stream_scale=getattr(layer, "layer_scalar", None),
         )
 
     return build
 
 
-def _check_modules(module: nn.Module, wanted: set[str]) -> None:
-    """Refuse a module that has other modules than its family's."""
-    found = {name for name, _ in module.named_children()}
-    if found != wanted:
-        differs = ", ".join(sorted(found ^ wanted))
-        raise UnknownDecoderError(f"its {type(module).__name__} has other modules than is known: {differs}")
+def _build_layer_input(layer: Any, known: KnownLayer, parts: list[list[Part]], number: int) -> LayerInput:
+    gate, output = (
+        build_projection(group, number_site(number, name))
+        for group, name in zip(parts, known.layer_input, strict=False)
+    )
+    return LayerInput(gate, output, read_norm(getattr(layer, known.layer_input[2])))
 
 
-def _read_heads(attention: Any, known: KnownLayer) -> Heads:
-    """Return the layout of a row of queries, keys and values, of which the output's width gives the queries'."""
-    size = attention.head_dim
-    num_query = attention.o_proj.in_features // size
-    num_rows = sum(getattr(attention, name).out_features for name in known.qkv) // size
-    return Heads(num_query, (num_rows - num_query) // 2, size, known.is_interleaved, known.norms_after_rotation)
-
-
-def _read_part(parent: nn.Module, name: str) -> Part:
-    """Return a linear layer with its adapter, if it has one.
-
-    Raises:
-        UnknownDecoderError: it is something else, or its adapter does more than s B A x.
-    """
-    module: Any = getattr(parent, name)
-    if type(module) is nn.Linear:
-        return Part(module, None, None, 0.0)
-    if not isinstance(module, LoraLayer) or type(module.base_layer) is not nn.Linear:
-        raise UnknownDecoderError(f"its {name} is a {type(module).__name__}")
-    if list(module.lora_A) != ["default"] or module.merged or any(module.use_dora.values()):
-        raise UnknownDecoderError(f"the adapter of its {name} is not one plain LoRA")
-    if type(module.lora_dropout["default"]) not in (nn.Identity, nn.Dropout):
-        raise UnknownDecoderError(f"the dropout of its {name} is a {type(module.lora_dropout['default']).__name__}")
-    lora_a: Any = module.lora_A["default"].weight
-    lora_b: Any = module.lora_B["default"].weight
-    return Part(module.base_layer, lora_a, lora_b, float(module.scaling["default"]))
-
-
-def _read_norm(module: Any, known: KnownLayer, factor: float = 1.0) -> Norm:
-    """Return an RMS norm, its weight times a factor."""
-    weight = module.weight.detach()
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm((1.0 + wide if known.is_weight_less_one else wide) * factor, float(eps))
+def _read_layer_inputs(inner: Any) -> Callable[[], LayerInputs]:
+    """Check what makes the layers' own inputs, and return a function that builds it."""
+    parts = [read_part(inner, "per_layer_model_projection")]
+    return lambda: LayerInputs(
+        inner.embed_tokens_per_layer,
+        build_projection(parts, number_site(0, "per_layer_model_projection")),
+        float(inner.per_layer_model_projection_scale),
+        read_norm(inner.per_layer_projection_norm),
+        float(inner.per_layer_input_scale),
+    )
 
 
 def _read_embedding(embedding: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:

@@ -32,6 +32,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
         "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True,
     },
+    "qwen3.5-4b": {
+        "model_type": "qwen3_5_text", "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+        "head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "vocab_size": 248320, "tie_word_embeddings": True,
+    },
+    "gemma4-e4b": {
+        "model_type": "gemma4_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
+        "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "num_kv_shared_layers": 18, "hidden_size_per_layer_input": 256, "sliding_window": 512,
+        "final_logit_softcapping": 30.0, "vocab_size": 262144, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 _PACKED = {"rank": 64, "alpha": 128, "packing": True}
 # As many tokens a step as the peers have.
@@ -41,6 +52,7 @@ _LEAN = {**_PACKED, "tokens_per_pack": 8192, "micro_batch": 1, "gradient_accumul
 _FULL = {"method": "full", "packing": True, "learning_rate": 1e-5, "micro_batch": 1}
 _FULL_7B = {**_FULL, "tokens_per_pack": 8192, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
 _EIGHT_BITS = {"optimizer": "adamw_8bit"}
+_DELTA_NET = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 # What is run: who, shape, settings; steps in all.
 RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
@@ -52,6 +64,12 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b-general": ("ours", "qwen2.5-7b", {"engine": "general"}, 30),
     "ours-0.6b-defaults": ("ours", "qwen3-0.6b", {}, 150),
     "ours-0.6b": ("ours", "qwen3-0.6b", {**_KEPT, "tokens_per_pack": 65536}, 15),
+    "ours-qwen3.5-4b": ("ours", "qwen3.5-4b", {**_KEPT, "gradient_checkpointing": False}, 12),
+    "ours-qwen3.5-4b-lean": ("ours", "qwen3.5-4b", {**_LEAN, "gradient_checkpointing": True}, 10),
+    "ours-qwen3.5-4b-general": ("ours", "qwen3.5-4b", {**_LEAN, "engine": "general"}, 8),
+    "ours-gemma4-e4b": ("ours", "gemma4-e4b", {**_KEPT, "gradient_checkpointing": False}, 12),
+    "ours-gemma4-e4b-lean": ("ours", "gemma4-e4b", {**_LEAN, "gradient_checkpointing": True}, 10),
+    "ours-gemma4-e4b-general": ("ours", "gemma4-e4b", {**_LEAN, "engine": "general"}, 8),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -91,6 +109,22 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"full": True, "checkpointing": True, "batch": 4, "accumulation": 4, "optimizer": "adamw_torch_8bit"},
         7,
     ),
+    "unsloth-qwen3.5-4b": (
+        "unsloth",
+        "qwen3.5-4b",
+        {"checkpointing": False, "batch": 8, "accumulation": 2, "further_targets": _DELTA_NET},
+        8,
+    ),
+    "trl-qwen3.5-4b": ("trl", "qwen3.5-4b", {"checkpointing": False, "batch": 4, "accumulation": 4}, 8),
+    "trl-qwen3.5-4b-lean": ("trl", "qwen3.5-4b", {"checkpointing": True, "batch": 8, "accumulation": 2}, 8),
+    "unsloth-gemma4-e4b": ("unsloth", "gemma4-e4b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 8),
+    # FlashAttention takes no heads of 512.
+    "trl-gemma4-e4b": (
+        "trl",
+        "gemma4-e4b",
+        {"checkpointing": False, "batch": 4, "accumulation": 4, "attention": "sdpa"},
+        8,
+    ),
     "llamafactory-7b-recipe": ("llamafactory", "qwen2.5-7b", {"batch": 2, "accumulation": 8}, 8),
     "llamafactory-0.6b-full": (
         "llamafactory",
@@ -116,6 +150,13 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("7B, general engine, defaults", "ours-7b-general", "llamafactory-7b-recipe", 1.0, None),
     ("0.6B, defaults (small steps), beside packs", "ours-0.6b-defaults", "ours-0.6b", 0.5, None),
     ("0.6B, bf16", "ours-0.6b", "unsloth-0.6b", 1.5, None),
+    ("Qwen3.5 4B, bf16", "ours-qwen3.5-4b", "unsloth-qwen3.5-4b", 1.3, None),
+    ("Qwen3.5 4B, bf16, beside TRL's best", "ours-qwen3.5-4b", "trl-qwen3.5-4b", 1.3, None),
+    ("Qwen3.5 4B, bf16, checkpointing", "ours-qwen3.5-4b-lean", "trl-qwen3.5-4b-lean", 1.3, None),
+    ("Qwen3.5 4B, general engine", "ours-qwen3.5-4b-general", "trl-qwen3.5-4b-lean", 1.0, None),
+    ("Gemma 4 E4B, bf16", "ours-gemma4-e4b", "unsloth-gemma4-e4b", 1.3, None),
+    ("Gemma 4 E4B, bf16, beside TRL's best", "ours-gemma4-e4b", "trl-gemma4-e4b", 1.3, None),
+    ("Gemma 4 E4B, general engine", "ours-gemma4-e4b-general", "trl-gemma4-e4b", 1.0, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),

@@ -122,8 +122,8 @@ def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any
 
     is_full = settings.get("full", False)
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32 if is_full else torch.bfloat16, attn_implementation="flash_attention_2",
-        device_map={"": 0},
+        folder / "model", dtype=torch.float32 if is_full else torch.bfloat16, device_map={"": 0},
+        attn_implementation=settings.get("attention", "flash_attention_2"),
     )  # fmt: skip
     adapter = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
@@ -148,6 +148,7 @@ def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str,
         use_gradient_checkpointing=checkpointing, use_exact_model_name=True,
     )  # fmt: skip
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names += settings.get("further_targets", [])
     model = FastLanguageModel.get_peft_model(
         model, r=64, lora_alpha=128, lora_dropout=settings.get("dropout", 0.0), bias="none", target_modules=names,
         use_gradient_checkpointing=checkpointing, random_state=0, max_seq_length=2048,

@@ -16,9 +16,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tasks.decoder.attention import find_attentions, name_attention, warm_up
+from tasks.decoder.attention import LARGEST_HEAD, find_attentions, name_attention, warm_up
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
+from tasks.decoder.delta_rule import find_delta_rules, name_delta_rule
 from tasks.decoder.dropout import SITES, Dropout, Mask, draw_kept, number_site
+from tasks.decoder.mixers import find_flash_size, list_attentions
 from tasks.decoder.recognition import UnknownDecoderError
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
@@ -91,19 +93,24 @@ def verify(
         UnknownDecoderError: none does.
     """
     notes: list[str] = []
-    heads, windows = decoder.layers[0].heads, [layer.window for layer in decoder.layers]
-    kinds = find_attentions(device, dtype, heads.size)
-    for kind in kinds:
-        candidate = replace(decoder, attend=kind)
+    attentions = list_attentions(layer.mixer for layer in decoder.layers)
+    kinds = find_attentions(device, dtype, find_flash_size(attentions))
+    rules = find_delta_rules(device, dtype) if decoder.has_delta_nets else (decoder.delta_rule,)
+    ways = [(rule, kind) for rule in rules for kind in kinds]
+    for rule, kind in ways:
+        candidate = replace(decoder, attend=kind, delta_rule=rule)
         try:
-            warm_up(kind, heads, windows, device)
+            for heads, windows in attentions.items():
+                if heads.size <= LARGEST_HEAD:
+                    warm_up(kind, heads, windows, device)
             engine = FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES, _TOKENS)
             compare(model, engine, cut_trial(table, count=2), expected, dtype)
         except Exception as error:  # a kernel that does not compile here raises what it likes
-            if kind is kinds[-1] or is_out_of_memory(error):
+            if (rule, kind) == ways[-1] or is_out_of_memory(error):
                 raise
             forget_grads(model)
-            notes.append(f"{name_attention(kind)} is not used: {str(error).partition(chr(10))[0]}")
+            name = " with ".join([*([name_delta_rule(rule)] if decoder.has_delta_nets else []), name_attention(kind)])
+            notes.append(f"{name} is not used: {str(error).partition(chr(10))[0]}")
         else:
             return candidate, notes
     raise AssertionError("there is always one kind of attention")
@@ -236,12 +243,12 @@ def dropping(model: PeftModel, dropout: Dropout, flat: Batch, *, first: int) -> 
     last = getattr(base.config.get_text_config(), "num_hidden_layers", 0) - 1
     hooks = []
     for name, module in model.named_modules():
-        found = re.search(r"\.layers\.(\d+)\.\w+\.(\w+)$", name)
+        found = re.search(r"(?:\.layers\.(\d+)\.(?:\w+\.)?|\.(?=per_layer_model_projection))(\w+)$", name)
         if not found or found[2] not in SITES or not isinstance(module, LoraLayer):
             continue
-        layer, kind = int(found[1]), found[2]
+        layer, kind = int(found[1] or 0), found[2]
         if isinstance(module.lora_dropout["default"], nn.Dropout):
-            rows = chosen if layer == last and SITES[kind] else everywhere
+            rows = chosen if found[1] and layer == last and SITES[kind] else everywhere
             hook = partial(_apply, mask=dropout.mask(number_site(layer, kind)), rows=rows[first:])
             hooks.append(module.lora_dropout["default"].register_forward_hook(hook))
     try:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tasks.decoder import elementwise
+from tasks.decoder import elementwise, mixer_elementwise
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.dropout import MaskedTensor, derive_key
 from tasks.decoder.elementwise import Heads
@@ -196,7 +196,11 @@ def test_kernels_of_the_attentions_output(kernels: ModuleType) -> None:
 
 # Each program of the rotation and of the norms has a family here.
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "gemma3_text", "granite", "phi3", "glm4", "hunyuan_v1_dense", "olmo3"]
+    "family",
+    [
+        *("llama", "qwen3", "gemma3_text", "granite", "phi3", "glm4", "hunyuan_v1_dense", "olmo3", "gemma4_text"),
+        "qwen3_5_text",
+    ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_decoder_of_kernels_is_the_plain_one(kernels: ModuleType, family: str, dropout: float) -> None:
@@ -210,3 +214,68 @@ def test_a_decoder_of_kernels_is_the_plain_one(kernels: ModuleType, family: str,
         found.append((float(loss.detach()), take_grads(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert measure_difference(found[0][1], found[1][1]) < 1e-4
+
+
+def load_mixer_kernels() -> ModuleType:
+    from tasks.decoder import mixer_kernels
+
+    return mixer_kernels
+
+
+@pytest.mark.parametrize(("num", "size", "half"), [(4, 64, 32), (3, 80, 8), (1, 256, 32), (5, 32, 0), (2, 512, 256)])
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_head_kernels(num: int, size: int, half: int, has_norm: bool, adds: bool) -> None:
+    mixer_kernels = load_mixer_kernels()
+    # Every second head of a row: its neighbours are gates.
+    states = draw(NUM_ROWS, 2 * num * size + 16)[:, : 2 * num * size].unflatten(-1, (-1, size))[:, ::2]
+    cos, sin = draw(NUM_ROWS, half), draw(NUM_ROWS, half)
+    weight = torch.rand(size, device=DEVICE) + 0.5 if has_norm else None
+    result = mixer_kernels.turn_heads(states, weight, 1e-6, cos, sin)
+    assert_same(result, mixer_elementwise.turn_heads(states, weight, 1e-6, cos, sin))
+    grad = draw(NUM_ROWS, num, size)
+    left, right = (room.unflatten(-1, (-1, size))[:, ::2] for room in rooms(NUM_ROWS, 2 * num * size))
+    mixer_kernels.turn_heads_backward(grad, states, weight, 1e-6, cos, sin, left, adds=adds)
+    mixer_elementwise.turn_heads_backward(grad, states, weight, 1e-6, cos, sin, right, adds=adds)
+    assert_same(left, right)
+
+
+@pytest.mark.parametrize("num_channels", [24, 200])
+@pytest.mark.parametrize("width", [2, 4])
+def test_convolution_kernels(num_channels: int, width: int) -> None:
+    mixer_kernels = load_mixer_kernels()
+    lengths = (1, 40, 2, 3, 37)
+    positions = torch.cat([torch.arange(length, device=DEVICE) for length in lengths])
+    values = draw(len(positions), num_channels + 50)
+    columns = torch.randperm(num_channels + 50)[:num_channels].to(DEVICE, torch.int32)
+    weight = torch.randn(num_channels, width, device=DEVICE)
+    result = mixer_kernels.convolve(values, columns, weight, positions)
+    assert_same(result, mixer_elementwise.convolve(values, columns, weight, positions))
+    grad = draw(len(positions), num_channels)
+    left, right = rooms(len(positions), num_channels + 50)
+    mixer_kernels.convolve_backward(grad, values, columns, weight, positions, left)
+    mixer_elementwise.convolve_backward(grad, values, columns, weight, positions, right)
+    assert_same(left, right)
+
+
+@pytest.mark.parametrize("size", [24, 128])
+def test_gated_norm_kernels(size: int) -> None:
+    mixer_kernels = load_mixer_kernels()
+    values, gates, grad = (draw(NUM_ROWS, 5, size) for _ in range(3))
+    weight = torch.rand(size, device=DEVICE) + 0.5
+    result = mixer_kernels.gate_norm(values, gates, weight, 1e-6)
+    assert_same(result, mixer_elementwise.gate_norm(values, gates, weight, 1e-6))
+    pairs = zip(
+        mixer_kernels.gate_norm_backward(grad, values, gates, weight, 1e-6),
+        mixer_elementwise.gate_norm_backward(grad, values, gates, weight, 1e-6),
+        strict=True,
+    )
+    for found, wanted in pairs:
+        assert_same(found, wanted)
+
+
+def test_capped_cross_entropy_kernel(kernels: ModuleType) -> None:
+    logits, targets = 20 * draw(NUM_ROWS, 10000), torch.randint(0, 10000, (NUM_ROWS,), device=DEVICE)
+    again = logits.clone()
+    assert_same(kernels.cross_entropy(logits, targets, 30.0), elementwise.cross_entropy(again, targets, 30.0))
+    assert_same(logits, again)
