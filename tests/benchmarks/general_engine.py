@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT))
 # What the product sets itself, see `tasks.training.process.ahead`.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from tests.benchmarks import gpu, trainers  # noqa: E402 (the file is run by its path)
+from tests.benchmarks import shapes, trainers  # noqa: E402 (the file is run by its path)
 
 SHAPES: dict[str, dict[str, Any]] = {
-    **gpu.SHAPES,
+    **shapes.SHAPES,
     "tiny": {
         "model_type": "olmo2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,

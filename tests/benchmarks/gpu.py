@@ -22,28 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks import trainers  # noqa: E402 (the file is run by its path, also by peers' interpreters)
+from tests.benchmarks.shapes import SHAPES  # noqa: E402
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-7b": {
-        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-    "qwen3-0.6b": {
-        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "qwen3.5-4b": {
-        "model_type": "qwen3_5_text", "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
-        "head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32, "vocab_size": 248320, "tie_word_embeddings": True,
-    },
-    "gemma4-e4b": {
-        "model_type": "gemma4_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
-        "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "num_kv_shared_layers": 18, "hidden_size_per_layer_input": 256, "sliding_window": 512,
-        "final_logit_softcapping": 30.0, "vocab_size": 262144, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 _PACKED = {"rank": 64, "alpha": 128, "packing": True}
 # As many tokens a step as the peers have.
 _KEPT = {**_PACKED, "tokens_per_pack": 32768, "micro_batch": 1}
