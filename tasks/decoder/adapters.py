@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tasks.decoder.grouped import ExpertAdapters
+
 
 @dataclass(frozen=True)
 class Part:
@@ -53,13 +55,29 @@ class AdapterGroup:
         """What is trained, A before B, layer by layer."""
         return tuple(p for part in self.parts for p in (part.lora_a, part.lora_b) if p is not None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the joint matrices."""
+        return self.joint_a.dtype
+
+    @property
+    def is_bound(self) -> bool:
+        """Passes add to the gradients in place."""
+        return self.grad_a is not None
+
+    def bind(self, flat: Tensor, start: int) -> int:
+        """Take the gradients' place in one vector of zeros, from `start` on, those of all A first; return its end."""
+        all_a = [part.lora_a for part in self.parts if part.lora_a is not None]
+        all_b = [part.lora_b for part in self.parts if part.lora_b is not None]
+        self.grad_a = flat[start : start + sum(a.numel() for a in all_a)].view(-1, self.joint_a.shape[1])
+        for parameter in (*all_a, *all_b):
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        return start
+
     def invalidate(self) -> None:
         """Say that the trained matrices have changed: fused optimizers change them behind autograd's back."""
         self.versions = []
-
-    def is_stale(self) -> bool:
-        """Say whether a trained matrix has changed since the last copy."""
-        return self.versions != [parameter._version for parameter in self.parameters]
 
     def compute_grads(self, grads: Tensor, small: Tensor, inputs: Tensor, projected: Tensor) -> list[Tensor | None]:
         """Return the gradients of `parameters`, in fp32 where those are; none where they were added in place.
@@ -87,6 +105,9 @@ class AdapterGroup:
         return results
 
 
+AnyAdapters = AdapterGroup | ExpertAdapters
+
+
 class Copy(NamedTuple):
     """A trained matrix and its place in a joint one."""
 
@@ -98,14 +119,15 @@ class Copy(NamedTuple):
 
 
 @torch.no_grad()
-def refresh(groups: Iterable[AdapterGroup], copy_all: Callable[[Sequence[Copy]], None] | None = None) -> None:
+def refresh(groups: Iterable[AnyAdapters], copy_all: Callable[[Sequence[Copy]], None] | None = None) -> None:
     """Copy the trained matrices of all groups that are stale.
 
     Args:
         groups: of the decoder.
         copy_all: does all copies in one call; None: PyTorch's own calls for many tensors.
     """
-    stale = [group for group in groups if group.is_stale()]
+    changed = [group for group in groups if group.versions != _read_versions(group)]
+    stale = [group for group in changed if isinstance(group, AdapterGroup)]
     pieces = [
         (group.joint_a[rank], part.lora_a, group.joint_b[out, rank], part.lora_b, part.scale)
         for group in stale
@@ -122,11 +144,17 @@ def refresh(groups: Iterable[AdapterGroup], copy_all: Callable[[Sequence[Copy]],
             torch._foreach_mul_(to_b, scales)
         else:
             torch._foreach_copy_(to_b, torch._foreach_mul(from_b, scales))
-    for group in stale:
-        group.versions = [parameter._version for parameter in group.parameters]
+    for group in changed:
+        if isinstance(group, ExpertAdapters):
+            group.copy()
+        group.versions = _read_versions(group)
 
 
-def bind_gradients(groups: Iterable[AdapterGroup]) -> Tensor | None:
+def _read_versions(group: AnyAdapters) -> list[int]:
+    return [parameter._version for parameter in group.parameters]
+
+
+def bind_gradients(groups: Iterable[AnyAdapters]) -> Tensor | None:
     """Give the trained matrices gradients of zero that lie end to end, and have passes add to them in place.
 
     One product then makes the gradients of all A of a group, and neither a product's result nor its sum with what is
@@ -142,17 +170,12 @@ def bind_gradients(groups: Iterable[AdapterGroup]) -> Tensor | None:
     if len(kinds) != 1:
         return None
     dtype, device = kinds.pop()
-    if not _can_add_products(groups[0].joint_a.dtype, dtype, device):
+    if not _can_add_products(groups[0].dtype, dtype, device):
         return None
     flat = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=dtype, device=device)
     start = 0
     for group in groups:
-        all_a = [part.lora_a for part in group.parts if part.lora_a is not None]
-        all_b = [part.lora_b for part in group.parts if part.lora_b is not None]
-        group.grad_a = flat[start : start + sum(a.numel() for a in all_a)].view(-1, group.joint_a.shape[1])
-        for parameter in (*all_a, *all_b):
-            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        start = group.bind(flat, start)
     return flat
 
 

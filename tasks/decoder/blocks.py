@@ -38,12 +38,17 @@ class Norm:
 
 @contextmanager
 def last_output_unused() -> Iterator[None]:
-    """Let `GatedProject` leave its output unset: a layer that runs again for its gradient has no use for it."""
+    """Let `GatedProject` and the routed experts leave their output unset, for a layer that runs again."""
     _state.is_unused = True
     try:
         yield
     finally:
         _state.is_unused = False
+
+
+def is_last_output_unused() -> bool:
+    """Say whether the layer's last output is not wanted."""
+    return getattr(_state, "is_unused", False)
 
 
 class NormProject(torch.autograd.Function):
@@ -196,7 +201,7 @@ class GatedProject(torch.autograd.Function):
     ) -> Tensor:
         inputs = projection.allocate_input(gate_up.shape[0], drops=dropout is not None)
         dropped = _mask(inputs.dropped, projection, dropout)
-        if getattr(_state, "is_unused", False):
+        if is_last_output_unused():
             ops.gate(gate_up, activation, inputs.values, None, dropped)
             projection.project_small(inputs)
             outputs = gate_up.new_empty(gate_up.shape[0], projection.adapters.joint_b.shape[0])

@@ -20,12 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from tasks.decoder import elementwise
 from tasks.decoder.adapters import AdapterGroup, bind_gradients, refresh
 from tasks.decoder.attention import Attention, Segments
-from tasks.decoder.blocks import (
-    Norm,
-    last_output_unused,
-)
+from tasks.decoder.blocks import Norm, last_output_unused
 from tasks.decoder.delta_rule import DeltaRule, run_plain_rule
 from tasks.decoder.dropout import Dropout
+from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.head import HeadLoss
 from tasks.decoder.layer import Layer, attend_scaled, run_layer
 from tasks.decoder.layer_inputs import LayerInputs
@@ -74,16 +72,16 @@ class Decoder:
 
     def has_bound_gradients(self) -> bool:
         """Say whether passes add to gradients in place."""
-        return any(group.grad_a is not None for group in self._groups())
+        return any(group.is_bound for group in self._groups())
 
     @property
     def has_delta_nets(self) -> bool:
         """Whether some layers have a delta rule in place of attention."""
         return any(isinstance(layer.mixer, DeltaNet) for layer in self.layers)
 
-    def _groups(self) -> list[AdapterGroup]:
+    def _groups(self) -> list[AdapterGroup | ExpertAdapters]:
         further = [] if self.layer_inputs is None else [self.layer_inputs.projection.adapters]
-        return [*further, *(projection.adapters for layer in self.layers for projection in layer.projections)]
+        return [*further, *(group for layer in self.layers for group in layer.adapters)]
 
 
 def compute_losses(
@@ -96,6 +94,7 @@ def compute_losses(
     *,
     num_recomputed: int = 0,
     logits_bytes: int = LOGITS_BYTES,
+    runs_all: bool = False,
 ) -> Tensor:
     """Return -log p(target) of the trained positions [N] (nats, fp32); 0 where a target does not count.
 
@@ -111,6 +110,7 @@ def compute_losses(
         targets: [N] token ids; one below 0 does not count.
         num_recomputed: layers, from the first, that keep only their input and run again in the backward pass.
         logits_bytes: that exist at a time.
+        runs_all: the last layer runs at all positions, for the sake of its router's logits.
     """
     stream, delta, source = decoder.embed(input_ids), None, None
     dropout = decoder.dropout if torch.is_grad_enabled() else None
@@ -126,13 +126,13 @@ def compute_losses(
         own_inputs = decoder.layer_inputs.compute(input_ids, stream, decoder.ops, dropout)
     shared: dict[str, KeysValues | None] = {}
     for number, (layer, own_input) in enumerate(zip(decoder.layers, own_inputs, strict=True)):
-        select = trained if number == len(decoder.layers) - 1 else None
+        select = trained if number == len(decoder.layers) - 1 and not runs_all else None
         keeps, reads = name_shared(layer.mixer)
         run = partial(run_layer, layer, forward, select)
         arguments = shared.get(reads), own_input
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
-            contexts = partial(_open_contexts, is_unused=layer.is_output_direct)
+            contexts = partial(_open_contexts, is_unused=layer.is_output_unread)
             stream, delta, kept = checkpoint(
                 run, *arguments, stream, None, None, key, use_reentrant=False, preserve_rng_state=False,
                 context_fn=contexts,
@@ -140,13 +140,19 @@ def compute_losses(
         else:
             stream, delta, kept = run(*arguments, stream, delta, source, key)
         shared |= {keeps: kept} if keeps else {}
-        source = layer.down if layer.is_output_direct else None
+        source = layer.last
+    if runs_all:
+        stream, delta, source = stream.index_select(0, trained), _select(delta, trained), None
     weight = decoder.head.weight
     chunk = max(64, logits_bytes // (weight.shape[0] * weight.element_size()))
     losses: Tensor = HeadLoss.apply(
         stream, delta, source, targets, decoder.norm, _Head(decoder.head, decoder.logit_cap), chunk, decoder.ops
     )
     return losses
+
+
+def _select(delta: Tensor | None, positions: Tensor) -> Tensor | None:
+    return None if delta is None else delta.index_select(0, positions)
 
 
 def _find_angles(decoder: Decoder, stream: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -60,7 +60,7 @@ def add_norm(
         rstd: [T], 1 / sqrt(mean square + eps).
     """
     total = residual if delta is None else residual + delta
-    wide = _widen(total)
+    wide = widen(total)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     out.copy_(wide * rstd[:, None] * weight)
     if dropped is not None:
@@ -82,10 +82,10 @@ def norm_backward(
 
     `side` is a further gradient of the norm, which came by way of its masked copy.
     """
-    normed = _widen(total) * rstd[:, None]
+    normed = widen(total) * rstd[:, None]
     scaled = _add_side(grad, side) * weight
     result = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, None]
-    out.copy_(result if residual_grad is None else result + _widen(residual_grad))
+    out.copy_(result if residual_grad is None else result + widen(residual_grad))
 
 
 def rotate(
@@ -116,7 +116,7 @@ def rotate(
     turned = []
     for states, weight in ((queries, query_weight), (keys, key_weight)):
         if heads.norms_after_rotation:
-            result = _norm_heads(_turn(_widen(states), cos, sin, heads), weight, eps)[0]
+            result = _norm_heads(_turn(widen(states), cos, sin, heads), weight, eps)[0]
         else:
             result = _turn(_norm_heads(states, weight, eps)[0], cos, sin, heads)
         turned.append(result.to(qkv.dtype).contiguous())
@@ -140,14 +140,14 @@ def rotate_backward(
     sides = zip(grads, (to_queries, to_keys), inputs, (query_weight, key_weight), strict=False)
     for grad, target, before, weight in sides:
         if weight is None:
-            target.copy_(_turn(_widen(grad), cos, -sin, heads))
+            target.copy_(_turn(widen(grad), cos, -sin, heads))
             continue
         assert before is not None
         if heads.norms_after_rotation:
-            turned = _turn(_widen(before), cos, sin, heads)
-            target.copy_(_turn(_norm_heads_back(_widen(grad), turned, weight, eps), cos, -sin, heads))
+            turned = _turn(widen(before), cos, sin, heads)
+            target.copy_(_turn(_norm_heads_back(widen(grad), turned, weight, eps), cos, -sin, heads))
         else:
-            target.copy_(_norm_heads_back(_turn(_widen(grad), cos, -sin, heads), before, weight, eps))
+            target.copy_(_norm_heads_back(_turn(widen(grad), cos, -sin, heads), before, weight, eps))
     to_values.copy_(grads[2])
 
 
@@ -155,8 +155,8 @@ def gate(
     gate_up: Tensor, activation: str, out: Tensor, quantized: None = None, dropped: MaskedTensor | None = None
 ) -> None:
     """Write activation(left half) * right half of gate_up [T, 2 I] to `out` [T, I] (Shazeer, 2020)."""
-    left, right = _widen(gate_up).chunk(2, dim=-1)
-    out.copy_(_activate(left, activation)[0] * right)
+    left, right = widen(gate_up).chunk(2, dim=-1)
+    out.copy_(activate(left, activation)[0] * right)
     if dropped is not None:
         drop(out, dropped)
 
@@ -174,8 +174,8 @@ def gate_backward(
     `side` is a further gradient of what `gate` gave, which came by way of its masked copy; that copy is then what is
     written over `grad`.
     """
-    left, right = _widen(gate_up).chunk(2, dim=-1)
-    value, slope = _activate(left, activation)
+    left, right = widen(gate_up).chunk(2, dim=-1)
+    value, slope = activate(left, activation)
     wide = _add_side(grad, side)
     out.copy_(torch.cat([wide * right * slope, wide * value], dim=-1))
     grad.copy_(value * right)
@@ -185,7 +185,7 @@ def gate_backward(
 
 def drop(values: Tensor, dropped: MaskedTensor) -> None:
     """Write a masked copy of values [T, H]; it may be in their own place."""
-    dropped.values.copy_(apply_mask(_widen(values), dropped.mask))
+    dropped.values.copy_(apply_mask(widen(values), dropped.mask))
 
 
 def drop_backward(grad: Tensor, values: Tensor, side: MaskedTensor) -> None:
@@ -199,7 +199,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float | None = None) -> 
 
     A negative target does not count: its loss and gradient are 0. With a cap c, logits x are first made c tanh(x / c).
     """
-    wide = _widen(logits)
+    wide = widen(logits)
     slopes = torch.ones_like(wide[:1])
     if cap is not None:
         tanh = torch.tanh(wide / cap)
@@ -214,13 +214,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float | None = None) -> 
     return losses
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
+    """Return 16 bits as fp32, anything else as it is."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _add_side(grad: Tensor, side: MaskedTensor | None) -> Tensor:
     """Return a gradient [T, H] and the one that came by way of the masked copy, in fp32 or wider."""
-    return _widen(grad) if side is None else _widen(grad) + apply_mask(_widen(side.values), side.mask)
+    return widen(grad) if side is None else widen(grad) + apply_mask(widen(side.values), side.mask)
 
 
 def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +233,7 @@ def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
 
 def _norm_heads(states: Tensor, weight: Tensor | None, eps: float, *, with_rstd: bool = False) -> tuple[Tensor, Tensor]:
     """Norm each head [T, heads, D] where there is a weight (or the inverse root is wanted); return it and the root."""
-    wide = _widen(states)
+    wide = widen(states)
     if weight is None and not with_rstd:
         return wide, wide
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -250,7 +251,7 @@ def _norm_heads_back(grad: Tensor, before: Tensor, weight: Tensor, eps: float) -
 def _turn(states: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """Rotate the first columns of each head [T, heads, D] by the angles [T, R / 2] of the token's position."""
     half = cos.shape[-1]
-    cos, sin = _widen(cos)[:, None], _widen(sin)[:, None]
+    cos, sin = widen(cos)[:, None], widen(sin)[:, None]
     if heads.is_interleaved:
         left, right = states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2]
     else:
@@ -260,7 +261,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     return torch.cat([joined, states[..., 2 * half :]], dim=-1)
 
 
-def _activate(values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def activate(values: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the activation and its slope: silu, or gelu in its tanh form."""
     if activation == "silu":
         sigmoid = torch.sigmoid(values)

@@ -9,7 +9,7 @@ from tasks.decoder.mask_programs import draw_kept
 
 
 @triton.jit
-def _activate(values, ACTIVATION: tl.constexpr) -> Any:
+def activate(values, ACTIVATION: tl.constexpr) -> Any:
     """Return the activation and its slope."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(values)
@@ -32,7 +32,7 @@ def gate_program(
     inside = columns < width
     left = tl.load(gate_up + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(gate_up + row * gate_stride + width + columns, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _activate(left, ACTIVATION)
+    value, _ = activate(left, ACTIVATION)
     result = (value * right).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, result, mask=inside)
     if DROP:
@@ -58,7 +58,7 @@ def gate_backward_program(
         further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
         kept = draw_kept(key, site, row, start, threshold, BLOCK)
         incoming += tl.where(kept, further * scale, 0.0)
-    value, slope = _activate(left, ACTIVATION)
+    value, slope = activate(left, ACTIVATION)
     tl.store(out + row * out_stride + columns, (incoming * right * slope).to(out.dtype.element_ty), mask=inside)
     tl.store(out + row * out_stride + width + columns, (incoming * value).to(out.dtype.element_ty), mask=inside)
     result = (value * right).to(grad.dtype.element_ty)
@@ -83,7 +83,7 @@ def gate_rows_program(
         inside = columns < width
         left = tl.load(gate_up + columns, mask=inside, other=0.0).to(tl.float32)
         right = tl.load(gate_up + width + columns, mask=inside, other=0.0).to(tl.float32)
-        value, _ = _activate(left, ACTIVATION)
+        value, _ = activate(left, ACTIVATION)
         result = (value * right).to(out.dtype.element_ty)
         tl.store(out + columns, result, mask=inside)
         if DROP:
@@ -115,7 +115,7 @@ def gate_backward_rows_program(
             further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
             kept = draw_kept(key, site, row, start, threshold, BLOCK)
             incoming += tl.where(kept, further * scale, 0.0)
-        value, slope = _activate(left, ACTIVATION)
+        value, slope = activate(left, ACTIVATION)
         left_grad = (incoming * right * slope).to(out.dtype.element_ty)
         right_grad = (incoming * value).to(out.dtype.element_ty)
         tl.store(out + columns, left_grad, mask=inside)

@@ -50,6 +50,15 @@ def _rope_where_sliding(attention: Any) -> str:
 
 
 @dataclass(frozen=True)
+class KnownExperts:
+    """The modules of a block of routed experts beside `experts`."""
+
+    router: str = "gate"
+    shared: str | None = None
+    """Experts that every token goes through, where a block has some."""
+
+
+@dataclass(frozen=True)
 class KnownLayer:
     """What a decoder layer is made of; the names are those of its modules."""
 
@@ -75,6 +84,8 @@ class KnownLayer:
     """Of layers with an input of their own: its gate, its projection and that one's norm, and what else is there."""
     dropouts: tuple[str, ...] = ()
     """Modules of the layer that only drop."""
+    experts: KnownExperts | None = None
+    """Of layers that have some; others of the same model may be dense."""
     window: Window = _own_window
     rope: Rope = _one_rope
 
@@ -146,5 +157,6 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
     ),
     "Olmo2DecoderLayer": replace(_NORMED_AFTER, norms_rows=True),
     "Olmo3DecoderLayer": replace(_NORMED_AFTER, norms_rows=True, rope=_rope_by_type),
+    "Qwen3MoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts()),
     "Exaone4DecoderLayer": replace(_NORMED_AFTER, window=_hybrid_window, rope=_rope_where_sliding),
 }

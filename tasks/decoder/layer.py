@@ -9,10 +9,13 @@ from types import ModuleType
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
+from tasks.decoder.adapters import AdapterGroup
 from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import GatedProject, Norm, NormProject, OutputNorm, Project, Select
 from tasks.decoder.dropout import Dropout
+from tasks.decoder.experts import AddNorm, ExpertLayer, run_experts
 from tasks.decoder.further_blocks import Scale
+from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.mixers import Forward, KeysValues, Mixer, mix
 from tasks.decoder.projections import AnyProjection
 
@@ -38,25 +41,46 @@ class Layer:
     attention_out_norm: Norm | None
     """Before the mixer's output joins the stream (Gemma)."""
     gate_norm: Norm | None
-    gate_up: AnyProjection
+    gate_up: AnyProjection | None
+    """Of the gated layer, or of the shared experts; None where there are routed ones alone."""
     activation: str
-    down: AnyProjection
+    down: AnyProjection | None
     gate_out_norm: Norm | None
     output_scale: float = 1.0
     """Of what the mixer and the gated layer add to the stream."""
     layer_input: LayerInput | None = None
     stream_scale: Tensor | None = None
     """[1], of the stream that the layer gives."""
+    experts: ExpertLayer | None = None
+    """Routed ones."""
 
     @property
     def projections(self) -> tuple[AnyProjection, ...]:
-        """All groups."""
+        """All groups of linear layers."""
         further = () if self.layer_input is None else (self.layer_input.gate, self.layer_input.output)
-        return self.qkv, self.output, self.gate_up, self.down, *further
+        groups = (self.qkv, self.output, self.gate_up, self.down, *further)
+        return tuple(group for group in groups if group is not None)
 
     @property
-    def is_output_direct(self) -> bool:
-        """The last product joins the stream as it is."""
+    def adapters(self) -> tuple[AdapterGroup | ExpertAdapters, ...]:
+        """All trained matrices."""
+        return *(group.adapters for group in self.projections), *(self.experts.adapters if self.experts else ())
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that a token meets."""
+        groups = [projection.adapters for projection in self.projections]
+        linear = sum(group.joint_a.shape[1] * group.joint_b.shape[0] for group in groups)
+        return linear + (self.experts.num_weights if self.experts else 0)
+
+    @property
+    def last(self) -> AnyProjection | None:
+        """The projection whose product joins the stream as it is; None where there is something in between."""
+        return self.down if self.is_output_unread and self.experts is None else None
+
+    @property
+    def is_output_unread(self) -> bool:
+        """A layer that runs again for its gradient has no use for its output."""
         is_plain = self.gate_out_norm is None and self.output_scale == 1.0
         return is_plain and self.layer_input is None and self.stream_scale is None
 
@@ -92,9 +116,12 @@ def run_layer(
         stream, mixed = Select.apply(stream, mixed, select)
     delta = Project.apply(mixed, layer.output, ops, dropout, *layer.output.adapters.parameters)
     delta, source = _finish(delta, layer.output, layer.attention_out_norm, layer.output_scale, ops)
+    if layer.experts is not None:
+        return *_run_experts(layer, layer.experts, ops, dropout, stream, delta, source), kept
+    assert layer.gate_up is not None
+    assert layer.down is not None
     stream, gate_up = _normed_project(layer.gate_norm, layer.gate_up, ops, dropout, stream, delta, source)
-    parameters = layer.down.adapters.parameters
-    delta = GatedProject.apply(gate_up, layer.gate_up, layer.activation, layer.down, ops, dropout, *parameters)
+    delta = _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
     delta, _ = _finish(delta, layer.down, layer.gate_out_norm, layer.output_scale, ops)
     if layer.layer_input is not None:
         assert own_input is not None
@@ -104,6 +131,39 @@ def run_layer(
     if layer.stream_scale is not None:
         return (stream + delta) * layer.stream_scale, None, kept
     return stream, delta, kept
+
+
+def _run_experts(
+    layer: Layer,
+    experts: ExpertLayer,
+    ops: ModuleType,
+    dropout: Dropout | None,
+    stream: Tensor,
+    delta: Tensor,
+    source: AnyProjection | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the stream with delta added, and what its routed and shared experts add to it."""
+    assert layer.gate_norm is not None
+    stream, normed = AddNorm.apply(stream, delta, source, layer.gate_norm, ops)
+    delta = run_experts(experts, normed, ops)
+    if layer.gate_up is not None and layer.down is not None:
+        gate_up = Project.apply(normed, layer.gate_up, ops, dropout, *layer.gate_up.adapters.parameters)
+        delta = delta + _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
+    return stream, delta
+
+
+def _gated_project(
+    layer: Layer,
+    gate_up: AnyProjection,
+    down: AnyProjection,
+    ops: ModuleType,
+    dropout: Dropout | None,
+    values: Tensor,
+) -> Tensor:
+    """Return the last product of a gated layer."""
+    parameters = down.adapters.parameters
+    result: Tensor = GatedProject.apply(values, gate_up, layer.activation, down, ops, dropout, *parameters)
+    return result
 
 
 def _run_layer_input(

@@ -60,9 +60,7 @@ def count_recorded(decoder: Decoder) -> int:
 
     Filling up costs tokens, so that a large model's passes are better left as they are.
     """
-    groups = [projection.adapters for layer in decoder.layers for projection in layer.projections]
-    weights = sum(group.joint_a.shape[1] * group.joint_b.shape[0] for group in groups)
-    seconds_per_token = 4 * weights / _FLOP_PER_SECOND
+    seconds_per_token = 4 * sum(layer.num_weights for layer in decoder.layers) / _FLOP_PER_SECOND
     return min(MOST_TOKENS, int(len(decoder.layers) * _LAUNCH_SECONDS / seconds_per_token))
 
 

@@ -15,6 +15,7 @@ from tasks.decoder.blocks import Norm
 from tasks.decoder.decoder import Decoder, choose_operations
 from tasks.decoder.delta_rule import find_delta_rules
 from tasks.decoder.dropout import Dropout, number_site
+from tasks.decoder.expert_recognition import find_shared, read_experts
 from tasks.decoder.known_layers import KNOWN_LAYERS, NO_ROTATION, KnownLayer
 from tasks.decoder.layer import Layer, LayerInput
 from tasks.decoder.layer_inputs import LayerInputs
@@ -52,10 +53,7 @@ def recognize_decoder(model: PeftModel) -> Decoder:
     own_inputs = getattr(inner, "per_layer_model_projection", None)
     _check_trained(model, [inner.layers] if own_inputs is None else [inner.layers, own_inputs])
     share = _read_dropout(model)
-    activation = _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
-    plans = [
-        _read_layer(layer, number, activation) for number, layer in enumerate(layers)
-    ]  # all of them, before the first weight moves
+    plans = _plan_layers(layers, config)  # all of them, before the first weight moves
     build_inputs = None if own_inputs is None else _read_layer_inputs(inner)
     embedding = base.get_input_embeddings()
     dtype, device = embedding.weight.dtype, embedding.weight.device
@@ -91,8 +89,8 @@ def quantize_decoder(decoder: Decoder) -> Decoder:
                 layer,
                 qkv=_quantize(layer.qkv),
                 output=_quantize(layer.output),
-                gate_up=_quantize(layer.gate_up),
-                down=_quantize(layer.down),
+                gate_up=None if layer.gate_up is None else _quantize(layer.gate_up),
+                down=None if layer.down is None else _quantize(layer.down),
             )
         )
     quantized = replace(decoder, layers=tuple(layers))
@@ -153,6 +151,16 @@ def _read_dropout(model: PeftModel) -> float:
     return float(shares.pop()) if shares else 0.0
 
 
+def _plan_layers(layers: list[Any], config: Any) -> list[Callable[[], Layer]]:
+    """Check all layers; return a function for each that builds it."""
+    activation = _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
+    try:
+        return [_read_layer(layer, number, activation) for number, layer in enumerate(layers)]
+    except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+        kind = type(layers[0]).__name__
+        raise UnknownDecoderError(f"its {kind} is not made as is known ({type(error).__name__}: {error})") from error
+
+
 def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]:
     """Check a layer and return a function that builds it."""
     known = KNOWN_LAYERS[type(layer).__name__]
@@ -160,8 +168,10 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
     mixer_name = "linear_attn" if hasattr(layer, "linear_attn") else "self_attn"
     check_modules(layer, {mixer_name, *known.modules, *(known.layer_input if has_input else ())})
     mixer = plan_mixer(layer, known)
-    gate_up = [read_part(layer.mlp, name) for name in known.gate_up]
-    down = [read_part(layer.mlp, "down_proj")]
+    experts = read_experts(layer.mlp, known.experts, activation)
+    dense = layer.mlp if experts is None else find_shared(layer.mlp, known.experts)
+    gate_up = [] if dense is None else [read_part(dense, name) for name in known.gate_up]
+    down = [] if dense is None else [read_part(dense, "down_proj")]
     own_input = [[read_part(layer, name)] for name in known.layer_input[:2]] if has_input else []
     sites = [number_site(number, name) for name in ("q_proj", "o_proj", "gate_proj", "down_proj")]
 
@@ -177,13 +187,14 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
             output=build_projection(mixer.output, sites[1]),
             attention_out_norm=norm(known.attention_out_norm),
             gate_norm=norm(known.gate_norm),
-            gate_up=build_projection(gate_up, sites[2]),
+            gate_up=build_projection(gate_up, sites[2]) if gate_up else None,
             activation=activation,
-            down=build_projection(down, sites[3]),
+            down=build_projection(down, sites[3]) if down else None,
             gate_out_norm=norm(known.gate_out_norm),
             output_scale=float(getattr(layer, "residual_multiplier", 1.0)),
             layer_input=_build_layer_input(layer, known, own_input, number) if has_input else None,
             stream_scale=getattr(layer, "layer_scalar", None),
+            experts=None if experts is None else experts(),
         )
 
     return build

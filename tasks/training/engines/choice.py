@@ -82,9 +82,12 @@ def _build_fused(
     """
     expected = try_model(model, table, device, dtype)
     decoder = recognize_decoder(model)
+    if config.base_weights == "fp8" and any(layer.experts for layer in decoder.layers):
+        raise UnknownDecoderError("its routed experts have no FP8 form here")
+    router_loss = find_router_loss(find_base(model), config)
     most_tokens = _count_step_tokens(table, rows, config)
     decoder, notes = verify(model, decoder, table, expected, device, dtype)
-    engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS)
+    engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS, router_loss=router_loss)
     if config.base_weights == "fp8":
         engine = replace(engine, decoder=quantize_decoder(decoder))
         del decoder
@@ -101,7 +104,7 @@ def _build_fused(
                 moment_bytes=count_moment_bytes(config),
             )
         )
-        if not engine.num_recomputed and can_record(engine.decoder, device):
+        if not engine.num_recomputed and router_loss is None and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
             recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=engine.logits_bytes)
             engine = replace(engine, recorder=recorder)

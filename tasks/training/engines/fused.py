@@ -10,6 +10,7 @@ from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.passes import FlatBatch, PassRecorder
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
+from tasks.training.engines.router_loss import RouterLoss
 from tasks.training.token_table import TokenTable, cut_by_length
 
 
@@ -27,6 +28,8 @@ class FusedEngine:
     """Tokens whose forward and backward pass fits into the memory: more than a step's where those are few."""
     recorder: PassRecorder | None = None
     """Of small passes on a GPU."""
+    router_loss: RouterLoss | None = None
+    """Added to the loss where gradients are taken."""
 
     def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
         """Lay the step's examples end to end."""
@@ -53,21 +56,29 @@ class FusedEngine:
     def compute_log_probs(self, batch: Batch) -> Tensor:
         """Go through the fused decoder."""
         moved = batch.move(self.device)
-        assert moved.segments is not None
-        assert moved.trained is not None
-        assert moved.position_ids is not None
         if self.decoder.dropout is not None:
             self.decoder.dropout.start_forward(batch.dropout_key)
         self.decoder.refresh()
-        return -compute_losses(
+        if self.router_loss is None or not torch.is_grad_enabled():
+            return -self._compute_losses(moved)
+        with self.router_loss.recorded() as seen:
+            losses = self._compute_losses(moved, runs_all=True)
+        return -losses - self.router_loss.share_out(seen, moved)
+
+    def _compute_losses(self, batch: Batch, *, runs_all: bool = False) -> Tensor:
+        assert batch.segments is not None
+        assert batch.trained is not None
+        assert batch.position_ids is not None
+        return compute_losses(
             self.decoder,
-            moved.input_ids[0],
-            moved.position_ids[0],
-            moved.segments,
-            moved.trained,
-            moved.targets[0].index_select(0, moved.trained),
+            batch.input_ids[0],
+            batch.position_ids[0],
+            batch.segments,
+            batch.trained,
+            batch.targets[0].index_select(0, batch.trained),
             num_recomputed=self.num_recomputed,
             logits_bytes=self.logits_bytes,
+            runs_all=runs_all,
         )
 
     def replay_gradient(self, batch: Batch, scale: float) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from tasks.decoder.attention import LARGEST_HEAD, find_attentions, name_attention, warm_up
@@ -25,7 +26,7 @@ from tasks.decoder.recognition import UnknownDecoderError
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines.fused import FusedEngine
-from tasks.training.engines.general import GeneralEngine
+from tasks.training.engines.general import GeneralEngine, prepare_recomputation
 from tasks.training.engines.loss import cut_trial, sum_token_losses
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
@@ -64,7 +65,7 @@ def try_model(
     flat = form_flat_batch(trial, [0, 1]).move(device)
     dropout = Dropout(_DROPPED_SHARE, torch.full((1,), flat.dropout_key, dtype=torch.int64, device=device))
     model.eval()
-    with _made_up(parameters), torch.enable_grad():
+    with _made_up(parameters), _recomputing_experts(model), torch.enable_grad():
         loss = torch.zeros((), device=device)
         context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
         with context:
@@ -106,9 +107,13 @@ def verify(
             engine = FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES, _TOKENS)
             compare(model, engine, cut_trial(table, count=2), expected, dtype)
         except Exception as error:  # a kernel that does not compile here raises what it likes
-            if (rule, kind) == ways[-1] or is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             forget_grads(model)
+            if (rule, kind) == ways[-1]:
+                if isinstance(error, UnknownDecoderError):
+                    raise
+                raise UnknownDecoderError(f"a trial of it fails: {str(error).partition(chr(10))[0]}") from error
             name = " with ".join([*([name_delta_rule(rule)] if decoder.has_delta_nets else []), name_attention(kind)])
             notes.append(f"{name} is not used: {str(error).partition(chr(10))[0]}")
         else:
@@ -209,6 +214,25 @@ def _made_up(parameters: dict[str, Any]) -> Iterator[None]:
         with torch.no_grad():
             for matrix, values in zip(matrices, saved, strict=True):
                 matrix.copy_(values)
+
+
+@contextmanager
+def _recomputing_experts(model: PeftModel) -> Iterator[None]:
+    """Have layers run again in the backward pass where the model has adapted experts.
+
+    PEFT adds an adapter to a copy of all experts' weights, which the backward pass would keep of every layer.
+    """
+    has_experts = any(isinstance(module, ParamWrapper) for module in model.modules())
+    layers = prepare_recomputation(find_base(model)) if has_experts else ()
+    for layer in layers:
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+        layer.training = True  # of the layer itself alone: what drops is in its modules
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+            layer.training = False
 
 
 def forget_grads(model: PeftModel) -> None:

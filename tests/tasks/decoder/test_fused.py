@@ -1,7 +1,7 @@
 """The fused decoder against the model's own forward pass, for each family, in small sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,12 @@ FAMILIES = [
         "ernie4_5",
         "helium",
     ),
-    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text"),
+    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "qwen3_moe"),
 ]
 LENGTHS = (17, 1, 3, 40, 9)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Of them, those whose tokens go through a few experts each.
+EXPERTS = ["qwen3_moe"]
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -125,6 +128,14 @@ _FURTHER: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 24,
         "pad_token_id": 0,
     },
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "exaone4": {
         "head_dim": 32,
         "sliding_window": 5,
@@ -137,10 +148,14 @@ def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any)
     """A small model with weights of every kind off their start, and an adapter off its own."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**_SHAPE, **_FURTHER.get(family, {})})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", experts_implementation="eager", dtype=torch.float32
+    )
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
+    if settings.get("dropout") and "num_experts_per_tok" in _FURTHER.get(family, {}):
+        settings = {"target_modules": ATTENTION, **settings}  # PEFT has no dropout for parameters of experts
     adapted = attach_adapter(model.to(dtype), TrainingConfig(**{"rank": 8, "alpha": 16, **settings}), seed=1)
     for parameter in collect_trained(adapted).values():
         parameter.data = (0.05 * torch.randn_like(parameter)).to(torch.float64 if dtype == torch.float64 else None)
@@ -225,6 +240,70 @@ def test_in_16_bits_it_is_as_near_to_64_bits_as_the_model_itself(family: str) ->
     # Gemma 4's scores have no scale: what is rounded off grows.
     limit = 0.15 if family == "gemma4_text" else 0.1
     assert measure_difference(fused, exact) < 1.25 * measure_difference(general, exact) < limit
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("settings", [{"target_modules": ATTENTION}, {"use_rslora": True, "rank": 3}])
+def test_frozen_experts_and_ranks_that_are_no_multiple_of_eight(family: str, settings: dict[str, Any]) -> None:
+    table = draw_table()
+    model = build(family, torch.float32, **settings)
+    loss, grads = compute_reference(model, table)
+    for recomputed in (0, 3):
+        fused_loss, found = compute_fused(model, form_flat_batch(table, range(5)), recomputed=recomputed)
+        assert fused_loss == pytest.approx(loss, rel=1e-6)
+        assert measure_difference(found, grads) < 1e-5
+
+
+def test_weights_of_experts_lie_once_and_answer_as_before() -> None:
+    model = build("qwen3_moe", torch.float32)
+    input_ids = torch.arange(12)[None]
+    before = model(input_ids=input_ids).logits
+    decoder = recognize_decoder(model)
+    torch.testing.assert_close(model(input_ids=input_ids).logits, before, rtol=1e-5, atol=1e-6)
+    experts = next(layer.experts for layer in decoder.layers if layer.experts is not None)
+    for group in experts.adapters:
+        assert group.part.weight.untyped_storage().data_ptr() == group.matrices.untyped_storage().data_ptr()
+
+
+def test_gradients_of_experts_are_added_in_place() -> None:
+    table, model = draw_table(), build("qwen3_moe", torch.float32)
+    _, grads = compute_reference(model, table)
+    engine = FusedEngine(recognize_decoder(model), torch.device("cpu"), 4096, 0, LOGITS_BYTES, 4096)
+    flat = engine.bind_gradients()
+    assert flat is not None
+    for indices in ([0, 3], [1, 2, 4]):
+        engine.sum_losses(form_flat_batch(table, indices)).backward()
+    parameters = collect_trained(model).values()
+    assert flat.numel() == sum(parameter.numel() for parameter in parameters)
+    found = torch.cat([parameter.grad.flatten().double() for parameter in parameters if parameter.grad is not None])
+    assert measure_difference(found, grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: block.register_module("extra", torch.nn.Identity()), "other modules than is known: extra"),
+        (lambda block: setattr(block, "jitter_noise", 0.1), "adds noise to what the router sees"),
+        (lambda block: setattr(find_experts(block), "is_transposed", True), "has is_transposed True"),
+        (lambda block: block.gate.weight.requires_grad_(True), "is trained"),
+        (lambda block: delattr(block.gate, "top_k"), "not made as is known .*top_k"),
+    ],
+)
+def test_experts_that_are_made_otherwise_are_refused(change: Callable[[Any], Any], reason: str) -> None:
+    model = build("qwen3_moe", torch.float32)
+    base: Any = model.get_base_model()
+    change(base.model.layers[0].mlp)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    with pytest.raises(UnknownDecoderError, match=reason):
+        recognize_decoder(model)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
+def find_experts(block: Any) -> Any:
+    experts = block.experts
+    while hasattr(experts, "base_layer"):
+        experts = experts.base_layer
+    return experts
 
 
 def test_some_layers_adapted_and_rank_stabilized() -> None:

@@ -199,7 +199,7 @@ def test_kernels_of_the_attentions_output(kernels: ModuleType) -> None:
     "family",
     [
         *("llama", "qwen3", "gemma3_text", "granite", "phi3", "glm4", "hunyuan_v1_dense", "olmo3", "gemma4_text"),
-        "qwen3_5_text",
+        *("qwen3_5_text", "qwen3_moe"),
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

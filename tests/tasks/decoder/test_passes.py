@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tasks.decoder.attention import Segments
 from tasks.decoder.decoder import LOGITS_BYTES, compute_losses
+from tasks.decoder.layer import Layer
 from tasks.decoder.passes import MOST_TOKENS, FlatBatch, Shape, _lay_out, choose_shape, count_recorded, fill_up
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
@@ -49,7 +50,8 @@ def test_passes_of_large_models_are_not_recorded() -> None:
             SimpleNamespace(joint_a=torch.empty(64, num_in, device="meta"), joint_b=torch.empty(out, 64, device="meta"))
             for num_in, out in sizes
         ]
-        layer = SimpleNamespace(projections=[SimpleNamespace(adapters=group) for group in groups])
+        layer: Any = SimpleNamespace(projections=[SimpleNamespace(adapters=group) for group in groups], experts=None)
+        layer.num_weights = Layer.num_weights.fget(layer)  # type: ignore[attr-defined]
         return SimpleNamespace(layers=[layer] * num_layers)
 
     small: Any = shape(1024, 3072, 28)

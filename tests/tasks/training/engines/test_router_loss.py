@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from schemas.config import TrainingConfig
-from tasks.training.batches import form_batch, form_flat_batch
+from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines.choice import choose_engine
+from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine
 from tasks.training.lora import attach_adapter
 from tasks.training.records import TrainingError
@@ -31,17 +32,27 @@ def build_table(*lengths: int) -> TokenTable:
     return TokenTable([f"e{number}" for number in range(len(lengths))], offsets, ids, targets)
 
 
-def build_engine(case: str, table: TokenTable, **settings: Any) -> GeneralEngine:
-    """Return the general engine of a tiny model whose config asks for the loss as it would in a checkpoint."""
+def build_engine(case: str, table: TokenTable, **settings: Any) -> GeneralEngine | FusedEngine:
+    return build_both(case, table, **settings)[0]
+
+
+def build_both(case: str, table: TokenTable, **settings: Any) -> tuple[GeneralEngine | FusedEngine, Any]:
+    """Return engine and model, a tiny one whose config asks for the loss as it would in a checkpoint."""
     model: Any = build_model(case)
     model.config.get_text_config().output_router_logits = True
     config = TrainingConfig.model_validate({"rank": 4, "micro_batch": 2, **settings})
     adapted = attach_adapter(model, config, seed=0)
     rows = [[index] for index in range(len(table.example_ids))]
     engine, _ = choose_engine(adapted, table, rows, config, device=CPU, dtype=torch.float32)
-    assert isinstance(engine, GeneralEngine)
+    assert isinstance(engine, GeneralEngine | FusedEngine)
     adapted.eval()
-    return engine
+    return engine, adapted
+
+
+def form(engine: GeneralEngine | FusedEngine, table: TokenTable) -> Batch:
+    if isinstance(engine, GeneralEngine) and engine.attend is None:
+        return form_batch(table, [[0], [1]])
+    return form_flat_batch(table, [0, 1])
 
 
 def transformers_loss(case: str, table: TokenTable, indices: list[int], coefficient: float) -> float:
@@ -60,12 +71,21 @@ def transformers_loss(case: str, table: TokenTable, indices: list[int], coeffici
     return float(result.loss)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("mixtral", "general"),
+        ("qwen3_moe", "general"),
+        ("qwen3_moe", "fused"),
+        ("gpt_oss", "general"),
+        ("granitemoe", "general"),
+    ],
+)
 @pytest.mark.parametrize("lengths", [(24, 24), (30, 17)], ids=["equal", "padded"])
-def test_it_is_transformers_own(case: str, lengths: tuple[int, int]) -> None:
+def test_it_is_transformers_own(case: str, kind: str, lengths: tuple[int, int]) -> None:
     table = build_table(*lengths)
-    engine = build_engine(case, table, router_aux_loss_coef=0.5)
-    batch = form_batch(table, [[0], [1]]) if engine.attend is None else form_flat_batch(table, [0, 1])
+    engine = build_engine(case, table, router_aux_loss_coef=0.5, engine=kind)
+    batch = form(engine, table)
     loss = engine.sum_losses(batch) / batch.num_trained_tokens
     expected = transformers_loss(case, table, [0, 1], 0.5)
     assert float(loss.detach()) == pytest.approx(expected, rel=2e-6)
@@ -82,16 +102,18 @@ def test_the_models_config_says_how_much_and_zero_switches_it_off() -> None:
     assert build_engine("mixtral", table, router_aux_loss_coef=0).router_loss is None
 
 
-def test_layers_that_run_again_give_the_same_gradient() -> None:
+@pytest.mark.parametrize("kind", ["fused", "general"])
+def test_layers_that_run_again_give_the_same_gradient(kind: str) -> None:
     table = build_table(20, 20)
     grads = []
     for recompute in (False, True):
-        engine = build_engine("qwen3_moe", table, router_aux_loss_coef=0.5, gradient_checkpointing=recompute)
-        engine.model.train()
+        engine, model = build_both(
+            "qwen3_moe", table, router_aux_loss_coef=0.5, gradient_checkpointing=recompute, engine=kind
+        )
+        model.train()
         assert (engine.num_recomputed > 0) is recompute
-        batch = form_batch(table, [[0], [1]]) if engine.attend is None else form_flat_batch(table, [0, 1])
-        engine.sum_losses(batch).backward()
-        grads.append({name: p.grad for name, p in engine.model.named_parameters() if p.requires_grad})
+        engine.sum_losses(form(engine, table)).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-5) for name in grads[0])
     assert any(grad.any() for grad in grads[0].values())
 

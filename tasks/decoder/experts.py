@@ -1,0 +1,206 @@
+"""Routed experts of a decoder layer: each token goes through a few of them, and their outputs are added, weighted.
+
+Dimensions: `T` tokens, `H` hidden size, `I` intermediate size, `K` experts a token, `S` = T K rows ordered by expert,
+`E` experts, `C` further columns (see `grouped`).
+
+The router is the family's own module, and its gradient autograd's. Everything after it is one differentiable piece: the
+rows are gathered, multiplied and summed without a copy of any weight. A row's weight goes into its gated values, before
+the last product, so that the experts' outputs are not needed again in the backward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tasks.decoder import expert_elementwise
+from tasks.decoder.blocks import Norm, is_last_output_unused
+from tasks.decoder.expert_elementwise import Gate
+from tasks.decoder.grouped import ExpertAdapters, GroupedProjection
+from tasks.decoder.projections import AnyProjection
+
+Route = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The routed experts of one layer."""
+
+    route: Route
+    """[T, H] -> logits, weights [T, K] and experts [T, K]"""
+    gate_up: GroupedProjection
+    gate: Gate
+    down: GroupedProjection
+    num_chosen: int
+    """K"""
+
+    @property
+    def adapters(self) -> tuple[ExpertAdapters, ExpertAdapters]:
+        """Of both products."""
+        return self.gate_up.adapters, self.down.adapters
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that a token meets."""
+        projections = (self.gate_up, self.down)
+        return self.num_chosen * sum(projection.num_in * projection.num_out for projection in projections)
+
+
+class Order(NamedTuple):
+    """Where the rows of a batch come from."""
+
+    places: Tensor
+    """[T, K]: of each token's rows."""
+    pairs: Tensor
+    """[S]: which of the T K pairs of a token and an expert a row is."""
+    tokens: Tensor
+    """[S]"""
+    ends: Tensor
+    """[E] int32: where each expert's rows end."""
+
+
+def sort_rows(chosen: Tensor, num_experts: int) -> Order:
+    """Order all pairs of a token and an expert by expert, and by token within it; nothing waits for the device.
+
+    Args:
+        chosen: [T, K], the experts of each token.
+        num_experts: E.
+    """
+    ids, pairs = torch.sort(chosen.reshape(-1), stable=True)
+    places = torch.empty_like(pairs)
+    places[pairs] = torch.arange(len(pairs), device=pairs.device)
+    numbers = torch.arange(1, num_experts + 1, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(ids, numbers, side="left").to(torch.int32)
+    return Order(places.view(chosen.shape), pairs, pairs // chosen.shape[1], ends)
+
+
+def run_experts(layer: ExpertLayer, hidden: Tensor, ops: ModuleType) -> Tensor:
+    """Return what the routed experts add to the stream [T, H].
+
+    Args:
+        layer: its parts.
+        hidden: [T, H], normed.
+        ops: of the decoder.
+    """
+    _, weights, chosen = layer.route(hidden)
+    order = sort_rows(chosen, layer.gate_up.adapters.matrices.shape[0])
+    parameters = [parameter for adapters in layer.adapters for parameter in adapters.parameters]
+    result: Tensor = RouteRows.apply(hidden, weights, order, layer, choose_expert_operations(ops), *parameters)
+    return result
+
+
+def choose_expert_operations(ops: ModuleType) -> ModuleType:
+    """Return what goes with the decoder's operations: Triton kernels or plain PyTorch."""
+    if ops.__name__.endswith(".kernels"):
+        from tasks.decoder import expert_kernels
+
+        return expert_kernels
+    return expert_elementwise
+
+
+class RouteRows(torch.autograd.Function):
+    """([T, H], weights [T, K]) -> the weighted sum of the chosen experts' outputs [T, H]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weights: Tensor,
+        order: Order,
+        layer: ExpertLayer,
+        ops: ModuleType,
+        *parameters: Tensor,
+    ) -> Tensor:
+        num_rows = len(order.tokens)
+        row_weights = weights.reshape(-1).index_select(0, order.pairs)
+        joint = layer.gate_up.allocate_input(num_rows)
+        ops.gather_rows(hidden, order.tokens, joint[:, : layer.gate_up.num_in])
+        small = layer.gate_up.project_small(joint, order.ends, None)
+        gate_up = layer.gate_up.forward(joint, order.ends)
+        del joint
+        joint = layer.down.allocate_input(num_rows)
+        ops.gate_weighted(gate_up, row_weights, layer.gate, joint[:, : layer.down.num_in])
+        down_small = layer.down.project_small(joint, order.ends, row_weights)
+        if is_last_output_unused():
+            result = torch.empty_like(hidden)
+        else:
+            result = ops.sum_rows(layer.down.forward(joint, order.ends), order.places)
+        ctx.save_for_backward(hidden, gate_up, small, down_small, row_weights, *order)
+        ctx.settings = layer, ops, weights.dtype
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, gate_up, small, down_small, row_weights, *rest = ctx.saved_tensors
+        layer, ops, dtype = ctx.settings
+        order, num_rows = Order(*rest), len(row_weights)
+        joint = layer.down.allocate_grad(num_rows)
+        rows = joint[:, : layer.down.num_out]
+        ops.gather_rows(grad.contiguous(), order.tokens, rows)
+        small_grad, values = layer.down.backward(joint, order.ends, needs_input=True)
+        of_down = small_grad, rows, down_small
+        up_joint = layer.gate_up.allocate_grad(num_rows)
+        up_rows = up_joint[:, : layer.gate_up.num_out]
+        weight_grad = ops.gate_weighted_backward(values, gate_up, row_weights, layer.gate, up_rows)
+        if layer.down.has_bias:
+            weight_grad = weight_grad + small_grad[:, layer.down.adapters.rank]
+        # values now holds what the last product was given, made anew.
+        trained = _compute_grads(layer.down, of_down, values, order.ends, ops)
+        del joint, rows, values, of_down
+        small_grad, input_rows = layer.gate_up.backward(up_joint, order.ends, needs_input=ctx.needs_input_grad[0])
+        if layer.gate_up.adapters.rank:
+            inputs = layer.gate_up.allocate_input(num_rows)[:, : layer.gate_up.num_in]
+            ops.gather_rows(hidden, order.tokens, inputs)
+            trained = _compute_grads(layer.gate_up, (small_grad, up_rows, small), inputs, order.ends, ops) + trained
+        hidden_grad = None if input_rows is None else ops.sum_rows(input_rows, order.places)
+        pair_grads = None
+        if ctx.needs_input_grad[1]:
+            pair_grads = weight_grad.index_select(0, order.places.flatten()).view(order.places.shape).to(dtype)
+        return hidden_grad, pair_grads, None, None, None, *trained
+
+
+def _compute_grads(
+    projection: GroupedProjection, grads: tuple[Tensor, Tensor, Tensor], inputs: Tensor, ends: Tensor, ops: ModuleType
+) -> list[Tensor | None]:
+    """Return the gradients of a projection's adapter.
+
+    Args:
+        projection: that is adapted, or not.
+        grads: g B [S, C], g [S, O] and x A' [S, C].
+        inputs: x [S, H].
+        ends: [E], of the rows of each expert.
+        ops: of the work between the products.
+    """
+    rank = projection.adapters.rank
+    if not rank:
+        return []
+    small_grad, grad, small = grads
+    of_a = ops.multiply_outer(small_grad[:, :rank], inputs, ends)
+    return projection.adapters.give(of_a, ops.multiply_outer(small[:, :rank], grad, ends))
+
+
+class AddNorm(torch.autograd.Function):
+    """(residual, delta) -> (residual + delta, norm(residual + delta))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, delta: Tensor | None, source: AnyProjection | None, norm: Norm, ops: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        normed = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, normed)
+        ctx.save_for_backward(total, rstd)
+        ctx.settings = source, norm, ops, delta is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, total_grad: Tensor | None, grad: Tensor) -> tuple[Any, ...]:
+        total, rstd = ctx.saved_tensors
+        source, norm, ops, has_delta = ctx.settings
+        result = torch.empty_like(total) if source is None else source.allocate_grad(total.shape[0])[0]
+        ops.norm_backward(grad.contiguous(), total, rstd, norm.weight, total_grad, result)
+        if source is not None:
+            source.forget_grad()
+        return result, result if has_delta else None, None, None, None

@@ -1,0 +1,205 @@
+"""Frozen matrices of routed experts with their LoRA matrices: one grouped product each way.
+
+Dimensions: `S` rows ordered by expert, `E` experts, `H` inputs, `O` outputs, `R` rank, `C` further columns.
+
+As in `projections`, but with a matrix for each expert,
+
+    M = [ W  B  b ]   [E, O + C, H + C]        x~ = [ x  x A'  w ]  [S, H + C]
+        [ A  0  0 ]                            g~ = [ g  g B  g b ] [S, O + C]
+        [ 0  0  0 ]
+
+so that all rows' products are x~ M[:O]' and g~ M[:, :H], the adapter and the bias b (of rows that weigh w) included.
+C is R, one more where there is a bias, rounded up to what grouped products on a GPU want: rows on 16 bytes.
+
+PEFT keeps an adapted parameter's matrices as A [E R, H] and B [O, R E]; the joint ones are copies of them.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
+
+_ALIGNMENT = 8
+
+
+class ExpertPart(NamedTuple):
+    """A parameter that holds a matrix of each expert."""
+
+    weight: nn.Parameter
+    """[E, O, H], or [E, H, O] where it is turned. Frozen."""
+    bias: Tensor | None
+    """[E, O]"""
+    lora_a: nn.Parameter | None
+    """[E R, H]; None where it has no adapter."""
+    lora_b: nn.Parameter | None
+    """[O, R E]"""
+    scale: float
+    """s: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    is_turned: bool = False
+
+
+@dataclass
+class ExpertAdapters:
+    """The adapter of one such parameter, and its working copies in the joint matrices."""
+
+    part: ExpertPart
+    matrices: Tensor
+    """M"""
+    num_in: int
+    num_out: int
+    rank: int
+    """R; 0 without an adapter."""
+    versions: list[int] = field(default_factory=list)
+    """Of the trained matrices when they were last copied."""
+    is_bound: bool = False
+    """Passes add to the gradients in place."""
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What is trained, A before B."""
+        return tuple(p for p in (self.part.lora_a, self.part.lora_b) if p is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the working copies."""
+        return self.matrices.dtype
+
+    def invalidate(self) -> None:
+        """Say that the trained matrices have changed."""
+        self.versions = []
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Bring the working copies up to date."""
+        if self.part.lora_a is not None and self.part.lora_b is not None:
+            num_experts, rank = self.matrices.shape[0], self.rank
+            first, last = slice(self.num_out, self.num_out + rank), slice(self.num_in, self.num_in + rank)
+            self.matrices[:, first, : self.num_in].copy_(self.part.lora_a.view(num_experts, rank, -1))
+            turned = self.part.lora_b.view(-1, rank, num_experts).permute(2, 0, 1)
+            self.matrices[:, : self.num_out, last].copy_(turned * self.part.scale)
+
+    def bind(self, flat: Tensor, start: int) -> int:
+        """Take the gradients' place in one vector of zeros, from `start` on; return its end."""
+        for parameter in self.parameters:
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        self.is_bound = bool(self.parameters)
+        return start
+
+    def give(self, grad_a: Tensor, grad_b: Tensor) -> list[Tensor | None]:
+        """Return the gradients of `parameters`; none where they were added in place.
+
+        Args:
+            grad_a: [E, R, H]
+            grad_b: [E, R, O], of s B'.
+        """
+        turned = grad_b.permute(2, 1, 0)
+        if self.is_bound:
+            (a, b) = self.parameters
+            assert a.grad is not None
+            assert b.grad is not None
+            a.grad.view_as(grad_a).add_(grad_a)
+            b.grad.view(turned.shape).add_(turned, alpha=self.part.scale)
+            return [None, None]
+        return [grad_a.flatten(0, 1), (turned * self.part.scale).flatten(1)]
+
+
+@dataclass
+class GroupedProjection:
+    """The matrices of all experts; see the module's text."""
+
+    adapters: ExpertAdapters
+    has_bias: bool
+
+    @property
+    def num_in(self) -> int:
+        """Return H."""
+        return self.adapters.num_in
+
+    @property
+    def num_out(self) -> int:
+        """Return O."""
+        return self.adapters.num_out
+
+    @property
+    def num_further(self) -> int:
+        """Return C."""
+        return self.adapters.matrices.shape[2] - self.num_in
+
+    def allocate_input(self, num_rows: int) -> Tensor:
+        """Return room for x~ [S, H + C]; x goes to its first H columns."""
+        return self.adapters.matrices.new_empty(num_rows, self.num_in + self.num_further)
+
+    def allocate_grad(self, num_rows: int) -> Tensor:
+        """Return room for g~ [S, O + C]; g goes to its first O columns."""
+        return self.adapters.matrices.new_empty(num_rows, self.num_out + self.num_further)
+
+    def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
+        """Fill in the last columns of x~, and return a copy of them [S, C].
+
+        Args:
+            joint: x~, with x in it.
+            ends: [E] int32, where each expert's rows end.
+            weights: w [S], which the bias is multiplied with; one each where None.
+        """
+        if not self.num_further:
+            return joint[:, self.num_in :]
+        matrices = self.adapters.matrices
+        small = multiply_grouped(joint[:, : self.num_in], matrices[:, self.num_out :, : self.num_in].mT, ends)
+        if self.has_bias:
+            small[:, self.adapters.rank] = 1.0 if weights is None else weights.to(small.dtype)
+        joint[:, self.num_in :].copy_(small)
+        return small
+
+    def forward(self, joint: Tensor, ends: Tensor) -> Tensor:
+        """Return y [S, O] of x~."""
+        return multiply_grouped(joint, self.adapters.matrices[:, : self.num_out].mT, ends)
+
+    def backward(self, joint: Tensor, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+        """Fill in the last columns of g~; return them [S, C] and the gradient of x [S, H]."""
+        matrices, small = self.adapters.matrices, joint[:, self.num_out :]
+        if self.num_further:
+            small = multiply_grouped(joint[:, : self.num_out], matrices[:, : self.num_out, self.num_in :], ends)
+            joint[:, self.num_out :].copy_(small)
+        if not needs_input:
+            return small, None
+        return small, multiply_grouped(joint, matrices[:, :, : self.num_in], ends)
+
+
+def build_grouped_projection(part: ExpertPart) -> GroupedProjection:
+    """Lay a parameter's weights into joint matrices; it becomes a view of them, so that nothing lies twice."""
+    weight = part.weight.data.mT if part.is_turned else part.weight.data
+    num_experts, num_out, num_in = weight.shape
+    rank = 0 if part.lora_a is None else part.lora_a.shape[0] // num_experts
+    wanted = rank + (part.bias is not None)
+    further = -(-wanted // _ALIGNMENT) * _ALIGNMENT
+    if not further:
+        return GroupedProjection(ExpertAdapters(part, weight, num_in, num_out, 0), has_bias=False)
+    matrices = weight.new_zeros(num_experts, num_out + further, num_in + further)
+    inside = matrices[:, :num_out, :num_in]
+    inside.copy_(weight)
+    part.weight.data = inside.mT if part.is_turned else inside
+    if part.bias is not None:
+        matrices[:, :num_out, num_in + rank].copy_(part.bias)
+    return GroupedProjection(ExpertAdapters(part, matrices, num_in, num_out, rank), has_bias=part.bias is not None)
+
+
+def multiply_grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Return each row [S, inputs] times the matrix [inputs, outputs] of its expert.
+
+    Args:
+        rows: ordered by expert.
+        weights: [E, inputs, outputs]
+        ends: [E] int32, where the rows of each expert end.
+    """
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(rows, weights, offs=ends)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    result = rows.new_empty(rows.shape[0], weights.shape[2])
+    pairs = zip(rows.split(counts), result.split(counts), strict=True)
+    for expert, (part, out) in enumerate(pairs):
+        if len(part):
+            torch.mm(part, weights[expert], out=out)
+    return result
