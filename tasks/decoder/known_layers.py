@@ -44,6 +44,11 @@ def _rope_where_asked(attention: Any) -> str:
     return "" if attention.use_rope else NO_ROTATION
 
 
+def _rope_where_set(attention: Any) -> str:
+    """Of OLMo Hybrid, which has positions only where its config has angles."""
+    return "" if (attention.config.rope_parameters or {}).get("rope_theta") is not None else NO_ROTATION
+
+
 def _rope_where_sliding(attention: Any) -> str:
     """Of EXAONE 4: the full layers of a model that has sliding ones do not rotate."""
     return "" if attention.sliding_window is None or attention.is_sliding else NO_ROTATION
@@ -158,5 +163,7 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
     "Olmo2DecoderLayer": replace(_NORMED_AFTER, norms_rows=True),
     "Olmo3DecoderLayer": replace(_NORMED_AFTER, norms_rows=True, rope=_rope_by_type),
     "Qwen3MoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts()),
+    "OlmoHybridAttentionDecoderLayer": replace(_NORMED_AFTER, norms_rows=True, rope=_rope_where_set),
+    "OlmoHybridLinearAttentionDecoderLayer": _LLAMA,
     "Exaone4DecoderLayer": replace(_NORMED_AFTER, window=_hybrid_window, rope=_rope_where_sliding),
 }

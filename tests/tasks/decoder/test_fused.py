@@ -38,7 +38,7 @@ FAMILIES = [
         "ernie4_5",
         "helium",
     ),
-    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "qwen3_moe"),
+    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "olmo_hybrid", "qwen3_moe"),
 ]
 LENGTHS = (17, 1, 3, 40, 9)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -135,6 +135,15 @@ _FURTHER: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
+    },
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "linear_allow_neg_eigval": True,
+        "pad_token_id": 0,
     },
     "exaone4": {
         "head_dim": 32,
