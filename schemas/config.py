@@ -280,8 +280,8 @@ class TrainingConfig(Section):
     """Token budget of a pack and of a forward pass, at least tokenization.max_length. auto: packs by the dataset's
     size, up to 16,384 tokens; forward passes by the free memory."""
     engine: Literal["auto", "fused", "general"] = Field(default="auto", title="Engine")
-    """fused: kernels of our own for the dense families that docs/models.md names; general: any model of transformers;
-    auto: fused where the model and the adapter allow it, and a line that says why where not."""
+    """fused: kernels of our own for the dense families that docs/models.md names, whatever the method; general: any
+    model of transformers; auto: fused where the model and the method allow it, and a line that says why where not."""
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", title="Precision")
     """auto: bf16 on a GPU that has it, fp32 on a CPU."""
     base_weights: Literal["full", "fp8", "nf4"] = Field(default="full", title="Frozen weights")
@@ -339,10 +339,6 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"method is {self.method} and base_weights is {self.base_weights}: only a frozen base can be packed: "
                 "set base_weights full, or method lora"
-            )
-        if self.engine == "fused":
-            raise ValueError(
-                f"method is {self.method} and engine is fused, which trains LoRA alone: set engine auto, or method lora"
             )
         return self
 

@@ -32,6 +32,7 @@ _USES = {
     r"averaged_gradients|__compatible_ops__|single_partition_of_fp32|_lazy_init_hp": "tasks/training/zero.py",
     r"\bfound_inf\b": "tasks/training/optimizers.py",
     r"_no_split_modules": "tasks/training/sharding.py",
+    r"subclass_8bit|OptimState8bit|__tensor_flatten__": "tasks/training/adamw.py",
     r"_scaled_mm": "tasks/decoder/quantized.py",
     r"\._version\b|\b_foreach_\w+": "tasks/decoder/adapters.py",
     r"flash_attn\.cute": "tasks/decoder/attention.py",
@@ -147,6 +148,24 @@ def test_adamw_skips_a_step_whose_gradient_is_not_finite() -> None:
         optimizer.found_inf = torch.tensor(found)
         optimizer.step()
         assert bool((parameter != before).any()) == moves
+
+
+def test_torchao_keeps_a_moment_as_codes_of_8_bits_with_scales() -> None:
+    pytest.importorskip("torchao")
+    from torchao.optim.subclass_8bit import OptimState8bit  # type: ignore[import-not-found,unused-ignore]
+
+    from tasks.training.adamw import put_together, take_apart
+
+    assert list(inspect.signature(OptimState8bit).parameters)[:5] == ["codes", "scale", "qmap", "signed", "dtype"]
+    moment = OptimState8bit.zeros((64, 128), signed=True)
+    moment.copy_(torch.linspace(-1, 1, 64 * 128).view(64, 128))
+    parts = dict(take_apart("exp_avg", moment))
+    assert {name: value.dtype for name, value in parts.items()} == {
+        "exp_avg|codes": torch.uint8, "exp_avg|scale": torch.float32, "exp_avg|qmap": torch.float32
+    }  # fmt: skip
+    again = put_together(parts)["exp_avg"]
+    assert torch.equal(again.dequantize(), moment.dequantize())
+    assert float((again.dequantize() - torch.linspace(-1, 1, 64 * 128).view(64, 128)).abs().max()) < 0.02
 
 
 def test_pytorch_counts_changes_in_place_and_copies_lists() -> None:

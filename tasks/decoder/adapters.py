@@ -91,17 +91,17 @@ class AdapterGroup:
         if not self.joint_a.shape[0]:
             return []
         if self.grad_a is not None:
-            _add_product(self.grad_a, small.t(), inputs, 1.0)
+            add_product(self.grad_a, small.t(), inputs, 1.0)
             for part, out, rank in zip(self.parts, self.outs, self.ranks, strict=True):
                 if part.lora_b is not None and part.lora_b.grad is not None:
-                    _add_product(part.lora_b.grad, grads[:, out].t(), projected[:, rank], part.scale)
+                    add_product(part.lora_b.grad, grads[:, out].t(), projected[:, rank], part.scale)
             return [None] * len(self.parameters)
-        joint = _multiply_wide(small.t(), inputs)
+        joint = multiply_wide(small.t(), inputs)
         results: list[Tensor | None] = []
         for part, out, rank in zip(self.parts, self.outs, self.ranks, strict=True):
             if part.lora_a is not None:
                 results.append(joint[rank])
-                results.append(_multiply_wide(grads[:, out].t(), projected[:, rank]).mul_(part.scale))
+                results.append(multiply_wide(grads[:, out].t(), projected[:, rank]).mul_(part.scale))
         return results
 
 
@@ -126,7 +126,7 @@ def refresh(groups: Iterable[AnyAdapters], copy_all: Callable[[Sequence[Copy]], 
         groups: of the decoder.
         copy_all: does all copies in one call; None: PyTorch's own calls for many tensors.
     """
-    changed = [group for group in groups if group.versions != _read_versions(group)]
+    changed = [group for group in groups if group.versions != read_versions(group.parameters)]
     stale = [group for group in changed if isinstance(group, AdapterGroup)]
     pieces = [
         (group.joint_a[rank], part.lora_a, group.joint_b[out, rank], part.lora_b, part.scale)
@@ -147,11 +147,12 @@ def refresh(groups: Iterable[AnyAdapters], copy_all: Callable[[Sequence[Copy]], 
     for group in changed:
         if isinstance(group, ExpertAdapters):
             group.copy()
-        group.versions = _read_versions(group)
+        group.versions = read_versions(group.parameters)
 
 
-def _read_versions(group: AnyAdapters) -> list[int]:
-    return [parameter._version for parameter in group.parameters]
+def read_versions(parameters: Iterable[Tensor]) -> list[int]:
+    """Return how often each was changed in place, as far as autograd has seen it."""
+    return [parameter._version for parameter in parameters]
 
 
 def bind_gradients(groups: Iterable[AnyAdapters]) -> Tensor | None:
@@ -170,7 +171,7 @@ def bind_gradients(groups: Iterable[AnyAdapters]) -> Tensor | None:
     if len(kinds) != 1:
         return None
     dtype, device = kinds.pop()
-    if not _can_add_products(groups[0].dtype, dtype, device):
+    if not can_add_products(groups[0].dtype, dtype, device):
         return None
     flat = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=dtype, device=device)
     start = 0
@@ -185,17 +186,18 @@ def lay_out(sizes: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
-def join_biases(parts: Sequence[Part]) -> Tensor | None:
+def join_biases(parts: Sequence[Part], dtype: torch.dtype | None = None) -> Tensor | None:
     """Return the biases [O] end to end, zeros where a layer has none; None where no layer has one."""
     if all(part.module.bias is None for part in parts):
         return None
     sizes = [part.module.out_features for part in parts]
     weight = parts[0].module.weight
     biases = [part.module.bias for part in parts]
-    return torch.cat([weight.new_zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)])
+    joint = [weight.new_zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]
+    return torch.cat([bias.to(dtype or weight.dtype) for bias in joint])
 
 
-def _multiply_wide(left: Tensor, right: Tensor) -> Tensor:
+def multiply_wide(left: Tensor, right: Tensor) -> Tensor:
     """Multiply, with an fp32 result of 16-bit factors."""
     if left.dtype in (torch.float32, torch.float64):
         return torch.mm(left, right)
@@ -204,7 +206,7 @@ def _multiply_wide(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.float(), right.float())
 
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """Add scale * left @ right to the target, which may be wider than the factors."""
     if left.dtype == target.dtype:
         target.addmm_(left, right, alpha=scale)
@@ -214,13 +216,13 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor, scale: float) -> N
         target.addmm_(left.to(target.dtype), right.to(target.dtype), alpha=scale)
 
 
-def _can_add_products(narrow: torch.dtype, wide: torch.dtype, device: torch.device) -> bool:
-    """Try `_add_product` out on small whole numbers, whose sums are exact."""
+def can_add_products(narrow: torch.dtype, wide: torch.dtype, device: torch.device) -> bool:
+    """Try `add_product` out on small whole numbers, whose sums are exact."""
     generator = torch.Generator().manual_seed(0)
     left, right, target = (torch.randint(-3, 4, (16, 16), generator=generator) for _ in range(3))
     found = target.to(device, wide)
     try:
-        _add_product(found, left.to(device, narrow).t(), right.to(device, narrow), 2.0)
+        add_product(found, left.to(device, narrow).t(), right.to(device, narrow), 2.0)
     except (RuntimeError, TypeError):
         return False
     return torch.equal(found.cpu().double(), target.double() + 2.0 * (left.double().t() @ right.double()))

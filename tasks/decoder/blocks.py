@@ -2,9 +2,10 @@
 
 Dimensions: `T` tokens, `H` hidden size, `I` intermediate size, `O` outputs of a group of projections, `R` its rank.
 
-Only the LoRA matrices are trained: gradients go to the input and to them, never to a frozen weight. What is cheap to
-compute again is not kept: the activation of the gated layer is made anew in the backward pass. A gradient is laid where
-the projection that made its tensor wants it (`source`, see `projections`).
+Gradients go to the input and to what is trained, which each block is given at its end: LoRA matrices beside frozen
+weights, or the weights themselves. What is cheap to compute again is not kept: the activation of the gated layer is
+made anew in the backward pass. A gradient is laid where the projection that made its tensor wants it (`source`, see
+`projections`).
 
 With dropout the masked copy of a projection's input is kept in the input's stead, or made anew. Each block keeps the
 masks' key as well, so that autograd refuses a backward pass after the key has changed.
@@ -13,7 +14,6 @@ masks' key as well, so that autograd refuses a backward pass after the key has c
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -22,18 +22,10 @@ from torch import Tensor
 
 from tasks.decoder.dropout import Dropout, MaskedTensor
 from tasks.decoder.elementwise import Heads, Quantized
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
 _state = threading.local()
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A frozen RMS norm."""
-
-    weight: Tensor
-    """[H] fp32, the factor itself (Gemma's modules store it less one)."""
-    eps: float
 
 
 @contextmanager
@@ -81,10 +73,14 @@ class NormProject(torch.autograd.Function):
     def backward(ctx: Any, total_grad: Tensor | None, grad: Tensor) -> tuple[Any, ...]:
         total, rstd, adapted, projected, _ = ctx.saved_tensors
         source, norm, projection, ops, dropout = ctx.settings
-        needs_input = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        goes_on = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_input = goes_on or bool(norm.parameters)
         small, input_grad, side = projection.backward(grad, needs_input=needs_input, drops=dropout is not None)
         trained = projection.adapters.compute_grads(grad, small, adapted, projected)
         if input_grad is None:
+            return None, None, None, None, None, None, None, *trained
+        trained += norm.compute_grads(ops, input_grad, total, rstd)
+        if not goes_on:
             return None, None, None, None, None, None, None, *trained
         result, quantized = _allocate_grad(source, total)
         masked = _mask(side, projection, dropout)
@@ -96,7 +92,9 @@ class OutputNorm(torch.autograd.Function):
     """Norm of a layer's output before it joins the stream (Gemma)."""
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, source: AnyProjection, norm: Norm, ops: ModuleType) -> Tensor:
+    def forward(
+        ctx: Any, delta: Tensor, source: AnyProjection, norm: Norm, ops: ModuleType, *parameters: Tensor
+    ) -> Tensor:
         out = torch.empty_like(delta)
         _, rstd = ops.add_norm(delta, None, norm.weight, norm.eps, out)
         ctx.save_for_backward(delta, rstd)
@@ -107,9 +105,10 @@ class OutputNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         delta, rstd = ctx.saved_tensors
         source, norm, ops = ctx.settings
+        trained = norm.compute_grads(ops, grad, delta, rstd)
         result, quantized = _allocate_grad(source, delta)
         ops.norm_backward(grad, delta, rstd, norm.weight, None, result, quantized)
-        return result, None, None, None
+        return result, None, None, None, *trained
 
 
 class Rotate(torch.autograd.Function):
@@ -125,27 +124,32 @@ class Rotate(torch.autograd.Function):
         sin: Tensor,
         norms: tuple[Norm | None, Norm | None],
         ops: ModuleType,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights = tuple(None if norm is None else norm.weight for norm in norms)
         eps = next((norm.eps for norm in norms if norm is not None), 0.0)
         has_norms = any(weight is not None for weight in weights)
         ctx.save_for_backward(cos, sin, *([qkv] if has_norms else []))
-        ctx.settings = source, heads, weights, eps, ops
+        ctx.settings = source, heads, norms, weights, eps, ops
         result: tuple[Tensor, Tensor, Tensor] = ops.rotate(qkv, heads, cos, sin, *weights, eps)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         cos, sin, *rest = ctx.saved_tensors
-        source, heads, weights, eps, ops = ctx.settings
+        source, heads, norms, weights, eps, ops = ctx.settings
         num_tokens, width = grads[0].shape[0], (heads.num_query + 2 * heads.num_key_value) * heads.size
         if source is None:
             result = grads[0].new_empty(num_tokens, width)
         else:
             result = source.allocate_grad(num_tokens)[0]
             source.forget_grad()  # too little work for a float8 copy on the way: the projection makes its own
-        ops.rotate_backward(grads, rest[0] if rest else None, heads, cos, sin, *weights, eps, result)
-        return result, None, None, None, None, None, None
+        learns = any(norm is not None and norm.parameters for norm in norms)
+        sums = ops.rotate_backward(
+            grads, rest[0] if rest else None, heads, cos, sin, *weights, eps, result, with_weights=learns
+        )
+        trained = [norm.give(total) for norm, total in zip(norms, sums, strict=True) if norm and norm.parameters]
+        return result, None, None, None, None, None, None, *trained
 
 
 class Project(torch.autograd.Function):

@@ -1,10 +1,10 @@
-"""The forward pass of a decoder-only transformer with LoRA, put together from fused blocks.
+"""The forward pass of a decoder-only transformer, put together from fused blocks: with LoRA, or weights of its own.
 
 Dimensions: `T` tokens of a flat batch (examples end to end), `H` hidden size, `N` trained positions, `V` vocabulary.
 
 `recognize_decoder` reads the layers of a model that transformers and PEFT have built. A model that it does not know in
 every detail is refused, and the general engine trains it. The parameters stay where they are: an adapter trained here
-is PEFT's.
+is PEFT's, and weights are the model's.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,22 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tasks.decoder import elementwise
 from tasks.decoder.adapters import AdapterGroup, bind_gradients, refresh
 from tasks.decoder.attention import Attention, Segments
-from tasks.decoder.blocks import Norm, last_output_unused
+from tasks.decoder.blocks import last_output_unused
 from tasks.decoder.delta_rule import DeltaRule, run_plain_rule
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.grouped import ExpertAdapters
-from tasks.decoder.head import HeadLoss
+from tasks.decoder.head import Head, HeadLoss, TrainedHeadLoss
 from tasks.decoder.layer import Layer, attend_scaled, run_layer
 from tasks.decoder.layer_inputs import LayerInputs
 from tasks.decoder.mixers import DeltaNet, Forward, KeysValues, name_shared
+from tasks.decoder.norms import Norm
+from tasks.decoder.weights import TrainedWeights, WeightGroup
 
 # Bytes of logits that exist at a time.
 LOGITS_BYTES = 1 << 30
@@ -43,7 +45,7 @@ class Decoder:
     """(states, positions [T], rope) -> cos, sin [T, R / 2], of the R columns of a head that are rotated"""
     layers: tuple[Layer, ...]
     norm: Norm
-    head: nn.Linear
+    head: Head
     attend: Attention
     ops: ModuleType
     """`elementwise`, or `kernels` on a GPU with Triton."""
@@ -52,27 +54,43 @@ class Decoder:
     dropout: Dropout | None = None
     """Of the adapter, where gradients are taken."""
     delta_rule: DeltaRule = run_plain_rule
-    logit_cap: float | None = None
-    """c, where logits x are c tanh(x / c) (Gemma)."""
     layer_inputs: LayerInputs | None = None
     """Of Gemma 4."""
+    weights: TrainedWeights | None = None
+    """The decoder's own, where those are trained and there is no adapter."""
 
     def invalidate(self) -> None:
-        """Say that the trained matrices have changed."""
+        """Say that what is trained has changed."""
+        if self.weights is not None:
+            self.weights.invalidate()
         for group in self._groups():
             group.invalidate()
 
     def refresh(self) -> None:
-        """Bring the working copies of the trained matrices up to date; cheap when nothing has changed."""
+        """Bring the working copies of what is trained up to date; cheap when nothing has changed."""
+        if self.weights is not None:
+            self.weights.refresh()
         refresh(self._groups(), getattr(self.ops, "copy_matrices", None))
 
     def bind_gradients(self) -> Tensor | None:
-        """Give the trained matrices gradients that stay where they are; see `adapters.bind_gradients`."""
-        return bind_gradients(self._groups())
+        """Give what is trained gradients that stay where they are; see `adapters.bind_gradients`, `weights.bind`."""
+        return bind_gradients(self._groups()) if self.weights is None else self.weights.bind()
 
     def has_bound_gradients(self) -> bool:
         """Say whether passes add to gradients in place."""
+        if self.weights is not None:
+            return self.weights.flat is not None
         return any(group.is_bound for group in self._groups())
+
+    def clear_gradients(self) -> None:
+        """Set the gradients of the decoder's own weights, which stay where they are, to zero."""
+        assert self.weights is not None
+        assert self.weights.flat is not None
+        self.weights.flat.zero_()
+
+    def list_head_parameters(self) -> tuple[Tensor, ...]:
+        """Return what is trained now of head and last norm."""
+        return (*self.head.parameters, *self.norm.parameters)
 
     @property
     def has_delta_nets(self) -> bool:
@@ -81,7 +99,8 @@ class Decoder:
 
     def _groups(self) -> list[AdapterGroup | ExpertAdapters]:
         further = [] if self.layer_inputs is None else [self.layer_inputs.projection.adapters]
-        return [*further, *(group for layer in self.layers for group in layer.adapters)]
+        groups = [*further, *(group for layer in self.layers for group in layer.adapters)]
+        return [group for group in groups if not isinstance(group, WeightGroup)]
 
 
 def compute_losses(
@@ -95,6 +114,7 @@ def compute_losses(
     num_recomputed: int = 0,
     logits_bytes: int = LOGITS_BYTES,
     runs_all: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return -log p(target) of the trained positions [N] (nats, fp32); 0 where a target does not count.
 
@@ -111,6 +131,8 @@ def compute_losses(
         num_recomputed: layers, from the first, that keep only their input and run again in the backward pass.
         logits_bytes: that exist at a time.
         runs_all: the last layer runs at all positions, for the sake of its router's logits.
+        scale: [] fp32: what the gradient of every loss is going to be, where gradients are bound and that is known: a
+            trained head's own is then made with the losses.
     """
     stream, delta, source = decoder.embed(input_ids), None, None
     dropout = decoder.dropout if torch.is_grad_enabled() else None
@@ -143,11 +165,14 @@ def compute_losses(
         source = layer.last
     if runs_all:
         stream, delta, source = stream.index_select(0, trained), _select(delta, trained), None
-    weight = decoder.head.weight
-    chunk = max(64, logits_bytes // (weight.shape[0] * weight.element_size()))
-    losses: Tensor = HeadLoss.apply(
-        stream, delta, source, targets, decoder.norm, _Head(decoder.head, decoder.logit_cap), chunk, decoder.ops
-    )
+    head, trained_head = decoder.head, decoder.list_head_parameters()
+    chunk = head.count_rows(logits_bytes)
+    settings = stream, delta, source, targets, decoder.norm, head, chunk, decoder.ops
+    if trained_head and scale is None and torch.is_grad_enabled():
+        losses: Tensor = TrainedHeadLoss.apply(*settings, *trained_head)
+    else:
+        assert scale is None or decoder.has_bound_gradients()
+        losses = HeadLoss.apply(*settings, scale, *trained_head)
     return losses
 
 
@@ -164,24 +189,6 @@ def _find_angles(decoder: Decoder, stream: Tensor, positions: Tensor) -> dict[st
 def _open_contexts(*, is_unused: bool) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a layer's first run and of its second."""
     return nullcontext(), last_output_unused() if is_unused else nullcontext()
-
-
-class _Head:
-    """The frozen output head."""
-
-    def __init__(self, module: nn.Linear, cap: float | None) -> None:
-        self.module = module
-        self.cap = cap
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return logits [N, V]."""
-        bias = self.module.bias
-        weight = self.module.weight.t()
-        return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """Return the gradient [N, H] of the rows."""
-        return torch.mm(grad, self.module.weight)
 
 
 def choose_operations(device: torch.device, dtype: torch.dtype) -> ModuleType:

@@ -88,6 +88,17 @@ def norm_backward(
     out.copy_(result if residual_grad is None else result + widen(residual_grad))
 
 
+def sum_normed(grad: Tensor, total: Tensor, rstd: Tensor) -> Tensor:
+    """Return the gradient [H] of a norm's weight, fp32 or wider: the sum over tokens of grad * total * rstd.
+
+    Args:
+        grad: of the norm's output [T, H].
+        total: what was normed [T, H].
+        rstd: [T], of `add_norm`.
+    """
+    return (widen(grad) * widen(total) * rstd[:, None]).sum(0)
+
+
 def rotate(
     qkv: Tensor,
     heads: Heads,
@@ -133,22 +144,33 @@ def rotate_backward(
     key_weight: Tensor | None,
     eps: float,
     out: Tensor,
-) -> None:
-    """Write the gradient of `rotate`'s first argument to `out`; qkv is read only where there are norms."""
+    *,
+    with_weights: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of `rotate`'s first argument to `out`; qkv is read only where there are norms.
+
+    Returns:
+        The gradients [D] of both weights (empty where they are not asked for).
+    """
+    sums = [cos.new_empty(0), cos.new_empty(0)]
     to_queries, to_keys, to_values = _split(out, heads)
     inputs = (None, None) if qkv is None else _split(qkv, heads)[:2]
     sides = zip(grads, (to_queries, to_keys), inputs, (query_weight, key_weight), strict=False)
-    for grad, target, before, weight in sides:
+    for number, (grad, target, before, weight) in enumerate(sides):
         if weight is None:
             target.copy_(_turn(widen(grad), cos, -sin, heads))
             continue
         assert before is not None
         if heads.norms_after_rotation:
-            turned = _turn(widen(before), cos, sin, heads)
-            target.copy_(_turn(_norm_heads_back(widen(grad), turned, weight, eps), cos, -sin, heads))
+            normed, wide = _turn(widen(before), cos, sin, heads), widen(grad)
+            target.copy_(_turn(_norm_heads_back(wide, normed, weight, eps), cos, -sin, heads))
         else:
-            target.copy_(_norm_heads_back(_turn(widen(grad), cos, -sin, heads), before, weight, eps))
+            normed, wide = before, _turn(widen(grad), cos, -sin, heads)
+            target.copy_(_norm_heads_back(wide, normed, weight, eps))
+        if with_weights:
+            sums[number] = (wide * _norm_heads(normed, None, eps, with_rstd=True)[0]).sum((0, 1))
     to_values.copy_(grads[2])
+    return sums[0], sums[1]
 
 
 def gate(

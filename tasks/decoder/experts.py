@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tasks.decoder import expert_elementwise
-from tasks.decoder.blocks import Norm, is_last_output_unused
+from tasks.decoder.blocks import is_last_output_unused
 from tasks.decoder.expert_elementwise import Gate
 from tasks.decoder.grouped import ExpertAdapters, GroupedProjection
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]

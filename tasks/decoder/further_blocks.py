@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.decoder.blocks import Norm
 from tasks.decoder.elementwise import Heads
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
 
@@ -19,7 +19,13 @@ class RowNorms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, source: AnyProjection, heads: Heads, norms: tuple[Norm, Norm], ops: ModuleType
+        ctx: Any,
+        qkv: Tensor,
+        source: AnyProjection,
+        heads: Heads,
+        norms: tuple[Norm, Norm],
+        ops: ModuleType,
+        *parameters: Tensor,
     ) -> Tensor:
         out = torch.empty_like(qkv)
         roots = []
@@ -36,12 +42,14 @@ class RowNorms(torch.autograd.Function):
         qkv, *roots = ctx.saved_tensors
         source, heads, norms, ops = ctx.settings
         result = source.allocate_grad(grad.shape[0])[0]
+        trained: list[Tensor | None] = []
         for part, norm, rstd in zip(_locate(heads), norms, roots, strict=True):
+            trained += norm.compute_grads(ops, grad[:, part], qkv[:, part], rstd)
             ops.norm_backward(grad[:, part], qkv[:, part], rstd, norm.weight, None, result[:, part])
         values = slice(_locate(heads)[1].stop, None)
         result[:, values].copy_(grad[:, values])
         source.forget_grad()
-        return result, None, None, None, None
+        return result, None, None, None, None, *trained
 
 
 class Scale(torch.autograd.Function):

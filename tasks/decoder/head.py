@@ -4,36 +4,75 @@ Dimensions: `N` trained positions, `H` hidden size, `V` vocabulary.
 """
 
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tasks.decoder.blocks import Norm
+from tasks.decoder.adapters import add_product
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
+from tasks.decoder.weights import TrainedWeights
 
 
-class Head(Protocol):
-    """The frozen output head."""
+class Head:
+    """The output head, frozen or trained."""
+
+    def __init__(self, module: nn.Linear, cap: float | None = None, weights: TrainedWeights | None = None) -> None:
+        self.module = module
+        self.cap = cap
+        """c, where logits x become c tanh(x / c)"""
+        self.weights = weights
+        self.weight = module.weight.data
+        """[V, H], in the working dtype"""
+        self.bias = None if module.bias is None else module.bias.data
+        if weights is None or not module.weight.requires_grad:
+            return
+        weights.add(module.weight)
+        if module.weight.dtype != weights.dtype:
+            self.weight = module.weight.data.to(weights.dtype)
+            weights.follow(module.weight, self.weight)
 
     @property
-    def cap(self) -> float | None:
-        """Return c, where logits x become c tanh(x / c)."""
-        ...
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What is trained now."""
+        return (self.module.weight,) if self.weights is not None and self.module.weight.requires_grad else ()
+
+    def count_rows(self, logits_bytes: int) -> int:
+        """Return how many rows of logits take so many bytes, at least 64."""
+        return max(64, logits_bytes // (self.weight.shape[0] * self.weight.element_size()))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return logits [N, V]."""
-        ...
+        weight = self.weight.t()
+        return torch.mm(rows, weight) if self.bias is None else torch.addmm(self.bias, rows, weight)
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return the gradient [N, H] of the rows."""
-        ...
+        return torch.mm(grad, self.weight)
+
+    def add_grad(self, total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor | None:
+        """Add some rows' gradient of the weight to the one that stays, or to the total of those before them.
+
+        Args:
+            total: [V, H]; None at first, and where gradients stay.
+            grad: of the logits [N, V].
+            rows: [N, H].
+        """
+        if not self.parameters:
+            return None
+        assert self.weights is not None
+        if total is None:
+            return self.weights.give_product(self.module.weight, grad.t(), rows)
+        add_product(total, grad.t(), rows, 1.0)
+        return total
 
 
 class HeadLoss(torch.autograd.Function):
     """-log p(target) [N], fp32, of rows [N, H]; logits exist for `chunk` of them at a time.
 
-    The gradient of each row's loss is made with it; what the losses weigh in the end comes with the backward pass.
+    The gradient of each row's loss is made with it; what the losses weigh in the end comes with the backward pass. A
+    trained head's own gradient is made as well, and has to know that beforehand: one `scale` for all losses.
     """
 
     @staticmethod
@@ -47,34 +86,94 @@ class HeadLoss(torch.autograd.Function):
         head: Head,
         chunk: int,
         ops: ModuleType,
+        scale: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         """Make the gradient together with the loss, while the logits are there."""
         normed = torch.empty_like(residual)
         total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, normed)
         losses = []
+        goes_on = any(ctx.needs_input_grad[:2]) or bool(norm.parameters and parameters)
         for rows, row_targets in zip(normed.split(chunk), targets.split(chunk), strict=True):
             logits = head.forward(rows)
             losses.append(ops.cross_entropy(logits, row_targets, head.cap))
-            if any(ctx.needs_input_grad[:2]):
+            if scale is not None:
+                head.add_grad(None, logits, (rows * scale.reshape(1, 1)).to(rows.dtype))  # in the scale's fp32
+            if goes_on:
                 rows.copy_(head.backward(logits))
             del logits
-        if any(ctx.needs_input_grad[:2]):
+        if goes_on:
+            if scale is not None and norm.parameters:
+                norm.give(ops.sum_normed(normed, total, rstd) * scale)
             # Without a delta the sum is the stream itself, which others still read.
             result = total if delta is not None else torch.empty_like(total)
             ops.norm_backward(normed, total, rstd, norm.weight, None, result)
             total = result
         ctx.save_for_backward(total)
-        ctx.has_delta = delta is not None
-        ctx.source = source
+        ctx.source, ctx.num_parameters, ctx.has_delta = source, len(parameters), delta is not None
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Weigh the rows of the gradient that the forward pass has made."""
         (rows,) = ctx.saved_tensors
-        result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
-        # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them the same way.
-        result.copy_(rows.to(grad.dtype) * grad[:, None])
-        if ctx.source is not None:
-            ctx.source.forget_grad()
-        return result, result if ctx.has_delta else None, None, None, None, None, None, None
+        result = None
+        if any(ctx.needs_input_grad[:2]):
+            result = rows if ctx.source is None else ctx.source.allocate_grad(rows.shape[0])[0]
+            # In the gradient's fp32: one over the step's tokens, rounded to 16 bits, would tilt all of them alike.
+            result.copy_(rows.to(grad.dtype) * grad[:, None])
+            if ctx.source is not None:
+                ctx.source.forget_grad()
+        other = result if ctx.has_delta else None
+        return result, other, None, None, None, None, None, None, None, *[None] * ctx.num_parameters
+
+
+class TrainedHeadLoss(torch.autograd.Function):
+    """As `HeadLoss`, for a trained head whose losses weigh what nobody knows before: its logits are made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        delta: Tensor | None,
+        source: AnyProjection | None,
+        targets: Tensor,
+        norm: Norm,
+        head: Head,
+        chunk: int,
+        ops: ModuleType,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """Make the losses alone."""
+        normed = torch.empty_like(residual)
+        total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, normed)
+        ctx.save_for_backward(total, rstd, targets)
+        ctx.settings, ctx.has_delta = (source, norm, head, chunk, ops), delta is not None
+        pairs = zip(normed.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([ops.cross_entropy(head.forward(rows), targets, head.cap) for rows, targets in pairs])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Make logits and their gradient again, by now weighed."""
+        total, rstd, targets = ctx.saved_tensors
+        source, norm, head, chunk, ops = ctx.settings
+        normed, weight_grad = torch.empty_like(total), None
+        ops.add_norm(total, None, norm.weight, norm.eps, normed)
+        for rows, row_targets, row_grad in zip(
+            normed.split(chunk), targets.split(chunk), grad.split(chunk), strict=True
+        ):
+            logits = head.forward(rows)
+            ops.cross_entropy(logits, row_targets, head.cap)
+            logits.mul_(row_grad[:, None])
+            weight_grad = head.add_grad(weight_grad, logits, rows)
+            rows.copy_(head.backward(logits))
+            del logits
+        trained = [weight_grad] if head.parameters else []
+        trained += norm.compute_grads(ops, normed, total, rstd)
+        result = None
+        if any(ctx.needs_input_grad[:2]):
+            result = torch.empty_like(total) if source is None else source.allocate_grad(total.shape[0])[0]
+            ops.norm_backward(normed, total, rstd, norm.weight, None, result)
+            if source is not None:
+                source.forget_grad()
+        return result, result if ctx.has_delta else None, None, None, None, None, None, None, *trained

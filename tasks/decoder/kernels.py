@@ -26,7 +26,12 @@ from tasks.decoder.gate_programs import (
 from tasks.decoder.loss_programs import cross_entropy_program
 from tasks.decoder.mask_programs import drop_backward_program, drop_program
 from tasks.decoder.rotation_programs import rotate_backward_program, rotate_program
-from tasks.decoder.row_programs import add_norm_program, norm_backward_program, quantize_rows_program
+from tasks.decoder.row_programs import (
+    add_norm_program,
+    norm_backward_program,
+    quantize_rows_program,
+    sum_normed_program,
+)
 
 _GATE_BLOCK = 1024
 _COPY_BLOCK = 4096
@@ -34,6 +39,7 @@ _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.
 _tables: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor, int]] = {}
 _VOCABULARY_BLOCK = 8192
 _ROW_BLOCK = 4096
+_SUM_ROWS, _SUM_BLOCK = 256, 128  # of a program that adds up rows
 
 
 def add_norm(
@@ -82,6 +88,18 @@ def norm_backward(
         HAS_RESIDUAL=residual_grad is not None, QUANTIZE=quantized is not None, DROP=side is not None,
         BLOCK=block, num_warps=_count_warps(block),
     )  # fmt: skip
+
+
+def sum_normed(grad: Tensor, total: Tensor, rstd: Tensor) -> Tensor:
+    """See `elementwise.sum_normed`; always in the same order."""
+    num_rows, width = total.shape
+    parts = triton.cdiv(num_rows, _SUM_ROWS)
+    sums = torch.empty(parts, width, dtype=torch.float32, device=total.device)
+    sum_normed_program[(triton.cdiv(width, _SUM_BLOCK), parts)](
+        grad, total, rstd, sums, grad.stride(0), total.stride(0), num_rows, width,
+        PER_PROGRAM=_SUM_ROWS, ROWS=16, BLOCK=_SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0)
 
 
 def rotate(
@@ -136,15 +154,20 @@ def rotate_backward(
     key_weight: Tensor | None,
     eps: float,
     out: Tensor,
-) -> None:
+    *,
+    with_weights: bool = False,
+) -> tuple[Tensor, Tensor]:
     """See `elementwise.rotate_backward`."""
     queries, keys, values = (grad.contiguous() for grad in grads)
     before = out if qkv is None else qkv
+    sums = torch.empty(2, out.shape[0] if with_weights else 0, heads.size, dtype=torch.float32, device=out.device)
     rotate_backward_program[(out.shape[0],)](
         queries, keys, values, before, out, cos, sin,
-        _or(query_weight, cos), _or(key_weight, cos), before.stride(0), out.stride(0), cos.stride(0), eps,
-        **_describe_heads(heads, cos.shape[1], query_weight, key_weight), num_warps=4,
+        _or(query_weight, cos), _or(key_weight, cos), sums[0], sums[1],
+        before.stride(0), out.stride(0), cos.stride(0), eps,
+        **_describe_heads(heads, cos.shape[1], query_weight, key_weight), SUM=with_weights, num_warps=4,
     )  # fmt: skip
+    return (sums[0].sum(0), sums[1].sum(0)) if with_weights else (sums[0], sums[1])
 
 
 def gate(

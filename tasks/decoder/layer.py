@@ -11,13 +11,15 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody read
 
 from tasks.decoder.adapters import AdapterGroup
 from tasks.decoder.attention import Attention, Segments
-from tasks.decoder.blocks import GatedProject, Norm, NormProject, OutputNorm, Project, Select
+from tasks.decoder.blocks import GatedProject, NormProject, OutputNorm, Project, Select
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.experts import AddNorm, ExpertLayer, run_experts
 from tasks.decoder.further_blocks import Scale
 from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.mixers import Forward, KeysValues, Mixer, mix
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
+from tasks.decoder.weights import WeightGroup
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Layer:
         return tuple(group for group in groups if group is not None)
 
     @property
-    def adapters(self) -> tuple[AdapterGroup | ExpertAdapters, ...]:
-        """All trained matrices."""
+    def adapters(self) -> tuple[AdapterGroup | WeightGroup | ExpertAdapters, ...]:
+        """All that is trained beside the norms."""
         return *(group.adapters for group in self.projections), *(self.experts.adapters if self.experts else ())
 
     @property
@@ -190,7 +192,7 @@ def _normed_project(
     parameters = projection.adapters.parameters
     if norm is not None:
         result: tuple[Tensor, Tensor] = NormProject.apply(
-            stream, delta, source, norm, projection, ops, dropout, *parameters
+            stream, delta, source, norm, projection, ops, dropout, *parameters, *norm.parameters
         )
         return result
     stream = stream if delta is None else stream + delta
@@ -202,7 +204,7 @@ def _finish(
 ) -> tuple[Tensor, AnyProjection | None]:
     """Return what joins the stream, and the projection that made it, None where there is something in between."""
     if norm is not None:
-        return OutputNorm.apply(delta, source, norm, ops), None
+        return OutputNorm.apply(delta, source, norm, ops, *norm.parameters), None
     return (delta, source) if scale == 1.0 else (Scale.apply(delta, source, scale), None)
 
 

@@ -10,8 +10,9 @@ from types import ModuleType
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
-from tasks.decoder.blocks import Norm, Project
+from tasks.decoder.blocks import Project
 from tasks.decoder.dropout import Dropout
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tasks.decoder.blocks import Norm
+from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
 Columns = slice | Tensor

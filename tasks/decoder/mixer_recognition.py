@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tasks.decoder.adapters import Part
-from tasks.decoder.blocks import Norm
 from tasks.decoder.elementwise import Heads
 from tasks.decoder.known_layers import KnownLayer
 from tasks.decoder.mixer_blocks import Columns, DeltaLayout, HeadLayout
 from tasks.decoder.mixers import DeltaNet, FurtherAttention, Mixer, SelfAttention
 from tasks.decoder.module_reading import UnknownDecoderError, check_modules, read_norm, read_part
+from tasks.decoder.norms import Norm
+from tasks.decoder.weights import TrainedWeights
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,17 @@ class MixerPlan:
     inputs: list[Part]
     output: list[Part]
     build: Callable[[], Mixer]
+    can_learn: bool = False
+    """Whether weights of its own can be trained."""
 
 
-def plan_mixer(layer: nn.Module, known: KnownLayer) -> MixerPlan:
+def plan_mixer(layer: nn.Module, known: KnownLayer, weights: TrainedWeights | None = None) -> MixerPlan:
     """Check what mixes the tokens of a layer.
+
+    Args:
+        layer: of the model.
+        known: of its class.
+        weights: of the decoder, where its own are trained.
 
     Raises:
         UnknownDecoderError: it is something else than its family's.
@@ -43,7 +51,7 @@ def plan_mixer(layer: nn.Module, known: KnownLayer) -> MixerPlan:
     heads = _read_heads(attention, known)
 
     def build() -> Mixer:
-        norms = [read_norm(getattr(attention, name), is_weight_less_one=known.is_weight_less_one)
+        norms = [read_norm(getattr(attention, name), weights, is_weight_less_one=known.is_weight_less_one)
                  for name in known.head_norms or ()]  # fmt: skip
         rope, window, scale = known.rope(attention), known.window(attention), float(attention.scaling)
         if not known.has_gates:
@@ -52,7 +60,7 @@ def plan_mixer(layer: nn.Module, known: KnownLayer) -> MixerPlan:
         first, second = norms if norms else (None, None)
         return FurtherAttention(layout, heads.num_key_value, (first, second, None), rope, window, scale)
 
-    return MixerPlan(parts, output, build)
+    return MixerPlan(parts, output, build, can_learn=not known.has_gates)
 
 
 def _read_heads(attention: Any, known: KnownLayer) -> Heads:

@@ -15,12 +15,13 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody read
 
 from tasks.decoder import elementwise, mixer_elementwise
 from tasks.decoder.attention import LARGEST_HEAD, Attention, Segments
-from tasks.decoder.blocks import Norm, Rotate
+from tasks.decoder.blocks import Rotate
 from tasks.decoder.delta_rule import DeltaRule
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.elementwise import Heads
 from tasks.decoder.further_blocks import RowNorms
 from tasks.decoder.mixer_blocks import DeltaLayout, GateNorm, HeadLayout, SplitDelta, SplitHeads
+from tasks.decoder.norms import Norm, list_parameters
 from tasks.decoder.projections import AnyProjection
 from tasks.decoder.wide_attention import attend_wide
 
@@ -123,11 +124,12 @@ def mix(mixer: Mixer, rows: Tensor, source: AnyProjection, forward: Forward, sha
         return _attend_further(mixer, rows, source, forward, shared)
     cos, sin = forward.angles[mixer.rope]
     norms = mixer.head_norms or (None, None)
+    trained = list_parameters(*norms)
     if mixer.head_norms is not None and mixer.norms_rows:
-        rows = RowNorms.apply(rows, source, mixer.heads, mixer.head_norms, forward.ops)
+        rows = RowNorms.apply(rows, source, mixer.heads, mixer.head_norms, forward.ops, *trained)
         queries, keys, values = Rotate.apply(rows, None, mixer.heads, cos, sin, (None, None), forward.ops)
     else:
-        queries, keys, values = Rotate.apply(rows, source, mixer.heads, cos, sin, norms, forward.ops)
+        queries, keys, values = Rotate.apply(rows, source, mixer.heads, cos, sin, norms, forward.ops, *trained)
     attended = forward.attend(queries, keys, values, forward.segments, scale=mixer.scale, window=mixer.window)
     return Mixed(attended.flatten(1))
 

@@ -8,7 +8,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tasks.decoder.adapters import Part
-from tasks.decoder.blocks import Norm
+from tasks.decoder.norms import Norm
+from tasks.decoder.weights import TrainedWeights
 
 
 class UnknownDecoderError(ValueError):
@@ -43,9 +44,19 @@ def read_part(parent: nn.Module, name: str) -> Part:
     return Part(module.base_layer, lora_a, lora_b, float(module.scaling["default"]))
 
 
-def read_norm(module: Any, *, is_weight_less_one: bool = False, factor: float = 1.0) -> Norm:
-    """Return an RMS norm, its weight times a factor."""
+def read_norm(
+    module: Any, weights: TrainedWeights | None = None, *, is_weight_less_one: bool = False, factor: float = 1.0
+) -> Norm:
+    """Return an RMS norm, its weight times a factor; where it is among the trained weights, it follows the module's."""
     weight = module.weight.detach()
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm((1.0 + wide if is_weight_less_one else wide) * factor, float(eps))
+    eps = float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+    shift = 1.0 if is_weight_less_one else 0.0
+    if shift or factor != 1.0:
+        wide = (shift + wide) * factor
+    if weights is None or not module.weight.requires_grad:
+        return Norm(wide, eps)
+    weights.add(module.weight)
+    if wide.data_ptr() != weight.data_ptr():
+        weights.follow(module.weight, wide, shift=shift, factor=factor)
+    return Norm(wide, eps, module.weight, factor, weights)

@@ -60,7 +60,8 @@ def count_recorded(decoder: Decoder) -> int:
 
     Filling up costs tokens, so that a large model's passes are better left as they are.
     """
-    seconds_per_token = 4 * sum(layer.num_weights for layer in decoder.layers) / _FLOP_PER_SECOND
+    flop_per_weight = 4 if decoder.weights is None else 6  # the gradient of a trained one takes as much again
+    seconds_per_token = flop_per_weight * sum(layer.num_weights for layer in decoder.layers) / _FLOP_PER_SECOND
     return min(MOST_TOKENS, int(len(decoder.layers) * _LAUNCH_SECONDS / seconds_per_token))
 
 
@@ -116,7 +117,7 @@ class _Place:
 
 
 class PassRecorder:
-    """Adds the gradient of small flat batches to the adapter's, and keeps the decoder's working copies fresh.
+    """Adds the gradient of small flat batches to that of what is trained, and keeps the decoder's working copies fresh.
 
     The decoder's gradients must be bound, so that they stay where they are.
     """
@@ -156,6 +157,7 @@ class PassRecorder:
             place.trained,
             place.targets,
             logits_bytes=self._logits_bytes,
+            scale=place.scale if self._decoder.list_head_parameters() else None,
         )
         loss = losses.sum()
         (loss * place.scale).backward()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tasks.decoder.adapters import AdapterGroup, Part, join_biases, lay_out
 from tasks.decoder.elementwise import Quantized
+from tasks.decoder.weights import TrainedWeights, WeightGroup
 
 
 class Input(NamedTuple):
@@ -50,8 +51,8 @@ class AnyProjection(Protocol):
     """What `Projection` and `quantized.QuantizedProjection` have in common."""
 
     @property
-    def adapters(self) -> AdapterGroup:
-        """The trained matrices."""
+    def adapters(self) -> AdapterGroup | WeightGroup:
+        """What is trained: matrices beside the weights, or the weights themselves."""
         ...
 
     @property
@@ -101,7 +102,7 @@ class Projection:
     """M"""
     bias: Tensor | None
     """[O]"""
-    adapters: AdapterGroup
+    adapters: AdapterGroup | WeightGroup
     num_in: int
     """H"""
     num_out: int
@@ -110,6 +111,7 @@ class Projection:
 
     def release(self) -> None:
         """Let go of the weights; the group is of no use after it."""
+        assert isinstance(self.adapters, AdapterGroup)
         self.matrix = self.matrix.new_empty(0)
         self.adapters.joint_a = self.adapters.joint_b = self.matrix
 
@@ -168,18 +170,48 @@ class Projection:
         return joint
 
 
-def build_projection(parts: Sequence[Part], site: int = 0) -> Projection:
-    """Lay the parts' weights into one matrix; the modules' weights become views of it, so that nothing lies twice."""
+def build_projection(parts: Sequence[Part], site: int = 0, weights: TrainedWeights | None = None) -> Projection:
+    """Lay the parts' weights into one matrix; those of its dtype become views of it, so that nothing lies twice.
+
+    Args:
+        parts: of the group.
+        site: see `AnyProjection`.
+        weights: of the decoder, where its own are trained; they say the matrix's dtype then, and follow the group's.
+    """
     first = parts[0].module.weight
     sizes = [part.module.weight.shape[0] for part in parts]
     ranks = [0 if part.lora_a is None else part.lora_a.shape[0] for part in parts]
     num_in, num_out = first.shape[1], sum(sizes)
-    matrix = first.data.new_zeros(num_out + sum(ranks), num_in + sum(ranks))
-    bias = join_biases(parts)
+    dtype = first.dtype if weights is None else weights.dtype
+    matrix = first.data.new_zeros(num_out + sum(ranks), num_in + sum(ranks), dtype=dtype)
+    bias = join_biases(parts, dtype)
     outs = lay_out(sizes)
     for part, out in zip(parts, outs, strict=True):
         view = matrix[out, :num_in]
         view.copy_(part.module.weight.data)
-        part.module.weight.data = view
-    adapters = AdapterGroup(tuple(parts), outs, lay_out(ranks), matrix[num_out:, :num_in], matrix[:num_out, num_in:])
+        if part.module.weight.dtype == dtype:
+            part.module.weight.data = view
+    joint_a, joint_b = matrix[num_out:, :num_in], matrix[:num_out, num_in:]
+    adapters: AdapterGroup | WeightGroup = AdapterGroup(tuple(parts), outs, lay_out(ranks), joint_a, joint_b)
+    if weights is not None:
+        group = WeightGroup(tuple(parts), outs, joint_a, joint_b, weights)
+        _follow(weights, group, matrix, bias)
+        if group.parameters:
+            adapters = group
     return Projection(matrix, bias, adapters, num_in, num_out, site)
+
+
+def _follow(weights: TrainedWeights, group: WeightGroup, matrix: Tensor, bias: Tensor | None) -> None:
+    """Have the matrix [O, H] and the bias [O] follow what of the group's is trained."""
+    for part, out in zip(group.parts, group.outs, strict=True):
+        if part.module.weight.requires_grad:
+            weights.add(part.module.weight)
+            if part.module.weight.dtype != weights.dtype:
+                weights.follow(part.module.weight, matrix[out])
+    for part, out in zip(group.parts, group.outs, strict=True):
+        if part.module.bias is not None and part.module.bias.requires_grad:
+            assert bias is not None
+            weights.add(part.module.bias)
+            weights.follow(part.module.bias, bias[out])
+    if group.parameters:
+        weights.groups.append(group)

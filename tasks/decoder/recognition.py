@@ -1,47 +1,53 @@
 """Recognizes the models that the fused decoder can run, and builds its layers from their modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
-from tasks.decoder.adapters import Part
+from tasks.decoder.adapters import AdapterGroup, Part
 from tasks.decoder.attention import find_attentions
-from tasks.decoder.blocks import Norm
 from tasks.decoder.decoder import Decoder, choose_operations
 from tasks.decoder.delta_rule import find_delta_rules
 from tasks.decoder.dropout import Dropout, number_site
 from tasks.decoder.expert_recognition import find_shared, read_experts
-from tasks.decoder.known_layers import KNOWN_LAYERS, NO_ROTATION, KnownLayer
+from tasks.decoder.head import Head
+from tasks.decoder.known_layers import KNOWN_LAYERS, KnownLayer
 from tasks.decoder.layer import Layer, LayerInput
 from tasks.decoder.layer_inputs import LayerInputs
 from tasks.decoder.mixer_recognition import plan_mixer
 from tasks.decoder.mixers import find_flash_size, list_attentions
 from tasks.decoder.module_reading import UnknownDecoderError as UnknownDecoderError
 from tasks.decoder.module_reading import check_modules, read_norm, read_part
+from tasks.decoder.norms import Norm
+from tasks.decoder.outer_parts import read_angles, read_embedding, read_query_scale
 from tasks.decoder.projections import AnyProjection, Projection, build_projection
+from tasks.decoder.weights import TrainedWeights
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Widest row that a kernel's program holds at once.
 _MAX_HIDDEN = 16384
 
 
-def recognize_decoder(model: PeftModel) -> Decoder:
+def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
     """Put a decoder together from a model's modules; their linear weights then lie in joint matrices.
 
     The model keeps working as before.
 
     Args:
-        model: on its device, all frozen weights in one dtype.
+        model: on its device, all frozen weights in one dtype: with an adapter, or with weights of its own that are
+            trained.
+        dtype: of the products; the frozen weights' where there is an adapter.
 
     Raises:
         UnknownDecoderError: something is not known; the model is then unchanged.
     """
-    base: Any = model.get_base_model()
+    is_adapted = isinstance(model, PeftModel)
+    base: Any = model.get_base_model() if is_adapted else model
     config = base.config.get_text_config()
     inner: Any = getattr(base, "model", None)
     inner = getattr(inner, "language_model", inner)  # of a composite: its text part
@@ -51,33 +57,42 @@ def recognize_decoder(model: PeftModel) -> Decoder:
         raise UnknownDecoderError(f"it has layers that are not known ({', '.join(unknown) or 'none are found'})")
     _check_settings(config)
     own_inputs = getattr(inner, "per_layer_model_projection", None)
-    _check_trained(model, [inner.layers] if own_inputs is None else [inner.layers, own_inputs])
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    dtype, device = dtype or embedding.weight.dtype, embedding.weight.device
+    weights = None if is_adapted else TrainedWeights(dtype)
+    if is_adapted:
+        _check_trained(model, [inner.layers] if own_inputs is None else [inner.layers, own_inputs])
+    else:
+        _check_own(model, layers, (embedding, inner.norm, head))
     share = _read_dropout(model)
-    plans = _plan_layers(layers, config)  # all of them, before the first weight moves
+    plans = _plan_layers(layers, config, weights)  # all of them, before the first weight moves
     build_inputs = None if own_inputs is None else _read_layer_inputs(inner)
-    embedding = base.get_input_embeddings()
-    dtype, device = embedding.weight.dtype, embedding.weight.device
+    embed = read_embedding(embedding, config, weights)
     decoder_layers = tuple(plan() for plan in plans)
     known = KNOWN_LAYERS[type(layers[0]).__name__]
     attentions = list_attentions(layer.mixer for layer in decoder_layers)
-    return Decoder(
-        embed=_read_embedding(embedding, config),
-        angles=_read_angles(inner.rotary_emb, find_flash_size(attentions)),
+    decoder = Decoder(
+        embed=embed,
+        angles=read_angles(inner.rotary_emb, find_flash_size(attentions)),
         layers=decoder_layers,
         norm=read_norm(
             inner.norm,
+            weights,
             is_weight_less_one=known.is_weight_less_one,
             factor=1.0 / getattr(config, "logits_scaling", 1.0),
         ),
-        head=base.get_output_embeddings(),
+        head=Head(head, getattr(config, "final_logit_softcapping", None), weights),
         attend=find_attentions(device, dtype, find_flash_size(attentions))[0],
         ops=choose_operations(device, dtype),
-        scale_queries=_read_query_scale(config),
+        scale_queries=read_query_scale(config),
         dropout=Dropout(share, torch.zeros(1, dtype=torch.int64, device=device)) if share else None,
         delta_rule=find_delta_rules(device, dtype)[0],
-        logit_cap=getattr(config, "final_logit_softcapping", None),
         layer_inputs=None if build_inputs is None else build_inputs(),
+        weights=weights,
     )
+    if weights is not None:
+        weights.check(model)
+    return decoder
 
 
 def quantize_decoder(decoder: Decoder) -> Decoder:
@@ -103,6 +118,7 @@ def _quantize(group: AnyProjection) -> AnyProjection:
     from tasks.decoder.quantized import build_quantized_projection
 
     assert isinstance(group, Projection)
+    assert isinstance(group.adapters, AdapterGroup)
     quantized = build_quantized_projection(group.adapters.parts, group.site)
     group.release()
     return quantized
@@ -139,7 +155,16 @@ def _check_trained(model: PeftModel, places: list[nn.Module]) -> None:
             raise UnknownDecoderError(f"{why}{name.removeprefix('base_model.model.')} is trained")
 
 
-def _read_dropout(model: PeftModel) -> float:
+def _check_own(model: nn.Module, layers: Sequence[nn.Module], others: Sequence[nn.Module]) -> None:
+    """Refuse a trained parameter that is neither of a layer nor the weight of another known module."""
+    known = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    known |= {id(module.weight) for module in others}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise UnknownDecoderError(f"{name} is trained")
+
+
+def _read_dropout(model: nn.Module) -> float:
     """Return the share that all adapters drop."""
     shares = {
         module.lora_dropout["default"].p if isinstance(module.lora_dropout["default"], nn.Dropout) else 0.0
@@ -151,24 +176,29 @@ def _read_dropout(model: PeftModel) -> float:
     return float(shares.pop()) if shares else 0.0
 
 
-def _plan_layers(layers: list[Any], config: Any) -> list[Callable[[], Layer]]:
+def _plan_layers(layers: list[Any], config: Any, weights: TrainedWeights | None) -> list[Callable[[], Layer]]:
     """Check all layers; return a function for each that builds it."""
     activation = _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
     try:
-        return [_read_layer(layer, number, activation) for number, layer in enumerate(layers)]
+        return [_read_layer(layer, number, activation, weights) for number, layer in enumerate(layers)]
     except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
         kind = type(layers[0]).__name__
         raise UnknownDecoderError(f"its {kind} is not made as is known ({type(error).__name__}: {error})") from error
 
 
-def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]:
+def _read_layer(layer: Any, number: int, activation: str, weights: TrainedWeights | None) -> Callable[[], Layer]:
     """Check a layer and return a function that builds it."""
     known = KNOWN_LAYERS[type(layer).__name__]
     has_input = bool(getattr(layer, "hidden_size_per_layer_input", 0))
     mixer_name = "linear_attn" if hasattr(layer, "linear_attn") else "self_attn"
     check_modules(layer, {mixer_name, *known.modules, *(known.layer_input if has_input else ())})
-    mixer = plan_mixer(layer, known)
+    mixer = plan_mixer(layer, known, weights)
     experts = read_experts(layer.mlp, known.experts, activation)
+    learns = weights is not None and any(parameter.requires_grad for parameter in layer.parameters())
+    if learns and (has_input or experts is not None or not mixer.can_learn):
+        raise UnknownDecoderError(
+            f"weights of its {type(layer).__name__} are trained, of which it trains adapters alone"
+        )
     dense = layer.mlp if experts is None else find_shared(layer.mlp, known.experts)
     gate_up = [] if dense is None else [read_part(dense, name) for name in known.gate_up]
     down = [] if dense is None else [read_part(dense, "down_proj")]
@@ -177,19 +207,19 @@ def _read_layer(layer: Any, number: int, activation: str) -> Callable[[], Layer]
 
     def norm(name: str | None) -> Norm | None:
         less_one = known.is_weight_less_one
-        return None if name is None else read_norm(getattr(layer, name), is_weight_less_one=less_one)
+        return None if name is None else read_norm(getattr(layer, name), weights, is_weight_less_one=less_one)
 
     def build() -> Layer:
         return Layer(
             input_norm=norm(known.input_norm),
-            qkv=build_projection(mixer.inputs, sites[0]),
+            qkv=build_projection(mixer.inputs, sites[0], weights),
             mixer=mixer.build(),
-            output=build_projection(mixer.output, sites[1]),
+            output=build_projection(mixer.output, sites[1], weights),
             attention_out_norm=norm(known.attention_out_norm),
             gate_norm=norm(known.gate_norm),
-            gate_up=build_projection(gate_up, sites[2]) if gate_up else None,
+            gate_up=build_projection(gate_up, sites[2], weights) if gate_up else None,
             activation=activation,
-            down=build_projection(down, sites[3]) if down else None,
+            down=build_projection(down, sites[3], weights) if down else None,
             gate_out_norm=norm(known.gate_out_norm),
             output_scale=float(getattr(layer, "residual_multiplier", 1.0)),
             layer_input=_build_layer_input(layer, known, own_input, number) if has_input else None,
@@ -218,33 +248,3 @@ def _read_layer_inputs(inner: Any) -> Callable[[], LayerInputs]:
         read_norm(inner.per_layer_projection_norm),
         float(inner.per_layer_input_scale),
     )
-
-
-def _read_embedding(embedding: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:
-    """Return the embedding; Granite's is multiplied."""
-    factor = getattr(config, "embedding_multiplier", 1.0)
-    return embedding if factor == 1.0 else lambda input_ids: embedding(input_ids) * factor
-
-
-def _read_query_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return the factors by which queries grow with the position (Ministral 3); None where there are none."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    beta = rope.get("llama_4_scaling_beta")
-    if beta is None:
-        return None
-    start = rope["original_max_position_embeddings"]
-    return lambda positions: 1.0 + beta * torch.log(1.0 + torch.floor(positions / start))
-
-
-def _read_angles(rotary: nn.Module, size: int) -> Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]:
-    """Return the model's rotary angles as cos and sin [T, R / 2]; the model's own module makes them."""
-
-    def compute(states: Tensor, positions: Tensor, rope: str) -> tuple[Tensor, Tensor]:
-        if rope == NO_ROTATION:
-            cos = states.new_ones(len(positions), size // 2)
-            return cos, torch.zeros_like(cos)
-        cos, sin = rotary(states[None], positions[None], rope) if rope else rotary(states[None], positions[None])
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-
-    return compute

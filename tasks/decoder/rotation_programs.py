@@ -98,11 +98,11 @@ def _copy_heads(
 
 @triton.jit
 def _turn_heads_back(
-    grad, before, target, weight, cos, sin, eps,
+    grad, before, target, weight, sums, cos, sin, eps,
     NUM: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, SUM: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Undo `_turn_heads` for the gradient of one token's heads."""
+    """Undo `_turn_heads` for the gradient of one token's heads; with SUM, store that of the norm's weight too."""
     heads = tl.arange(0, BLOCK)[:, None]
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     inside = (heads < NUM) & (columns < HALF)
@@ -127,6 +127,10 @@ def _turn_heads_back(
         rstd = tl.rsqrt(square + eps)[:, None]
         left_normed *= rstd
         right_normed *= rstd
+        if SUM:
+            only = tl.arange(0, HALF_BLOCK)
+            tl.store(sums + only * step, tl.sum(left * left_normed, axis=0), mask=only < HALF)
+            tl.store(sums + only * step + apart, tl.sum(right * right_normed, axis=0), mask=only < HALF)
         left *= tl.load(weight + firsts, mask=columns < HALF, other=0.0).to(tl.float32)
         right *= tl.load(weight + firsts + apart, mask=columns < HALF, other=0.0).to(tl.float32)
         mean = ((tl.sum(left * left_normed, axis=1) + tl.sum(right * right_normed, axis=1)) / SIZE)[:, None]
@@ -144,11 +148,11 @@ def _turn_heads_back(
 
 @triton.jit
 def rotate_backward_program(
-    queries, keys, values, before, out, cos_in, sin_in, query_weight, key_weight,
+    queries, keys, values, before, out, cos_in, sin_in, query_weight, key_weight, query_sums, key_sums,
     before_stride, out_stride, angle_stride, eps,
     NUM_QUERY: tl.constexpr, NUM_KEY: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, SUM: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Lay the gradients of queries, keys and values where the projection wants them."""
     token = tl.program_id(0).to(tl.int64)
@@ -157,14 +161,14 @@ def rotate_backward_program(
     cos = tl.load(cos_in + token * angle_stride + columns, mask=columns < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_in + token * angle_stride + columns, mask=columns < HALF, other=0.0).to(tl.float32)
     _turn_heads_back(
-        queries + token * NUM_QUERY * SIZE, source, target, query_weight, cos, sin, eps,
-        NUM_QUERY, QUERY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, QUERY_NORM,
+        queries + token * NUM_QUERY * SIZE, source, target, query_weight, query_sums + token * SIZE, cos, sin, eps,
+        NUM_QUERY, QUERY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, QUERY_NORM, SUM,
     )  # fmt: skip
     source += NUM_QUERY * SIZE
     target += NUM_QUERY * SIZE
     _turn_heads_back(
-        keys + token * NUM_KEY * SIZE, source, target, key_weight, cos, sin, eps,
-        NUM_KEY, KEY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, KEY_NORM,
+        keys + token * NUM_KEY * SIZE, source, target, key_weight, key_sums + token * SIZE, cos, sin, eps,
+        NUM_KEY, KEY_BLOCK, SIZE, HALF, HALF_BLOCK, INTERLEAVED, KEY_NORM, SUM,
     )  # fmt: skip
     target += NUM_KEY * SIZE
     _copy_heads(values + token * NUM_KEY * SIZE, target, NUM_KEY, KEY_BLOCK, SIZE, VALUE_BLOCK)

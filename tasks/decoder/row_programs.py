@@ -68,6 +68,25 @@ def norm_backward_program(
 
 
 @triton.jit
+def sum_normed_program(
+    grad, total, rstd_in, sums, grad_stride, total_stride, num_rows, width,
+    PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Store the sum over some rows of grad * total * rstd, for a block of columns."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = tl.program_id(1).to(tl.int64) * PER_PROGRAM
+    found = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for start in range(0, PER_PROGRAM, ROWS):
+        rows = first + start + tl.arange(0, ROWS)[:, None]
+        inside = (rows < num_rows) & (columns < width)
+        left = tl.load(grad + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(total + rows * total_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        found += left * right * tl.load(rstd_in + rows, mask=rows < num_rows, other=0.0)
+    places = tl.program_id(1) * width + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + places, tl.sum(found, axis=0), mask=tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < width)
+
+
+@triton.jit
 def _store_quantized(values, quantized, scale_out, columns, inside) -> Any:
     """Store a row in float8 and its scale; 448 is the largest e4m3 number."""
     scale = tl.maximum(tl.max(tl.where(inside, tl.abs(values), 0.0), axis=0) / 448.0, 1e-12)

@@ -96,7 +96,6 @@ def test_the_smallest_config_names_a_model_and_a_dataset() -> None:
             "method is full, and dropout, use_dora belong to method lora: leave them out",
         ),
         ({"training": {"method": "full", "base_weights": "nf4"}}, "base_weights is nf4: only a frozen base can be"),
-        ({"training": {"method": "freeze", "engine": "fused"}}, "method is freeze and engine is fused, which trains"),
         (
             {"data": {"source": "a", "eval_fraction": 0}, "training": {"keep": "best"}},
             "training.keep is best, which goes by held-out rows, and data.eval_fraction is 0: hold out a part",

@@ -4,7 +4,7 @@ What is decided here is said in a line each, so that nobody has to guess why a t
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,13 +16,14 @@ from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
+from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adamw import count_moment_bytes
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
 from tasks.training.engines.memory_fit import SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
 from tasks.training.engines.router_loss import find_router_loss
-from tasks.training.engines.self_check import comparing_some, try_model, verify
+from tasks.training.engines.self_check import comparing_some, forget_grads, try_model, verify
 from tasks.training.engines.short_cuts import take_short_cuts
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
@@ -49,15 +50,19 @@ def choose_engine(
         TrainingError: the config insists on the fused engine, which does not know this model or adapter.
     """
     reason = "training.engine is general"
-    if not config.is_lora:
-        reason = f"training.method is {config.method}"
-    elif is_sharded(config):
+    if is_sharded(config):
         reason = f"training.strategy is {config.strategy}"
     elif config.engine != "general":
         try:
             return _build_fused(model, table, rows, config, device=device, dtype=dtype)
         except UnknownDecoderError as error:
             reason = str(error)
+            forget_grads(model)
+        except (RuntimeError, MemoryError) as error:
+            if config.is_lora or not is_out_of_memory(error):
+                raise
+            reason = f"out of memory while it was tried out ({str(error).partition(chr(10))[0]})"
+            forget_grads(model)
     if config.engine == "fused" or config.base_weights == "fp8":
         raise TrainingError(
             f"the fused engine does not do this {type(find_base(model)).__name__}: {reason}; set "
@@ -80,13 +85,17 @@ def _build_fused(
     Raises:
         UnknownDecoderError: the model is not known, or does not do what was thought.
     """
-    expected = try_model(model, table, device, dtype)
-    decoder = recognize_decoder(model)
+    with _comparing(model, config):
+        expected = try_model(model, table, device, dtype)
+    decoder = recognize_decoder(model, None if config.is_lora else dtype)
+    if not config.is_lora:
+        decoder.bind_gradients()  # where they are going to be: the trial does as the training
     if config.base_weights == "fp8" and any(layer.experts for layer in decoder.layers):
         raise UnknownDecoderError("its routed experts have no FP8 form here")
     router_loss = find_router_loss(find_base(model), config)
     most_tokens = _count_step_tokens(table, rows, config)
-    decoder, notes = verify(model, decoder, table, expected, device, dtype)
+    with _comparing(model, config):
+        decoder, notes = verify(model, decoder, table, expected, device, dtype)
     engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS, router_loss=router_loss)
     if config.base_weights == "fp8":
         engine = replace(engine, decoder=quantize_decoder(decoder))
@@ -131,7 +140,7 @@ def _build_general(
     """Try out which short cuts the model's own forward pass allows, and fit it into the memory."""
     place = next(model.parameters()).device  # the CPU still, where the base is going to be divided
     engine = build_engine(model, device=device, dtype=dtype, micro_batch=config.micro_batch, tokens_per_forward=1)
-    with nullcontext() if config.is_lora else comparing_some(model):
+    with _comparing(model, config):
         engine, notes = take_short_cuts(engine, table, packing=config.packing, place=place)
     most_tokens = _count_step_tokens(table, rows, config)
     if engine.attend is None:
@@ -156,9 +165,13 @@ def _build_general(
             # Its passes cannot be measured before the first step: as small as the fused engine's smallest full ones.
             tokens = min(most_tokens, SMALLEST_FULL_FORWARD)
             engine = replace(engine, num_recomputed=engine.num_layers, tokens_per_forward=tokens, room_tokens=tokens)
-    if config.is_lora:  # else there is no faster one
-        notes.insert(0, f"the general engine trains, which is slower than the fused one: {reason}")
+    notes.insert(0, f"the general engine trains, which is slower than the fused one: {reason}")
     return engine, tuple(notes)
+
+
+def _comparing(model: nn.Module, config: TrainingConfig) -> AbstractContextManager[None]:
+    """Return the context of a trial: of a model's own weights, which are many, it compares some gradients."""
+    return nullcontext() if config.is_lora else comparing_some(model)
 
 
 def fit_general(

@@ -55,17 +55,21 @@ class FusedEngine:
 
     def compute_log_probs(self, batch: Batch) -> Tensor:
         """Go through the fused decoder."""
-        moved = batch.move(self.device)
-        if self.decoder.dropout is not None:
-            self.decoder.dropout.start_forward(batch.dropout_key)
-        self.decoder.refresh()
+        moved = self._start(batch)
         if self.router_loss is None or not torch.is_grad_enabled():
             return -self._compute_losses(moved)
         with self.router_loss.recorded() as seen:
             losses = self._compute_losses(moved, runs_all=True)
         return -losses - self.router_loss.share_out(seen, moved)
 
-    def _compute_losses(self, batch: Batch, *, runs_all: bool = False) -> Tensor:
+    def _start(self, batch: Batch) -> Batch:
+        """Return a batch on the device; the decoder is ready for it then."""
+        if self.decoder.dropout is not None:
+            self.decoder.dropout.start_forward(batch.dropout_key)
+        self.decoder.refresh()
+        return batch.move(self.device)
+
+    def _compute_losses(self, batch: Batch, *, runs_all: bool = False, scale: Tensor | None = None) -> Tensor:
         assert batch.segments is not None
         assert batch.trained is not None
         assert batch.position_ids is not None
@@ -79,11 +83,26 @@ class FusedEngine:
             num_recomputed=self.num_recomputed,
             logits_bytes=self.logits_bytes,
             runs_all=runs_all,
+            scale=scale,
         )
 
     def replay_gradient(self, batch: Batch, scale: float) -> Tensor | None:
-        """Replay a pass of this shape where it is a small one; see `passes`."""
-        if self.recorder is None or not self.decoder.has_bound_gradients():
+        """Replay a pass of this shape where it is a small one (see `passes`); do it at once where a head is trained.
+
+        That head's gradient is made with the losses, since it is known what these weigh.
+        """
+        if not self.decoder.has_bound_gradients():
+            return None
+        loss = self._replay(batch, scale)
+        if loss is None and self.router_loss is None and self.decoder.list_head_parameters():
+            factor = torch.tensor(scale, device=self.device)
+            loss = self._compute_losses(self._start(batch), scale=factor).sum()
+            (loss * factor).backward()
+            return loss.detach()
+        return loss
+
+    def _replay(self, batch: Batch, scale: float) -> Tensor | None:
+        if self.recorder is None:
             return None
         assert batch.segments is not None
         assert batch.trained is not None
@@ -102,11 +121,11 @@ class FusedEngine:
         return self.recorder.add_gradient(flat, scale, dropout_key=batch.dropout_key)
 
     def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the adapter anew after each step."""
+        """Make the working copies of what is trained anew after each step."""
         optimizer.register_step_post_hook(lambda *_: self.decoder.invalidate())
 
     def bind_gradients(self) -> Tensor | None:
-        """Every trained matrix has a gradient in every step."""
+        """Everything that is trained has a gradient in every step."""
         return self.decoder.bind_gradients()
 
     def shrink(self) -> "FusedEngine | None":

@@ -113,8 +113,9 @@ class GeneralEngine:
             logits_bytes=self.logits_bytes,
         )
 
-    def replay_gradient(self, batch: Batch, scale: float) -> None:
-        """Nothing is recorded."""
+    def replay_gradient(self, batch: Batch, scale: float) -> Tensor | None:
+        """Return None: nothing is recorded."""
+        return None
 
     def attach_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing is copied."""

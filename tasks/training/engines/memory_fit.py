@@ -74,7 +74,7 @@ def fit_memory(
         reserved_bytes: left free.
     """
     num_parameters = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained)
-    free_bytes = _SHARE * _read_free(engine.device) - moment_bytes * num_parameters - reserved_bytes
+    free_bytes = _SHARE * (_read_free(engine.device) - moment_bytes * num_parameters) - reserved_bytes
     most_tokens = min(most_tokens, LARGEST_FORWARD)
     small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)
     kept = _measure(engine, trained, longest) if recompute is not True or not engine.num_layers else None
@@ -115,8 +115,7 @@ def _measure(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    for parameter in trained:
-        parameter.grad = None
+    _forget(engine, trained)
     gc.collect()
     torch.cuda.empty_cache()
     return None
@@ -134,13 +133,22 @@ def _do_passes(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int)
         torch.cuda.synchronize(engine.device)
         before = torch.cuda.memory_allocated(engine.device)
         torch.cuda.reset_peak_memory_stats(engine.device)
-        (engine.sum_losses(batch) / size).backward()
+        if engine.replay_gradient(batch, 1.0 / size) is None:
+            (engine.sum_losses(batch) / size).backward()
         peaks.append(torch.cuda.max_memory_allocated(engine.device) - before)
-        for parameter in trained:
-            parameter.grad = None
+        _forget(engine, trained)
     slope = max(1.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
     # The logits do not grow any more once a chunk is full; small passes have not filled it.
     return Need(max(0.0, peaks[0] - slope * sizes[0]) + engine.logits_bytes, slope)
+
+
+def _forget(engine: AnyEngine, trained: Sequence[nn.Parameter]) -> None:
+    """Leave no gradient; one that stays where it is takes its memory beforehand."""
+    if isinstance(engine, FusedEngine) and engine.decoder.has_bound_gradients():
+        engine.decoder.clear_gradients()
+        return
+    for parameter in trained:
+        parameter.grad = None
 
 
 def _make_up(num_tokens: int, length: int) -> TokenTable:

@@ -109,7 +109,10 @@ def verify(
         except Exception as error:  # a kernel that does not compile here raises what it likes
             if is_out_of_memory(error):
                 raise
-            forget_grads(model)
+            if decoder.has_bound_gradients():
+                decoder.clear_gradients()
+            else:
+                forget_grads(model)
             if (rule, kind) == ways[-1]:
                 if isinstance(error, UnknownDecoderError):
                     raise
@@ -142,9 +145,7 @@ def compare(
         dropout = replace(engine.decoder.dropout, p=_DROPPED_SHARE)
         engine = replace(engine, decoder=replace(engine.decoder, dropout=dropout))
     with _made_up(parameters), torch.enable_grad():
-        loss = engine.sum_losses(engine.form_trial(pieces))
-        loss.backward()
-        grads = _take_grads(parameters)
+        loss, grads = _try_engine(engine, engine.form_trial(pieces), parameters)
     if isinstance(engine, FusedEngine):
         engine.decoder.refresh()
     limit, loss_limit = _TOLERANCES[dtype]
@@ -160,6 +161,21 @@ def compare(
             f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by "
             f"{loss_off:.2g} (limit {loss_limit:g})"
         )
+
+
+def _try_engine(
+    engine: FusedEngine | GeneralEngine, batch: Batch, parameters: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return an engine's loss and gradients, and leave none."""
+    loss = engine.replay_gradient(batch, 1.0)
+    if loss is None:
+        loss = engine.sum_losses(batch)
+        loss.backward()
+    if not (isinstance(engine, FusedEngine) and engine.decoder.has_bound_gradients()):
+        return loss, _take_grads(parameters)
+    grads = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    engine.decoder.clear_gradients()
+    return loss, grads
 
 
 def _subtract(left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ LENGTHS = (17, 1, 3, 40, 9)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Of them, those whose tokens go through a few experts each.
 EXPERTS = ["qwen3_moe"]
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -60,7 +60,7 @@ def _partial(share: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
 
 
-_FURTHER: dict[str, dict[str, Any]] = {
+FURTHER: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen3": {"head_dim": 32},
     "gemma3_text": {
@@ -156,14 +156,14 @@ _FURTHER: dict[str, dict[str, Any]] = {
 def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> PeftModel:
     """A small model with weights of every kind off their start, and an adapter off its own."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_SHAPE, **_FURTHER.get(family, {})})
+    config = AutoConfig.for_model(family, **{**SHAPE, **FURTHER.get(family, {})})
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", experts_implementation="eager", dtype=torch.float32
     )
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
-    if settings.get("dropout") and "num_experts_per_tok" in _FURTHER.get(family, {}):
+    if settings.get("dropout") and "num_experts_per_tok" in FURTHER.get(family, {}):
         settings = {"target_modules": ATTENTION, **settings}  # PEFT has no dropout for parameters of experts
     adapted = attach_adapter(model.to(dtype), TrainingConfig(**{"rank": 8, "alpha": 16, **settings}), seed=1)
     for parameter in collect_trained(adapted).values():

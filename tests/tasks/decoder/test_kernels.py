@@ -36,6 +36,9 @@ from tests.tasks.decoder.test_fused import (
     measure_difference,
     take_grads,
 )
+from tests.tasks.decoder.test_own_weights import build as build_own
+from tests.tasks.decoder.test_own_weights import compare as compare_own
+from tests.tasks.decoder.test_own_weights import take_grads as take_own_grads
 
 pytestmark = needs_kernels
 # The masks of these sites take every way in which Triton could specialize a kernel for its arguments.
@@ -65,6 +68,14 @@ def test_norm_kernels(kernels: ModuleType, width: int, dtype: torch.dtype) -> No
         assert_same(left, right)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(NUM_ROWS, 64), (1, 1000), (600, 200)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_a_norms_weight(kernels: ModuleType, rows: int, width: int, dtype: torch.dtype) -> None:
+    total, grad = draw(rows, width, dtype=dtype), draw(rows, width + 64, dtype=dtype)[:, :width]
+    rstd = torch.rand(rows, device=DEVICE) + 0.5
+    assert_same(kernels.sum_normed(grad, total, rstd), elementwise.sum_normed(grad, total, rstd), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("heads", "num_rotated"),
     [
@@ -84,10 +95,16 @@ def test_rotation_kernels(kernels: ModuleType, heads: Heads, num_rotated: int, h
     for result, wanted in zip(results, elementwise.rotate(qkv, heads, cos, sin, first, second, 1e-6), strict=True):
         assert_same(result, wanted)
     grads = (draw(*results[0].shape), draw(*results[1].shape), draw(*results[2].shape))
-    left, right = rooms(NUM_ROWS, width, 192)
-    kernels.rotate_backward(grads, qkv, heads, cos, sin, first, second, 1e-6, left)
-    elementwise.rotate_backward(grads, qkv, heads, cos, sin, first, second, 1e-6, right)
-    assert_same(left, right)
+    for with_weights in {False, has_norm}:
+        left, right = rooms(NUM_ROWS, width, 192)
+        settings = heads, cos, sin, first, second, 1e-6
+        sums = kernels.rotate_backward(grads, qkv, *settings, left, with_weights=with_weights)
+        wanted_sums = elementwise.rotate_backward(grads, qkv, *settings, right, with_weights=with_weights)
+        assert_same(left, right)
+        if with_weights:
+            assert sums[0].shape == (heads.size,)
+            for found, wanted in zip(sums, wanted_sums, strict=True):
+                assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -279,3 +296,21 @@ def test_capped_cross_entropy_kernel(kernels: ModuleType) -> None:
     again = logits.clone()
     assert_same(kernels.cross_entropy(logits, targets, 30.0), elementwise.cross_entropy(again, targets, 30.0))
     assert_same(logits, again)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "hunyuan_v1_dense", "olmo3"])
+def test_a_decoder_of_kernels_trains_its_own_weights_as_the_plain_one(kernels: ModuleType, family: str) -> None:
+    batch = form_flat_batch(draw_table((17, 3, 9)), range(3))
+    found = []
+    for ops in (kernels, elementwise):
+        model = build_own(family).to(DEVICE)
+        decoder = replace(recognize_decoder(model, torch.float32), ops=ops)
+        engine = FusedEngine(decoder, torch.device(DEVICE), 4096, 1, LOGITS_BYTES, 4096)
+        assert engine.bind_gradients() is not None
+        loss = engine.replay_gradient(batch, 0.25)
+        assert loss is not None
+        found.append((float(loss), take_own_grads(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    whole, each = compare_own(found[0][1], found[1][1])
+    assert whole < 1e-4
+    assert max(each.values()) < 1e-3

@@ -44,7 +44,7 @@ def test_shapes_by_hand(sizes: tuple[int, int, int], expected: tuple[int, int, i
 
 
 def test_passes_of_large_models_are_not_recorded() -> None:
-    def shape(hidden: int, intermediate: int, num_layers: int) -> SimpleNamespace:
+    def shape(hidden: int, intermediate: int, num_layers: int, weights: object = None) -> SimpleNamespace:
         sizes = ((hidden, 2 * hidden), (hidden, 2 * intermediate), (intermediate, hidden), (hidden, hidden))
         groups = [
             SimpleNamespace(joint_a=torch.empty(64, num_in, device="meta"), joint_b=torch.empty(out, 64, device="meta"))
@@ -52,13 +52,16 @@ def test_passes_of_large_models_are_not_recorded() -> None:
         ]
         layer: Any = SimpleNamespace(projections=[SimpleNamespace(adapters=group) for group in groups], experts=None)
         layer.num_weights = Layer.num_weights.fget(layer)  # type: ignore[attr-defined]
-        return SimpleNamespace(layers=[layer] * num_layers)
+        return SimpleNamespace(layers=[layer] * num_layers, weights=weights)
 
     small: Any = shape(1024, 3072, 28)
     large: Any = shape(3584, 18944, 28)
     assert count_recorded(small) == MOST_TOKENS
     # 4 * 242 million weights of a layer at 6e14 FLOP a second are 1.6 microseconds a token: 2 ms are 1,238 tokens.
     assert count_recorded(large) == 1238
+    # With their own gradients 6 * 242 million: 825 tokens.
+    trained: Any = shape(3584, 18944, 28, weights=object())
+    assert count_recorded(trained) == 825
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,209 @@
+"""The fused decoder with trained weights of its own, against the model's own forward pass, in small sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from schemas.config import TrainingConfig
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
+from tasks.training.batches import form_flat_batch
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.lora import collect_trained
+from tasks.training.own_weights import choose_weights
+from tasks.training.reference import sum_losses
+from tests.tasks.decoder.test_fused import FAMILIES, FURTHER, SHAPE, draw_table, list_examples, measure_difference
+
+ADAPTERS_ALONE = ["gemma4_text", "qwen3_5_text", "olmo_hybrid", "qwen3_moe"]
+PLAIN = [family for family in FAMILIES if family not in ADAPTERS_ALONE]
+CPU = torch.device("cpu")
+SCALE = 1 / 37
+ORDER = [3, 0, 4, 1, 2]
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, *, tied: bool | None = None, **settings: Any) -> Any:
+    """A small model with weights of every kind off their start; what the settings say is trained."""
+    torch.manual_seed(0)
+    further = {} if tied is None else {"tie_word_embeddings": tied}
+    config = AutoConfig.for_model(family, **{**SHAPE, **FURTHER.get(family, {}), **further})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
+    chosen = TrainingConfig.model_validate({"method": "full", **settings})
+    return choose_weights(model, chosen, dtype=dtype).train()
+
+
+def take_grads(model: Any) -> dict[str, Tensor]:
+    """The gradients in fp64; they are zero in the model then."""
+    grads = {}
+    for name, parameter in collect_trained(model).items():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        grads[name] = found.double().clone()
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    return grads
+
+
+def compute_reference(model: Any, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, Tensor]]:
+    total = torch.zeros(())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for example in list_examples(draw_table()):
+            if len(example.input_ids) > 1:
+                total = total + sum_losses(model, example)
+    total.backward()
+    grads = take_grads(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return float(total.detach()), grads
+
+
+def recognize(model: Any, dtype: torch.dtype = torch.float32, *, recomputed: int = 0) -> FusedEngine:
+    return FusedEngine(recognize_decoder(model, dtype), CPU, 4096, recomputed, LOGITS_BYTES, 4096)
+
+
+def compare(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """The difference of all, and of each tensor by its own norm."""
+    assert found.keys() == wanted.keys()
+    whole = measure_difference(
+        torch.cat([found[name].flatten() for name in wanted]), torch.cat([grad.flatten() for grad in wanted.values()])
+    )
+    return whole, {name: measure_difference(found[name], grad) for name, grad in wanted.items() if grad.norm() > 1e-6}
+
+
+@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("recomputed", [0, 3])
+def test_loss_and_every_gradient_are_the_models_own(family: str, recomputed: int) -> None:
+    model = build(family)
+    loss, wanted = compute_reference(model)
+    engine, batch = recognize(model, recomputed=recomputed), form_flat_batch(draw_table(), ORDER)
+    found = engine.sum_losses(batch)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(loss, rel=1e-6)
+    whole, each = compare(take_grads(model), wanted)
+    assert whole < 1e-5
+    assert max(each.values()) < 1e-4, each
+
+    for parameter in model.parameters():
+        parameter.grad = None
+    assert engine.bind_gradients() is not None
+    for _ in range(2):  # what is added in place adds up
+        replayed = engine.replay_gradient(batch, SCALE)
+        assert replayed is not None
+        assert float(replayed) == pytest.approx(loss, rel=1e-6)
+    whole, each = compare({name: grad / (2 * SCALE) for name, grad in take_grads(model).items()}, wanted)
+    assert whole < 1e-5
+    assert max(each.values()) < 1e-4, each
+    (SCALE * engine.sum_losses(batch)).backward()  # weights that are not known before
+    whole, each = compare({name: grad / SCALE for name, grad in take_grads(model).items()}, wanted)
+    assert whole < 1e-5
+    assert max(each.values()) < 1e-4, each
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embedding_learn_chunk_by_chunk(tied: bool) -> None:
+    table = draw_table((90, 120, 150))
+    found = []
+    for logits_bytes in (LOGITS_BYTES, 1):  # all 178 rows at once, or 64 at a time
+        model = build("llama", tied=tied)
+        engine = FusedEngine(recognize_decoder(model, torch.float32), CPU, 4096, 0, logits_bytes, 4096)
+        batch = form_flat_batch(table, range(3))
+        engine.sum_losses(batch).backward()
+        found.append(take_grads(model))
+        assert engine.bind_gradients() is not None
+        assert engine.replay_gradient(batch, 1.0) is not None
+        found.append(take_grads(model))
+    assert ("lm_head.weight" in found[0]) != tied
+    for other in found[1:]:
+        whole, each = compare(other, found[0])
+        assert whole < 1e-6
+        assert max(each.values()) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3", "granite"])
+def test_in_16_bits_it_is_as_near_to_fp32_as_the_model_under_autocast(family: str) -> None:
+    _, exact = compute_reference(build(family))
+    model = build(family, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    _, general = compute_reference(model, torch.bfloat16)
+    engine = recognize(model, torch.bfloat16)
+    assert engine.bind_gradients() is not None
+    assert engine.replay_gradient(form_flat_batch(draw_table(), ORDER), 1.0) is not None
+    fused, _ = compare(take_grads(model), exact)
+    # The stream is bf16 here, and fp32 there.
+    assert fused < 2 * compare(general, exact)[0] < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_moved_are_seen(dtype: torch.dtype) -> None:
+    model = build("gemma3_text", dtype)
+    engine, batch = recognize(model, dtype), form_flat_batch(draw_table(), ORDER)
+    optimizer = torch.optim.AdamW(list(collect_trained(model).values()), lr=1e-2, fused=True)
+    engine.attach_to(optimizer)
+    assert engine.bind_gradients() is not None
+    first = engine.replay_gradient(batch, 1.0)
+    assert first is not None
+    optimizer.step()
+    with torch.no_grad():
+        second = float(engine.sum_losses(batch))
+    take_grads(model)
+    loss, _ = compute_reference(model, dtype)
+    assert second == pytest.approx(loss, rel=1e-5 if dtype == torch.float32 else 2e-3)
+    assert abs(second - float(first)) > 0.02 * loss
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trained_layers": 1},
+        {"trained_layers": 0, "trained_modules": ("layers.1.mlp", "q_proj")},
+        {"trained_layers": 0, "trained_modules": ("input_layernorm", "k_norm", "model.norm")},
+        {"trained_layers": 0, "trained_modules": ("lm_head",)},
+        {"trained_layers": 1, "trained_modules": ("embed_tokens",)},
+    ],
+    ids=["last", "some", "norms", "head", "first"],
+)
+@pytest.mark.parametrize("recomputed", [0, 3])
+def test_some_weights_learn_and_nothing_else(settings: dict[str, Any], recomputed: int) -> None:
+    model = build("qwen3", tied=False, method="freeze", **settings)
+    loss, wanted = compute_reference(model)
+    assert 0 < len(wanted) < len(list(model.parameters()))
+    engine, batch = recognize(model, recomputed=recomputed), form_flat_batch(draw_table(), ORDER)
+    assert engine.bind_gradients() is not None
+    replayed = engine.replay_gradient(batch, 1.0)
+    if replayed is None:  # the head is frozen
+        replayed = engine.sum_losses(batch)
+        replayed.backward()
+    assert float(replayed.detach()) == pytest.approx(loss, rel=1e-6)
+    assert {id(parameter) for parameter in model.parameters() if parameter.grad is not None} == {
+        id(parameter) for parameter in collect_trained(model).values()
+    }
+    whole, each = compare(take_grads(model), wanted)
+    assert whole < 1e-5
+    assert max(each.values()) < 1e-4, each
+
+
+def test_the_pads_row_learns_of_the_head_alone() -> None:
+    model = build("llama", tied=True)
+    model.model.embed_tokens.padding_idx = 3
+    _, wanted = compute_reference(model)
+    engine = recognize(model)
+    engine.sum_losses(form_flat_batch(draw_table(), ORDER)).backward()
+    assert compare(take_grads(model), wanted)[0] < 1e-5
+
+
+@pytest.mark.parametrize("family", ADAPTERS_ALONE)
+def test_what_trains_adapters_alone_is_refused(family: str) -> None:
+    model = build(family)
+    with pytest.raises(UnknownDecoderError, match="trained"):
+        recognize_decoder(model, torch.float32)
+
+
+def test_a_weight_outside_of_what_is_known_is_refused() -> None:
+    model = build("llama")
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(UnknownDecoderError, match=r"extra\.weight is trained"):
+        recognize_decoder(model, torch.float32)
