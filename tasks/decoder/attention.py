@@ -56,6 +56,14 @@ class Segments:
         """[examples + 1] int64 on the device."""
         return self.borders.long()
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] int64 on the device, from 0 in each segment."""
+        total = sum(self.lengths)
+        lengths = self.wide_borders.diff()
+        starts = self.wide_borders[:-1].repeat_interleave(lengths, output_size=total)
+        return torch.arange(total, device=self.borders.device) - starts
+
     def move(self, device: torch.device) -> "Segments":
         """Return the segments with their borders on a device."""
         return Segments(self.borders.to(device, non_blocking=True), self.lengths)

@@ -131,7 +131,7 @@ class SplitDelta(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        source: AnyProjection,
+        source: AnyProjection | None,
         layout: DeltaLayout,
         weights: tuple[Tensor, Tensor, Tensor],
         positions: Tensor,
@@ -151,8 +151,9 @@ class SplitDelta(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, positions = ctx.saved_tensors
         source, layout, weights, ops = ctx.settings
-        result = source.allocate_grad(rows.shape[0])[0]
-        source.forget_grad()
+        result = torch.empty_like(rows) if source is None else source.allocate_grad(rows.shape[0])[0]
+        if source is not None:
+            source.forget_grad()
         for grad, columns, weight in zip(grads, layout.convolved, weights, strict=False):
             ops.convolve_backward(grad.flatten(1), rows, columns, weight, positions, result)
         result[:, layout.gates] = grads[3].flatten(1)

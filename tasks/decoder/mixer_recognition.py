@@ -106,7 +106,7 @@ def _plan_sharing(attention: Any) -> MixerPlan:
 
 
 @dataclass(frozen=True)
-class _KnownNet:
+class KnownNet:
     """Names of a DeltaNet's modules, and where the parts of their joint product lie."""
 
     inputs: tuple[str, ...]
@@ -146,10 +146,10 @@ def _locate_by_key_head(net: Any) -> tuple[Columns, ...]:
 
 _QWEN_INPUTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _KNOWN_NETS = {
-    "Qwen3_5GatedDeltaNet": _KnownNet(_QWEN_INPUTS, "out_proj", "norm", _locate_in_turn),
-    "Qwen3_5MoeGatedDeltaNet": _KnownNet(_QWEN_INPUTS, "out_proj", "norm", _locate_in_turn),
-    "Qwen3NextGatedDeltaNet": _KnownNet(("in_proj_qkvz", "in_proj_ba"), "out_proj", "norm", _locate_by_key_head),
-    "OlmoHybridGatedDeltaNet": _KnownNet(
+    "Qwen3_5GatedDeltaNet": KnownNet(_QWEN_INPUTS, "out_proj", "norm", _locate_in_turn),
+    "Qwen3_5MoeGatedDeltaNet": KnownNet(_QWEN_INPUTS, "out_proj", "norm", _locate_in_turn),
+    "Qwen3NextGatedDeltaNet": KnownNet(("in_proj_qkvz", "in_proj_ba"), "out_proj", "norm", _locate_by_key_head),
+    "OlmoHybridGatedDeltaNet": KnownNet(
         ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj"), "o_proj", "o_norm", _locate_gates_last
     ),
 }
@@ -157,40 +157,51 @@ _KNOWN_NETS = {
 
 def _plan_delta_net(net: Any) -> MixerPlan:
     """Check a gated DeltaNet."""
+    known = find_known_net(net)
+    parts = [read_part(net, name) for name in known.inputs]
+    output = [read_part(net, known.output)]
+    return MixerPlan(parts, output, lambda: build_delta_net(net, locate_parts(net)))
+
+
+def find_known_net(net: Any) -> KnownNet:
+    """Return what a gated DeltaNet is made of.
+
+    Raises:
+        UnknownDecoderError: it is not known.
+    """
     known = _KNOWN_NETS.get(type(net).__name__)
     if known is None:
         raise UnknownDecoderError(f"its {type(net).__name__} is not known")
     check_modules(net, {*known.inputs, known.output, known.norm, "conv1d"})
     if net.activation not in ("silu", "swish") or net.conv1d.bias is not None:
         raise UnknownDecoderError(f"the convolution of its {type(net).__name__} has a bias or is not followed by silu")
-    parts = [read_part(net, name) for name in known.inputs]
-    output = [read_part(net, known.output)]
+    return known
 
-    def build() -> Mixer:
-        device = net.A_log.device
-        queries, keys, values, *further = known.locate(net)
-        filters = _widen(net.conv1d.weight.detach()[:, 0]).contiguous()
-        weights = tuple(filters[part].contiguous() for part in _cut(net.key_dim, net.key_dim, net.value_dim))
-        gates, beta, decay = (part if isinstance(part, slice) else part.to(device) for part in further)
-        return DeltaNet(
-            DeltaLayout(
-                net.num_k_heads,
-                net.num_v_heads,
-                net.head_k_dim,
-                net.head_v_dim,
-                (_number(queries, device), _number(keys, device), _number(values, device)),
-                gates,
-                beta,
-                decay,
-            ),
-            (weights[0], weights[1], weights[2]),
-            rate=-_widen(net.A_log.detach()).exp(),
-            step_bias=_widen(net.dt_bias.detach()),
-            norm=read_norm(getattr(net, known.norm)),
-            beta_scale=2.0 if getattr(net, "allow_neg_eigval", False) else 1.0,
-        )
 
-    return MixerPlan(parts, output, build)
+def locate_parts(net: Any) -> DeltaLayout:
+    """Return where the parts of a known DeltaNet's joint product lie."""
+    device = net.A_log.device
+    queries, keys, values, *further = find_known_net(net).locate(net)
+    gates, beta, decay = (part if isinstance(part, slice) else part.to(device) for part in further)
+    convolved = _number(queries, device), _number(keys, device), _number(values, device)
+    sizes = net.num_k_heads, net.num_v_heads, net.head_k_dim, net.head_v_dim
+    return DeltaLayout(*sizes, convolved, gates, beta, decay)
+
+
+def build_delta_net(net: Any, layout: DeltaLayout) -> DeltaNet:
+    """Return a known DeltaNet; what of it is trained keeps its gradient."""
+    known = find_known_net(net)
+    filters = _widen(net.conv1d.weight[:, 0])
+    first, second, third = (filters[part].contiguous() for part in _cut(net.key_dim, net.key_dim, net.value_dim))
+    norm = getattr(net, known.norm)
+    return DeltaNet(
+        layout,
+        (first, second, third),
+        rate=-_widen(net.A_log).exp(),
+        step_bias=_widen(net.dt_bias),
+        norm=Norm(_widen(norm.weight), float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)),
+        beta_scale=2.0 if getattr(net, "allow_neg_eigval", False) else 1.0,
+    )
 
 
 def _number(columns: Columns, device: torch.device) -> Tensor:

@@ -153,13 +153,45 @@ def _attend_further(
 def _run_delta_net(net: DeltaNet, rows: Tensor, source: AnyProjection, forward: Forward) -> Tensor:
     ops = find_mixer_operations(forward.ops)
     split = SplitDelta.apply(rows, source, net.layout, net.weights, forward.positions, ops)
-    queries, keys, values, gates, beta, step = split
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    log_decay = net.rate * F.softplus(step.to(wide) + net.step_bias)
-    beta = torch.sigmoid(beta.to(wide)) * net.beta_scale
-    mixed = forward.delta_rule(queries, keys, values, log_decay, beta, forward.segments)
+    mixed, gates = _apply_rule(net, split, forward.delta_rule, forward.segments)
     result: Tensor = GateNorm.apply(mixed, gates, net.norm, ops)
     return result
+
+
+def run_delta_net(net: DeltaNet, rows: Tensor, rule: DeltaRule, segments: Segments, ops: ModuleType) -> Tensor:
+    """Mix the joint product [T, O] of a net that is a module of a model; where its own weights are trained, they too.
+
+    Args:
+        net: as it is now.
+        rows: [T, O]
+        rule: the delta rule.
+        segments: the examples' borders.
+        ops: of the work between the products.
+    """
+    layout, mixer_ops, positions = net.layout, find_mixer_operations(ops), segments.positions
+    if not any(weight.requires_grad for weight in (*net.weights, net.norm.weight)):
+        split = SplitDelta.apply(rows, None, layout, net.weights, positions, mixer_ops)
+        mixed, gates = _apply_rule(net, split, rule, segments)
+        result: Tensor = GateNorm.apply(mixed, gates, net.norm, mixer_ops)
+        return result
+    sizes = layout.key_size, layout.key_size, layout.value_size
+    convolve = mixer_elementwise.convolve
+    heads = [
+        convolve(rows, columns, weight, positions).unflatten(-1, (-1, size))
+        for columns, weight, size in zip(layout.convolved, net.weights, sizes, strict=True)
+    ]
+    gates = rows[:, layout.gates].unflatten(-1, (-1, layout.value_size))
+    mixed, gates = _apply_rule(net, (*heads, gates, rows[:, layout.beta], rows[:, layout.decay]), rule, segments)
+    return mixer_elementwise.gate_norm(mixed, gates, net.norm.weight, net.norm.eps).flatten(1)
+
+
+def _apply_rule(net: DeltaNet, split: tuple[Tensor, ...], rule: DeltaRule, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Return what the delta rule gives, and its gates."""
+    queries, keys, values, gates, beta, step = split
+    wide = torch.float64 if step.dtype == torch.float64 else torch.float32
+    log_decay = net.rate * F.softplus(step.to(wide) + net.step_bias)
+    beta = torch.sigmoid(beta.to(wide)) * net.beta_scale
+    return rule(queries, keys, values, log_decay, beta, segments), gates
 
 
 def name_shared(mixer: Mixer) -> tuple[str, str]:

@@ -62,6 +62,11 @@ def laid_out(layout: FlatLayout) -> Iterator[None]:
         _layouts.pop()
 
 
+def find_layout() -> FlatLayout | None:
+    """Return the layout of the forward pass under way, if there is one."""
+    return _layouts[-1] if _layouts else None
+
+
 def use_flat_attention(base: Any) -> Callable[[], None]:
     """Have a model attend by `attend_flat`; return a function that gives it its own attention back.
 

@@ -9,19 +9,21 @@ The trial's loss and gradients are compared with those of each example alone, wi
 head (`self_check`). What a short trial cannot see is read from the masks and from the config.
 """
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tasks.decoder.attention import Attention, Segments, attend_one_by_one
+from tasks.decoder.delta_rule import find_delta_rules
 from tasks.families.packing import find_row_limit
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import form_batch
 from tasks.training.engines.base_dropout import find_dropout
 from tasks.training.engines.expert_adapters import use_factored_adapters
 from tasks.training.engines.flat_attention import FlatLayout, find_kinds, laid_out, use_flat_attention
+from tasks.training.engines.flat_delta_net import find_delta_nets, use_flat_delta_nets
 from tasks.training.engines.general import GeneralEngine, autocast_to
 from tasks.training.engines.liger import use_liger
 from tasks.training.engines.loss import cut_trial, isolates_packed, sum_token_losses
@@ -135,22 +137,24 @@ def _choose_attention(
     """Have the model attend to examples end to end; return by what, or nothing and why not."""
     if found := find_dropout(engine.base):
         return None, f"its own dropout is on ({', '.join(sorted(found))})"
-    give_back: Callable[[], None] | None = None
-    try:
-        give_back = use_flat_attention(engine.base)
-        _check_masks(engine, trial.pieces, longest)
-    except Exception as error:  # likewise
-        if is_out_of_memory(error):
-            raise
-        if give_back is not None:
-            give_back()
-        return None, str(error).partition("\n")[0]
+    nets = find_delta_nets(engine.base)
+    has_kernels = bool(nets) and len(find_delta_rules(engine.device, engine.dtype)) > 1
     reason = ""
-    for kind in kinds:
-        reason = trial.refuse(replace(engine, attend=kind))
-        if not reason:
-            return kind, ""
-    give_back()
+    for is_plain in (False, True) if has_kernels else (False,):
+        with ExitStack() as given_back:
+            try:
+                given_back.callback(use_flat_attention(engine.base))
+                given_back.callback(use_flat_delta_nets(nets, is_plain=is_plain))
+                _check_masks(engine, trial.pieces, longest)
+            except Exception as error:  # likewise
+                if is_out_of_memory(error):
+                    raise
+                return None, str(error).partition("\n")[0]
+            for kind in kinds:
+                reason = trial.refuse(replace(engine, attend=kind))
+                if not reason:
+                    given_back.pop_all()  # it stays
+                    return kind, ""
     return None, reason
 
 

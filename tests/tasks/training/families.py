@@ -24,8 +24,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _WINDOW,
     "gpt_oss": {**_WINDOW, **_EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
 }
-FLAT = ("llama", "qwen2", "gpt2", "phi3", "gemma3_text", "olmo2", "mixtral", "granite", "cohere")
+FLAT = ("llama", "qwen2", "gpt2", "phi3", "gemma3_text", "olmo2", "mixtral", "granite", "cohere", "qwen3_5_text")
 PADDED = {"gemma2": "softcap", "gpt_oss": "s_aux", "bloom": "not one that can be chosen by name"}
 
 

@@ -16,6 +16,7 @@ from tasks.training.batches import form_batch, form_padded_step
 from tasks.training.engines.base_dropout import find_dropout, switch_off_dropout
 from tasks.training.engines.chunked_head import compute_chunked_losses, is_head_frozen
 from tasks.training.engines.flat_attention import NAME
+from tasks.training.engines.flat_delta_net import find_delta_nets, use_flat_delta_nets
 from tasks.training.engines.general import GeneralEngine, build_engine
 from tasks.training.engines.loss import sum_token_losses
 from tasks.training.engines.short_cuts import changes_with_length, take_short_cuts
@@ -299,3 +300,21 @@ def test_log_says_what_other_kinds_of_adapter_cost(tmp_path: Path, caplog: pytes
     assert "lm_head train in full with the general engine: 3,104 values, 0.00 GiB with their gradient and AdamW's" in (
         " ".join(said)
     )
+
+
+def test_delta_nets_of_trained_weights_keep_examples_apart_and_give_their_way_back(
+    tmp_path: Path, table: TokenTable
+) -> None:
+    model: Any = load_model(build_family(tmp_path, "qwen3_5_text")).train().requires_grad_(True)
+    wanted = one_by_one(model, table)
+    assert any("conv1d" in name for name in wanted[1])
+    assert any("A_log" in name for name in wanted[1])
+    engine, notes = choose(model, table)
+    assert (engine.attend is not None, notes) == (True, [])
+    assert_same(through(engine, table), wanted)
+    (net,) = find_delta_nets(model)
+    before = net.forward
+    give_back = use_flat_delta_nets([net], is_plain=True)
+    assert net.forward is not before
+    give_back()
+    assert net.forward is before
