@@ -51,8 +51,8 @@ class Layer:
     output_scale: float = 1.0
     """Of what the mixer and the gated layer add to the stream."""
     layer_input: LayerInput | None = None
-    stream_scale: Tensor | None = None
-    """[1], of the stream that the layer gives."""
+    stream_scale: float | None = None
+    """Of the stream that the layer gives (Gemma 4)."""
     experts: ExpertLayer | None = None
     """Routed ones."""
 

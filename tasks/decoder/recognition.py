@@ -223,7 +223,7 @@ def _read_layer(layer: Any, number: int, activation: str, weights: TrainedWeight
             gate_out_norm=norm(known.gate_out_norm),
             output_scale=float(getattr(layer, "residual_multiplier", 1.0)),
             layer_input=_build_layer_input(layer, known, own_input, number) if has_input else None,
-            stream_scale=getattr(layer, "layer_scalar", None),
+            stream_scale=float(layer.layer_scalar) if hasattr(layer, "layer_scalar") else None,
             experts=None if experts is None else experts(),
         )
 

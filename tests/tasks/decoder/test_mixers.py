@@ -12,7 +12,8 @@ from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.delta_rule import run_plain_rule
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.decoder.wide_attention import attend_in_batches, form_batches
-from tests.tasks.decoder.test_fused import build
+from tasks.training.batches import form_flat_batch
+from tests.tasks.decoder.test_fused import build, compute_fused, compute_reference, draw_table
 
 LENGTHS = (70, 1, 130, 3, 64, 5)
 
@@ -123,3 +124,14 @@ def test_gemma_4_with_experts_is_refused_before_a_weight_moves() -> None:
     with pytest.raises(UnknownDecoderError, match="other modules than is known: router"):
         recognize_decoder(model)
     assert layer.mlp.up_proj.base_layer.weight.data_ptr() == before
+
+
+def test_a_layers_scale_is_that_of_its_buffer_whatever_its_dtype() -> None:
+    table, model = draw_table(), build("gemma4_text", torch.bfloat16)
+    base: Any = model.get_base_model()
+    plain, _ = compute_fused(model, form_flat_batch(table, range(5)))
+    base.model.layers[1].layer_scalar = torch.full((1,), 0.3)
+    loss, _ = compute_reference(model, table)
+    found, _ = compute_fused(model, form_flat_batch(table, range(5)))
+    assert found == pytest.approx(loss, rel=3e-3)
+    assert plain != pytest.approx(loss, rel=6e-3)
