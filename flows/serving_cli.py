@@ -1,5 +1,6 @@
-"""Commands of `sft` around a served model: serve-model."""
+"""Commands of `sft` around a served model: serve-model, prove."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +85,51 @@ def serve_model(
             serve(served, options, on_start=lambda: console.print(f"{told}. Ctrl-C ends it.", soft_wrap=True))
     except ValueError as error:
         fail(error)
+
+
+@app.command()
+def prove(
+    url: Annotated[str, typer.Argument(help="Of a server of OpenAI's API, such as http://127.0.0.1:8000.")],
+    version: Annotated[
+        str, typer.Argument(help="NAME (its champion), NAME/VERSION or NAME@alias. Default: the only champion.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="Served model name. Default: the first that the server lists.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="SFT_SERVE_API_KEY", help="Of the server.", show_default=False)] = "",
+    precision: Annotated[
+        str, typer.Option(help="stored: weights as they are; bf16: rounding to 16 bits is meant.")
+    ] = "stored",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether an address serves a version: exit code 0 if so, 1 if not, 3 where it cannot be shown."""
+    if precision not in ("stored", "bf16"):
+        fail(ValueError(f"--precision {precision}: stored or bf16 is wanted"))
+    prepare_environment(cache=True)
+    from flows.proving import EXIT_CODES, prove_served
+
+    try:
+        with console.status("Asking"):
+            found = prove_served(url, version, model=model, api_key=api_key, precision=precision)
+    except ValueError as error:
+        fail(error)
+    proof = found.proof
+    if json_:
+        typer.echo(json.dumps(found.as_values(), indent=2, ensure_ascii=False))
+        raise typer.Exit(EXIT_CODES[proof.outcome])
+    told = {"same": "is", "different": "is not", "undecided": "may be"}[proof.outcome]
+    colour = {"same": "green", "different": "red", "undecided": "yellow"}[proof.outcome]
+    console.print(f"[bold {colour}]{escape(url)} {told} {escape(found.version)}[/]", soft_wrap=True)
+    for reason in proof.reasons:
+        console.print(f"- {escape(reason)}", soft_wrap=True)
+    for note in proof.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    measured = "" if proof.difference is None else f", mean difference {proof.difference:.2g} nats"
+    prompts = "prompt ids compared" if proof.knows_prompts else "lengths of prompts compared"
+    console.print(
+        f"[dim]{proof.num_probes} requests, {proof.num_positions} tokens{measured} (limit {proof.limit:.2g}), "
+        f"{prompts}[/]",
+        soft_wrap=True,
+    )
+    raise typer.Exit(EXIT_CODES[proof.outcome])
 
 
 def _write_vllm(

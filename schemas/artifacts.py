@@ -146,6 +146,8 @@ class MergedRef(ModelRef):
 
     kind: Literal["base", "merged", "champion"] = "merged"
     check: MergeCheck
+    answers: Ref | None = None
+    """What it and its base answer to probes: probes.json (schemas.proofs.ServingProbes)."""
 
 
 class ProbesRef(Ref):

@@ -9,7 +9,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from schemas.artifacts import AdapterRef, DatasetRef, MergedRef, ModelRef, TokensRef
+from schemas.artifacts import AdapterRef, DatasetRef, MergedRef, ModelRef, Ref, TokensRef
 from schemas.config import MergeConfig
 from tasks import storage, tracking
 from tasks.evaluation.scoring import find_last_run
@@ -17,7 +17,10 @@ from tasks.merging.parity import check_merge
 from tasks.merging.shards import PlannedTensor
 from tasks.merging.verification import WrittenTensors, describe_unmoved, verify_tensors
 from tasks.merging.weights import merge_adapter
+from tasks.proving.recording import record_answers
 from tasks.registry.versions import log_merged_model
+
+ANSWERS = "serving_probes"
 
 
 @task(
@@ -62,6 +65,7 @@ def merge(
             stored = beside.submit(_store, merged, plan)
             check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
             digest, written = stored.result()
+        answers = record_answers(base_folder, merged, tracking.resolve(dataset), folder / ANSWERS)
         check = check.model_copy(update={"num_changed": written.num_changed, "num_kept": written.num_kept})
         shown = {name: float(value) for name, value in check.model_dump().items()}
         uri = log_merged_model(merged, run_id, question=str(probes["question"][0]))
@@ -69,6 +73,7 @@ def merge(
         measured = {f"merge/{name}": value for name, value in shown.items()}
         tracking.log_metrics(run_id, measured, model_id=uri.removeprefix("models:/"))
         storage.keep_folder(merged, digest)
+        recorded = tracking.publish(answers, run_id, ANSWERS)
         ref = MergedRef(
             uri=uri,
             digest=digest,
@@ -76,6 +81,7 @@ def merge(
             name=f"{base_model.name}-merged",
             revision=base_model.revision,
             check=check,
+            answers=Ref(uri=recorded[0], digest=recorded[1], mlflow_run_id=run_id),
         )
         tracking.remember(run_id, ref)
     create_table_artifact([shown], key="merge-check", description="Merged model against base + adapter")

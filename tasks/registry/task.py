@@ -32,6 +32,7 @@ from tasks.registry.description import describe_decision, describe_version
 from tasks.registry.promotion import OvertakenError, place_version
 from tasks.registry.replay import fetch_logged, replay_rows
 from tasks.registry.versions import (
+    ANSWERS_TAG,
     CHAMPION,
     GATE_TAG,
     MODEL_TAG,
@@ -217,6 +218,7 @@ def _collect_tags(
         PARITY_TAG: f"passed: largest logit difference {merged.check.max_abs_logit_diff:.2e}, "
         f"greedy agreement {merged.check.greedy_agreement:.1%}",
         "sft.compared_with_champion": comparison.champion.version if comparison.champion else "",
+        ANSWERS_TAG: merged.answers.model_dump_json() if merged.answers else "",
     }
 
 

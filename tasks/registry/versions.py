@@ -30,6 +30,7 @@ RUN_TAG, PARITY_TAG = "sft.run", "sft.parity"
 MODEL_TAG, VERSION_TAG = "sft.model_digest", "sft.version"
 GATE_TAG, REASONS_TAG = "sft.gate_verdict", "sft.gate_reasons"
 ROLLED_BACK_TAG = "sft.rolled_back"
+ANSWERS_TAG = "sft.serving_probes"
 _ADDRESS = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[A-Za-z0-9_-]+))?")
 _SERVING_CODE = Path(__file__).with_name("serving.py")
 _WEIGHTS = ".safetensors"

@@ -15,9 +15,11 @@ _EXTRAS = "tests/docs/test_pages.py::test_each_extra_that_is_named_is_there"
 _SERVING = "tests/flows/test_serving.py"
 _CURL = "tests/tasks/serving/test_app.py::test_curl_gets_answer_stream_and_error"
 _LOOPBACK = f"{_SERVING}::test_the_command_serves_on_loopback_by_its_own_names"
+_PROVEN = "tests/flows/test_proving.py::test_a_served_version_is_proven_and_another_one_is_not"
 _VLLM = f"{_SERVING}::test_vllms_command_is_printed_and_another_is_checked"
 
 ELSEWHERE: dict[str, str] = {
+    ".venv/bin/sft prove http://127.0.0.1:8000 demo-assistant@champion": _PROVEN,
     ".venv/bin/sft serve-model demo-assistant@champion": _LOOPBACK,
     "curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     '-d \'{"messages": [{"role": "user", "content": "What does the quamrin eat?"}]}\'': _CURL,
