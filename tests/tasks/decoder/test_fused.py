@@ -40,6 +40,8 @@ FAMILIES = [
     ),
     *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "olmo_hybrid", "qwen3_moe"),
 ]
+# Gemma 4's scores have no scale: what is rounded off in 16 bits grows.
+LIMITS = {"gemma4_text": 0.2}
 LENGTHS = (17, 1, 3, 40, 9)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Of them, those whose tokens go through a few experts each.
@@ -107,11 +109,10 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {
         "num_hidden_layers": 4,
-        "num_attention_heads": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "sliding_window": 5,
-        "head_dim": 4,
-        "global_head_dim": 8,
+        "head_dim": 8,
+        "global_head_dim": 16,
         "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
         "hidden_size_per_layer_input": 16,
@@ -122,8 +123,8 @@ FURTHER: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "head_dim": 32,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 24,
         "pad_token_id": 0,
@@ -246,9 +247,7 @@ def test_in_16_bits_it_is_as_near_to_64_bits_as_the_model_itself(family: str) ->
     model = build(family, torch.bfloat16)
     _, general = compute_reference(model, table)
     _, fused = compute_fused(model, form_flat_batch(table, range(5)))
-    # Gemma 4's scores have no scale: what is rounded off grows.
-    limit = 0.15 if family == "gemma4_text" else 0.1
-    assert measure_difference(fused, exact) < 1.25 * measure_difference(general, exact) < limit
+    assert measure_difference(fused, exact) < 1.25 * measure_difference(general, exact) < LIMITS.get(family, 0.1)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
