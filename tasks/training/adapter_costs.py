@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from schemas.config import TrainingConfig
@@ -12,16 +13,20 @@ from tasks.training.own_weights import describe_cost
 _BYTES_PER_TRAINED = 16
 
 
-def describe_costs(config: TrainingConfig, parameters: Mapping[str, nn.Parameter], engine: str) -> list[str]:
+def describe_costs(
+    config: TrainingConfig, parameters: Mapping[str, nn.Parameter], engine: str, dtype: torch.dtype
+) -> list[str]:
     """Return the sentences for what a config asks for.
 
     Args:
         config: of the training.
         parameters: what is trained, by name.
         engine: that trains, in a word or two.
+        dtype: of its products.
     """
     if not config.is_lora:
-        return [describe_cost(parameters, config)]
+        has_copies = engine.startswith("fused") and dtype != torch.float32
+        return [describe_cost(parameters, config, copy_bytes=dtype.itemsize if has_copies else 0)]
     sentences = []
     if config.use_rslora:
         scale = config.alpha / math.sqrt(config.rank)

@@ -86,10 +86,17 @@ def advise_learning_rate(config: TrainingConfig) -> str:
     )
 
 
-def describe_cost(trained: Mapping[str, nn.Parameter], config: TrainingConfig) -> str:
-    """Say what trained weights take: in memory, and on the disk for each checkpoint."""
+def describe_cost(trained: Mapping[str, nn.Parameter], config: TrainingConfig, *, copy_bytes: int = 0) -> str:
+    """Say what trained weights take: in memory, and on the disk for each checkpoint.
+
+    Args:
+        trained: by name.
+        config: of the training.
+        copy_bytes: of the working copy of each value that the engine holds.
+    """
     count, moments = sum(parameter.numel() for parameter in trained.values()), count_moment_bytes(config)
+    copies = ", AdamW's moments and a 16-bit copy" if copy_bytes else " and AdamW's moments"
     return (
-        f"{count:,} values are trained in fp32: {(8 + moments) * count / 2**30:.2f} GiB with their gradient and "
-        f"AdamW's moments, {(4 + moments) * count / 2**30:.2f} GiB on the disk for each checkpoint"
+        f"{count:,} values are trained in fp32: {(8 + moments + copy_bytes) * count / 2**30:.2f} GiB with their "
+        f"gradient{copies}, {(4 + moments) * count / 2**30:.2f} GiB on the disk for each checkpoint"
     )

@@ -18,6 +18,7 @@ from tasks.merging.verification import verify_tensors
 from tasks.merging.weights import merge_adapter
 from tasks.models import load_model
 from tasks.training import distributed
+from tasks.training.adapter_costs import describe_costs
 from tasks.training.batches import iterate_steps
 from tasks.training.engines.self_check import comparing_some
 from tasks.training.loop import train_adapter
@@ -385,3 +386,15 @@ def test_folder_says_what_it_is(base_model: Path, tokens: Path, tmp_path: Path) 
     count = sum(value.numel() for value in load_file(outcome.adapter / "trained_weights.safetensors").values())
     assert values == {"method": "freeze", "base_model_name_or_path": str(base_model), "num_values": count}
     assert outcome.num_trainable_parameters == count
+
+
+def test_cost_counts_the_copies_of_16_bits() -> None:
+    weights = {"weight": torch.nn.Parameter(torch.empty(1 << 20, 1 << 10, device="meta"))}  # 2^30 values
+    for engine, dtype, gib in (
+        ("fused engine", torch.bfloat16, 18),
+        ("fused engine", torch.float32, 16),
+        ("general engine", torch.bfloat16, 16),
+    ):
+        (sentence,) = describe_costs(FULL, weights, engine, dtype)
+        assert f"{gib}.00 GiB with their gradient" in sentence
+        assert "12.00 GiB on the disk" in sentence
