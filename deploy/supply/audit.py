@@ -1,7 +1,7 @@
 """Compares the locked packages with an advisory database in OSV's format.
 
     make audit                    # OSV's own database for Python, where it can be reached
-    make audit OSV=all.zip        # a copy of it: a zip, or a folder of JSON files
+    make audit OSV=all.zip        # a copy of it: a zip, or a folder of JSON or YAML files (as PyPA's advisory-database)
 
 Exit code 0: nothing is known against them. 1: something is. 2: no database could be read, and nothing was compared.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
@@ -27,6 +28,8 @@ from deploy.supply.install import LOCK, TORCH_LOCK
 _ADDRESS = "https://osv-vulnerabilities.storage.googleapis.com/PyPI/all.zip"
 _SECONDS = 60.0
 _NOTHING_COMPARED = 2
+_ECOSYSTEM = "PyPI"
+_SUMMARY_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Finding:
     summary: str
     fixed: tuple[str, ...]
     """Versions in which it is mended."""
+    aliases: tuple[str, ...]
+    """What other databases call it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     packages = read_locks((TORCH_LOCK, LOCK))
     try:
         advisories = list(read_database(options.osv) if options.osv else _fetch())
-    except (OSError, URLError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, URLError, zipfile.BadZipFile, ValueError, yaml.YAMLError) as error:
         print(f"Nothing was compared: no advisory database: {error}. Give a copy of it: make audit OSV=all.zip")
         return _NOTHING_COMPARED
     if not advisories:
@@ -58,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     findings = find_known(packages, advisories)
     for each in findings:
         mended = f"; mended in {', '.join(each.fixed)}" if each.fixed else ""
-        print(f"{each.package} {each.version}: {each.advisory}: {each.summary}{mended}")
+        names = f" ({', '.join(each.aliases)})" if each.aliases else ""
+        print(f"{each.package} {each.version}: {each.advisory}{names}: {each.summary}{mended}")
     print(f"{len(packages)} packages compared with {len(advisories):,} advisories: {len(findings)} known")
     return 1 if findings else 0
 
@@ -76,9 +82,14 @@ def read_database(place: Path) -> Iterator[dict[str, Any]]:
         OSError: there is none.
         zipfile.BadZipFile: a file that is no zip.
         ValueError: one is no JSON.
+        yaml.YAMLError: one is no YAML.
     """
     if place.is_dir():
-        yield from (json.loads(file.read_bytes()) for file in sorted(place.rglob("*.json")))
+        for file in sorted(place.rglob("*")):
+            if file.suffix == ".json":
+                yield json.loads(file.read_bytes())
+            elif file.suffix in (".yaml", ".yml"):
+                yield yaml.load(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return
     with zipfile.ZipFile(place) as archive:
         yield from (json.loads(archive.read(name)) for name in archive.namelist() if name.endswith(".json"))
@@ -92,29 +103,53 @@ def _fetch() -> Iterator[dict[str, Any]]:
 
 
 def find_known(packages: dict[str, str], advisories: Iterable[dict[str, Any]]) -> list[Finding]:
-    """Return the advisories that hold for these versions; withdrawn ones hold for none."""
-    found = []
+    """Return the advisories that hold for these versions; withdrawn ones hold for none.
+
+    OSV has one record of a vulnerability for each database that it comes from; the first by name stands for all.
+    """
+    found = set()
     for advisory in advisories:
-        if advisory.get("withdrawn"):
+        if not isinstance(advisory, dict) or advisory.get("withdrawn"):
             continue
-        for affected in advisory.get("affected", ()):
-            package = affected.get("package", {})
+        for affected in advisory.get("affected") or ():
+            package = affected.get("package") or {}
             name = canonicalize_name(package.get("name", ""))
             version = packages.get(name)
-            if package.get("ecosystem") != "PyPI" or version is None or not _affects(affected, version):
+            if not _is_ours(package) or version is None or not _affects(affected, version):
                 continue
-            events = [event for span in affected.get("ranges", ()) for event in span.get("events", ())]
+            events = [event for span in _spans(affected) for event in span.get("events") or ()]
             fixed = tuple(dict.fromkeys(str(event["fixed"]) for event in events if "fixed" in event))
-            found.append(Finding(name, version, str(advisory.get("id")), str(advisory.get("summary", "")), fixed))
-    return sorted(set(found), key=lambda each: (each.package, each.advisory))
+            aliases = tuple(sorted(map(str, advisory.get("aliases") or ())))
+            found.add(Finding(name, version, str(advisory.get("id")), _summarize(advisory), fixed, aliases))
+    kept: list[Finding] = []
+    for each in sorted(found, key=lambda each: (each.package, each.advisory)):
+        if not any(other.package == each.package and each.advisory in other.aliases for other in kept):
+            kept.append(each)
+    return kept
+
+
+def _is_ours(package: dict[str, Any]) -> bool:
+    """Tell whether a package is PyPI's; an ecosystem may have a suffix after a colon."""
+    return str(package.get("ecosystem", "")).partition(":")[0] == _ECOSYSTEM
+
+
+def _summarize(advisory: dict[str, Any]) -> str:
+    """Return an advisory in one line: its summary, which PyPA's have none of, or the beginning of its details."""
+    text = " ".join(str(advisory.get("summary") or advisory.get("details") or "").split())
+    return text if len(text) <= _SUMMARY_CHARACTERS else text[: _SUMMARY_CHARACTERS - 1] + "…"
+
+
+def _spans(affected: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the ranges that speak of versions; those of type GIT speak of commits."""
+    return [span for span in affected.get("ranges") or () if span.get("type") == "ECOSYSTEM"]
 
 
 def _affects(affected: dict[str, Any], version: str) -> bool:
     """Tell whether a version is listed, or lies in a span that is introduced somewhere and not fixed before it."""
-    if version in affected.get("versions", ()):
+    own = Version(version)
+    if any(listed == version or _parse(listed) == own for listed in affected.get("versions") or ()):
         return True
-    spans = (span for span in affected.get("ranges", ()) if span.get("type") == "ECOSYSTEM")
-    return any(_lies_in(span.get("events", ()), Version(version)) for span in spans)
+    return any(_lies_in(span.get("events") or (), own) for span in _spans(affected))
 
 
 def _lies_in(events: Iterable[dict[str, str]], version: Version) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packaging.utils import canonicalize_name
@@ -101,6 +102,59 @@ def test_withdrawn_advisories_and_other_ecosystems_hold_for_none() -> None:
     other = _advise(versions=["1"])
     other["affected"][0]["package"]["ecosystem"] = "npm"
     assert find_known(packages, [other]) == []
+
+
+def _make_record(**changes: Any) -> dict[str, Any]:
+    """Return a record as PyPA has nearly all of its own: no summary, commits and versions, a list of these."""
+    commits = {"type": "GIT", "repo": "https://example.org/some", "events": [{"introduced": "0"}, {"fixed": "b04177"}]}
+    span = {"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "2.11.3"}]}
+    return {
+        "id": "PYSEC-1",
+        "modified": "2021-02-09T00:00:00Z",
+        "published": "2021-02-01T20:15:00Z",
+        "aliases": ["CVE-1", "GHSA-1"],
+        "details": "It is\n  open. " + "And more. " * 40,
+        "affected": [
+            {
+                "package": {"name": "some-package", "ecosystem": "PyPI", "purl": "pkg:pypi/some-package"},
+                "ranges": [commits, span],
+                "versions": ["2.11.1", "2.11.2", "not-a-version"],
+            }
+        ],
+        "references": [{"type": "WEB", "url": "https://example.org"}],
+        **changes,
+    }
+
+
+def test_records_as_databases_have_them_give_one_line_each_in_words() -> None:
+    # The same vulnerability from another database, and what the schema lets be null or absent.
+    twin = _make_record(id="GHSA-1", aliases=["CVE-1", "PYSEC-1"])
+    bare: dict[str, Any] = {"id": "PYSEC-2", "affected": [{"package": None, "ranges": None}, {"ranges": None}]}
+    (found,) = find_known({"some-package": "2.11.2"}, [_make_record(), twin, bare, {"id": "X", "affected": None}])
+    assert (found.advisory, found.aliases, found.fixed) == ("GHSA-1", ("CVE-1", "PYSEC-1"), ("2.11.3",))
+    assert found.summary.startswith("It is open. And more.")
+    assert len(found.summary) == 160
+    assert find_known({"some-package": "2.11.3"}, [_make_record(), twin]) == []
+
+
+def test_versions_and_ecosystems_may_be_spelled_otherwise() -> None:
+    record = _make_record()
+    record["affected"][0] |= {"versions": ["3.0.0"], "ranges": []}
+    record["affected"][0]["package"]["ecosystem"] = "PyPI:https://mirror.example/simple"
+    assert [each.version for each in find_known({"some-package": "3.0"}, [record])] == ["3.0"]
+
+
+def test_a_folder_of_yaml_is_a_database_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "vulns" / "jinja2"
+    place.mkdir(parents=True)
+    record = _make_record()
+    record["affected"][0] |= {"ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}]}], "versions": []}
+    record["affected"][0]["package"]["name"] = "Jinja2"
+    (place / "PYSEC-1.yaml").write_text(yaml.safe_dump(record))
+    assert main(["--osv", str(tmp_path)]) == 1
+    assert "PYSEC-1 (CVE-1, GHSA-1): It is open." in capsys.readouterr().out
+    (place / "PYSEC-2.yaml").write_text("a: [")
+    assert main(["--osv", str(tmp_path)]) == 2
 
 
 def test_the_locked_set_is_compared_with_a_database_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
