@@ -1,4 +1,4 @@
-"""`sft clean`: what can be deleted from a home, and how many bytes it takes."""
+"""What can be deleted from a home, and how many bytes it takes."""
 
 import shutil
 import time
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks import storage, tracking
+from tasks.registry.retention import RESUMABLE
 
 DAY_SECONDS = 86_400.0
-_RESUMABLE = ("RUNNING", "KILLED")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Waste:
     """A file or folder that can be deleted."""
 
     what: str
-    """cached folder, kept result, checkpoints, or interrupted run."""
+    """cached folder, kept result, checkpoints, interrupted run, or log."""
     path: Path
     num_bytes: int
 
@@ -42,10 +42,21 @@ def find_waste(*, days: float, interrupted: bool) -> list[Waste]:
     for folder in sorted((home / "runs").glob("*")):
         held = storage.is_held(folder.name) or storage.is_held(f"{folder.name}/train")
         if folder.is_dir() and _last_change(folder) < before and not held:
-            resumable = tracking.find_status(folder.name) in _RESUMABLE
+            resumable = tracking.has_records() and tracking.find_status(folder.name) in RESUMABLE
             if interrupted or not resumable:
                 what = "interrupted run" if resumable else "checkpoints"
                 found.append(Waste(what, folder, measure(folder)))
+    return found
+
+
+def find_results(runs: set[str]) -> list[Waste]:
+    """Return the kept results that name one of these MLflow runs."""
+    found = []
+    for path in sorted((storage.home() / "results").glob("*")):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if any(run in text for run in runs):
+                found.append(Waste("kept result", path, path.stat().st_size))
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows.around_cli import app as around_app
+from flows.cleaning_cli import app as cleaning_app
 from flows.console import console, escape, fail, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(registry_app)
 app.add_typer(around_app)
 app.add_typer(serving_app)
+app.add_typer(cleaning_app)
 app.add_typer(service_app)
 
 
@@ -244,25 +246,6 @@ def check(
         console.print("[dim]Tokens are counted with the demo's tokenizer; give --config for your model's.[/]")
     if found.problems:
         raise typer.Exit(1)
-
-
-@app.command()
-def clean(
-    days: Annotated[float, typer.Option(min=1, help="Keep what was used in so many days.")] = 30,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
-    interrupted: Annotated[
-        bool, typer.Option("--interrupted", help="Also checkpoints of interrupted runs, which then begin anew.")
-    ] = False,
-) -> None:
-    """Delete cached folders, kept results and checkpoints that were not used lately. What MLflow keeps stays."""
-    prepare_environment(cache=True)
-    from flows.cleaning import delete, find_waste
-    from flows.terminal import show_waste
-
-    waste = find_waste(days=days, interrupted=interrupted)
-    if not dry_run:
-        delete(waste)
-    show_waste(waste, days, dry_run=dry_run)
 
 
 def main() -> None:

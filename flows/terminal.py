@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.checking import Check
-from flows.cleaning import Waste, measure
 from flows.console import escape
 from flows.environment import DATABASE_VARIABLE, run_defaults
 from schemas.artifacts import ComparisonReport, Delta, RunReport
@@ -291,25 +290,3 @@ def _prefect_command(flow_run_id: str) -> str:
         return f"{_script('prefect')} server start   {page}"
     home = shlex.quote(_short(storage.home() / "prefect"))  # whose prefect.db is the one
     return f"PREFECT_HOME={home} {_script('prefect')} server start   {page}"
-
-
-def show_waste(waste: list[Waste], days: float, *, dry_run: bool) -> None:
-    """Say what was deleted of a home, or would be, and what takes room and stays."""
-    console = Console(highlight=False)
-    counts: dict[str, list[int]] = {}
-    for item in waste:
-        counts.setdefault(item.what, []).append(item.num_bytes)
-    done = "would be deleted" if dry_run else "deleted"
-    for what, sizes in sorted(counts.items()):
-        console.print(f"{what}: {len(sizes):,} {done}, {sum(sizes) / 1e6:,.1f} MB")
-    if not waste:
-        console.print(f"Nothing that was not used for {days:g} days")
-    home = storage.home()
-    kept = {
-        name: measure(home / name) for name in ("cache", "runs", "artifacts", "mlflow.db") if (home / name).exists()
-    }
-    console.print(f"In {home}: " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in kept.items()))
-    if "artifacts" in kept:
-        console.print(
-            "artifacts and mlflow.db are the record of all runs: what is deleted in MLflow goes with `mlflow gc`"
-        )

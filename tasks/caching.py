@@ -83,9 +83,14 @@ def run_stage(stage: Task[..., Any], *inputs: Any, **named: Any) -> State[Any]:
     Where the files of a kept result are gone or damaged, here and where they were published, the stage runs again.
     """
     state: State[Any] = stage(*inputs, **named, return_state=True)
-    if state.name == CACHED and (loss := _find_loss(state.result())) is not None:
+    if state.name != CACHED:
+        return state
+    if (loss := _find_loss(state.result())) is not None:
         logger.warning("Stage %s runs again, its result is lost: %s", stage.name, loss)
-        state = stage.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
+        return stage.with_options(refresh_cache=True)(*inputs, **named, return_state=True)
+    if (parent := named.get("parent_run_id")) and (owner := state.result().mlflow_run_id):
+        # At once: what a run has taken must stay as long as it does.
+        tracking.set_tags(parent, {f"{tracking.TAKES_TAG}{owner[:8]}": owner})
     return state
 
 
@@ -100,6 +105,8 @@ def resolve_or_repeat(ref: R, repeat: Callable[[], R]) -> Path:
 
 def _find_loss(ref: Ref) -> tracking.ArtifactError | None:
     try:
+        if ref.mlflow_run_id and tracking.is_deleted(ref.mlflow_run_id):
+            raise tracking.ArtifactError(f"MLflow run {ref.mlflow_run_id}, which made it, was deleted")
         tracking.resolve(ref)
     except tracking.ArtifactError as error:
         return error

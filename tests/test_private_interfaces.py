@@ -28,6 +28,8 @@ _USES = {
     r"cache_files": "tasks/ingestion/sources/hub.py",
     r"\bTaskRunContext\.model_construct": "tasks/caching.py",
     r"SystemMetricsMonitor": "tasks/tracking/runs.py",
+    r"_hard_delete_\w+|ManagedSessionMaker|dbmodels": "tasks/tracking/removal.py",
+    r"prefect\.server\.services|provide_database_interface": "flows/flow_run_records.py",
     r"PREFECT__\w+": "flows/service/processes.py",
     r"averaged_gradients|__compatible_ops__|single_partition_of_fp32|_lazy_init_hp": "tasks/training/zero.py",
     r"\bfound_inf\b": "tasks/training/optimizers.py",
@@ -166,6 +168,26 @@ def test_torchao_keeps_a_moment_as_codes_of_8_bits_with_scales() -> None:
     again = put_together(parts)["exp_avg"]
     assert torch.equal(again.dequantize(), moment.dequantize())
     assert float((again.dequantize() - torch.linspace(-1, 1, 64 * 128).view(64, 128)).abs().max()) < 0.02
+
+
+def test_mlflow_removes_a_run_and_a_model_for_good(tmp_path: Path) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(f"sqlite:///{tmp_path}/mlflow.db", tmp_path.as_uri())
+    with store.ManagedSessionMaker(read_only=False) as session:
+        assert session.get_bind() is store.engine
+    store.engine.dispose()
+    assert list(inspect.signature(SqlAlchemyStore._hard_delete_run).parameters) == ["self", "run_id"]
+    assert list(inspect.signature(SqlAlchemyStore._hard_delete_logged_model).parameters) == ["self", "model_id"]
+
+
+def test_prefect_vacuums_a_database_that_it_is_given() -> None:
+    from prefect.server.services import db_vacuum
+
+    for name in ("orphaned_logs", "orphaned_artifacts", "stale_artifact_collections", "old_events"):
+        function = getattr(db_vacuum, f"vacuum_{name}")
+        assert list(inspect.signature(function).parameters) == ["db"], name
+        assert inspect.iscoroutinefunction(function), name
 
 
 def test_pytorch_counts_changes_in_place_and_copies_lists() -> None:

@@ -57,6 +57,14 @@ def prepare_databases(settings: ServiceSettings) -> DatabaseUrls:
     )
 
 
+def find_mlflow(settings: ServiceSettings) -> str:
+    """Return the address of the MLflow server's database, whether or not it is there."""
+    if settings.database_url is None:
+        return make_address(storage.home() / "mlflow.db")
+    url = make_url(settings.database_url)
+    return _render(url.set(database=f"{url.database or 'sft'}_mlflow"), "postgresql+psycopg2")
+
+
 def _render(url: URL, driver: str) -> str:
     return url.set(drivername=driver).render_as_string(hide_password=False)
 

@@ -23,6 +23,10 @@ POOLS = {CPU_WORKER: "cpu", GPU_WORKER: "gpu"}
 MLFLOW_APP = "sft-pipeline"
 """The guarded server among MLflow's apps: an entry point of this package."""
 _START_SECONDS = 180.0  # on a busy machine of two cores; a quiet one takes ten
+_VACUUM = {
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(90 * 86_400),  # seconds
+}
 # Of the caller's own: a service must not be steered by what a shell happens to have set for its clients.
 _OWN = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_UI_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI")
 
@@ -52,6 +56,8 @@ def start_prefect(settings: ServiceSettings, urls: DatabaseUrls, credentials: Cr
         "PREFECT_UI_STATIC_DIRECTORY": str(settings.folder.parent / "prefect" / "ui"),
         # Where browsers find the API; behind a reverse proxy its address is given.
         "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or f"{settings.page(settings.prefect_port)}/api",
+        # Flow runs that ended long ago go with task runs, logs and artifacts; events go after a week by themselves.
+        **{name: os.environ.get(name, value) for name, value in _VACUUM.items()},
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(settings.origins(settings.prefect_port)),
         **_guard_variables(settings, settings.prefect_port),
     }

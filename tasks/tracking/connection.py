@@ -5,7 +5,7 @@ import os
 from functools import cache
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, Run
 from mlflow.tracking import MlflowClient
 
 from tasks import storage
@@ -52,6 +52,12 @@ def get_run(run_id: str) -> Run:
         raise ValueError(f"MLflow run {run_id!r} is not known at {tracking_uri()}: {error.message}") from None
 
 
+def has_records() -> bool:
+    """Tell whether there can be a run: a local database that is not there has none, and is not made to be asked."""
+    file = find_path(tracking_uri())
+    return file is None or file.is_file()
+
+
 def find_status(run_id: str) -> str | None:
     """Return a run's status, or None where MLflow answers that it knows none of this id."""
     try:
@@ -59,6 +65,16 @@ def find_status(run_id: str) -> str | None:
     except mlflow.MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
+        raise
+
+
+def is_deleted(run_id: str) -> bool:
+    """Tell whether MLflow knows no run of this id any more, or has it marked as deleted."""
+    try:
+        return client().get_run(run_id).info.lifecycle_stage != LifecycleStage.ACTIVE
+    except mlflow.MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return True
         raise
 
 
