@@ -10,7 +10,7 @@ from flows import flow_run_records
 from flows.cleaning import DAY_SECONDS, Waste, delete, find_results, find_waste, measure
 from tasks import storage, tracking
 from tasks.registry.pruning import prune_runs
-from tasks.registry.retention import OldRun, Plan, Retention, find_old_runs
+from tasks.registry.retention import OldRun, Retention, RetentionPlan, find_old_runs
 from tasks.sqlite_files import compact, find_path
 from tasks.tracking import removal
 
@@ -23,7 +23,7 @@ class Survey:
     """What may go, as it was found."""
 
     waste: list[Waste]
-    plan: Plan
+    plan: RetentionPlan
     artifact_bytes: dict[str, int]
     """Of each old run's artifacts."""
     unreachable: list[OldRun]
@@ -96,7 +96,7 @@ def survey(*, days: float, runs: int | None, versions: int | None, interrupted: 
     before = time.time() - days * DAY_SECONDS
     waste = find_waste(days=days, interrupted=interrupted)
     has_records = tracking.has_records()
-    plan = find_old_runs(Retention(before, runs, versions, interrupted)) if has_records else Plan()
+    plan = find_old_runs(Retention(before, runs, versions, interrupted)) if has_records else RetentionPlan()
     unreachable = [run for run in plan.old if not all(map(removal.can_reach, run.locations))]
     plan.old = reached = [run for run in plan.old if run not in unreachable]
     return Survey(

@@ -59,7 +59,7 @@ class OldRun:
 
 
 @dataclass
-class Plan:
+class RetentionPlan:
     """What may go, and why the rest stays."""
 
     old: list[OldRun] = field(default_factory=list)
@@ -87,10 +87,10 @@ class _Records:
         return [*self.stages.get(run_id, []), self.parents[run_id]]
 
 
-def find_old_runs(retention: Retention) -> Plan:
+def find_old_runs(retention: Retention) -> RetentionPlan:
     """Return the runs that may go, by MLflow's records as they are now."""
     records = _read_records()
-    plan = Plan()
+    plan = RetentionPlan()
     needed = _find_versioned(records, retention)
     beyond = _find_beyond(records, retention.runs)
     candidates = []

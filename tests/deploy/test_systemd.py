@@ -11,16 +11,16 @@ from starlette.applications import Starlette
 from flows.service.guard import guarded
 from tests.end_to_end.service import ROOT
 
-_UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+_UNITS = sorted(path for path in (ROOT / "deploy" / "systemd").iterdir() if path.suffix in (".service", ".timer"))
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
 def test_the_units_are_right(tmp_path: Path) -> None:
-    assert len(_UNITS) == 3
+    assert len(_UNITS) == 5
     for unit in _UNITS:
         # The installation's place stands for a program that exists here; everything else is as it ships.
         text = unit.read_text()
-        for program in ("prefect", "mlflow", "uvicorn"):
+        for program in ("prefect", "mlflow", "uvicorn", "sft"):
             text = text.replace(f"/opt/sft-pipeline/.venv/bin/{program}", "/bin/true")
         (tmp_path / unit.name).write_text(text)
     units = [str(tmp_path / unit.name) for unit in _UNITS]

@@ -57,6 +57,7 @@ INLINE: dict[str, str] = {
     "python -m tests.laboratory.fuzz --cases 2000": _MODULES,
     "python -m tests.laboratory.crashes": _MODULES,
     "python -m tests.laboratory.crashes --draws 100": _MODULES,
+    "python -m tests.laboratory.month": _MODULES,
     "SFT_FAMILIES=all pytest tests/tasks/families/test_matrix.py": _MODULES,
     ".venv/bin/pip install 'sft-pipeline[nf4]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[flash4]'": _EXTRAS,

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from tests.laboratory.inputs import DEMO_MODEL, ROOT, draw_config, draw_dataset, draw_model, draw_rows, draw_template
-from tests.laboratory.oddities import draw_llamafactory, draw_settings
+from tests.laboratory.oddities import draw_foreign, draw_settings
 
 HANG_SECONDS = 60.0
 """Of computing; what only waits, or waits its turn on a busy machine, has _WAITS times as long."""
@@ -222,7 +222,7 @@ def _handle_config(folder: Path, draw: Random, tiny: Path) -> str:
 def _handle_import(folder: Path, draw: Random, tiny: Path) -> str:
     from flows.importing import load_any
 
-    path, overrides = draw_llamafactory(folder, draw)
+    path, overrides = draw_foreign(folder, draw)
     return type(load_any(path, overrides)).__name__
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from tests.laboratory.junk import draw_value, dump, mutate, spoil
 from tests.laboratory.oddities import spoil_tokenizer, write_encoded, write_holes, write_numbers, write_tree
+from tests.laboratory.recipes import draw_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "deploy" / "demo" / "base_model"
@@ -38,7 +39,7 @@ class Dataset:
 
 def draw_config(folder: Path, draw: Random) -> Path:
     """Write a config that was changed at a few places."""
-    values: Any = yaml.safe_load((ROOT / "deploy" / "configs" / "demo.yaml").read_text(encoding="utf-8"))
+    values = draw_recipe(draw)
     for _ in range(draw.choice((0, 1, 1, 2, 3))):
         values = mutate(values, draw)
     try:

@@ -67,7 +67,7 @@ def read_template(folder: Path) -> Template:
 
     client = tracking.client()
     experiments = [each.experiment_id for each in client.search_experiments()]
-    query = f"tags.`{tracking.CONFIG_TAG}` LIKE '%' AND attributes.status = 'FINISHED'"
+    query = "tags.`sft.version` LIKE '%' AND attributes.status = 'FINISHED' AND tags.`sft.verdict` LIKE '%'"
     run = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1)[0]
     children = client.search_runs(experiments, f"tags.`{tracking.PARENT_TAG}` = '{run.info.run_id}'")
     stages = {}
@@ -111,9 +111,9 @@ def record_run(template: Template, number: int) -> str:
                     )
                 if name == "merge":
                     with storage.new_folder() as folder:
-                        model_uri = versions.log_merged_model(
-                            _copy(template.model, folder / "model", number), child, question="hi"
-                        )
+                        merged = _copy(template.model, folder / "model", number)
+                        model_uri = versions.log_merged_model(merged, child, question="hi")
+                        storage.keep_folder(merged, storage.digest_folder(merged))
                     model_run = child
         tags = {versions.RUN_TAG: run_id, versions.GATE_TAG: "refused"}
         versions.create_version(template.name, model_uri, run_id=model_run, metrics={"nll": 1.0}, tags=tags)
@@ -230,7 +230,7 @@ def measure_home(home: Path) -> dict[str, int]:
 
 
 def live(
-    template: Template, *, days: int, runs: int, keep_days: float, keep_versions: int
+    template: Template, *, days: int, runs: int, keep_days: float, keep_versions: int, first: int = 0
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     """Let days pass with so many runs each; give the home's bytes before and after the cleaning of every day."""
     from flows.record_cleaning import clean_up, survey
@@ -238,7 +238,7 @@ def live(
 
     for day in range(days):
         for number in range(runs):
-            record_run(template, day * runs + number)
+            record_run(template, first + day * runs + number)
         record_flow_runs(template, runs)
         before = measure_home(storage.home())
         clean_up(survey(days=keep_days, runs=None, versions=keep_versions, interrupted=False))
@@ -254,6 +254,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--keep-days", type=float, default=7)
     parser.add_argument("--keep-versions", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run, where some are recorded already")
     options = parser.parse_args()
     os.environ["SFT_HOME"] = str(options.home.absolute())
     from flows.console import prepare_environment
@@ -268,6 +269,7 @@ def main() -> int:
             runs=options.runs,
             keep_days=options.keep_days,
             keep_versions=options.keep_versions,
+            first=options.first,
         )
         for day, (before, after) in enumerate(lived, 1):
             parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in after.items())

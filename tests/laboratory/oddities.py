@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tests.laboratory.junk import draw_value, dump, mutate, spoil
+from tests.laboratory.recipes import draw_llamafactory_method, draw_other_program
 
 ROOT = Path(__file__).resolve().parents[2]
 _ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "gb18030", "cp1252", "utf-7")
@@ -122,8 +123,8 @@ def write_numbers(folder: Path, rows: list[Any], draw: Random) -> tuple[str, int
     return str(folder / "rows.jsonl"), len(texts)
 
 
-def draw_llamafactory(folder: Path, draw: Random) -> tuple[Path, tuple[str, ...]]:
-    """Write a config of LLaMA-Factory's that was changed at a few places, and return it with key=value overrides."""
+def draw_foreign(folder: Path, draw: Random) -> tuple[Path, tuple[str, ...]]:
+    """Write a config of another program's, changed at a few places, and return it with key=value overrides."""
     values: Any = {
         key: value for key, value in _LLAMAFACTORY.items() if draw.random() < (0.1 if key in _RARE else 0.95)
     }
@@ -132,6 +133,10 @@ def draw_llamafactory(folder: Path, draw: Random) -> tuple[Path, tuple[str, ...]
     (folder / "data" / "dataset_info.json").write_bytes(dump(mutate(index, draw) if draw.random() < 0.2 else index))
     for name in index:
         (folder / "data" / f"{name}.json").write_bytes(dump([{"instruction": "a", "output": "b"}]))
+    if draw.random() < 0.4:
+        values |= draw_llamafactory_method(draw)
+    if draw.random() < 0.5:
+        values = draw_other_program(draw)
     for _ in range(draw.choice((0, 1, 2, 4))):
         values = mutate(values, draw)
     try:
@@ -140,7 +145,7 @@ def draw_llamafactory(folder: Path, draw: Random) -> tuple[Path, tuple[str, ...]
         content = dump(values)
     path = folder / "their.yaml"
     path.write_bytes(spoil(content, draw) if draw.random() < 0.2 else content)
-    return path, draw_settings(draw, tuple(_LLAMAFACTORY))
+    return path, draw_settings(draw, tuple(values) if isinstance(values, dict) and values else tuple(_LLAMAFACTORY))
 
 
 def draw_settings(draw: Random, keys: tuple[str, ...] = _KEYS) -> tuple[str, ...]:
