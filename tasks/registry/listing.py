@@ -24,6 +24,7 @@ class RunRow:
     name: str
     status: str
     seconds: float | None
+    """None where it has not ended, or where the clock was set back meanwhile."""
     version: str
     """NAME/VERSION, or nothing."""
     verdict: str
@@ -153,7 +154,9 @@ def _describe_run(run: Run) -> RunRow:
         started=_format_time(run.info.start_time),
         name=run.info.run_name or "",
         status=run.info.status,
-        seconds=None if ended is None else round((ended - run.info.start_time) / 1000, 1),
+        seconds=None
+        if ended is None or ended < run.info.start_time
+        else round((ended - run.info.start_time) / 1000, 1),
         version=run.data.tags.get("sft.version", ""),
         verdict=run.data.tags.get("sft.verdict", ""),
     )

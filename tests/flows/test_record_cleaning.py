@@ -128,7 +128,8 @@ def test_a_run_goes_with_rows_files_versions_and_kept_results(home: Path, templa
     assert not (home / "results" / "key").exists()
     assert not (home / "runs" / first).exists()
     assert _rows(home, second) > 0
-    assert [version.version for version in tracking.client().search_model_versions(f"name = '{MODEL}'")] == [2]
+    left = tracking.client().search_model_versions(f"name = '{MODEL}'")
+    assert [str(version.version) for version in left] == ["2"]
     assert len(list((home / "artifacts" / "models").iterdir())) == 1
 
 

@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -45,6 +46,18 @@ _ENDING_SECONDS = 60.0
 """What processes have to end after the run's own has."""
 _DISK_BYTES = 400 << 20
 _SERVER_START_SECONDS = 300.0
+_LOCK_SECONDS = 30.0
+CLOCK = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+"""Debian's libfaketime, which lets a process see another clock; None where it is not installed."""
+_CLOCK_FILE = "clock"  # of a home: how far its runs' clock is off
+# As when a machine's clock is set: the monotonic one goes on, and so do the times that files have already.
+_CLOCK = {
+    "LD_PRELOAD": str(CLOCK),
+    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    "NO_FAKE_STAT": "1",
+    "FAKETIME_CACHE_DURATION": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).with_name('clock')}",
+}
 
 
 @dataclass
@@ -86,8 +99,10 @@ class Bench:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SFT_"))
         }
+        clock = {**_CLOCK, "FAKETIME_TIMESTAMP_FILE": str(home / _CLOCK_FILE)} if CLOCK is not None else {}
         return {
             **kept,
+            **clock,
             "SFT_HOME": str(home),
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_HOME": str(self.folder / "prefect"),
@@ -249,6 +264,23 @@ def freeze_server(bench: Bench, home: Path, attempt: Attempt, draw: Random) -> N
     bench.stop_server(signal.SIGCONT)
 
 
+def change_clock(bench: Bench, home: Path, attempt: Attempt, draw: Random) -> None:
+    """Set the clock of the run's machine a day forward or an hour back, and kill the run in some of the cases."""
+    (home / _CLOCK_FILE).write_text(draw.choice(("+1d", "-1h")))
+    if draw.random() < 0.3:
+        time.sleep(2.0)
+        attempt.signal(signal.SIGKILL)
+
+
+def lock_database(bench: Bench, home: Path, attempt: Attempt, draw: Random) -> None:
+    """Hold MLflow's or Prefect's database for half a minute, as somebody does who copies it or looks into it."""
+    path = draw.choice((home / "mlflow.db", bench.folder / "prefect" / "prefect.db"))
+    with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        time.sleep(_LOCK_SECONDS)
+        database.execute("ROLLBACK")
+
+
 def damage(bench: Bench, home: Path, attempt: Attempt, draw: Random) -> None:
     """Change a file that the run has left on the disk; kill it in half of the cases."""
     files = sorted(file for name in ("cache", "results", "runs") for file in _find_files(home / name))
@@ -279,7 +311,8 @@ FAULTS: dict[str, Callable[[Bench, Path, Attempt, Random], None]] = {
     each.__name__: each
     for each in (
         *(kill, terminate, interrupt, pause, stutter),
-        *(fill_disk, lose_server, freeze_server, damage, clear),
+        *(fill_disk, lose_server, freeze_server, damage, clear, lock_database),
+        *((change_clock,) if CLOCK is not None else ()),
     )
 }
 
@@ -407,6 +440,7 @@ def _new_home(folder: Path, template: Path) -> Iterator[Path]:
     mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     try:
         shutil.copytree(template, home, dirs_exist_ok=True)
+        (home / _CLOCK_FILE).write_text("+0")
         yield home
     finally:
         for process in _list_processes(home):

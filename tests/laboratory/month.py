@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +166,7 @@ async def _record_flow_runs(template: Template, number: int) -> None:
     for _ in range(number):
         async with database.session_context(begin_transaction=True, with_for_update=True) as session:
             flow = await store.flows.create_flow(session=session, flow=core.Flow(name="sft-pipeline"))
-            ended = states.Completed()
+            ended: Any = states.Completed()
             run = await store.flow_runs.create_flow_run(
                 session=session,
                 flow_run=core.FlowRun(flow_id=flow.id, state=ended, start_time=now("UTC"), end_time=now("UTC")),
@@ -214,7 +214,7 @@ def pass_days(home: Path, days: float) -> None:
         _move(home / "prefect" / "prefect.db", _PREFECT_TIMES, moved)
 
 
-def _move(path: Path, times: dict[str, tuple[str, ...]], expression: str) -> None:
+def _move(path: Path, times: Mapping[str, tuple[str, ...]], expression: str) -> None:
     with closing(sqlite3.connect(path, timeout=60)) as database, database:
         for table, columns in times.items():
             changes = ", ".join(f"{column} = {expression.format(column)}" for column in columns)

@@ -4,10 +4,11 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from tests.laboratory.crashes import FAULTS, LOST, Outcome, compare, draw_fault, prepared, run_draw
+from tests.laboratory.crashes import CLOCK, FAULTS, LOST, Draw, Outcome, compare, draw_fault, prepared, run_draw
 
 pytestmark = pytest.mark.slow
 NUM_DRAWS = 5
@@ -27,6 +28,15 @@ def test_runs_recover_from_drawn_faults(tmp_path: Path) -> None:
             if laws := run_draw(bench, template, expected, drawn):
                 broken[f"{drawn.fault} after {drawn.moment:.1f} of {seconds:.1f} s"] = laws
     assert broken == {}
+
+
+@pytest.mark.skipif(os.environ.get("SFT_SERVICE_TESTS", "") not in ("faults", "all"), reason="SFT_SERVICE_TESTS=faults")
+@pytest.mark.skipif(CLOCK is None, reason="libfaketime is not installed (Debian: faketime)")
+def test_a_clock_that_is_set_in_mid_run_changes_nothing(tmp_path: Path) -> None:
+    with prepared(tmp_path) as (bench, template, expected, seconds):
+        for seed in (0, 1):  # of the draws: a day forward, an hour back
+            drawn = Draw("change_clock", seconds * 0.6, Random(seed))
+            assert run_draw(bench, template, expected, drawn) == [], seed
 
 
 def test_every_fault_is_drawn_and_a_seed_draws_the_same_again() -> None:
