@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from flows.console import console, escape, fail, prepare_environment
+from flows.console import check_files, console, escape, fail, prepare_environment
 from schemas.loading import ConfigError
 
 app = typer.Typer()
@@ -30,6 +30,7 @@ def init(
 
     if output is not None and output.exists():
         fail(ConfigError(f"{output}: is there already; give another name"))
+    check_files(output=output)
     try:
         made = make_config(data, model)
     except ValueError as error:

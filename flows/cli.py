@@ -7,7 +7,7 @@ import typer
 
 from flows.around_cli import app as around_app
 from flows.cleaning_cli import app as cleaning_app
-from flows.console import console, escape, fail, load_for_data, prepare_environment
+from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from flows.serving_cli import app as serving_app
@@ -81,6 +81,7 @@ def run(
         _export(loaded, config)
         return
     _check_is_free(output)
+    check_files(report=report)
     _check_home()
     from flows.temporary_server import ServerStartError, starting_server
 
@@ -230,6 +231,7 @@ def check(
 ) -> None:
     """Validate a dataset and show what would be trained, without training. Exit code 1 when a budget is broken."""
     loaded = load_for_data(data, config, set_)
+    check_files(json_=json_, html=html)
     prepare_environment(cache=True)
     from flows.checking import check_dataset
     from flows.terminal import show_check

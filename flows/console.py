@@ -1,6 +1,6 @@
 """What the commands of `sft` share: messages, the environment of a run, and a config for one dataset."""
 
-import json
+import errno
 import os
 import warnings
 from contextlib import suppress
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from flows.environment import run_defaults
 from schemas.config import RunConfig
-from schemas.loading import ConfigError, load_config, override_config
+from schemas.loading import ConfigError, load_config, override_config, quote_text
 from tasks.storage import HomeError, make_home
 from tasks.visible_text import make_visible
 
@@ -31,6 +31,35 @@ def fail(error: Exception) -> NoReturn:
     console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
     console.print(make_visible(str(error)), markup=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+def check_files(**files: Path | None) -> None:
+    """End with a message where a file cannot be written, before the work whose result it gets.
+
+    Args:
+        files: by the option that names each.
+    """
+    for option, path in files.items():
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() or not os.path.lexists(path):
+                _try_to_write(path)
+            elif path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            fail(ConfigError(f"--{option.strip('_')} {path}: cannot be written ({reason}): give another file"))
+
+
+def _try_to_write(path: Path) -> None:
+    """Open a file for writing and leave it as it is, or is not."""
+    is_new = not path.exists()
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def prepare_environment(*, cache: bool) -> None:
@@ -51,6 +80,6 @@ def load_for_data(data: str, config: Path | None, set_: list[str] | None) -> Run
     try:
         if config is None:
             return override_config({"model": {"base_model": str(_DEMO_MODEL)}, "data": {"source": data}}, overrides)
-        return load_config(config, (f"data.source={json.dumps(data)}", *overrides))
+        return load_config(config, (f"data.source={quote_text(data)}", *overrides))
     except ConfigError as error:
         fail(error)

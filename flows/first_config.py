@@ -1,7 +1,7 @@
 """`sft init`: a short commented config for a dataset and a model, from what is found in them."""
 
-import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,10 @@ import yaml
 
 from flows.checking import Check, check_dataset
 from schemas.config import DataConfig, ModelConfig, RunConfig, TokenizationConfig
-from schemas.loading import parse_config
+from schemas.loading import parse_config, quote_text
 from tasks.base_model import locate_tokenizer
 from tasks.models import read_context_length
+from tasks.visible_text import make_visible
 
 _FEWEST_HELD_OUT, _MOST_HELD_OUT = 30, 500
 _HELD_OUT_PART = 0.1
@@ -77,15 +78,16 @@ def _write(data: str, base_model: str, context: int, found: Check) -> str:
     too_few = "" if num_held_out >= _FEWEST_HELD_OUT else ", too few for a champion (gate.min_conversations)"
     why = f"answers of {answers['median']:.0f} tokens are right or wrong as a whole" if is_short else "for free text"
     longest = f"{lengths['max']:,}" + (": the model has positions for no more" if lengths["max"] >= context else "")
+    shown = " ".join(make_visible(shlex.quote(data)).splitlines())
     return f"""# Made from {found.rows["rows in"]:,} rows: {_list_rows(found)}.
-# All settings and their meaning: docs/settings.md; how one row looks: sft check {data} --config THIS_FILE
+# All settings and their meaning: docs/settings.md; how one row looks: sft check {shown} --config THIS_FILE
 name: {name}
 
 model:
-  base_model: {json.dumps(base_model)}
+  base_model: {quote_text(base_model)}
 
 data:
-  source: {json.dumps(data)}
+  source: {quote_text(data)}
   eval_fraction: {fraction:<8}     # about {num_held_out:,} rows are held out{too_few}
 
 tokenization:

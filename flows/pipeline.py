@@ -1,6 +1,5 @@
 """The whole run on one page: a dataset and a base model become a registered, evaluated model."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from flows.gpu_stages import evaluate, train
 from flows.probing import digest_template, prepare_probes
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
-from schemas.loading import override_config
+from schemas.loading import override_config, quote_text
 from tasks import garbage, tracking
 from tasks.caching import CACHED, run_stage
 from tasks.registry.recipes import need_recipe
@@ -51,7 +50,7 @@ def choose_config(config: RunConfig, recipe: str, uri: str | None) -> RunConfig:
 
 def _with_dataset(config: RunConfig, uri: str | None) -> RunConfig:
     return (
-        config if uri is None else override_config(config.model_dump(mode="json"), (f"data.source={json.dumps(uri)}",))
+        config if uri is None else override_config(config.model_dump(mode="json"), (f"data.source={quote_text(uri)}",))
     )
 
 

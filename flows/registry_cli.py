@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.console import console, escape, fail, load_for_data, prepare_environment
+from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
 from schemas.artifacts import Move
 
 app = typer.Typer()
@@ -158,6 +158,7 @@ def evaluate(
 ) -> None:
     """Ask a model the rows of a dataset, and its base too: every metric, and what changed with its interval."""
     loaded = load_for_data(data, config, set_)
+    check_files(json_=json_, answers=answers)
     prepare_environment(cache=True)
     from flows.evaluating import evaluate_target
     from flows.targets import opening_target

@@ -1,5 +1,6 @@
 """YAML files and `section.field=value` overrides become a RunConfig, or an error that says what to change."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -86,6 +87,11 @@ def _measure(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} … ({len(text):,} characters)"
+
+
+def quote_text(text: str) -> str:
+    """Return a text as YAML takes it on one line, whatever is in it."""
+    return str(yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf)).rstrip("\n")
 
 
 def override_config(values: dict[str, Any], overrides: tuple[str, ...], where: str = "config") -> RunConfig:

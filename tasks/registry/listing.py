@@ -7,6 +7,7 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
 from tasks import tracking
 from tasks.registry.versions import GATE_TAG, REASONS_TAG, ROLLED_BACK_TAG, RUN_TAG
@@ -67,13 +68,17 @@ def list_versions(name: str | None) -> list[VersionRow]:
         ValueError: there is no registered model of this name.
     """
     client = tracking.client()
-    names = sorted(model.name for model in client.search_registered_models())
+    names = sorted(model.name for model in tracking.read_pages(client.search_registered_models))
     if name is not None and name not in names:
         raise ValueError(f"no registered model is called {name}; there are: {', '.join(names) or 'none'}")
-    rows = []
+    rows: list[VersionRow] = []
+    known: dict[str, list[ModelVersion]] = {}
+    # Of all and not by a query for each name: MLflow's queries take no name with a quotation mark.
+    for version in tracking.read_pages(client.search_model_versions):
+        known.setdefault(version.name, []).append(version)
     for each in [name] if name else names:
         aliases = client.get_registered_model(each).aliases
-        versions = client.search_model_versions(f"name = '{each}'")
+        versions = known.get(each, [])
         for version in sorted(versions, key=lambda version: -int(version.version)):
             if RUN_TAG not in version.tags:
                 continue

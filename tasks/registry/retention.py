@@ -8,9 +8,8 @@ A run goes as a whole, with its stages, the models that they logged, and its ver
 """
 
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
@@ -119,7 +118,7 @@ def find_old_runs(retention: Retention) -> RetentionPlan:
 def _read_records() -> _Records:
     client = tracking.client()
     experiments = [
-        each.experiment_id for each in _read_pages(client.search_experiments, view_type=ViewType.ACTIVE_ONLY)
+        each.experiment_id for each in tracking.read_pages(client.search_experiments, view_type=ViewType.ACTIVE_ONLY)
     ]
     records = _Records({}, {}, {}, [], set())
     if not experiments:
@@ -128,10 +127,10 @@ def _read_records() -> _Records:
         records.parents[run.info.run_id] = run
     for run in _search_runs(experiments, tracking.PARENT_TAG):
         records.stages.setdefault(run.data.tags[tracking.PARENT_TAG], []).append(run)
-    for model in _read_pages(client.search_logged_models, experiment_ids=experiments):
+    for model in tracking.read_pages(client.search_logged_models, experiment_ids=experiments):
         records.models.setdefault(str(model.source_run_id), []).append(model)
-    records.versions = list(_read_pages(client.search_model_versions))
-    for model in _read_pages(client.search_registered_models):
+    records.versions = list(tracking.read_pages(client.search_model_versions))
+    for model in tracking.read_pages(client.search_registered_models):
         records.former |= {(model.name, str(number)) for number in model.aliases.values()}
         for move in list_moves(model):
             records.former |= {(model.name, number) for number in (move.version_from, move.version_to) if number}
@@ -140,20 +139,9 @@ def _read_records() -> _Records:
 
 def _search_runs(experiments: Sequence[str], tag: str) -> Iterator[Run]:
     query = f"tags.`{tag}` LIKE '%'"
-    return _read_pages(
+    return tracking.read_pages(
         tracking.client().search_runs, experiment_ids=experiments, filter_string=query, max_results=_PAGE
     )
-
-
-def _read_pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
-    """Give what a search of MLflow's finds, page by page."""
-    token = None
-    while True:
-        page = search(**arguments, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _find_versioned(records: _Records, retention: Retention) -> set[str]:

@@ -15,7 +15,7 @@ from tasks.tracking.artifacts import (
     publish,
     resolve,
 )
-from tasks.tracking.calls import at_once
+from tasks.tracking.calls import at_once, read_pages
 from tasks.tracking.connection import (
     client,
     experiment_link,
@@ -81,6 +81,7 @@ __all__ = [
     "metric_log",
     "open_experiment",
     "publish",
+    "read_pages",
     "recall",
     "recorded_config",
     "remember",

@@ -1,12 +1,23 @@
 """Makes several calls to the tracking server at the same time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
 from tasks.tracking.connection import tracking_uri
 from tasks.tracking.stopwatch import tracking_time
+
+
+def read_pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
+    """Give all that a search of MLflow's finds; one call of it gives a page."""
+    token = None
+    while True:
+        page = search(**arguments, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 @tracking_time()

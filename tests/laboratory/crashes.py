@@ -99,10 +99,8 @@ class Bench:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SFT_"))
         }
-        clock = {**_CLOCK, "FAKETIME_TIMESTAMP_FILE": str(home / _CLOCK_FILE)} if CLOCK is not None else {}
         return {
             **kept,
-            **clock,
             "SFT_HOME": str(home),
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_HOME": str(self.folder / "prefect"),
@@ -145,7 +143,7 @@ class Attempt:
         self._said: list[bytes] = []
         self.process = subprocess.Popen(
             command,
-            env=bench.environment(home),
+            env={**bench.environment(home), **_read_clock(home)},
             cwd=ROOT,
             stdout=subprocess.PIPE,  # a file would have the limits of the run's own files
             stderr=subprocess.STDOUT,
@@ -187,6 +185,11 @@ class Attempt:
         if self.process.poll() is not None:
             self._listener.join(5.0)  # another process may hold the pipe
         return b"".join(list(self._said)).decode(errors="replace")
+
+
+def _read_clock(home: Path) -> dict[str, str]:
+    """Return the variables that let a process follow the clock of a home, where that can be."""
+    return {**_CLOCK, "FAKETIME_TIMESTAMP_FILE": str(home / _CLOCK_FILE)} if CLOCK is not None else {}
 
 
 @dataclass
