@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks import trainers  # noqa: E402 (the file is run by its path, also by peers' interpreters)
+from tests.benchmarks.random_weights import UNSAVED, load_at_random, save_model  # noqa: E402
 from tests.benchmarks.shapes import SHAPES  # noqa: E402
 
 _PACKED = {"rank": 64, "alpha": 128, "packing": True}
@@ -32,7 +33,11 @@ _LEAN = {**_PACKED, "tokens_per_pack": 8192, "micro_batch": 1, "gradient_accumul
 _FULL = {"method": "full", "packing": True, "learning_rate": 1e-5, "micro_batch": 1}
 _FULL_7B = {**_FULL, "tokens_per_pack": 8192, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
 _EIGHT_BITS = {"optimizer": "adamw_8bit"}
+# Adapters of all experts of rank 64 would be 2.5 billion values.
+_EXPERTS = {**_LEAN, "rank": 16, "alpha": 32, "tokens_per_pack": 16384, "gradient_accumulation_steps": 2}
+_PEERS_EXPERTS = {"rank": 16, "batch": 8, "accumulation": 2}
 _DELTA_NET = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+_EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # What is run: who, shape, settings; steps in all.
 RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
@@ -50,6 +55,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-gemma4-e4b": ("ours", "gemma4-e4b", {**_KEPT, "gradient_checkpointing": False}, 12),
     "ours-gemma4-e4b-lean": ("ours", "gemma4-e4b", {**_LEAN, "gradient_checkpointing": True}, 10),
     "ours-gemma4-e4b-general": ("ours", "gemma4-e4b", {**_LEAN, "engine": "general"}, 8),
+    "ours-30b-a3b-lean": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
+    "ours-30b-a3b-general": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -105,6 +112,13 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"checkpointing": False, "batch": 4, "accumulation": 4, "attention": "sdpa"},
         8,
     ),
+    "unsloth-30b-a3b-lean": ("unsloth", "qwen3-30b-a3b", {**_PEERS_EXPERTS, "checkpointing": "unsloth"}, 7),
+    "trl-30b-a3b-lean": (
+        "trl",
+        "qwen3-30b-a3b",
+        {**_PEERS_EXPERTS, "checkpointing": True, "parameters": _EXPERT_PARAMETERS},
+        6,
+    ),
     "llamafactory-7b-recipe": ("llamafactory", "qwen2.5-7b", {"batch": 2, "accumulation": 8}, 8),
     "llamafactory-0.6b-full": (
         "llamafactory",
@@ -137,6 +151,9 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("Gemma 4 E4B, bf16", "ours-gemma4-e4b", "unsloth-gemma4-e4b", 1.3, None),
     ("Gemma 4 E4B, bf16, beside TRL's best", "ours-gemma4-e4b", "trl-gemma4-e4b", 1.3, None),
     ("Gemma 4 E4B, general engine", "ours-gemma4-e4b-general", "trl-gemma4-e4b", 1.0, None),
+    ("Qwen3 30B-A3B, experts adapted, checkpointing", "ours-30b-a3b-lean", "unsloth-30b-a3b-lean", 2.0, 80.0),
+    ("Qwen3 30B-A3B, beside TRL's best", "ours-30b-a3b-lean", "trl-30b-a3b-lean", 2.0, 80.0),
+    ("Qwen3 30B-A3B, beside the general engine", "ours-30b-a3b-lean", "ours-30b-a3b-general", 1.0, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),
@@ -159,6 +176,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         who, shape, settings, steps = RUNS[options.one]
+        if shape in UNSAVED:
+            load_at_random()
         print("RESULT", json.dumps(getattr(trainers, f"run_{who}")(options.work / shape, settings, steps)), flush=True)
         os._exit(0)  # some trainers hang in their own endings
     paths = dict(entry.split("=", 1) for entry in options.peer)
@@ -184,18 +203,14 @@ def prepare(folder: Path, shape: str) -> None:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     settings = dict(SHAPES[shape])
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(
         settings.pop("model_type"), **settings, max_position_embeddings=32768, dtype="bfloat16", **special
     )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder / "model", max_shard_size="4GB")
+    save_model(config, folder / "model", shape)
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -216,7 +231,6 @@ def prepare(folder: Path, shape: str) -> None:
     }
     pq.write_table(pa.table(columns), folder / "tokens" / "train.parquet")
     (folder / "done").touch()
-    del model
     torch.cuda.empty_cache()
 
 

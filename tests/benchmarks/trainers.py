@@ -125,7 +125,11 @@ def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any
         folder / "model", dtype=torch.float32 if is_full else torch.bfloat16, device_map={"": 0},
         attn_implementation=settings.get("attention", "flash_attention_2"),
     )  # fmt: skip
-    adapter = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+    rank = settings.get("rank", 64)
+    adapter = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=settings.get("parameters"),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(draw_rows()),
@@ -149,8 +153,10 @@ def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str,
     )  # fmt: skip
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     names += settings.get("further_targets", [])
+    rank = settings.get("rank", 64)
     model = FastLanguageModel.get_peft_model(
-        model, r=64, lora_alpha=128, lora_dropout=settings.get("dropout", 0.0), bias="none", target_modules=names,
+        model, r=rank, lora_alpha=2 * rank, lora_dropout=settings.get("dropout", 0.0), bias="none",
+        target_modules=names,
         use_gradient_checkpointing=checkpointing, random_state=0, max_seq_length=2048,
     )  # fmt: skip
     arguments = _trainer_settings(folder, settings, steps)

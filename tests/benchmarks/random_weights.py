@@ -1,0 +1,43 @@
+"""Models of random weights for the benchmarks on a GPU: saved once, or, where they are large, made anew in each run."""
+
+from pathlib import Path
+from typing import Any
+
+# Too large for many a disk: the folder has config and tokenizer, and what loads from it gets weights made on the GPU.
+UNSAVED = ("qwen3-30b-a3b", "gpt-oss-20b")
+
+
+def save_model(config: Any, folder: Path, shape: str) -> None:
+    """Save a model of a shape with random weights in bf16, or, of a large one, what stands for it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    if shape in UNSAVED:
+        config.save_pretrained(folder)
+        save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
+        return
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+
+
+def load_at_random() -> None:
+    """Have transformers, and with it every trainer, fill models with random weights in place of a folder's."""
+    import torch
+    from transformers import AutoConfig, PreTrainedModel
+
+    def load(cls: Any, path: Any, *args: Any, **settings: Any) -> Any:
+        config = settings.get("config") or AutoConfig.from_pretrained(path)
+        options = (
+            {"attn_implementation": settings["attn_implementation"]} if settings.get("attn_implementation") else {}
+        )
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = cls._from_config(config, dtype=torch.bfloat16, **options).eval()
+        model.name_or_path = str(path)
+        report: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return (model, report) if settings.get("output_loading_info") else model
+
+    PreTrainedModel.from_pretrained = classmethod(load)  # type: ignore[assignment]
