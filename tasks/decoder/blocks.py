@@ -38,6 +38,16 @@ def last_output_unused() -> Iterator[None]:
         _state.is_unused = False
 
 
+@contextmanager
+def output_wanted() -> Iterator[None]:
+    """Have an output set in any case: something is done with it."""
+    before, _state.is_unused = is_last_output_unused(), False
+    try:
+        yield
+    finally:
+        _state.is_unused = before
+
+
 def is_last_output_unused() -> bool:
     """Say whether the layer's last output is not wanted."""
     return getattr(_state, "is_unused", False)

@@ -41,6 +41,10 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
     if known is None or not hasattr(block, "experts"):
         return None
     shared = [known.shared] if known.shared and find_shared(block, known) is not None else []
+    if shared and known.shared_gate:
+        shared.append(known.shared_gate)
+        if type(getattr(block, known.shared_gate, None)) is not nn.Linear:
+            raise UnknownDecoderError(f"its {known.shared_gate} is no plain linear layer")
     check_modules(block, {"experts", known.router, *shared})
     if getattr(block, "jitter_noise", 0):
         raise UnknownDecoderError(f"its {type(block).__name__} adds noise to what the router sees")
@@ -60,6 +64,7 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
     def build() -> ExpertLayer:
         return ExpertLayer(
             route=router,
+            shared_gate=getattr(block, known.shared_gate) if shared and known.shared_gate else None,
             gate_up=build_grouped_projection(gate_up),
             gate=Gate(activation),
             down=build_grouped_projection(down),

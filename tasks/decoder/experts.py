@@ -37,6 +37,8 @@ class ExpertLayer:
     down: GroupedProjection
     num_chosen: int
     """K"""
+    shared_gate: Callable[[Tensor], Tensor] | None = None
+    """[T, H] -> [T, 1], whose sigmoid weighs what the shared experts give."""
 
     @property
     def adapters(self) -> tuple[ExpertAdapters, ExpertAdapters]:

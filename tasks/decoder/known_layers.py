@@ -61,6 +61,8 @@ class KnownExperts:
     router: str = "gate"
     shared: str | None = None
     """Experts that every token goes through, where a block has some."""
+    shared_gate: str | None = None
+    """A linear layer that gives a number for each token, whose sigmoid their output is multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class KnownLayer:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     head_norms: tuple[str, str] | None = None
     """Of queries and keys."""
+    may_lack_norms: bool = False
+    """The config says whether there are such norms; where there are, part of a head may be rotated."""
     norms_rows: bool = False
     """All heads of a token are normed together."""
     norms_after_rotation: bool = False
@@ -103,11 +107,13 @@ class KnownLayer:
     @property
     def attention_modules(self) -> set[str]:
         """Names of the modules of its attention."""
-        return {*self.qkv, "o_proj", *(self.head_norms or ())}
+        return {*self.qkv, "o_proj"}
 
 
 _HEAD_NORMS = ("q_norm", "k_norm")
 _FUSED_GATE = ("gate_up_proj",)
+_SHARED = KnownExperts(shared="shared_experts")
+_GATED = KnownExperts(shared="shared_expert", shared_gate="shared_expert_gate")
 _LLAMA = KnownLayer()
 _NORMED_AFTER = KnownLayer(
     input_norm=None, attention_out_norm="post_attention_layernorm", gate_norm=None,
@@ -165,5 +171,15 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
     "Qwen3MoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts()),
     "OlmoHybridAttentionDecoderLayer": replace(_NORMED_AFTER, norms_rows=True, rope=_rope_where_set),
     "OlmoHybridLinearAttentionDecoderLayer": _LLAMA,
+    "Qwen3VLMoeTextDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts()),
+    "Qwen2MoeDecoderLayer": KnownLayer(experts=_GATED),
+    "Qwen3_5MoeDecoderLayer": KnownLayer(
+        head_norms=_HEAD_NORMS, is_weight_less_one=True, has_gates=True, experts=_GATED
+    ),
+    "MixtralDecoderLayer": KnownLayer(window=_config_window, experts=KnownExperts()),
+    "OlmoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, norms_rows=True, experts=KnownExperts()),
+    "Glm4MoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, may_lack_norms=True, experts=_SHARED),
+    "Dots1DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=_SHARED),
+    "Ernie4_5_MoeDecoderLayer": KnownLayer(is_interleaved=True, experts=_SHARED),
     "Exaone4DecoderLayer": replace(_NORMED_AFTER, window=_hybrid_window, rope=_rope_where_sliding),
 }

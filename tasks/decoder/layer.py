@@ -3,15 +3,17 @@
 Dimensions: `T` tokens of a flat batch (examples end to end), `H` hidden size.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 from tasks.decoder.adapters import AdapterGroup
 from tasks.decoder.attention import Attention, Segments
-from tasks.decoder.blocks import GatedProject, NormProject, OutputNorm, Project, Select
+from tasks.decoder.blocks import GatedProject, NormProject, OutputNorm, Project, Select, output_wanted
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.experts import AddNorm, ExpertLayer, run_experts
 from tasks.decoder.further_blocks import Scale
@@ -150,7 +152,11 @@ def _run_experts(
     delta = run_experts(experts, normed, ops)
     if layer.gate_up is not None and layer.down is not None:
         gate_up = Project.apply(normed, layer.gate_up, ops, dropout, *layer.gate_up.adapters.parameters)
-        delta = delta + _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
+        with nullcontext() if experts.shared_gate is None else output_wanted():
+            shared = _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
+        if experts.shared_gate is not None:
+            shared = torch.sigmoid(experts.shared_gate(normed)) * shared
+        delta = delta + shared
     return stream, delta
 
 

@@ -45,18 +45,20 @@ def plan_mixer(layer: nn.Module, known: KnownLayer, weights: TrainedWeights | No
     attention: Any = layer.self_attn
     if type(attention).__name__ in _SHARING:
         return _plan_sharing(attention)
-    check_modules(attention, known.attention_modules)
+    has_norms = known.head_norms is not None and not (known.may_lack_norms and not hasattr(attention, "q_norm"))
+    norm_names = known.head_norms if has_norms and known.head_norms else ()
+    check_modules(attention, {*known.attention_modules, *norm_names})
     parts = [read_part(attention, name) for name in known.qkv]
     output = [read_part(attention, "o_proj")]
     heads = _read_heads(attention, known)
 
     def build() -> Mixer:
         norms = [read_norm(getattr(attention, name), weights, is_weight_less_one=known.is_weight_less_one)
-                 for name in known.head_norms or ()]  # fmt: skip
+                 for name in norm_names]  # fmt: skip
         rope, window, scale = known.rope(attention), known.window(attention), float(attention.scaling)
-        if not known.has_gates:
+        if not known.has_gates and not (known.may_lack_norms and norms):
             return SelfAttention(heads, (norms[0], norms[1]) if norms else None, known.norms_rows, rope, window, scale)
-        layout = HeadLayout(heads.num_query, heads.num_key_value, heads.size, has_gates=True)
+        layout = HeadLayout(heads.num_query, heads.num_key_value, heads.size, has_gates=known.has_gates)
         first, second = norms if norms else (None, None)
         return FurtherAttention(layout, heads.num_key_value, (first, second, None), rope, window, scale)
 

@@ -129,6 +129,7 @@ def _check_settings(config: Any) -> None:
     wanted: dict[str, tuple[Any, ...]] = {
         "attn_logit_softcapping": (None,),
         "use_bidirectional_attention": (None, False, "vision"),
+        "clip_qkv": (None,),
         "attention_dropout": (None, 0, 0.0),
         "residual_dropout": (None, 0, 0.0),
         "resid_pdrop": (None, 0, 0.0),

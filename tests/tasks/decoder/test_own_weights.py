@@ -15,9 +15,17 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import collect_trained
 from tasks.training.own_weights import choose_weights
 from tasks.training.reference import sum_losses
-from tests.tasks.decoder.test_fused import FAMILIES, FURTHER, SHAPE, draw_table, list_examples, measure_difference
+from tests.tasks.decoder.test_fused import (
+    EXPERTS,
+    FAMILIES,
+    FURTHER,
+    SHAPE,
+    draw_table,
+    list_examples,
+    measure_difference,
+)
 
-ADAPTERS_ALONE = ["gemma4_text", "qwen3_5_text", "olmo_hybrid", "qwen3_moe"]
+ADAPTERS_ALONE = ["gemma4_text", "qwen3_5_text", "olmo_hybrid", *EXPERTS]
 PLAIN = [family for family in FAMILIES if family not in ADAPTERS_ALONE]
 CPU = torch.device("cpu")
 SCALE = 1 / 37
