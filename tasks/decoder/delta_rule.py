@@ -12,6 +12,8 @@ sizes, `C` tokens of a chunk, `N` chunks.
 
 import logging
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +83,14 @@ def run_fla_rule(
 
 @cache
 def _find_fla() -> Any | None:
-    """Return the chunked rule of flash-linear-attention; None where it is not installed or does not import."""
+    """Return the chunked rule of flash-linear-attention; None where it does not import, or is not sound."""
+    if find_spec("fla") is not None and _is_miscompiled(torch.cuda.get_device_capability(), _read_triton_version()):
+        logger.warning(
+            "flash-linear-attention is not used: Triton 3.4 to 3.7.0 compiles its backward pass wrongly for Hopper "
+            "GPUs. The delta rule runs in plain PyTorch, which is slower. Triton 3.7.1 or later, or tilelang "
+            "(pip install tilelang), changes that"
+        )
+        return None
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except Exception as error:  # it looks for a device and a compiler while it imports, and raises what it likes
@@ -89,6 +98,23 @@ def _find_fla() -> Any | None:
             logger.warning("flash-linear-attention is installed but does not import (%s)", error)
         return None
     return chunk_gated_delta_rule
+
+
+def _read_triton_version() -> tuple[int, ...]:
+    """Return the release of Triton that is installed, as numbers; nothing without it."""
+    try:
+        release = version("triton").partition("+")[0]
+    except PackageNotFoundError:
+        return ()
+    return tuple(int(number) for number in release.split(".")[:3] if number.isdigit())
+
+
+def _is_miscompiled(capability: tuple[int, int], triton: tuple[int, ...]) -> bool:
+    """Say whether Triton compiles the backward pass of flash-linear-attention wrongly, and nothing stands in for it.
+
+    The library found it out (its issue 640), and raises in the middle of the backward pass.
+    """
+    return capability[0] == 9 and (3, 4) <= triton < (3, 7, 1) and find_spec("tilelang") is None
 
 
 def run_plain_rule(

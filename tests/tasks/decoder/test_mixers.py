@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.decoder import mixer_elementwise
+from tasks.decoder import delta_rule, mixer_elementwise
 from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.delta_rule import run_plain_rule
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
@@ -135,3 +135,34 @@ def test_a_layers_scale_is_that_of_its_buffer_whatever_its_dtype() -> None:
     found, _ = compute_fused(model, form_flat_batch(table, range(5)))
     assert found == pytest.approx(loss, rel=3e-3)
     assert plain != pytest.approx(loss, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "has_tilelang", "refused"),
+    [
+        ((9, 0), "3.6.0", False, True),
+        ((9, 0), "3.7.0+git1", False, True),
+        ((9, 0), "3.7.1", False, False),
+        ((9, 0), "3.6.0", True, False),
+        ((8, 0), "3.6.0", False, False),
+        ((9, 0), "3.3.1", False, False),
+    ],
+)
+def test_kernels_that_a_compiler_spoils_are_left_out(
+    capability: tuple[int, int],
+    triton: str,
+    has_tilelang: bool,
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Their own check comes in the middle of a backward pass, which would end the run."""
+    installed = {"fla", "tilelang"} if has_tilelang else {"fla"}
+    monkeypatch.setattr(delta_rule, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(delta_rule, "version", lambda package: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    delta_rule._find_fla.cache_clear()
+    rules = delta_rule.find_delta_rules(torch.device("cuda"), torch.bfloat16)
+    delta_rule._find_fla.cache_clear()
+    assert rules == (run_plain_rule,)  # fla is not installed here, so it does not import where it is not refused
+    assert ("Triton 3.7.1" in caplog.text) == refused
