@@ -15,7 +15,9 @@ app = typer.Typer()
 
 @app.command()
 def clean(
-    days: Annotated[float, typer.Option(min=0.01, help="Keep what is younger, or was used in so many days.")] = 30,
+    days: Annotated[
+        float, typer.Option(min=0.01, max=36_500, help="Keep what is younger, or was used in so many days.")
+    ] = 30,
     runs: Annotated[
         int | None,
         typer.Option(min=1, help="Keep at most the newest N runs of each experiment.", show_default="all young ones"),

@@ -244,6 +244,11 @@ def test_a_dry_run_names_each_thing_and_deletes_nothing(home: Path, template: Te
     assert "--versions 20 keeps the newest 20" in said.output
 
 
+@pytest.mark.parametrize("days", ["inf", "1e300", "nan", "-1", "0"])
+def test_days_that_no_calendar_has_are_refused(home: Path, days: str) -> None:
+    assert CliRunner().invoke(app, ["clean", "--days", days]).exit_code == 2
+
+
 @pytest.mark.slow
 def test_days_of_runs_take_no_more_room_than_the_days_that_are_kept(home: Path) -> None:
     """Files, rows of MLflow and rows of Prefect."""
