@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
+
+from tasks.decoder.grouped_products import multiply_grouped
 
 _ALIGNMENT = 8
 
@@ -184,22 +185,3 @@ def build_grouped_projection(part: ExpertPart) -> GroupedProjection:
     if part.bias is not None:
         matrices[:, :num_out, num_in + rank].copy_(part.bias)
     return GroupedProjection(ExpertAdapters(part, matrices, num_in, num_out, rank), has_bias=part.bias is not None)
-
-
-def multiply_grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Return each row [S, inputs] times the matrix [inputs, outputs] of its expert.
-
-    Args:
-        rows: ordered by expert.
-        weights: [E, inputs, outputs]
-        ends: [E] int32, where the rows of each expert end.
-    """
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(rows, weights, offs=ends)
-    counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    result = rows.new_empty(rows.shape[0], weights.shape[2])
-    pairs = zip(rows.split(counts), result.split(counts), strict=True)
-    for expert, (part, out) in enumerate(pairs):
-        if len(part):
-            torch.mm(part, weights[expert], out=out)
-    return result

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
+
+from tasks.decoder.grouped_products import multiply_grouped
 
 # What transformers' decorator `use_experts_implementation` leaves on a module of experts, and the modules bring along.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
@@ -119,21 +120,6 @@ def read_factors(wrapper: Any) -> tuple[Tensor, Tensor, float]:
     down = a.reshape(num_experts, -1, a.shape[1]).transpose(1, 2)
     up = b.reshape(b.shape[0], -1, num_experts).permute(2, 1, 0).contiguous()
     return down, up, float(wrapper.scaling[name])
-
-
-def multiply_grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Return each row [S, inputs] times the matrix [inputs, outputs] of its expert.
-
-    Args:
-        rows: ordered by expert.
-        weights: [E, inputs, outputs]
-        ends: [E] int32, where the rows of each expert end.
-    """
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        return F.grouped_mm(rows, weights, offs=ends)
-    counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    parts = [part @ weights[expert] for expert, part in enumerate(rows.split(counts)) if len(part)]
-    return torch.cat(parts) if parts else rows.new_zeros(0, weights.shape[2])
 
 
 class _Spread(torch.autograd.Function):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from schemas.config import TrainingConfig
-from tasks.training.engines.expert_adapters import multiply_grouped, use_factored_adapters
+from tasks.decoder.grouped_products import multiply_grouped
+from tasks.training.engines.expert_adapters import use_factored_adapters
 from tasks.training.lora import attach_adapter, collect_trained
 from tests.tasks.families.tiny import VOCABULARY, build_model
 
