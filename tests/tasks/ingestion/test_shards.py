@@ -114,11 +114,16 @@ dataset.build_dataset(config, seed=0, folder=Path(sys.argv[2]), shard_bytes=4000
 """
 
 
+def list_finished(folder: Path) -> list[Path]:
+    """Return the summaries of the shards that are whole: another one's folder gets its name when all is in it."""
+    return [path for path in sorted(folder.glob("shards/*/summary.json")) if path.parent.suffix != ".unfinished"]
+
+
 def test_killed_run_goes_on_after_the_last_finished_shard(tmp_path: Path, write_lines: WriteLines) -> None:
     source, folder = write_lines("rows.jsonl", ROWS), tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(source), str(folder)])
     end = time.monotonic() + 60
-    while len(done := sorted(folder.glob("shards/*/summary.json"))) < 2 and time.monotonic() < end:
+    while len(done := list_finished(folder)) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
