@@ -38,6 +38,7 @@ _USES = {
     r"_scaled_mm": "tasks/decoder/quantized.py",
     r"\._version\b|\b_foreach_\w+": "tasks/decoder/adapters.py",
     r"flash_attn\.cute": "tasks/decoder/attention.py",
+    r"_flash_attention_(forward|backward)": "tasks/decoder/sinks.py",
     r"\b_apply_gate\b|_is_expert_parallel": "tasks/training/engines/expert_adapters.py",
     r"_apply_liger_kernel_to_instance|MODEL_TYPE_TO_APPLY_LIGER_FN": "tasks/training/engines/liger.py",
 }

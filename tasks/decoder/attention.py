@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 from tasks.decoder.elementwise import Heads
+from tasks.decoder.sinks import FlashSinks, attend_one_by_one_with_sinks
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Hopper and Blackwell of data centers, first number of the compute capability.
@@ -73,7 +74,15 @@ class Attention(Protocol):
     """Causal attention within each segment."""
 
     def __call__(
-        self, queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return [T, heads, D].
 
@@ -84,6 +93,7 @@ class Attention(Protocol):
             segments: end to end, all of T.
             scale: of the scores.
             window: a token sees this many tokens, itself included; None: all before it.
+            sinks: [num_query], a number that joins each head's scores in their softmax, and that is not trained.
         """
         ...
 
@@ -120,7 +130,14 @@ def name_attention(kind: Attention) -> str:
 
 
 def attend_flash4(
-    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend through FlashAttention 4, which compiles its kernels in seconds at their first use and keeps them."""
     function = _find_flash4()
@@ -138,11 +155,14 @@ def attend_flash4(
         softmax_scale=scale,
         causal=True,
         window_size=(None if window is None else window - 1, None),
+        **({} if sinks is None else {"learnable_sink": sinks.detach().to(torch.bfloat16)}),
     )
     return result[0] if isinstance(result, tuple) else result
 
 
-def warm_up(kind: Attention, heads: Heads, windows: Iterable[int | None], device: torch.device) -> None:
+def warm_up(
+    kind: Attention, heads: Heads, windows: Iterable[int | None], device: torch.device, *, has_sinks: bool = False
+) -> None:
     """Have an attention compile, or fetch, what many short examples will want: a training must not wait for it later.
 
     Raises:
@@ -158,13 +178,26 @@ def warm_up(kind: Attention, heads: Heads, windows: Iterable[int | None], device
             torch.ones(_MANY_EXAMPLES, count, heads.size, device=device, dtype=torch.bfloat16, requires_grad=True)
             for count in counts
         ]
-        kind(states[0], states[1], states[2], segments, scale=1.0, window=window).sum().backward()
+        sinks = torch.zeros(heads.num_query, device=device) if has_sinks else None
+        kind(states[0], states[1], states[2], segments, scale=1.0, window=window, sinks=sinks).sum().backward()
 
 
 def attend_varlen(
-    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend through PyTorch's own FlashAttention."""
+    if sinks is not None:
+        attended: Tensor = FlashSinks.apply(
+            queries, keys, values, sinks, segments.borders, segments.longest, scale, window
+        )
+        return attended
     found = _find_varlen()
     assert found is not None
     function, options = found
@@ -215,9 +248,19 @@ def _find_varlen() -> tuple[Any, dict[str, Any]] | None:
 
 
 def attend_one_by_one(
-    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, *, scale: float, window: int | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend in each segment by itself: exact on any device, and no work between segments."""
+    if sinks is not None:
+        lengths = segments.lengths
+        return attend_one_by_one_with_sinks(queries, keys, values, sinks, lengths, scale=scale, window=window)
     parts = [states.transpose(0, 1).split(list(segments.lengths), dim=1) for states in (queries, keys, values)]
     results = []
     for query, key, value in zip(*parts, strict=True):

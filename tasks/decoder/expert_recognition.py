@@ -20,6 +20,7 @@ from tasks.decoder.module_reading import UnknownDecoderError, check_modules
 _MARKS = {
     "has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False,
 }  # fmt: skip
+_CLAMPED_MARKS = {**_MARKS, "has_bias": True, "is_transposed": True, "is_concatenated": False}
 
 
 def find_shared(block: nn.Module, known: KnownExperts | None) -> nn.Module | None:
@@ -55,7 +56,8 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
     while isinstance(outer, ParamWrapper):
         wrappers[outer.parameter_name] = outer
         outer = outer.base_layer
-    _check_marks(outer)
+    _check_marks(outer, _CLAMPED_MARKS if known.is_clamped else _MARKS)
+    gate = Gate("clamped", True, float(outer.alpha), float(outer.limit)) if known.is_clamped else Gate(activation)
     gate_up, down = (_read_part(outer, name, wrappers.pop(name, None)) for name in ("gate_up_proj", "down_proj"))
     num_chosen = int(router.top_k)
     if wrappers:
@@ -66,7 +68,7 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
             route=router,
             shared_gate=getattr(block, known.shared_gate) if shared and known.shared_gate else None,
             gate_up=build_grouped_projection(gate_up),
-            gate=Gate(activation),
+            gate=gate,
             down=build_grouped_projection(down),
             num_chosen=num_chosen,
         )
@@ -74,10 +76,10 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
     return build
 
 
-def _check_marks(experts: Any) -> None:
+def _check_marks(experts: Any, marks: dict[str, bool]) -> None:
     """Refuse experts whose arithmetic is another one."""
     name = type(experts).__name__
-    for mark, value in _MARKS.items():
+    for mark, value in marks.items():
         if getattr(experts, mark, None) is not value:
             raise UnknownDecoderError(f"its {name} has {mark} {getattr(experts, mark, None)}")
 
@@ -87,14 +89,16 @@ def _read_part(experts: Any, name: str, wrapper: Any | None) -> ExpertPart:
     weight = getattr(experts, name, None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 3 or not weight.is_floating_point():
         raise UnknownDecoderError(f"its experts' {name} is a {type(weight).__name__}")
-    if weight.requires_grad:
+    bias, is_turned = getattr(experts, f"{name}_bias", None), bool(experts.is_transposed)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise UnknownDecoderError(f"its experts' {name} is trained")
+    bias = None if bias is None else bias.detach()
     if wrapper is None:
-        return ExpertPart(weight, None, None, None, 0.0)
+        return ExpertPart(weight, bias, None, None, 0.0, is_turned)
     if list(wrapper.lora_A) != ["default"] or wrapper.merged:
         raise UnknownDecoderError(f"the adapter of its experts' {name} is not one plain LoRA")
     a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
-    num_experts, num_out, num_in = weight.shape
+    num_experts, num_out, num_in = weight.mT.shape if is_turned else weight.shape
     if a.shape[1] != num_in or b.shape[0] != num_out or a.shape[0] != b.shape[1] or a.shape[0] % num_experts:
         raise UnknownDecoderError(f"the adapter of its experts' {name} has other shapes than is known")
-    return ExpertPart(weight, None, a, b, float(wrapper.scaling["default"]))
+    return ExpertPart(weight, bias, a, b, float(wrapper.scaling["default"]), is_turned)

@@ -63,6 +63,8 @@ class KnownExperts:
     """Experts that every token goes through, where a block has some."""
     shared_gate: str | None = None
     """A linear layer that gives a number for each token, whose sigmoid their output is multiplied with."""
+    is_clamped: bool = False
+    """gpt-oss: biases, matrices that are turned, and gate and up values that take turns and are clamped."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class KnownLayer:
     """The norms' weights are stored less one."""
     has_gates: bool = False
     """What a query head attends to has a gate, which lies behind the query."""
+    has_sinks: bool = False
+    """Its attention has a sink for each head."""
+    has_single_angles: bool = False
+    """Cosines and sines come once for both columns that they turn, in place of twice."""
     layer_input: tuple[str, ...] = ()
     """Of layers with an input of their own: its gate, its projection and that one's norm, and what else is there."""
     dropouts: tuple[str, ...] = ()
@@ -175,6 +181,12 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
     "Qwen2MoeDecoderLayer": KnownLayer(experts=_GATED),
     "Qwen3_5MoeDecoderLayer": KnownLayer(
         head_norms=_HEAD_NORMS, is_weight_less_one=True, has_gates=True, experts=_GATED
+    ),
+    "Qwen3NextDecoderLayer": KnownLayer(
+        head_norms=_HEAD_NORMS, is_weight_less_one=True, has_gates=True, experts=_GATED
+    ),
+    "GptOssDecoderLayer": KnownLayer(
+        has_sinks=True, has_single_angles=True, experts=KnownExperts(router="router", is_clamped=True)
     ),
     "MixtralDecoderLayer": KnownLayer(window=_config_window, experts=KnownExperts()),
     "OlmoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, norms_rows=True, experts=KnownExperts()),

@@ -224,6 +224,7 @@ def attend_scaled(
     *,
     scale: float,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend with queries that are multiplied by a factor a token [T, 1, 1]."""
-    return attend(queries * factors, keys, values, segments, scale=scale, window=window)
+    return attend(queries * factors, keys, values, segments, scale=scale, window=window, sinks=sinks)

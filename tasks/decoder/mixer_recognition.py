@@ -57,7 +57,9 @@ def plan_mixer(layer: nn.Module, known: KnownLayer, weights: TrainedWeights | No
                  for name in norm_names]  # fmt: skip
         rope, window, scale = known.rope(attention), known.window(attention), float(attention.scaling)
         if not known.has_gates and not (known.may_lack_norms and norms):
-            return SelfAttention(heads, (norms[0], norms[1]) if norms else None, known.norms_rows, rope, window, scale)
+            pair = (norms[0], norms[1]) if norms else None
+            sinks = attention.sinks.detach() if known.has_sinks else None
+            return SelfAttention(heads, pair, known.norms_rows, rope, window, scale, sinks)
         layout = HeadLayout(heads.num_query, heads.num_key_value, heads.size, has_gates=known.has_gates)
         first, second = norms if norms else (None, None)
         return FurtherAttention(layout, heads.num_key_value, (first, second, None), rope, window, scale)

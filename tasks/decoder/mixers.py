@@ -60,6 +60,8 @@ class SelfAttention:
     """Which of the model's angles: the layer's type, "" where there is one for all, or `NO_ROTATION`."""
     window: int | None
     scale: float
+    sinks: Tensor | None = None
+    """[num_query]: see `sinks`."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def mix(mixer: Mixer, rows: Tensor, source: AnyProjection, forward: Forward, sha
         queries, keys, values = Rotate.apply(rows, None, mixer.heads, cos, sin, (None, None), forward.ops)
     else:
         queries, keys, values = Rotate.apply(rows, source, mixer.heads, cos, sin, norms, forward.ops, *trained)
-    attended = forward.attend(queries, keys, values, forward.segments, scale=mixer.scale, window=mixer.window)
+    attended = forward.attend(
+        queries, keys, values, forward.segments, scale=mixer.scale, window=mixer.window, sinks=mixer.sinks
+    )
     return Mixed(attended.flatten(1))
 
 
@@ -209,6 +213,11 @@ def list_attentions(mixers: Iterable[Mixer]) -> dict[Heads, list[int | None]]:
         elif isinstance(mixer, SelfAttention):
             found.setdefault(mixer.heads, []).append(mixer.window)
     return found
+
+
+def has_sinks(mixers: Iterable[Mixer]) -> bool:
+    """Say whether some of them attend with sinks."""
+    return any(isinstance(mixer, SelfAttention) and mixer.sinks is not None for mixer in mixers)
 
 
 def find_flash_size(attentions: Iterable[Heads]) -> int:

@@ -37,15 +37,17 @@ def read_query_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
     return lambda positions: 1.0 + beta * torch.log(1.0 + torch.floor(positions / start))
 
 
-def read_angles(rotary: nn.Module, size: int) -> Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]:
-    """Return the model's rotary angles as cos and sin [T, R / 2]; the model's own module makes them."""
+def read_angles(
+    rotary: nn.Module, size: int, *, is_single: bool = False
+) -> Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]:
+    """Return the model's rotary angles as cos and sin [T, R / 2]; the model's own module makes them, once or twice."""
 
     def compute(states: Tensor, positions: Tensor, rope: str) -> tuple[Tensor, Tensor]:
         if rope == NO_ROTATION:
             cos = states.new_ones(len(positions), size // 2)
             return cos, torch.zeros_like(cos)
         cos, sin = rotary(states[None], positions[None], rope) if rope else rotary(states[None], positions[None])
-        half = cos.shape[-1] // 2
+        half = cos.shape[-1] if is_single else cos.shape[-1] // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     return compute

@@ -73,7 +73,7 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
     attentions = list_attentions(layer.mixer for layer in decoder_layers)
     decoder = Decoder(
         embed=embed,
-        angles=read_angles(inner.rotary_emb, find_flash_size(attentions)),
+        angles=read_angles(inner.rotary_emb, find_flash_size(attentions), is_single=known.has_single_angles),
         layers=decoder_layers,
         norm=read_norm(
             inner.norm,

@@ -57,6 +57,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-gemma4-e4b-general": ("ours", "gemma4-e4b", {**_LEAN, "engine": "general"}, 8),
     "ours-30b-a3b-lean": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
     "ours-30b-a3b-general": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "engine": "general"}, 6),
+    "ours-gpt-oss-20b": ("ours", "gpt-oss-20b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
+    "ours-gpt-oss-20b-general": ("ours", "gpt-oss-20b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -119,6 +121,20 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {**_PEERS_EXPERTS, "checkpointing": True, "parameters": _EXPERT_PARAMETERS},
         6,
     ),
+    "unsloth-gpt-oss-20b": ("unsloth", "gpt-oss-20b", {**_PEERS_EXPERTS, "checkpointing": "unsloth"}, 7),
+    # Of the attentions with sinks this is the one that needs no hub; else eager.
+    "trl-gpt-oss-20b": (
+        "trl",
+        "gpt-oss-20b",
+        {**_PEERS_EXPERTS, "checkpointing": True, "parameters": _EXPERT_PARAMETERS, "attention": "flash_attention_4"},
+        6,
+    ),
+    "trl-gpt-oss-20b-eager": (
+        "trl",
+        "gpt-oss-20b",
+        {**_PEERS_EXPERTS, "checkpointing": True, "parameters": _EXPERT_PARAMETERS, "attention": "eager"},
+        6,
+    ),
     "llamafactory-7b-recipe": ("llamafactory", "qwen2.5-7b", {"batch": 2, "accumulation": 8}, 8),
     "llamafactory-0.6b-full": (
         "llamafactory",
@@ -154,6 +170,10 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("Qwen3 30B-A3B, experts adapted, checkpointing", "ours-30b-a3b-lean", "unsloth-30b-a3b-lean", 2.0, 80.0),
     ("Qwen3 30B-A3B, beside TRL's best", "ours-30b-a3b-lean", "trl-30b-a3b-lean", 2.0, 80.0),
     ("Qwen3 30B-A3B, beside the general engine", "ours-30b-a3b-lean", "ours-30b-a3b-general", 1.0, None),
+    ("gpt-oss 20B, experts adapted, checkpointing", "ours-gpt-oss-20b", "unsloth-gpt-oss-20b", 1.3, None),
+    ("gpt-oss 20B, beside TRL's best", "ours-gpt-oss-20b", "trl-gpt-oss-20b", 1.3, None),
+    ("gpt-oss 20B, beside TRL with eager attention", "ours-gpt-oss-20b", "trl-gpt-oss-20b-eager", 1.3, None),
+    ("gpt-oss 20B, beside the general engine", "ours-gpt-oss-20b", "ours-gpt-oss-20b-general", 1.0, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),

@@ -21,6 +21,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128,
         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 151936, "tie_word_embeddings": False,
     },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "sliding_window": 128, "vocab_size": 201088, "tie_word_embeddings": False,
+    },
     "gemma4-e4b": {
         "model_type": "gemma4_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
         "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8, "num_key_value_heads": 2,

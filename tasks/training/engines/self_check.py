@@ -21,7 +21,7 @@ from tasks.decoder.attention import LARGEST_HEAD, find_attentions, name_attentio
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.delta_rule import find_delta_rules, name_delta_rule
 from tasks.decoder.dropout import SITES, Dropout, Mask, draw_kept, number_site
-from tasks.decoder.mixers import find_flash_size, list_attentions
+from tasks.decoder.mixers import find_flash_size, has_sinks, list_attentions
 from tasks.decoder.recognition import UnknownDecoderError
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
@@ -94,7 +94,8 @@ def verify(
         UnknownDecoderError: none does.
     """
     notes: list[str] = []
-    attentions = list_attentions(layer.mixer for layer in decoder.layers)
+    mixers = [layer.mixer for layer in decoder.layers]
+    attentions = list_attentions(mixers)
     kinds = find_attentions(device, dtype, find_flash_size(attentions))
     rules = find_delta_rules(device, dtype) if decoder.has_delta_nets else (decoder.delta_rule,)
     ways = [(rule, kind) for rule in rules for kind in kinds]
@@ -103,7 +104,7 @@ def verify(
         try:
             for heads, windows in attentions.items():
                 if heads.size <= LARGEST_HEAD:
-                    warm_up(kind, heads, windows, device)
+                    warm_up(kind, heads, windows, device, has_sinks=has_sinks(mixers))
             engine = FusedEngine(candidate, device, _TOKENS, 0, LOGITS_BYTES, _TOKENS)
             compare(model, engine, cut_trial(table, count=2), expected, dtype)
         except Exception as error:  # a kernel that does not compile here raises what it likes

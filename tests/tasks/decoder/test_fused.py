@@ -40,13 +40,16 @@ FAMILIES = [
     ),
     *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "olmo_hybrid"),
     *("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe", "qwen3_5_moe_text"),
+    *("qwen3_next", "gpt_oss"),
 ]
 # Gemma 4's scores have no scale: what is rounded off in 16 bits grows.
 LIMITS = {"gemma4_text": 0.2}
+# Without SDPA in transformers.
+EAGER = ("gpt_oss",)
 LENGTHS = (17, 1, 3, 40, 9)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Of them, those whose tokens go through a few experts each.
-EXPERTS = ["qwen3_moe", "mixtral", "olmoe", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe", "qwen3_5_moe_text"]
+EXPERTS = FAMILIES[FAMILIES.index("qwen3_moe") :]
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -193,6 +196,38 @@ FURTHER: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 24,
         "pad_token_id": 0,
     },
+    "qwen3_next": {
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "pad_token_id": 0,
+    },
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+        "swiglu_limit": 0.4,
+        "pad_token_id": 0,
+    },
     "olmo_hybrid": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_key_heads": 2,
@@ -214,8 +249,9 @@ def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any)
     """A small model with weights of every kind off their start, and an adapter off its own."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SHAPE, **FURTHER.get(family, {})})
+    attention = "eager" if family in EAGER else "sdpa"
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation="eager", dtype=torch.float32
+        config, attn_implementation=attention, experts_implementation="eager", dtype=torch.float32
     )
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
@@ -364,6 +400,19 @@ def test_experts_that_are_made_otherwise_are_refused(change: Callable[[Any], Any
     with pytest.raises(UnknownDecoderError, match=reason):
         recognize_decoder(model)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
+def test_clamped_experts_of_another_layout_are_refused() -> None:
+    model = build("gpt_oss", torch.float32)
+    base: Any = model.get_base_model()
+    experts = find_experts(base.model.layers[2].mlp)
+    experts.is_transposed = False
+    with pytest.raises(UnknownDecoderError, match="GptOssExperts has is_transposed False"):
+        recognize_decoder(model)
+    experts.is_transposed = True
+    del experts.limit
+    with pytest.raises(UnknownDecoderError, match=r"not made as is known .*limit"):
+        recognize_decoder(model)
 
 
 def find_experts(block: Any) -> Any:

@@ -44,7 +44,8 @@ def kernels() -> ModuleType:
 @pytest.mark.parametrize(
     ("heads", "window"), [(Heads(14, 2, 128), None), (Heads(4, 1, 256), 100), (Heads(4, 4, 64), 7)]
 )
-def test_every_attention_is_the_exact_one(heads: Heads, window: int | None) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_every_attention_is_the_exact_one(heads: Heads, window: int | None, has_sinks: bool) -> None:
     lengths = (1, 300, 2048, 5, 129, *(range(1, 290) if window is None else ()))
     borders = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device="cuda")
     segments = Segments(borders, lengths)
@@ -52,6 +53,8 @@ def test_every_attention_is_the_exact_one(heads: Heads, window: int | None) -> N
     inputs = [draw(sum(lengths), count, heads.size).requires_grad_() for count in counts]
     grad = draw(sum(lengths), heads.num_query, heads.size)
     options: dict[str, Any] = {"scale": heads.size**-0.5, "window": window}
+    if has_sinks:
+        options["sinks"] = torch.arange(heads.num_query, device="cuda") * 0.5 - 2.0  # exact in 16 bits
     doubles = [states.detach().double().requires_grad_() for states in inputs]
     exact = attend_one_by_one(doubles[0], doubles[1], doubles[2], segments, **options)
     exact_grads = torch.autograd.grad(exact, doubles, grad.double())

@@ -78,6 +78,7 @@ def transformers_loss(case: str, table: TokenTable, indices: list[int], coeffici
         ("qwen3_moe", "general"),
         ("qwen3_moe", "fused"),
         ("gpt_oss", "general"),
+        ("gpt_oss", "fused"),
         ("granitemoe", "general"),
     ],
 )
