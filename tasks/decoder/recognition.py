@@ -1,7 +1,6 @@
 """Recognizes the models that the fused decoder can run, and builds its layers from their modules."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from tasks.decoder.adapters import AdapterGroup, Part
+from tasks.decoder.adapters import Part
 from tasks.decoder.attention import find_attentions
 from tasks.decoder.decoder import Decoder, choose_operations
 from tasks.decoder.delta_rule import find_delta_rules
@@ -25,7 +24,7 @@ from tasks.decoder.module_reading import UnknownDecoderError as UnknownDecoderEr
 from tasks.decoder.module_reading import check_modules, read_norm, read_part
 from tasks.decoder.norms import Norm
 from tasks.decoder.outer_parts import read_angles, read_embedding, read_query_scale
-from tasks.decoder.projections import AnyProjection, Projection, build_projection
+from tasks.decoder.projections import build_projection
 from tasks.decoder.weights import TrainedWeights
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -93,35 +92,6 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
     if weights is not None:
         weights.check(model)
     return decoder
-
-
-def quantize_decoder(decoder: Decoder) -> Decoder:
-    """Return a decoder with the layers' weights in float8; the given one, and the model, are left without theirs."""
-    layers = []
-    for layer in decoder.layers:
-        layers.append(
-            replace(
-                layer,
-                qkv=_quantize(layer.qkv),
-                output=_quantize(layer.output),
-                gate_up=None if layer.gate_up is None else _quantize(layer.gate_up),
-                down=None if layer.down is None else _quantize(layer.down),
-            )
-        )
-    quantized = replace(decoder, layers=tuple(layers))
-    quantized.refresh()
-    return quantized
-
-
-def _quantize(group: AnyProjection) -> AnyProjection:
-    """Return a group with float8 weights; the given one lets go of its own."""
-    from tasks.decoder.quantized import build_quantized_projection
-
-    assert isinstance(group, Projection)
-    assert isinstance(group.adapters, AdapterGroup)
-    quantized = build_quantized_projection(group.adapters.parts, group.site)
-    group.release()
-    return quantized
 
 
 def _check_settings(config: Any) -> None:

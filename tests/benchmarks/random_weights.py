@@ -21,7 +21,20 @@ def save_model(config: Any, folder: Path, shape: str) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
+    calm_attention(model)
     model.save_pretrained(folder, max_shard_size="4GB")
+
+
+def calm_attention(model: Any) -> None:
+    """Give the scores of attention the size that trained ones have, where nothing but a norm's weights scales them.
+
+    Gemma 4 does not divide its scores by the root of the head's size. With its first weights, ones, each token looks at
+    one other alone, and rounding grows by the layer until two right ways of computing the model differ by a gradient.
+    """
+    if getattr(model.config, "model_type", "").startswith("gemma4"):
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_norm.weight"):
+                parameter.data.fill_(len(parameter) ** -0.5)
 
 
 def load_at_random() -> None:

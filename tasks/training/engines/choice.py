@@ -14,8 +14,9 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.float8 import count_unquantized, quantize_decoder
 from tasks.decoder.passes import PassRecorder, can_record
-from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
+from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adamw import count_moment_bytes
 from tasks.training.engines.engine import Engine
@@ -99,6 +100,11 @@ def _build_fused(
     engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS, router_loss=router_loss)
     if config.base_weights == "fp8":
         engine = replace(engine, decoder=quantize_decoder(decoder))
+        num_kept, num_products = count_unquantized(engine.decoder)
+        if num_kept:
+            notes.append(
+                f"{num_kept} of {num_products} products stay in {dtype}: FP8 takes sizes of multiples of 16 only"
+            )
         del decoder
     if config.tokens_per_pack != "auto":
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.dropout import Dropout, MaskedTensor, derive_key, draw_kept
-from tasks.decoder.recognition import quantize_decoder, recognize_decoder
+from tasks.decoder.float8 import quantize_decoder
+from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.self_check import try_model, verify
@@ -57,9 +58,19 @@ def test_gradient_is_the_plain_engines_under_the_same_key(family: str) -> None:
             fused_loss, fused = compute_fused(model, batch, recomputed=recomputed)
             assert fused_loss == pytest.approx(loss, rel=1e-5 if dtype == torch.float32 else 0.02)
             assert measure_difference(fused.cpu(), grads) < limit
-    fused_loss, fused = compute_fused(build(family, torch.bfloat16, "cuda", dropout=0.2), batch, fp8=True)
-    assert fused_loss == pytest.approx(loss, rel=0.02)
-    assert measure_difference(fused.cpu(), grads) < 0.3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_costs_fp8_little_precision(family: str) -> None:
+    """How far FP8 is from 32 bits depends on the family (three bits of mantissa); masks must not change that much."""
+    errors = {}
+    for p in (0.0, 0.2):
+        batch = replace(form_flat_batch(draw_table(), range(5)), dropout_key=derive_key(1, 2, 3))
+        loss, grads = compute_fused(build(family, torch.float32, dropout=p), batch)
+        fused_loss, fused = compute_fused(build(family, torch.bfloat16, "cuda", dropout=p), batch, fp8=True)
+        assert fused_loss == pytest.approx(loss, rel=0.02)
+        errors[p] = measure_difference(fused.cpu(), grads)
+    assert errors[0.2] < 1.5 * errors[0.0], errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

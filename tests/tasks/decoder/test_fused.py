@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
-from tasks.decoder.recognition import UnknownDecoderError, quantize_decoder, recognize_decoder
+from tasks.decoder.float8 import quantize_decoder
+from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.tokenization.labels import Example
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines.fused import FusedEngine
