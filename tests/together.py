@@ -1,7 +1,8 @@
-"""All tests, in groups of which two run side by side: those of the running service mostly wait, and let others compute.
+"""All tests, in groups of which three run side by side: the running service's mostly wait, and let others compute.
 
 `python -m tests.together [pytest's options]`. Each group is a pytest of its own, and whoever is done takes the next.
-What is run in the background prints in one piece at the end. A test of the service that fails is run once more, alone:
+What the first place runs is seen at once, the others' output in one piece at the end. The GPU kernels are tested in
+Triton's interpreter, where `make test-kernels` would find it. A test of the service that fails is run once more, alone:
 beside the others a server may answer too late. The others get no second chance: what fails there for having company is
 broken. The exit code is 0 only when everything has passed.
 """
@@ -12,24 +13,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 _FOLDER = Path(__file__).resolve().parent
-_RUNS = _FOLDER / "end_to_end"
+_TRITON = _FOLDER.parent / ".triton"
+_RUNS, _STAGES = _FOLDER / "end_to_end", _FOLDER / "tasks"
 SERVICE = sorted([*_RUNS.glob("test_service*.py"), _RUNS / "test_s3.py"])
 _COMMANDS = sorted([*_RUNS.glob("test_shard*.py"), *(_RUNS / f"test_{name}.py" for name in ("bad_input", "resume"))])
-_PAGES = [_RUNS / "test_docs_commands.py"]
+_PAGES = [_RUNS / f"test_{name}.py" for name in ("docs_commands",)]
 _PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS, *_PAGES})
+_TRAINING = [_STAGES / name for name in ("training", "families")]
+KERNELS = [_STAGES / "decoder" / f"test_{name}.py" for name in ("kernels", "expert_kernels")]
 GROUPS = {
-    # The longest first.
-    "stages": [f"--ignore={_RUNS}", str(_FOLDER)],
+    # The longest first, and what mostly waits beside what computes.
     "service": [str(path) for path in SERVICE],
-    "pipelines": [str(path) for path in _PIPELINES],
+    "stages": [*(f"--ignore={path}" for path in (_RUNS, *_TRAINING)), str(_FOLDER)],
+    "training": [str(path) for path in _TRAINING],
     "pages": [str(path) for path in _PAGES],
+    "pipelines": [str(path) for path in _PIPELINES],
+    "kernels": [str(path) for path in KERNELS],
     "commands": [str(path) for path in _COMMANDS],
 }
+_NUM_PLACES = 3
 _FAILED, _NONE_CHOSEN = 1, 5  # pytest's exit codes: some tests failed; there was none to run
 _LOOK_SECONDS = 0.2
 
@@ -48,19 +56,25 @@ def main() -> int:
     """Run the groups and return the exit code."""
     options, began = sys.argv[1:], time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no group is left running
-    with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile() as output:
+    with ExitStack() as stack:
+        caches = stack.enter_context(tempfile.TemporaryDirectory())
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(_NUM_PLACES - 1)]
         commands = {
             name: [sys.executable, "-m", "pytest", "-o", f"cache_dir={caches}/{name}", *options, *paths]
             for name, paths in GROUPS.items()
+            if name != "kernels" or (_TRITON / ".installed").is_file()
         }
-        codes = _run_groups(commands, (_Place(None), _Place(output)), began)
-        output.seek(0)
-        sys.stdout.write(output.read().decode(errors="replace"))
+        codes = _run_groups(commands, (_Place(None), *map(_Place, outputs)), began)
+        for output in outputs:
+            output.seek(0)
+            sys.stdout.write(output.read().decode(errors="replace"))
         print(f"All groups took {time.monotonic() - began:.0f} s", flush=True)
         if codes["service"] == _FAILED:
             print("Once more, alone: what failed among the service's tests", flush=True)
-            again = subprocess.run([*commands["service"], "--last-failed"], env=_environment(), check=False)
+            again = subprocess.run([*commands["service"], "--last-failed"], env=_environment("service"), check=False)
             codes["service"] = again.returncode
+    if "kernels" not in codes:
+        print("The GPU kernels were not tested: Triton is not in .triton (make test-kernels brings it)", flush=True)
     chosen = [code for code in codes.values() if code != _NONE_CHOSEN]
     return max(chosen, default=_NONE_CHOSEN)
 
@@ -77,7 +91,7 @@ def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], bega
                 if place.process is None and waiting:
                     place.name = waiting.pop(0)
                     place.process = subprocess.Popen(
-                        commands[place.name], env=_environment(), stdout=place.output, stderr=place.output
+                        commands[place.name], env=_environment(place.name), stdout=place.output, stderr=place.output
                     )
             time.sleep(_LOOK_SECONDS)
     except BaseException as end:
@@ -90,10 +104,14 @@ def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], bega
     return codes
 
 
-def _environment() -> dict[str, str]:
-    """Return what the tests run with: the service's short ones too, and each group with its share of the cores."""
+def _environment(group: str) -> dict[str, str]:
+    """Return what a group runs with: the service's short tests are asked for, and each group has its share of cores."""
     share = max(1, (os.cpu_count() or 1) // 2)
-    return {"SFT_SERVICE_TESTS": "1", "OMP_NUM_THREADS": str(share), **os.environ}
+    values = {"SFT_SERVICE_TESTS": "1", "OMP_NUM_THREADS": str(share), **os.environ}
+    if group == "kernels":
+        path = os.pathsep.join(filter(None, (str(_TRITON), values.get("PYTHONPATH"))))
+        values |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    return values
 
 
 if __name__ == "__main__":

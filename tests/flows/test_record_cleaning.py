@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -20,30 +21,29 @@ from tasks.tracking import removal
 from tests.laboratory.month import STAGES, Stage, Template, measure_home, pass_days, record_run
 
 MODEL = "bounded"
-_FLOW_RUNS = """
-import os, time
-from pathlib import Path
-from flows.console import prepare_environment
-prepare_environment(cache=True)
-from flows.flow_run_records import delete_flow_runs, find_old_flow_runs
-from tests.laboratory.month import Template, pass_days, record_flow_runs
-template = Template("x", Path("."), {})
-record_flow_runs(template, 3)
-pass_days(Path(os.environ["SFT_HOME"]), 11)
-record_flow_runs(template, 1)
-before = time.time() - 10 * 86400
-old = find_old_flow_runs(before, set())
-kept = find_old_flow_runs(before, {str(old[0])})
-print(len(old), len(kept))
-delete_flow_runs(kept)
-"""
-_DAYS = """
-import json, os, tempfile
+# In a process of its own, for Prefect reads where its database is once; one for both tests, for it has to import much.
+_LIFE = """
+import json, os, sqlite3, tempfile, time
+from contextlib import closing
 from pathlib import Path
 os.environ["PREFECT_SERVER_EVENTS_RETENTION_PERIOD"] = "P2D"
 from flows.console import prepare_environment
 prepare_environment(cache=True)
-from tests.laboratory.month import STAGES, Stage, Template, live
+from flows.flow_run_records import delete_flow_runs, find_old_flow_runs
+from tests.laboratory.month import STAGES, Stage, Template, live, pass_days, record_flow_runs
+home = Path(os.environ["SFT_HOME"])
+template = Template("x", Path("."), {})
+record_flow_runs(template, 3)
+pass_days(home, 11)
+record_flow_runs(template, 1)
+before = time.time() - 10 * 86400
+old = find_old_flow_runs(before, set())
+kept = find_old_flow_runs(before, {str(old[0])})
+delete_flow_runs(kept)
+with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
+    tables = ("flow_run", "task_run", "log", "artifact", "events")
+    counts = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
+print(json.dumps([len(old), len(kept), counts]), flush=True)
 with tempfile.TemporaryDirectory() as folder:
     model = Path(folder) / "model"
     model.mkdir()
@@ -92,13 +92,6 @@ def _rows(home: Path, run_id: str) -> int:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _run_apart(code: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own: Prefect reads where its database is once."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    env = {**kept, "SFT_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 
 
 def _child(run_id: str, stage: str) -> str:
@@ -249,12 +242,21 @@ def test_days_that_no_calendar_has_are_refused(home: Path, days: str) -> None:
     assert CliRunner().invoke(app, ["clean", "--days", days]).exit_code == 2
 
 
-@pytest.mark.slow
-def test_days_of_runs_take_no_more_room_than_the_days_that_are_kept(home: Path) -> None:
-    """Files, rows of MLflow and rows of Prefect."""
-    done = _run_apart(_DAYS, home)
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What Prefect holds after old flow runs were deleted; then the bytes of the home on each of nine days."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    home = tmp_path_factory.mktemp("lived") / "home"
+    env = {**kept, "SFT_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", _LIFE], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    sizes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
+
+
+@pytest.mark.slow
+def test_days_of_runs_take_no_more_room_than_the_days_that_are_kept(lived: list[Any]) -> None:
+    """Files, rows of MLflow and rows of Prefect."""
+    sizes = lived[1:]
     assert len(sizes) == 9
     for part in ("artifacts", "cache", "runs", "mlflow.db", "prefect"):
         assert sizes[-1][part] <= 1.1 * max(size[part] for size in sizes[:5]), part
@@ -262,11 +264,7 @@ def test_days_of_runs_take_no_more_room_than_the_days_that_are_kept(home: Path) 
 
 
 @pytest.mark.slow
-def test_old_flow_runs_leave_prefect_with_tasks_and_logs(home: Path) -> None:
-    done = _run_apart(_FLOW_RUNS, home)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["3", "2"]
-    with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as database:
-        tables = ("flow_run", "task_run", "log", "artifact", "events")
-        counts = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
+def test_old_flow_runs_leave_prefect_with_tasks_and_logs(lived: list[Any]) -> None:
+    found, deleted, counts = lived[0]
+    assert (found, deleted) == (3, 2)
     assert counts == {"flow_run": 2, "task_run": 22, "log": 76, "artifact": 2, "events": 55}

@@ -11,7 +11,8 @@ import pytest
 from tests.laboratory.crashes import CLOCK, FAULTS, LOST, Draw, Outcome, compare, draw_fault, prepared, run_draw
 
 pytestmark = pytest.mark.slow
-NUM_DRAWS = 5
+_FAULTS = os.environ.get("SFT_SERVICE_TESTS", "") in ("faults", "all")
+NUM_DRAWS = 5 if _FAULTS else 2
 _SECONDS = 90.0
 
 
@@ -30,7 +31,7 @@ def test_runs_recover_from_drawn_faults(tmp_path: Path) -> None:
     assert broken == {}
 
 
-@pytest.mark.skipif(os.environ.get("SFT_SERVICE_TESTS", "") not in ("faults", "all"), reason="SFT_SERVICE_TESTS=faults")
+@pytest.mark.skipif(not _FAULTS, reason="SFT_SERVICE_TESTS=faults")
 @pytest.mark.skipif(CLOCK is None, reason="libfaketime is not installed (Debian: faketime)")
 def test_a_clock_that_is_set_in_mid_run_changes_nothing(tmp_path: Path) -> None:
     with prepared(tmp_path) as (bench, template, expected, seconds):

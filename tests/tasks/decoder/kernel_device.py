@@ -14,6 +14,7 @@ from tasks.decoder.elementwise import Quantized
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+EVERYTHING = not IS_INTERPRETED or os.environ.get("SFT_FAMILIES") == "all"
 # The interpreter takes milliseconds for a row, cuts 16-bit numbers off in place of rounding them, and knows no float8.
 NUM_ROWS = 3 if IS_INTERPRETED else 77
 DTYPES = (torch.float32,) if IS_INTERPRETED else (torch.bfloat16, torch.float32)

@@ -14,7 +14,10 @@ from tests.tasks.serving.parrot import BASE_MODEL, CONVERSATIONS
 
 @pytest.fixture(scope="session")
 def probes(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> ServingProbes:  # noqa: F811
-    """What the parrot and its base answer."""
+    """What the parrot and its base answer; the folders of tests that take this fixture share it."""
+    kept = tmp_path_factory.getbasetemp() / "probes.json"
+    if kept.is_file():
+        return ServingProbes.model_validate_json(kept.read_text(encoding="utf-8"))
     folder = tmp_path_factory.mktemp("dataset")
     rows = [
         {
@@ -25,4 +28,6 @@ def probes(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> ServingPro
     ]
     schema = {"messages": pl.String, "tools": pl.String}
     pl.DataFrame(rows, schema=schema).write_parquet(folder / "eval.parquet")
-    return make_probes(BASE_MODEL, parrot, folder)
+    made = make_probes(BASE_MODEL, parrot, folder)
+    kept.write_text(made.model_dump_json(), encoding="utf-8")
+    return made

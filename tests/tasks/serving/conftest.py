@@ -50,8 +50,9 @@ def opening_folder(folder: Path, **options: Any) -> Iterator[ServedModel]:
 
 @pytest.fixture(scope="session")
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the parrot."""
-    return make_parrot(tmp_path_factory.mktemp("models") / "parrot")
+    """The folder of the parrot; the folders of tests that take this fixture share one."""
+    folder = tmp_path_factory.getbasetemp() / "parrot"
+    return folder if folder.is_dir() else make_parrot(folder)
 
 
 @pytest.fixture(scope="session")
