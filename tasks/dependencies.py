@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 _OWN = ("flows", "schemas", "tasks")
 # They carry results from stage to stage and make none.
-_CARRIERS = {"mlflow", "prefect"}
+_CARRIERS = {"mlflow", "prefect", "ray"}
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 

@@ -1,6 +1,7 @@
-"""How CPU work is spread: `map(function, calls)` over one pool of processes, which is made at the first call.
+"""How CPU work is spread: `map(function, calls)` over one pool of processes, or a Ray cluster where one is named.
 
-This is the one place that knows it; callers give functions and arguments that pickle, and know of no process.
+This is the one place that knows it; callers give functions and arguments that pickle, and know of no process. The pool
+is made at the first call.
 
 Workers come from a fork server, which has imported what they need (preloading.py): they start in milliseconds, inherit
 no thread and no lock, and end when this process does, however it dies (each waits for that in a thread).
@@ -15,6 +16,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
+
+from tasks import cluster, cluster_connection
+from tasks.cluster import Tell
+from tasks.parcels import Parcel
 
 _PRELOADED = ["tasks.preloading"]
 
@@ -48,18 +53,42 @@ def call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return submit(function, *args, **kwargs).result()
 
 
-def map(function: Callable[..., R], calls: Sequence[Sequence[Any]]) -> list[R]:
+def spreads_to_cluster() -> bool:
+    """Tell whether `map` sends its calls to a Ray cluster (SFT_RAY_ADDRESS): whoever would spread them need not."""
+    return cluster_connection.is_named()
+
+
+def map(
+    function: Callable[..., R],
+    calls: Sequence[Sequence[Any]],
+    *,
+    parcel: Callable[..., Parcel],
+    tell: Tell = lambda num_done, num_all: None,
+) -> list[R]:
     """Run a function on each tuple of arguments, spread over the cores; return the results in the order of the calls.
+
+    Args:
+        function: a module's.
+        calls: its arguments.
+        parcel: given the arguments of a call, says what it reads and makes on the disk, which machines of a cluster do
+            not share.
+        tell: is told the calls that have ended, and all.
 
     Raises:
         Exception: what the first call in order that fails raises; calls that wait are then not started.
     """
+    if cluster_connection.is_named():
+        return cluster.map(function, calls, parcel, tell)
     futures = [submit(function, *arguments) for arguments in calls]
+    results = []
     try:
-        return [future.result() for future in futures]
+        for number, future in enumerate(futures, start=1):
+            results.append(future.result())
+            tell(number, len(calls))
     finally:
         for future in futures:
             future.cancel()
+    return results
 
 
 def _prepare_context() -> Any:
@@ -69,8 +98,9 @@ def _prepare_context() -> Any:
 
 
 def stop() -> None:
-    """End the workers; the next call makes new ones."""
+    """End the workers and leave the cluster; the next call makes new ones."""
     global _pool
+    cluster_connection.stop()
     with _lock:
         if _pool is not None:
             _pool.shutdown(wait=True, cancel_futures=True)

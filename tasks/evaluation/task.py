@@ -30,11 +30,11 @@ from tasks.evaluation.gate import judge
 from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.power import expect_effects
 from tasks.evaluation.probes import PROBES_FOLDER, compare_probe, warn_of_probes
-from tasks.evaluation.progress import log_progress
 from tasks.evaluation.report import write_report
 from tasks.evaluation.scoring import evaluate_sets
 from tasks.evaluation.verdict import list_caveats, state_verdict
 from tasks.models import choose_device, choose_dtype
+from tasks.progress import log_progress
 
 _ROWS, _QUESTIONS, _PROBES = "rows.parquet", "questions.json", PROBES_FOLDER
 

@@ -8,19 +8,27 @@ from pathlib import Path
 
 from schemas.config import DataConfig
 from tasks import execution
+from tasks.execution import Tell
 from tasks.ingestion.intake import read_shard
 from tasks.ingestion.pieces import SUMMARY_NAME
-from tasks.ingestion.shards import SHARD_BYTES, Shard, join_parts, plan_parts, plan_shards
+from tasks.ingestion.shards import SHARD_BYTES, Shard, ShardPart, join_parts, plan_parts, plan_shards
+from tasks.ingestion.sources.columnar import WHOLE
 from tasks.ingestion.sources.files import Source
+from tasks.parcels import Enclosure, Parcel, list_bytes
 
 
 def read_all(
-    config: DataConfig, sources: Sequence[Sequence[Source]], folder: Path, shard_bytes: int = SHARD_BYTES
+    config: DataConfig,
+    sources: Sequence[Sequence[Source]],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    tell: Tell = lambda num_done, num_all: None,
 ) -> list[Path]:
     """Read every shard into a folder of its own below `folder`, and return these folders in the order of the rows.
 
     A shard that an earlier attempt finished there is not read again. A small dataset is read in place, and so is one
-    whose reading `data.max_rows` ends somewhere; others go to the workers.
+    whose reading `data.max_rows` ends somewhere; others go to the workers, and `tell` is told how many are read.
 
     Raises:
         DataError: a source cannot be read; of several the first one's.
@@ -34,7 +42,7 @@ def read_all(
         for pair in left:
             finish_shard(*pair)
         return folders
-    execution.map(finish_shard, left)
+    execution.map(finish_shard, left, parcel=enclose, tell=tell)
     return folders
 
 
@@ -50,6 +58,28 @@ def name_shard(shard: Shard, number: int) -> str:
         stat = part.file.path.stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return f"{number:06d}-{digest.hexdigest()[:16]}"
+
+
+def enclose(shard: Shard, folder: Path) -> Parcel:
+    """Return what is read of the files of a shard, and the folder that is made."""
+    paths = dict.fromkeys(part.file.path for part in shard.parts)
+    reads = [_enclose(path, [part for part in shard.parts if part.file.path == path]) for path in paths]
+    return Parcel(tuple(reads), folder)
+
+
+def _enclose(path: Path, parts: Sequence[ShardPart]) -> Enclosure:
+    """Return what some parts of one file are read of."""
+    spans = [part.span for part in parts]
+    if WHOLE in spans:
+        return Enclosure(path)
+    first, stop = spans[0].start, spans[-1].stop
+    match parts[0].file.kind:
+        case "jsonl":
+            return Enclosure(path, ((first, path.stat().st_size if stop is None else stop),))
+        case "parquet":
+            return Enclosure(path, list_bytes(path, first, stop))
+        case _:  # nobody says where the batches of an Arrow file are: it is sent once, whole
+            return Enclosure(path, is_common=True)
 
 
 def finish_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:

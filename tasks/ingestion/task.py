@@ -1,6 +1,7 @@
 """Ingestion's task: finds the base model, and turns the dataset's files into validated tables."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
 from tasks import execution, storage, tracking
 from tasks.base_model import locate_base_model
-from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
+from tasks.caching import DigestedJson, digest_conditions, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
-from tasks.ingestion.shard_runner import finish_shard, is_small
+from tasks.ingestion.shard_runner import finish_shard, is_small, read_all
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
 from tasks.ingestion.sources.sources import check_unchanged, digest_source
+from tasks.progress import log_progress
 from tasks.registry.publication import bring_sources, pin_sources
 
 
@@ -71,11 +73,15 @@ def read_shard(shard: Shard, number: int, *, source_digest: str, publish: bool, 
 def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> Sequence[Path] | None:
     """Map the shards of a large dataset over the flow's task runner, and return their folders here.
 
-    None leaves the reading to build_dataset: outside of a flow, of a small dataset, and of rows from the front.
+    None leaves the reading to build_dataset: outside of a flow, of a small dataset, and of rows from the front. Shards
+    that a cluster has read lie in the run's folder, where the next attempt finds them.
     """
     flow_run = FlowRunContext.get()
     if flow_run is None or config.max_rows is not None:
         return None
+    if execution.spreads_to_cluster():
+        folder, tell = _find_cluster_folder(source, parent_run_id), log_progress(get_run_logger(), "Read")
+        return read_all(config, name_sources(config), folder, SHARD_BYTES, tell=tell)
     shards = list(plan_shards(config, name_sources(config), SHARD_BYTES))
     if is_small(shards, SHARD_BYTES):
         return None
@@ -89,6 +95,12 @@ def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> S
         return read_shard.with_options(refresh_cache=True)(shards[number], number, **settings)
 
     return [resolve_or_repeat(ref, partial(repeat, number)) for number, ref in enumerate(refs)]
+
+
+def _find_cluster_folder(source: SourceRef, parent_run_id: str) -> Path:
+    """Return where the shards of a run are that a cluster reads: of these contents, by this code."""
+    conditions = digest_conditions("ingestion", source=source.digest)
+    return storage.run_folder(parent_run_id) / "shards" / conditions[:16]
 
 
 @task(
@@ -123,6 +135,7 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
         }
         apart = {"left out by sampling": counts.rows_left_out, "repeated by weight": counts.rows_repeated}
         accounting |= {name: number for name, number in apart.items() if number}
+        shutil.rmtree(_find_cluster_folder(source, parent_run_id).parent, ignore_errors=True)
         uri, digest = tracking.publish(folder / "dataset", run_id, "dataset")
         tracking.log_metrics(run_id, {f"rows/{name}".replace(":", ""): value for name, value in accounting.items()})
         tracking.set_tags(run_id, {"sft.source_digest": source.digest, "sft.dataset_digest": digest})

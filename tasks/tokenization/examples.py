@@ -11,11 +11,12 @@ import polars as pl
 
 from schemas.config import TokenizationConfig
 from tasks import execution
+from tasks.execution import Tell
 from tasks.models import load_tokenizer
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer
-from tasks.tokenization.shards import find_groups, plan_shards, probe_tokenizer, tokenize_shard, work_on_shard
+from tasks.tokenization.shards import enclose, find_groups, plan_shards, probe_tokenizer, tokenize_shard, work_on_shard
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer
 
@@ -55,6 +56,7 @@ def tokenize_dataset(
     config: TokenizationConfig,
     *,
     rows_per_shard: int | None = None,
+    tell: Tell = lambda num_done, num_all: None,
 ) -> TokenCounts:
     """Make the examples of a dataset's two parts, in their rows' order.
 
@@ -64,6 +66,7 @@ def tokenize_dataset(
         folder: Written; made when missing.
         config: Masks and limits.
         rows_per_shard: A larger part is made in worker processes, shard by shard; None chooses by its size.
+        tell: Is told the shards that are done, and all.
 
     Raises:
         TokenizationError: nothing can be trained on, or too many examples had to be cut or rejected for length.
@@ -84,7 +87,8 @@ def tokenize_dataset(
             tokenize_shard(table, row_groups, prepared, masks, shard)
     else:
         loaded = execution.submit(probe_tokenizer, saved, None)  # which that worker keeps for its shards
-        execution.map(work_on_shard, [(place[0], place[1], saved, None, *place[2:]) for place in places])
+        calls = [(place[0], place[1], saved, None, *place[2:]) for place in places]
+        execution.map(work_on_shard, calls, parcel=enclose, tell=tell)
         check_saved(prepared, saved, loaded.result())
     counts = join_shards(shards, prepared, folder, config)
     shutil.rmtree(folder / "shards")

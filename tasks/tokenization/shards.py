@@ -13,6 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
 from tasks import garbage
+from tasks.parcels import Enclosure, Parcel, list_bytes
 from tasks.tokenization.groups import Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.templates import PreparedTokenizer, TemplateArgument, prepare_tokenizer
@@ -85,6 +86,20 @@ def work_on_shard(
     # A folder that was saved has its arguments already; they are written once.
     arguments = tuple(sorted(config.template_arguments.items()))
     tokenize_shard(table, row_groups, _open(tokenizer_folder, chat_template, arguments), config, folder)
+
+
+def enclose(
+    table: Path,
+    row_groups: Sequence[int],
+    tokenizer_folder: Path,
+    chat_template: str | None,
+    config: TokenizationConfig,
+    folder: Path,
+) -> Parcel:
+    """Return what `work_on_shard` reads and makes; its tokenizer is a saved one, which has its template."""
+    assert chat_template is None, chat_template
+    spans = list_bytes(table, row_groups[0], row_groups[-1] + 1) if row_groups else None
+    return Parcel((Enclosure(table, spans), Enclosure(tokenizer_folder, is_common=True)), folder)
 
 
 def probe_tokenizer(folder: Path, chat_template: str | None) -> Probe:

@@ -14,6 +14,7 @@ from tasks import execution, storage, tracking
 from tasks.base_model import limit_length
 from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
+from tasks.progress import log_progress
 from tasks.tokenization.examples import (
     PARTS,
     TokenCounts,
@@ -89,11 +90,11 @@ def _open_tokenizer(
 def _make_tokens(
     folder: Path, prepared: PreparedTokenizer, config: TokenizationConfig, *, run_id: str, **source: Any
 ) -> TokenCounts:
-    """Make the examples, here or by mapping a large dataset's shards over the flow's task runner."""
+    """Make the examples, here, on a cluster, or by mapping a large dataset's shards over the flow's task runner."""
     dataset = tracking.resolve(source["dataset"])
     plans = {part: plan_shards(dataset / f"{part}.parquet") for part in PARTS}
-    if max(map(len, plans.values())) == 1:
-        return tokenize_dataset(dataset, prepared, folder, config)
+    if max(map(len, plans.values())) == 1 or execution.spreads_to_cluster():
+        return tokenize_dataset(dataset, prepared, folder, config, tell=log_progress(get_run_logger(), "Tokenized"))
     saved = folder / "tokenizer"
     save_tokenizer(prepared, saved)
     loaded = execution.submit(probe_tokenizer, saved, None)

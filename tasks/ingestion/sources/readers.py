@@ -14,6 +14,7 @@ from tasks.ingestion.sources.columnar import WHOLE, FileSpan, RawRow, read_arrow
 from tasks.ingestion.sources.encodings import read_text_lines
 from tasks.ingestion.sources.files import SourceFile
 from tasks.ingestion.sources.json_files import read_json, read_json_lines
+from tasks.parcels import find
 
 
 def read_rows(file: SourceFile, span: FileSpan = WHOLE) -> Iterator[RawRow]:
@@ -23,19 +24,33 @@ def read_rows(file: SourceFile, span: FileSpan = WHOLE) -> Iterator[RawRow]:
         DataError: the file as a whole cannot be read: its encoding, its syntax, no row that parses.
     """
     assert span == WHOLE or file.kind in ("jsonl", "parquet", "arrow"), f"{file.path}: {span} of a {file.kind} file"
-    match file.kind:
+    path = find(file.path)
+    rows = _read(path, file.kind, span)
+    return rows if path == file.path else _name_in_errors(rows, path, file.path)
+
+
+def _read(path: Path, kind: str, span: FileSpan) -> Iterator[RawRow]:
+    match kind:
         case "json":
-            return read_json(file.path)
+            return read_json(path)
         case "jsonl":
-            return read_json_lines(file.path, span)
+            return read_json_lines(path, span)
         case "csv":
-            return _read_csv(file.path, ",")
+            return _read_csv(path, ",")
         case "tsv":
-            return _read_csv(file.path, "\t")
+            return _read_csv(path, "\t")
         case "parquet":
-            return read_parquet(file.path, span)
+            return read_parquet(path, span)
         case _:
-            return read_arrow(file.path, span)
+            return read_arrow(path, span)
+
+
+def _name_in_errors(rows: Iterator[RawRow], path: Path, known: Path) -> Iterator[RawRow]:
+    """Yield the rows; name the file that people know where what is wrong with its copy is said."""
+    try:
+        yield from rows
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), str(known))) from error
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from tasks.evaluation.progress import log_progress
+from tasks.progress import log_progress
 
 
 def test_long_evaluation_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:

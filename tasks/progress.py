@@ -1,4 +1,4 @@
-"""Logs from time to time how many rows of an evaluation are done."""
+"""Logs from time to time how much of long work is done."""
 
 import logging
 import time
@@ -8,14 +8,18 @@ EVERY_SECONDS = 20.0
 
 
 def log_progress(
-    log: logging.Logger | logging.LoggerAdapter[logging.Logger], *, clock: Callable[[], float] = time.monotonic
+    log: logging.Logger | logging.LoggerAdapter[logging.Logger],
+    done: str = "Evaluated",
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[int, int], None]:
     """Return a function that is told the units of work done and all of them, and logs them every EVERY_SECONDS.
 
-    An evaluation that is shorter logs nothing.
+    Work that is shorter logs nothing.
 
     Args:
         log: where the lines go.
+        done: what is done, as the line begins.
         clock: returns seconds.
     """
     start = last = clock()
@@ -27,6 +31,6 @@ def log_progress(
             return
         last = now
         left = (now - start) * (num_all - num_done) / num_done
-        log.info("Evaluated %.0f %%, about %.0f s to go", 100 * num_done / num_all, left)
+        log.info("%s %.0f %%, about %.0f s to go", done, 100 * num_done / num_all, left)
 
     return tell

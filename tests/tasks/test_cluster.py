@@ -1,0 +1,153 @@
+"""Calls on a Ray cluster give what the local pool gives, whatever dies."""
+
+import hashlib
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.config import DataConfig
+from tasks import cluster_worker, execution
+from tasks.cluster_connection import ADDRESS, ClusterError
+from tasks.ingestion import shard_runner
+from tasks.ingestion.dataset import build_dataset
+from tasks.ingestion.errors import DataError
+from tasks.ingestion.shards import name_sources
+from tasks.parcels import Enclosure, Parcel
+from tests.tasks.cluster_calls import double
+from tests.tasks.cluster_nodes import Nodes, start_nodes
+
+# Not by importing it: Ray reads its settings then.
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the ray extra is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("train.parquet", "eval.parquet", "rejects.parquet", "quality.json")
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A cluster of two nodes with a core each, beside this process; `SFT_RAY_ADDRESS` names it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tasks' / 'unimported'}{os.pathsep}{ROOT}")
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a lost machine is missed sooner than after 15 s
+        patch.setenv("RAY_AUTH_TOKEN", "a-token-of-the-tests-with-32-letters")
+        patch.setenv("SFT_HOME", str(tmp_path_factory.mktemp("home")))
+        with start_nodes(2) as found:
+            patch.setenv(ADDRESS, found.address)
+            yield found
+            execution.stop()
+
+
+def enclose(read: Path, number: int, made: Path) -> Parcel:
+    return Parcel((Enclosure(read, is_common=True),), made)
+
+
+def test_what_is_read_is_sent_and_what_is_made_comes_back_in_order(nodes: Nodes, tmp_path: Path) -> None:
+    content = os.urandom(3 << 20)
+    (tmp_path / "read.bin").write_bytes(content)
+    calls = [(tmp_path / "read.bin", number, tmp_path / f"made-{number}") for number in range(5)]
+    told: list[tuple[int, int]] = []
+    workers = execution.map(double, calls, parcel=enclose, tell=lambda done, of: told.append((done, of)))
+    assert os.getpid() not in workers
+    assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    for _, _, made in calls:
+        assert (made / "deep" / "twice.bin").read_bytes() == content * 2
+
+
+def test_the_first_error_in_order_comes_back_as_it_was(nodes: Nodes, tmp_path: Path) -> None:
+    (tmp_path / "read.bin").write_bytes(b"x")
+    calls = [(tmp_path / "read.bin", number, tmp_path / f"made{number}") for number in (1, -1, -9, 2)]
+    with pytest.raises(ValueError, match=r"^call -1 of read\.bin$"):
+        execution.map(double, calls, parcel=enclose)
+
+
+def write_rows(path: Path) -> Path:
+    rows = [f'{{"prompt": "question {number} é", "completion": "answer {number}"}}' for number in range(3000)]
+    rows[7] = rows[2500] = rows[5]
+    rows[2900] = "{broken"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def read_tables(source: Path, folder: Path, shard_bytes: int) -> list[str]:
+    config = DataConfig(source=str(source), max_rejected_fraction=0.1)
+    counts = build_dataset(config, seed=0, folder=folder, shard_bytes=shard_bytes)
+    assert (counts.rows_in, counts.rows_train + counts.rows_eval, counts.rows_duplicate) == (3000, 2997, 2)
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in NAMES]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> list[str]:
+    """What is read in one piece in this process."""
+    return read_tables(write_rows(tmp_path / "rows.jsonl"), tmp_path / "whole", 1 << 20)
+
+
+def test_a_dataset_is_the_same_bit_by_bit(nodes: Nodes, tmp_path: Path, whole: list[str]) -> None:
+    source = tmp_path / "rows.jsonl"
+    (tmp_path / "read").mkdir()
+    assert read_tables(source, tmp_path / "cluster", 20_000) == whole
+
+
+def test_a_worker_that_is_killed_changes_nothing(
+    nodes: Nodes, tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.tasks import cluster_calls
+
+    def map_dying(function: Any, calls: Any, *, parcel: Any, tell: Any) -> Any:
+        dying = [(*call, tmp_path) for call in calls]
+        return spread(cluster_calls.finish_shard_or_die, dying, parcel=lambda shard, folder, _: parcel(shard, folder))
+
+    spread = execution.map
+    monkeypatch.setattr(execution, "map", map_dying)
+    assert read_tables(tmp_path / "rows.jsonl", tmp_path / "cluster", 20_000) == whole
+    assert (tmp_path / "killed").is_dir()
+
+
+def test_a_machine_that_is_lost_changes_nothing(nodes: Nodes, tmp_path: Path, whole: list[str]) -> None:
+    extra = nodes.join()
+    removed: list[int] = []
+
+    def lose(num_done: int, num_all: int) -> None:
+        if num_done == 3:
+            nodes.kill(extra)
+            removed.append(num_all)
+
+    config = DataConfig(source=str(tmp_path / "rows.jsonl"), max_rejected_fraction=0.1)
+    sources = name_sources(config)
+    shards = shard_runner.read_all(config, sources, tmp_path / "shards", 20_000, tell=lose)
+    assert removed == [len(shards)]
+    build_dataset(config, seed=0, folder=tmp_path / "cluster", shards=shards)
+    assert [hashlib.sha256((tmp_path / "cluster" / name).read_bytes()).hexdigest() for name in NAMES] == whole
+
+
+def test_a_file_is_named_as_people_know_it_where_a_worker_cannot_read_it(nodes: Nodes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(write_rows(path).read_bytes().replace(b"question 2222 ", b"question \xff "))
+    with pytest.raises(DataError, match=rf"{path}: not UTF-8: byte \d+ .* on line 2223"):
+        read_tables(path, tmp_path / "out", 20_000)
+
+
+def test_another_version_on_a_worker_is_refused_before_anything_is_imported() -> None:
+    order = pickle.dumps((double, ()))
+    error, result, files = cluster_worker.work("tests.tasks.cluster_calls", {"code": "0" * 64}, order, [], Path("made"))
+    assert isinstance(error, cluster_worker.VersionError)
+    assert f"a worker on {socket.gethostname()} has another version of the product" in str(error)
+    assert "there and 000000000000 here" in str(error)
+    assert (result, files) == (None, [])
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv(ADDRESS, f"127.0.0.1:{port}")
+    execution.stop()
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=rf"127\.0\.0\.1:{port}: no cluster can be used .*refused.*ray start --head"):
+        execution.map(double, [(tmp_path, 1, tmp_path)], parcel=enclose)
+    assert time.monotonic() - began < 10
