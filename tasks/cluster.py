@@ -16,14 +16,13 @@ from typing import Any
 from tasks.cluster_connection import ADDRESS, ClusterError, connect
 from tasks.dependencies import digest_files, list_libraries
 from tasks.parcels import Enclosure, Parcel
+from tasks.progress import Tell
 
 _BLOCK_BYTES = 32 << 20
 _CALLS_A_CORE = 2
 _MAX_LOST = 5
 """How often a call is made again after its worker was lost."""
 
-Tell = Callable[[int, int], None]
-"""Told the number of calls that have ended, and of all."""
 Blocks = list[tuple[int, Any]]
 """Where each block begins, and the reference to its bytes."""
 Sent = tuple[Path, str, list[tuple[str, int, Blocks]]]

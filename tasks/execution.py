@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from tasks import cluster, cluster_connection
-from tasks.cluster import Tell
 from tasks.parcels import Parcel
+from tasks.progress import Tell
 
 _PRELOADED = ["tasks.preloading"]
 

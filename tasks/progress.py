@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 EVERY_SECONDS = 20.0
 
+Tell = Callable[[int, int], None]
+"""Told the units of work that are done, and all."""
+
 
 def log_progress(
     log: logging.Logger | logging.LoggerAdapter[logging.Logger],
     done: str = "Evaluated",
     *,
     clock: Callable[[], float] = time.monotonic,
-) -> Callable[[int, int], None]:
+) -> Tell:
     """Return a function that is told the units of work done and all of them, and logs them every EVERY_SECONDS.
 
     Work that is shorter logs nothing.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from schemas.config import DataConfig
 from tasks import execution
-from tasks.execution import Tell
 from tasks.ingestion.intake import read_shard
 from tasks.ingestion.pieces import SUMMARY_NAME
 from tasks.ingestion.shards import SHARD_BYTES, Shard, ShardPart, join_parts, plan_parts, plan_shards
 from tasks.ingestion.sources.columnar import WHOLE
 from tasks.ingestion.sources.files import Source
 from tasks.parcels import Enclosure, Parcel, list_bytes
+from tasks.progress import Tell
 
 
 def read_all(

@@ -11,8 +11,8 @@ import polars as pl
 
 from schemas.config import TokenizationConfig
 from tasks import execution
-from tasks.execution import Tell
 from tasks.models import load_tokenizer
+from tasks.progress import Tell
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer

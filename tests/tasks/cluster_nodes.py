@@ -43,7 +43,7 @@ class Nodes:
         raise AssertionError("no node started")
 
     def _start(self, options: list[str]) -> subprocess.Popen[bytes] | None:
-        command = [Path(sys.executable).with_name("ray"), "start", "--num-cpus=1", "--block"]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus=1", "--block"]
         command += ["--object-store-memory=200000000", "--disable-usage-stats"]
         log = Path(self.folder) / f"node-{time.monotonic_ns()}.log"
         with log.open("wb") as output:
