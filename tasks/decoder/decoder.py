@@ -23,11 +23,12 @@ from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import last_output_unused
 from tasks.decoder.delta_rule import DeltaRule, run_plain_rule
 from tasks.decoder.dropout import Dropout
+from tasks.decoder.forward import Forward
 from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.head import Head, HeadLoss, TrainedHeadLoss
 from tasks.decoder.layer import Layer, attend_scaled, run_layer
 from tasks.decoder.layer_inputs import LayerInputs
-from tasks.decoder.mixers import DeltaNet, Forward, KeysValues, name_shared
+from tasks.decoder.mixers import DeltaNet, KeysValues, name_shared
 from tasks.decoder.norms import Norm
 from tasks.decoder.weights import TrainedWeights, WeightGroup
 

@@ -35,6 +35,7 @@ SITES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), 0),
     **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba"), 0),
     **dict.fromkeys(("a_proj", "b_proj", "g_proj"), 0),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), 0),
     **dict.fromkeys(("o_proj", "out_proj"), 1),
     **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), 2),
     "down_proj": 3,
@@ -42,7 +43,12 @@ SITES = {
     "per_layer_input_gate": 4,
     "per_layer_projection": 5,
     "per_layer_model_projection": 6,
+    # Of latents.
+    "q_b_proj": 7,
+    "kv_b_proj": 8,
 }
+BEFORE_MIXING = (0, 7, 8)
+"""Places of those that come before a layer mixes its tokens: in the last layer too, they see all of them."""
 # Sites below it are four a layer.
 _FURTHER_SITES = 1 << 20
 

@@ -127,9 +127,9 @@ def rotate(
     turned = []
     for states, weight in ((queries, query_weight), (keys, key_weight)):
         if heads.norms_after_rotation:
-            result = _norm_heads(_turn(widen(states), cos, sin, heads), weight, eps)[0]
+            result = _norm_heads(turn(widen(states), cos, sin, heads), weight, eps)[0]
         else:
-            result = _turn(_norm_heads(states, weight, eps)[0], cos, sin, heads)
+            result = turn(_norm_heads(states, weight, eps)[0], cos, sin, heads)
         turned.append(result.to(qkv.dtype).contiguous())
     return turned[0], turned[1], values.contiguous()
 
@@ -158,14 +158,14 @@ def rotate_backward(
     sides = zip(grads, (to_queries, to_keys), inputs, (query_weight, key_weight), strict=False)
     for number, (grad, target, before, weight) in enumerate(sides):
         if weight is None:
-            target.copy_(_turn(widen(grad), cos, -sin, heads))
+            target.copy_(turn(widen(grad), cos, -sin, heads))
             continue
         assert before is not None
         if heads.norms_after_rotation:
-            normed, wide = _turn(widen(before), cos, sin, heads), widen(grad)
-            target.copy_(_turn(_norm_heads_back(wide, normed, weight, eps), cos, -sin, heads))
+            normed, wide = turn(widen(before), cos, sin, heads), widen(grad)
+            target.copy_(turn(_norm_heads_back(wide, normed, weight, eps), cos, -sin, heads))
         else:
-            normed, wide = before, _turn(widen(grad), cos, -sin, heads)
+            normed, wide = before, turn(widen(grad), cos, -sin, heads)
             target.copy_(_norm_heads_back(wide, normed, weight, eps))
         if with_weights:
             sums[number] = (wide * _norm_heads(normed, None, eps, with_rstd=True)[0]).sum((0, 1))
@@ -270,7 +270,7 @@ def _norm_heads_back(grad: Tensor, before: Tensor, weight: Tensor, eps: float) -
     return (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
+def turn(states: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """Rotate the first columns of each head [T, heads, D] by the angles [T, R / 2] of the token's position."""
     half = cos.shape[-1]
     cos, sin = widen(cos)[:, None], widen(sin)[:, None]

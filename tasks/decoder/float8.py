@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from tasks.decoder.adapters import AdapterGroup
 from tasks.decoder.decoder import Decoder
+from tasks.decoder.latent_attention import LatentAttention
+from tasks.decoder.mixers import Mixer, list_inner
 from tasks.decoder.projections import AnyProjection, Projection
 
 # Of both sides of a weight, for cuBLASLt's float8 products (the limits of `torch._scaled_mm`).
@@ -21,6 +23,7 @@ def quantize_decoder(decoder: Decoder) -> Decoder:
             replace(
                 layer,
                 qkv=_quantize(layer.qkv),
+                mixer=_quantize_mixer(layer.mixer),
                 output=_quantize(layer.output),
                 gate_up=None if layer.gate_up is None else _quantize(layer.gate_up),
                 down=None if layer.down is None else _quantize(layer.down),
@@ -36,10 +39,18 @@ def count_unquantized(decoder: Decoder) -> tuple[int, int]:
     groups = [
         group
         for layer in decoder.layers
-        for group in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        for group in (layer.qkv, *list_inner(layer.mixer), layer.output, layer.gate_up, layer.down)
         if group is not None
     ]
     return sum(isinstance(group, Projection) for group in groups), len(groups)
+
+
+def _quantize_mixer(mixer: Mixer) -> Mixer:
+    """Return a mixer with its own weights in float8, if it has some."""
+    if not isinstance(mixer, LatentAttention):
+        return mixer
+    query = None if mixer.query is None else (mixer.query[0], _quantize(mixer.query[1]))
+    return replace(mixer, query=query, key_value=(mixer.key_value[0], _quantize(mixer.key_value[1])))
 
 
 def _quantize(group: AnyProjection) -> AnyProjection:

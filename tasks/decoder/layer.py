@@ -16,9 +16,10 @@ from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import GatedProject, NormProject, OutputNorm, Project, Select, output_wanted
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.experts import AddNorm, ExpertLayer, run_experts
+from tasks.decoder.forward import Forward
 from tasks.decoder.further_blocks import Scale
 from tasks.decoder.grouped import ExpertAdapters
-from tasks.decoder.mixers import Forward, KeysValues, Mixer, mix
+from tasks.decoder.mixers import KeysValues, Mixer, list_inner, mix
 from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 from tasks.decoder.weights import WeightGroup
@@ -62,7 +63,7 @@ class Layer:
     def projections(self) -> tuple[AnyProjection, ...]:
         """All groups of linear layers."""
         further = () if self.layer_input is None else (self.layer_input.gate, self.layer_input.output)
-        groups = (self.qkv, self.output, self.gate_up, self.down, *further)
+        groups = (self.qkv, *list_inner(self.mixer), self.output, self.gate_up, self.down, *further)
         return tuple(group for group in groups if group is not None)
 
     @property

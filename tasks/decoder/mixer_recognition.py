@@ -7,25 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.decoder.adapters import Part
 from tasks.decoder.elementwise import Heads
 from tasks.decoder.known_layers import KnownLayer
+from tasks.decoder.latent_recognition import KNOWN_LATENT, plan_latent
 from tasks.decoder.mixer_blocks import Columns, DeltaLayout, HeadLayout
-from tasks.decoder.mixers import DeltaNet, FurtherAttention, Mixer, SelfAttention
+from tasks.decoder.mixers import DeltaNet, FurtherAttention, Mixer, MixerPlan, SelfAttention
 from tasks.decoder.module_reading import UnknownDecoderError, check_modules, read_norm, read_part
 from tasks.decoder.norms import Norm
 from tasks.decoder.weights import TrainedWeights
-
-
-@dataclass(frozen=True)
-class MixerPlan:
-    """A mixer that was checked, and can be built."""
-
-    inputs: list[Part]
-    output: list[Part]
-    build: Callable[[], Mixer]
-    can_learn: bool = False
-    """Whether weights of its own can be trained."""
 
 
 def plan_mixer(layer: nn.Module, known: KnownLayer, weights: TrainedWeights | None = None) -> MixerPlan:
@@ -45,6 +34,8 @@ def plan_mixer(layer: nn.Module, known: KnownLayer, weights: TrainedWeights | No
     attention: Any = layer.self_attn
     if type(attention).__name__ in _SHARING:
         return _plan_sharing(attention)
+    if type(attention).__name__ in KNOWN_LATENT:
+        return plan_latent(attention)
     has_norms = known.head_norms is not None and not (known.may_lack_norms and not hasattr(attention, "q_norm"))
     norm_names = known.head_norms if has_norms and known.head_norms else ()
     check_modules(attention, {*known.attention_modules, *norm_names})

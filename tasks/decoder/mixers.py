@@ -3,7 +3,7 @@
 Dimensions: `T` tokens of a flat batch (examples end to end), `D` head size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
 from tasks.decoder import elementwise, mixer_elementwise
-from tasks.decoder.attention import LARGEST_HEAD, Attention, Segments
+from tasks.decoder.adapters import Part
+from tasks.decoder.attention import LARGEST_HEAD, Segments
 from tasks.decoder.blocks import Rotate
 from tasks.decoder.delta_rule import DeltaRule
-from tasks.decoder.dropout import Dropout
 from tasks.decoder.elementwise import Heads
+from tasks.decoder.forward import Forward
 from tasks.decoder.further_blocks import RowNorms
+from tasks.decoder.latent_attention import LatentAttention, attend_latent
 from tasks.decoder.mixer_blocks import DeltaLayout, GateNorm, HeadLayout, SplitDelta, SplitHeads
 from tasks.decoder.norms import Norm, list_parameters
 from tasks.decoder.projections import AnyProjection
@@ -27,24 +29,6 @@ from tasks.decoder.wide_attention import attend_wide
 
 KeysValues = tuple[Tensor, Tensor]
 """[T, heads, D] each"""
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What the layers of a forward pass share."""
-
-    ops: ModuleType
-    """Of the work between the products."""
-    dropout: Dropout | None
-    """Of the adapter."""
-    attend: Attention
-    delta_rule: DeltaRule
-    segments: Segments
-    """The examples' borders."""
-    positions: Tensor
-    """[T] from 0 in each example."""
-    angles: Mapping[str, tuple[Tensor, Tensor]]
-    """cos and sin of the positions' angles, by their kind."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,18 @@ class DeltaNet:
     beta_scale: float = 1.0
 
 
-Mixer = SelfAttention | FurtherAttention | DeltaNet
+Mixer = SelfAttention | FurtherAttention | LatentAttention | DeltaNet
+
+
+@dataclass(frozen=True)
+class MixerPlan:
+    """A mixer that was checked, and can be built."""
+
+    inputs: list[Part]
+    output: list[Part]
+    build: Callable[[], Mixer]
+    can_learn: bool = False
+    """Whether weights of its own can be trained."""
 
 
 class Mixed(NamedTuple):
@@ -122,6 +117,8 @@ def mix(mixer: Mixer, rows: Tensor, source: AnyProjection, forward: Forward, sha
     """
     if isinstance(mixer, DeltaNet):
         return Mixed(_run_delta_net(mixer, rows, source, forward))
+    if isinstance(mixer, LatentAttention):
+        return Mixed(attend_latent(mixer, rows, source, forward))
     if isinstance(mixer, FurtherAttention):
         return _attend_further(mixer, rows, source, forward, shared)
     cos, sin = forward.angles[mixer.rope]
@@ -210,9 +207,16 @@ def list_attentions(mixers: Iterable[Mixer]) -> dict[Heads, list[int | None]]:
         if isinstance(mixer, FurtherAttention):
             heads = Heads(mixer.layout.num_query, mixer.num_key_value, mixer.layout.size)
             found.setdefault(heads, []).append(mixer.window)
+        elif isinstance(mixer, LatentAttention):
+            found.setdefault(Heads(mixer.heads.num, mixer.heads.num, mixer.heads.size), []).append(None)
         elif isinstance(mixer, SelfAttention):
             found.setdefault(mixer.heads, []).append(mixer.window)
     return found
+
+
+def list_inner(mixer: Mixer) -> tuple[AnyProjection, ...]:
+    """Return the groups of linear layers that a mixer has inside."""
+    return mixer.projections if isinstance(mixer, LatentAttention) else ()
 
 
 def has_sinks(mixers: Iterable[Mixer]) -> bool:

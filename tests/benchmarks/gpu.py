@@ -59,6 +59,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-30b-a3b-general": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-gpt-oss-20b": ("ours", "gpt-oss-20b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
     "ours-gpt-oss-20b-general": ("ours", "gpt-oss-20b", {**_EXPERTS, "engine": "general"}, 6),
+    "ours-moonlight-16b": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
+    "ours-moonlight-16b-general": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -135,6 +137,12 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {**_PEERS_EXPERTS, "checkpointing": True, "parameters": _EXPERT_PARAMETERS, "attention": "eager"},
         6,
     ),
+    "trl-moonlight-16b": (
+        "trl",
+        "moonlight-16b-a3b",
+        {**_PEERS_EXPERTS, "checkpointing": True, "parameters": _EXPERT_PARAMETERS},
+        6,
+    ),
     "llamafactory-7b-recipe": ("llamafactory", "qwen2.5-7b", {"batch": 2, "accumulation": 8}, 8),
     "llamafactory-0.6b-full": (
         "llamafactory",
@@ -174,6 +182,8 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("gpt-oss 20B, beside TRL's best", "ours-gpt-oss-20b", "trl-gpt-oss-20b", 1.3, None),
     ("gpt-oss 20B, beside TRL with eager attention", "ours-gpt-oss-20b", "trl-gpt-oss-20b-eager", 1.3, None),
     ("gpt-oss 20B, beside the general engine", "ours-gpt-oss-20b", "ours-gpt-oss-20b-general", 1.0, None),
+    ("Moonlight 16B-A3B, experts adapted, checkpointing", "ours-moonlight-16b", "trl-moonlight-16b", 1.3, None),
+    ("Moonlight 16B-A3B, beside the general engine", "ours-moonlight-16b", "ours-moonlight-16b-general", 1.0, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 # Too large for many a disk: the folder has config and tokenizer, and what loads from it gets weights made on the GPU.
-UNSAVED = ("qwen3-30b-a3b", "gpt-oss-20b")
+UNSAVED = ("qwen3-30b-a3b", "gpt-oss-20b", "moonlight-16b-a3b")
 
 
 def save_model(config: Any, folder: Path, shape: str) -> None:

@@ -26,6 +26,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64, "num_attention_heads": 64,
         "num_key_value_heads": 8, "sliding_window": 128, "vocab_size": 201088, "tie_word_embeddings": False,
     },
+    "moonlight-16b-a3b": {
+        "model_type": "deepseek_v3", "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.446, "first_k_dense_replace": 1, "vocab_size": 163840, "tie_word_embeddings": False,
+    },
     "gemma4-e4b": {
         "model_type": "gemma4_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
         "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8, "num_key_value_heads": 2,

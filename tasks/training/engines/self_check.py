@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tasks.decoder.attention import LARGEST_HEAD, find_attentions, name_attention, warm_up
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.delta_rule import find_delta_rules, name_delta_rule
-from tasks.decoder.dropout import SITES, Dropout, Mask, draw_kept, number_site
+from tasks.decoder.dropout import BEFORE_MIXING, SITES, Dropout, Mask, draw_kept, number_site
 from tasks.decoder.mixers import find_flash_size, has_sinks, list_attentions
 from tasks.decoder.recognition import UnknownDecoderError
 from tasks.out_of_memory import is_out_of_memory
@@ -289,7 +289,8 @@ def dropping(model: PeftModel, dropout: Dropout, flat: Batch, *, first: int) -> 
             continue
         layer, kind = int(found[1] or 0), found[2]
         if isinstance(module.lora_dropout["default"], nn.Dropout):
-            rows = chosen if found[1] and layer == last and SITES[kind] else everywhere
+            is_chosen = found[1] and layer == last and SITES[kind] not in BEFORE_MIXING
+            rows = chosen if is_chosen else everywhere
             hook = partial(_apply, mask=dropout.mask(number_site(layer, kind)), rows=rows[first:])
             hooks.append(module.lora_dropout["default"].register_forward_hook(hook))
     try:

@@ -39,9 +39,9 @@ FAMILIES = [
         "ernie4_5",
         "helium",
     ),
-    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "olmo_hybrid"),
+    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "olmo_hybrid", "youtu"),
     *("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe", "qwen3_5_moe_text"),
-    *("qwen3_next", "gpt_oss"),
+    *("qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe_lite"),
 ]
 # Gemma 4's scores have no scale: what is rounded off in 16 bits grows.
 LIMITS = {"gemma4_text": 0.2}
@@ -49,6 +49,7 @@ LIMITS = {"gemma4_text": 0.2}
 EAGER = ("gpt_oss",)
 LENGTHS = (17, 1, 3, 40, 9)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LATENTS = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # Of them, those whose tokens go through a few experts each.
 EXPERTS = FAMILIES[FAMILIES.index("qwen3_moe") :]
 SHAPE: dict[str, Any] = {
@@ -67,6 +68,23 @@ def _partial(share: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
 
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "pad_token_id": 0,
+}
+_GROUPS: dict[str, Any] = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
 FURTHER: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen3": {"head_dim": 32},
@@ -158,6 +176,31 @@ FURTHER: dict[str, dict[str, Any]] = {
         "rope_parameters": _partial(0.5),
         "pad_token_id": 0,
     },
+    "deepseek_v3": {
+        **_LATENT,
+        **_GROUPS,
+        "q_lora_rank": 32,
+        "first_k_dense_replace": 1,
+        "rope_interleave": True,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "glm4_moe_lite": {
+        **_LATENT,
+        **_GROUPS,
+        "q_lora_rank": None,
+        "v_head_dim": 24,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_interleave": False,
+    },
+    "youtu": {**_LATENT, "q_lora_rank": 32},
     "dots1": {
         "head_dim": 16,
         "n_routed_experts": 6,
@@ -246,6 +289,14 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 
 
+def name_attention_modules(family: str) -> tuple[str, ...]:
+    """Names of the linear layers of its attention."""
+    shape = FURTHER.get(family, {})
+    if "kv_lora_rank" not in shape:
+        return ATTENTION
+    return ("q_a_proj", "q_b_proj", *LATENTS) if shape["q_lora_rank"] else ("q_proj", *LATENTS)
+
+
 def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> PeftModel:
     """A small model with weights of every kind off their start, and an adapter off its own."""
     torch.manual_seed(0)
@@ -258,7 +309,10 @@ def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any)
         noise = torch.randn_like(parameter)
         parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
     if settings.get("dropout") and "num_experts_per_tok" in FURTHER.get(family, {}):
-        settings = {"target_modules": ATTENTION, **settings}  # PEFT has no dropout for parameters of experts
+        settings = {
+            "target_modules": name_attention_modules(family),
+            **settings,
+        }  # PEFT has no dropout for parameters of experts
     adapted = attach_adapter(model.to(dtype), TrainingConfig(**{"rank": 8, "alpha": 16, **settings}), seed=1)
     for parameter in collect_trained(adapted).values():
         parameter.data = (0.05 * torch.randn_like(parameter)).to(torch.float64 if dtype == torch.float64 else None)
@@ -347,9 +401,12 @@ def test_in_16_bits_it_is_as_near_to_64_bits_as_the_model_itself(family: str) ->
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-@pytest.mark.parametrize("settings", [{"target_modules": ATTENTION}, {"use_rslora": True, "rank": 3}])
-def test_frozen_experts_and_ranks_that_are_no_multiple_of_eight(family: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("has_frozen", [True, False])
+def test_frozen_experts_and_ranks_that_are_no_multiple_of_eight(family: str, has_frozen: bool) -> None:
     table = draw_table()
+    settings: dict[str, Any] = {"use_rslora": True, "rank": 3}
+    if has_frozen:
+        settings = {"target_modules": name_attention_modules(family)}
     model = build(family, torch.float32, **settings)
     loss, grads = compute_reference(model, table)
     for recomputed in (0, 3):
