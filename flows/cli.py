@@ -8,6 +8,7 @@ import typer
 from flows.around_cli import app as around_app
 from flows.cleaning_cli import app as cleaning_app
 from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
+from flows.plan_cli import app as plan_app
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
 from flows.serving_cli import app as serving_app
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(registry_app)
+app.add_typer(plan_app)
 app.add_typer(around_app)
 app.add_typer(serving_app)
 app.add_typer(cleaning_app)
@@ -90,7 +92,8 @@ def run(
             from flows import stages  # noqa: F401  takes as long as the server
             from flows.ending import end_with_run, ignore_signals, take_outcome
             from flows.pipeline import sft_pipeline
-            from flows.terminal import quiet_prefect, show_outcome
+            from flows.run_pace import note_rest
+            from flows.terminal import lived_seconds, quiet_prefect, show_outcome
     except ServerStartError as error:
         fail(error)
     if not verbose:
@@ -112,6 +115,7 @@ def run(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(outcome.model_dump_json(indent=2) + "\n", encoding="utf-8")
     show_outcome(outcome, full_answers=full_answers)
+    note_rest(outcome, lived_seconds())
     if output is not None:
         from flows.exporting import copy_model
 

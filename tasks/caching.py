@@ -13,6 +13,7 @@ from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy, CachePolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
+from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore, get_result_store
 from prefect.serializers import JSONSerializer
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, PREFECT_TASKS_REFRESH_CACHE
@@ -65,16 +66,21 @@ def stage_cache(stage: str) -> CacheKeyFnPolicy:
 
 def is_cached(task: Task[..., Any], **inputs: Any) -> bool:
     """Tell whether this machine has kept a task's result for these inputs, whole, so that calling it does no work."""
+    return read_kept(task, **inputs) is not None
+
+
+def read_kept(task: Task[..., Any], **inputs: Any) -> Any:
+    """Return what this machine has kept of a task for these inputs, where it is whole; else None."""
     if PREFECT_TASKS_REFRESH_CACHE.value() or not isinstance(task.cache_policy, CachePolicy):
-        return False
+        return None
     known: dict[str, Any] = {"task": task}  # all that a key of ours looks at
     context = TaskRunContext.model_construct(**known)
     key = task.cache_policy.compute_key(task_ctx=context, inputs=inputs, flow_parameters={})
     store = _open_store(task)
     if key is None or not store.exists(key):
-        return False
+        return None
     kept = store.read(key).result
-    return not isinstance(kept, Ref) or _find_loss(kept) is None
+    return None if isinstance(kept, Ref) and _find_loss(kept) is not None else kept
 
 
 def run_stage(stage: Task[..., Any], *inputs: Any, **named: Any) -> State[Any]:
@@ -133,7 +139,11 @@ def _key_function(stage: str) -> Callable[[TaskRunContext, dict[str, Any]], str]
 
 
 def _open_store(task: Task[..., Any]) -> ResultStore:
-    store = get_result_store().update_for_task(task)
+    store = get_result_store()
+    if store.result_storage is None:  # outside of a run: Prefect would start a server to ask it for this folder
+        folder = LocalFileSystem(basepath=str(PREFECT_LOCAL_STORAGE_PATH.value()))
+        store = store.model_copy(update={"result_storage": folder})
+    store = store.update_for_task(task)
     assert isinstance(store, ResultStore)  # a coroutine only where the caller is one
     return store
 
@@ -172,4 +182,6 @@ def _canonical(value: Any) -> Any:
         return value.model_dump(mode="json", exclude=_PLACE_FIELDS)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_canonical(each) for each in value]
     return value

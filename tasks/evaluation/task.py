@@ -21,7 +21,7 @@ from schemas.artifacts import (
     TokensRef,
 )
 from schemas.config import EvaluationConfig, GateConfig
-from tasks import storage, tracking
+from tasks import speeds, storage, tracking
 from tasks.caching import DigestedJson, digest_conditions, stage_cache
 from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
 from tasks.evaluation.comparison import Comparison, compare, compare_nothing
@@ -51,11 +51,12 @@ def evaluate(
 ) -> EvalReport:
     """Score one model on the held-out rows and on the probes, and ask it the free questions."""
     stage = f"evaluate-{model.kind}"
+    timing = speeds.Timing()
     with tracking.stage_run(parent_run_id, stage, config) as run_id, storage.new_folder() as folder:
         progress = log_progress(get_run_logger())
-        found = evaluate_sets(
-            tracking.resolve(model), tracking.resolve(tokens), config, progress, probes=_find_files(probes)
-        )
+        model_folder = tracking.resolve(model)
+        shape = speeds.describe_shape(model_folder)
+        found = evaluate_sets(model_folder, tracking.resolve(tokens), config, progress, probes=_find_files(probes))
         rows, metrics = found.rows, average_rows(found.rows)
         of_probes = {name: average_rows(answered) for name, answered in found.probes.items()}
         (folder / "evaluation" / _PROBES).mkdir(parents=True)
@@ -69,6 +70,8 @@ def evaluate(
             tracking.log_metrics(run_id, {f"probe/{probe}/{name}": value for name, value in values.items()})
         tracking.log_table(run_id, rows, "rows.json")
         uri, digest = tracking.publish(folder / "evaluation", run_id, "evaluation")
+    if num_asked := rows.height + sum(answered.height for answered in found.probes.values()):
+        timing.note("evaluate", num_asked, shape=shape, settings=describe_effort(config))
     if rows.is_empty():
         get_run_logger().info("%s: no row is held out to evaluate it on", model.name)
     else:
@@ -84,6 +87,11 @@ def evaluate(
         metrics=metrics,
         probes=of_probes,
     )
+
+
+def describe_effort(config: EvaluationConfig) -> str:
+    """Return the settings that decide how long a row's answer takes."""
+    return speeds.write_settings(config.model_dump(mode="json", include={"batch_size", "max_new_tokens"}))
 
 
 def _find_files(probes: ProbesRef | None) -> dict[str, Path]:

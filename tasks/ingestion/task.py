@@ -14,7 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
-from tasks import execution, storage, tracking
+from tasks import execution, speeds, storage, tracking
 from tasks.base_model import locate_base_model
 from tasks.caching import DigestedJson, digest_conditions, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.dataset import build_dataset
@@ -37,11 +37,16 @@ def locate_model(config: ModelConfig) -> ModelRef:
 @task(name="locate-dataset", task_run_name="locate {config.source}", persist_result=False)
 def locate_dataset(config: DataConfig) -> SourceRef:
     """Find or fetch the dataset's files and digest them."""
-    config = pin_sources(config)
-    digest = digest_source(bring_sources(config))
-    ref = SourceRef(uri=config.source, digest=digest, eval_uri=config.eval_source)
+    ref = find_source(config)
     get_run_logger().info("Dataset %s, digest %s", ref.uri, ref.digest[:12])
     return ref
+
+
+def find_source(config: DataConfig) -> SourceRef:
+    """Return a reference to the dataset's files, fetched where they are not here."""
+    config = pin_sources(config)
+    digest = digest_source(bring_sources(config))
+    return SourceRef(uri=config.source, digest=digest, eval_uri=config.eval_source)
 
 
 @task(
@@ -112,6 +117,7 @@ def _find_cluster_folder(source: SourceRef, parent_run_id: str) -> Path:
 )
 def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: str) -> DatasetRef:
     """Turn raw rows into validated, split conversations, and account for every row."""
+    timing = speeds.Timing()
     with tracking.stage_run(parent_run_id, "ingest", config) as run_id, storage.new_folder() as folder:
         try:
             # What was located is read: of a published dataset, the same version.
@@ -139,6 +145,7 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
         uri, digest = tracking.publish(folder / "dataset", run_id, "dataset")
         tracking.log_metrics(run_id, {f"rows/{name}".replace(":", ""): value for name, value in accounting.items()})
         tracking.set_tags(run_id, {"sft.source_digest": source.digest, "sft.dataset_digest": digest})
+    timing.note("ingest", counts.rows_read, settings=speeds.write_settings({"screen": config.screen}))
     create_table_artifact([accounting], key="accounting", description="Where every row went")
     get_run_logger().info("Rows: %s", ", ".join(f"{name} {number:,}" for name, number in accounting.items()))
     return DatasetRef(

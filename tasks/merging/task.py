@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from schemas.artifacts import AdapterRef, DatasetRef, MergedRef, ModelRef, Ref, TokensRef
 from schemas.config import MergeConfig
-from tasks import storage, tracking
+from tasks import speeds, storage, tracking
 from tasks.evaluation.scoring import find_last_run
 from tasks.merging.parity import check_merge
 from tasks.merging.shards import PlannedTensor
@@ -42,6 +42,7 @@ def merge(
     """Merge, reload from disk, compare with what was trained, and only then log the model."""
     if (done := tracking.recall(parent_run_id, "merge", MergedRef)) is not None:
         return done
+    timing = speeds.Timing()
     with tracking.stage_run(parent_run_id, "merge", config) as run_id, storage.new_folder() as folder:
         base_folder, adapter_folder, tokens_folder = map(tracking.resolve, (base_model, adapter, tokens))
         merged = folder / "model"
@@ -84,6 +85,7 @@ def merge(
             answers=Ref(uri=recorded[0], digest=recorded[1], mlflow_run_id=run_id),
         )
         tracking.remember(run_id, ref)
+    timing.note("merge", 1, shape=speeds.describe_shape(base_folder))
     create_table_artifact([shown], key="merge-check", description="Merged model against base + adapter")
     logger = get_run_logger()
     logger.info(

@@ -10,7 +10,7 @@ from prefect import get_run_logger, task, unmapped
 
 from schemas.artifacts import DatasetRef, ModelRef, Ref, TokensRef
 from schemas.config import TokenizationConfig
-from tasks import execution, storage, tracking
+from tasks import execution, speeds, storage, tracking
 from tasks.base_model import limit_length
 from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
@@ -49,6 +49,7 @@ def tokenize(
     template file may change under its name.
     """
     source = {"chat_template": chat_template, "template_file_digest": template_file_digest}
+    timing = speeds.Timing()
     with tracking.stage_run(parent_run_id, "tokenize", config) as run_id, storage.new_folder() as folder:
         prepared, config, told = _open_tokenizer(base_model, chat_template, config)
         tokens = folder / "tokens"
@@ -56,6 +57,7 @@ def tokenize(
         uri, digest = tracking.publish(tokens, run_id, "tokens")
         _record(counts, run_id)
         tracking.set_tags(run_id, {"sft.template_digest": prepared.template_digest})
+    timing.note("tokenize", counts.total_tokens)
     return TokensRef(
         uri=uri,
         digest=digest,

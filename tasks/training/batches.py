@@ -100,7 +100,7 @@ def lay_out(split: Path, folder: Path, config: TrainingConfig) -> None:
     except ValueError as error:
         raise TrainingError(str(error)) from error
     table = open_table(folder)
-    tokens_per_pack = choose_pack_tokens(table, config) if config.packing else None
+    tokens_per_pack = choose_pack_tokens(table.lengths, config) if config.packing else None
     longest = int(table.lengths.max(initial=0))
     if tokens_per_pack is not None and longest > tokens_per_pack:
         raise TrainingError(
@@ -116,7 +116,7 @@ def open_rows(folder: Path) -> tuple[TokenTable, Sequence[Sequence[int]]]:
     return open_table(folder), open_packs(folder)
 
 
-def choose_pack_tokens(table: TokenTable, config: TrainingConfig) -> int:
+def choose_pack_tokens(lengths: NDArray[Any], config: TrainingConfig) -> int:
     """Return the budget of a pack in tokens.
 
     Where the config leaves it open: 16,384, halved while an epoch would have fewer than 50 steps, but never below 2,048
@@ -124,7 +124,7 @@ def choose_pack_tokens(table: TokenTable, config: TrainingConfig) -> int:
     """
     if config.tokens_per_pack != "auto":
         return config.tokens_per_pack
-    longest, total = int(table.lengths.max(initial=1)), int(table.lengths.sum())
+    longest, total = int(lengths.max(initial=1)), int(lengths.sum())
     rows_per_step = config.micro_batch * config.gradient_accumulation_steps
     budget = MAX_PACK_TOKENS
     while budget > MIN_PACK_TOKENS and total < MIN_STEPS_PER_EPOCH * rows_per_step * budget:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.out_of_memory import is_out_of_memory
+from tasks.speeds import name_device
 from tasks.training.adapter_costs import describe_costs
 from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
@@ -153,7 +154,7 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
     setup, progress = run.setup, run.progress
     efficiency = 1.0
     if setup.config.packing:
-        tokens_per_pack = choose_pack_tokens(setup.table, setup.config)
+        tokens_per_pack = choose_pack_tokens(setup.table.lengths, setup.config)
         efficiency = packing_efficiency(setup.table.lengths.tolist(), setup.rows, tokens_per_pack)
     return TrainingOutcome(
         adapter=adapter,
@@ -171,6 +172,9 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         peak_memory_bytes=max(gather(run.peak_memory_bytes)),
         adapted=setup.adapted,
         warnings=(*run.warnings, *_collect_warnings(setup, progress)),
+        engine=setup.engine.describe(),
+        device=name_device(),
+        flop_per_token=count_useful_flop(setup.model),
     )
 
 

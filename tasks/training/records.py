@@ -94,3 +94,9 @@ class TrainingOutcome:
     """Which of the base's weights the adapter stands beside, by kind."""
     warnings: tuple[str, ...]
     """What a person should know, such as over-fitting or a damaged checkpoint."""
+    engine: str = ""
+    """That trained, and what it was fitted to."""
+    device: str = ""
+    """GPU's or CPU's name."""
+    flop_per_token: float = 0.0
+    """Useful work; see throughput."""

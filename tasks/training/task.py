@@ -18,6 +18,7 @@ from schemas.artifacts import AdaptedWeights, AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
 from tasks.training.cards import complete_folder
+from tasks.training.pace import PaceClock
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
@@ -54,12 +55,14 @@ def train(
             seed=seed,
             identity=_identity(base_model, tokens, config, seed),
         )
+        pace = PaceClock(_step_reporter(log, progress))
         outcome = run_training(
             job,
-            on_step=_step_reporter(log, progress),
+            on_step=pace.count,
             on_eval=_eval_reporter(log, progress),
             on_log=_line_reporter(progress),
         )
+        pace.note(outcome, job)
         for warning in outcome.warnings:
             logger.warning(warning)
         tracking.log_table(run_id, _tabulate(outcome.adapted), "adapted_weights.json")

@@ -24,8 +24,11 @@ def count_useful_flop(model: nn.Module) -> float:
     Args:
         model: with an adapter, or with weights of its own that are trained.
     """
-    if not isinstance(model, PeftModel):
-        return _count_own(model)
+    return count_frozen_flop(model) if isinstance(model, PeftModel) else _count_own(model)
+
+
+def count_frozen_flop(model: nn.Module) -> float:
+    """Return the useful FLOP of a token beside whose layers an adapter is trained, or would be."""
     # By the layers' shapes: weights in 8 or 4 bits lie elsewhere, or packed.
     weights = {
         id(module.weight): module.in_features * module.out_features

@@ -28,6 +28,7 @@ _SECONDS = 1500
 _PAGES = (
     "README.md",
     "docs/tutorials/own-data.md",
+    "docs/planning.md",
     "docs/data.md",
     "docs/registry.md",
     "docs/tutorials/llamafactory.md",

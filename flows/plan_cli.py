@@ -1,0 +1,176 @@
+"""The command `sft plan`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flows.console import console, escape, fail, prepare_environment
+from schemas.loading import ConfigError
+
+if TYPE_CHECKING:
+    from flows.planning import RunPlan
+    from tasks.planning.estimates import Estimate
+
+app = typer.Typer()
+_MOST = 50_000
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's, TRL's or ours."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value over the file's own keys.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of this machine.")] = None,
+    sample: Annotated[
+        int, typer.Option(min=100, help="Most conversations that are tokenized; of more, so many are drawn.")
+    ] = _MOST,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train eight steps here, and note how fast they were and what they took.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run will do before anything heavy starts. Exit code 1 when it would be refused."""
+    from flows.importing import load_any
+    from schemas.config import RunConfig
+
+    try:
+        loaded = load_any(config, overrides or (), set_ or ())
+        if not isinstance(loaded, RunConfig):
+            raise ConfigError(f"{config}: it trains nothing: there is nothing to plan")
+    except ConfigError as error:
+        fail(error)
+    prepare_environment(cache=True)
+    from flows.planning import plan_run
+
+    try:
+        with console.status("Looking") as status:
+            made = plan_run(loaded, most=sample, rate=rate, measures=measure, on_phase=status.update)
+    except ValueError as error:
+        fail(error)
+    if json_:
+        typer.echo(json.dumps(made.as_values(), indent=2, ensure_ascii=False))
+    else:
+        show_plan(made, Console(highlight=False))
+    if made.problems:
+        raise typer.Exit(1)
+
+
+def show_plan(plan: "RunPlan", out: Console) -> None:
+    """Print a plan."""
+    out.print(f"[bold]{escape(plan.name)}[/]: {escape(plan.base_model)} on {escape(plan.dataset)}", soft_wrap=True)
+    for name, text in (
+        ("rows", _tell_rows(plan)),
+        ("examples", _tell_examples(plan)),
+        ("steps", _tell_steps(plan)),
+        ("device", _tell_device(plan)),
+        ("memory", _tell_memory(plan)),
+        ("time", _tell_time(plan)),
+    ):
+        out.print(f"{name:<9} {escape(text)}", soft_wrap=True)
+    for time in plan.times:
+        known = "unknown" if time.seconds is None else _write_seconds(time.seconds)
+        if time.seconds is not None and not time.seconds.high:
+            known = "0 s"
+        out.print(f"  {escape(time.stage):<25} {known:<26} [dim]{escape(time.source)}[/]", soft_wrap=True)
+    if plan.rate is not None:
+        out.print(f"{'price':<9} {_tell_price(plan)}", soft_wrap=True)
+    if plan.memory.options:
+        out.print("It would fit, by what is counted, with one of these:")
+        for option in plan.memory.options:
+            out.print(f"  {escape(option.settings)}: {_write_bytes(option.least_bytes)} at least", soft_wrap=True)
+    if plan.num_idle_gpus:
+        out.print(
+            f"[yellow]{plan.num_idle_gpus} GPU(s) of this machine would be idle: set training.num_processes to "
+            f"{plan.num_idle_gpus + plan.num_processes}[/]",
+            soft_wrap=True,
+        )
+    for warning in plan.warnings:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    for problem in plan.problems:
+        out.print(f"[bold red]refused:[/] {escape(problem)}", soft_wrap=True)
+
+
+def _tell_rows(plan: "RunPlan") -> str:
+    parts = [f"{number:,} {name}" for name, number in plan.rows.items() if number and name != "rows in"]
+    return f"{plan.rows['rows in']:,} in = {' + '.join(parts)}"
+
+
+def _tell_examples(plan: "RunPlan") -> str:
+    sizes = plan.sizes
+    drawn = f"; from {sizes.num_sampled:,} conversations drawn" if sizes.num_sampled else ""
+    return (
+        f"{_write_count(sizes.num_examples)} to train with {_write_count(sizes.total_tokens)} tokens, "
+        f"{_write_count(sizes.trained_tokens)} of them trained, the longest {sizes.longest:,}; "
+        f"{plan.num_eval_examples:,} to evaluate{drawn}"
+    )
+
+
+def _tell_steps(plan: "RunPlan") -> str:
+    sizes = plan.sizes
+    packs = "" if sizes.num_packs == sizes.num_examples else f", {_write_count(sizes.num_packs)} packs an epoch"
+    return (
+        f"{_write_count(sizes.num_steps)}, {_write_count(sizes.steps_per_epoch)} an epoch{packs}; "
+        f"{_write_count(sizes.seen_tokens)} tokens in all"
+    )
+
+
+def _tell_device(plan: "RunPlan") -> str:
+    processes = f", {plan.num_processes} processes" if plan.num_processes > 1 else ""
+    return plan.device + processes
+
+
+def _tell_memory(plan: "RunPlan") -> str:
+    memory, need = plan.memory, plan.memory.need
+    seen = f"; an earlier training here took {_write_bytes(memory.seen_peak_bytes)}" if memory.seen_peak_bytes else ""
+    return (
+        f"at least {_write_bytes(need.least_bytes)} of {_write_bytes(memory.capacity_bytes)}: weights "
+        f"{_write_bytes(need.weights_bytes)}, {need.num_trained:,} trained values with gradient and optimizer "
+        f"{_write_bytes(need.trained_bytes)}, the smallest pass {_write_bytes(need.least_pass_bytes)}{seen}"
+    )
+
+
+def _tell_time(plan: "RunPlan") -> str:
+    if plan.seconds is not None:
+        return _write_seconds(plan.seconds)
+    known = _write_seconds(plan.known_seconds) if plan.known_seconds.high else "nothing"
+    missing = ", ".join(time.stage for time in plan.times if time.seconds is None)
+    return (
+        f"unknown on this machine until a run has been done here ({missing}); known of the rest: {known}. "
+        "--measure trains eight steps"
+    )
+
+
+def _tell_price(plan: "RunPlan") -> str:
+    price = plan.price
+    if price is None:
+        known = plan.known_seconds.scale((plan.rate or 0.0) / 3600)
+        return f"at least {known.low:,.2f} at {plan.rate:g} an hour; the time is not known"
+    return f"{price.value:,.2f} ({price.low:,.2f} to {price.high:,.2f}) at {plan.rate:g} an hour"
+
+
+def _write_count(number: "Estimate") -> str:
+    if number.low == number.high:
+        return f"{number.value:,.0f}"
+    return f"{number.value:,.0f} (+-{(number.high - number.low) / 2:,.0f})"
+
+
+def _write_seconds(seconds: "Estimate") -> str:
+    longest = seconds.high
+    unit, size = ("h", 3600) if longest >= 2 * 3600 else ("min", 60) if longest >= 120 else ("s", 1)
+    digits = 0 if seconds.low / size >= 10 else 1
+    low, value, high = (f"{part / size:,.{digits}f}" for part in (seconds.low, seconds.value, seconds.high))
+    return f"{value} {unit} ({low} to {high})"
+
+
+def _write_bytes(number: int) -> str:
+    return f"{number / 2**30:,.2f} GiB" if number >= 2**28 else f"{number / 2**20:,.1f} MiB"

@@ -1,0 +1,173 @@
+"""What a training needs of the memory before its first forward pass, and which settings need less.
+
+Weights, gradients and moments are counted on the model without values. The activations are not guessed: the training
+measures them itself (`tasks.training.engines.memory_fit`) and fits passes and recomputation into what is left, down to
+one example with every layer recomputed; the highest use of earlier trainings is in `tasks.speeds`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from schemas.config import TrainingConfig
+from tasks.merging.changes import build_skeleton
+from tasks.training.adamw import EIGHT_BITS, count_moment_bytes
+from tasks.training.lora import plan_adapter
+from tasks.training.own_weights import plan_weights
+from tasks.training.throughput import count_frozen_flop, count_useful_flop
+
+_SHARE = 0.9
+"""Of a device's memory that a training plans for; see memory_fit."""
+_NF4_BYTES = 0.5 + 0.127 / 8
+"""A value of NF4 with its scales quantized twice (Dettmers et al., 2023, section 3): 4.127 bits."""
+_FP32 = 4
+_SMALLEST_LOGITS = 1 << 28
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of a training on each of its devices."""
+
+    weights_bytes: int
+    """The base in the form that the training holds it in."""
+    trained_bytes: int
+    """What is trained, its gradient and the optimizer's moments."""
+    least_pass_bytes: int
+    """The smallest forward pass: the layers' inputs of one example, and some logits. A lower bound."""
+    num_trained: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Whatever the batch."""
+        return self.weights_bytes + self.trained_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """With the smallest pass."""
+        return self.fixed_bytes + self.least_pass_bytes
+
+
+@dataclass(frozen=True)
+class Option:
+    """A change of settings, and what the training needs then."""
+
+    settings: str
+    least_bytes: int
+
+
+def read_capacity(device: torch.device) -> int:
+    """Return the bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def count_need(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int) -> MemoryNeed:
+    """Count what a training of a model needs.
+
+    Args:
+        folder: of the base model; its config.json is read.
+        config: the training section.
+        dtype: of the products and the frozen weights.
+        longest: tokens of the longest example.
+
+    Raises:
+        ValueError: a setting does not go with this model.
+    """
+    return _count(build_skeleton(folder), config, dtype, longest)
+
+
+def list_options(
+    folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int, capacity_bytes: int
+) -> tuple[Option, ...]:
+    """Return the single changes of the config with which the training fits, the mildest first; none where it fits."""
+    skeleton = build_skeleton(folder)
+    room = _SHARE * capacity_bytes
+    if _count(skeleton, config, dtype, longest).least_bytes <= room:
+        return ()
+    options = []
+    for update in _list_changes(config, dtype):
+        try:
+            changed = TrainingConfig.model_validate({**config.model_dump(), **update})
+            need = _count(skeleton, changed, dtype, longest)
+        except ValueError:
+            continue  # it does not go with the other settings, or with this model
+        if need.least_bytes <= room:
+            written = ", ".join(f"training.{name} {value}" for name, value in update.items())
+            options.append(Option(written, need.least_bytes))
+    return tuple(options)
+
+
+def count_flop(folder: Path, config: TrainingConfig) -> float:
+    """Return the useful FLOP of training a token, as a training of this config notes them."""
+    skeleton: Any = build_skeleton(folder)
+    trained: set[str] = set()
+    if not config.is_lora:
+        trained = {weight.name for weight in plan_weights(skeleton, config) if not weight.skipped}
+    for name, parameter in skeleton.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return count_frozen_flop(skeleton) if config.is_lora else count_useful_flop(skeleton)
+
+
+def fits(need: MemoryNeed, capacity_bytes: int) -> bool:
+    """Say whether the training can begin there; how fast is another matter."""
+    return need.least_bytes <= _SHARE * capacity_bytes
+
+
+def _list_changes(config: TrainingConfig, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Give changes that want less memory."""
+    if config.optimizer != EIGHT_BITS:
+        yield {"optimizer": EIGHT_BITS}
+    if config.is_lora and config.rank > 8:
+        yield {"rank": 8, "alpha": 8 * config.alpha / config.rank}
+    if config.is_lora and dtype == torch.float32 and config.precision != "bf16":
+        yield {"precision": "bf16"}
+    if config.is_lora and config.base_weights == "full":
+        yield {"base_weights": "nf4"}
+    if not config.is_lora:
+        lora = {"method": "lora", "trained_modules": ()}
+        yield lora
+        yield {**lora, "base_weights": "nf4"}
+    for number in (2, 4, 8):
+        rows = config.micro_batch * config.gradient_accumulation_steps
+        if number > config.num_processes * config.num_nodes and number <= rows:
+            yield {"num_processes": number, "strategy": "fsdp"}
+
+
+def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: int) -> MemoryNeed:
+    if config.precision == "bf16":
+        dtype = torch.bfloat16
+    values = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    total = sum(values.values())
+    sizes = skeleton.config.get_text_config()
+    if config.is_lora:
+        plan = plan_adapter(skeleton, config)
+        num_trained = sum(_count_adapter(weight.shape, config.rank) for weight in plan.adapted)
+        saved = [name for name in values if any(f".{part}." in f".{name}" for part in config.modules_to_save)]
+        num_trained += sum(values[name] for name in saved)
+        packed = sum(weight.num_values for weight in plan.adapted) if config.base_weights != "full" else 0
+        per_packed = _NF4_BYTES if config.base_weights == "nf4" else 1.0
+        weights = int(packed * per_packed + (total - packed) * dtype.itemsize)
+    else:
+        num_trained = sum(weight.num_values for weight in plan_weights(skeleton, config) if not weight.skipped)
+        # Trained values are fp32 and counted below; the fused engine holds a 16-bit copy of each.
+        weights = (total - num_trained) * dtype.itemsize + (num_trained * 2 if dtype != torch.float32 else 0)
+    trained = num_trained * (2 * _FP32 + count_moment_bytes(config))
+    ranks = config.num_processes * config.num_nodes
+    if config.strategy != "ddp" and ranks > 1:
+        weights = -(-weights // ranks)
+        trained = trained if config.is_lora else -(-trained // ranks)
+    layers, hidden = int(sizes.num_hidden_layers), int(sizes.hidden_size)
+    vocabulary = int(sizes.vocab_size)
+    logits = min(_SMALLEST_LOGITS, longest * vocabulary * _FP32)
+    return MemoryNeed(weights, trained, layers * hidden * longest * dtype.itemsize + logits, num_trained)
+
+
+def _count_adapter(shape: tuple[int, ...], rank: int) -> int:
+    """Return the values of both matrices beside a weight [out, in], or beside each of E experts' [E, out, in]."""
+    experts = shape[0] if len(shape) == 3 else 1
+    return experts * rank * (shape[-1] + shape[-2])
