@@ -143,9 +143,9 @@ def _open_store(task: Task[..., Any]) -> ResultStore:
     if store.result_storage is None:  # outside of a run: Prefect would start a server to ask it for this folder
         folder = LocalFileSystem(basepath=str(PREFECT_LOCAL_STORAGE_PATH.value()))
         store = store.model_copy(update={"result_storage": folder})
-    store = store.update_for_task(task)
-    assert isinstance(store, ResultStore)  # a coroutine only where the caller is one
-    return store
+    found = store.update_for_task(task)
+    assert isinstance(found, ResultStore)  # a coroutine only where the caller is one
+    return found
 
 
 def _drop_damaged(task: Task[..., Any], key: str) -> None:

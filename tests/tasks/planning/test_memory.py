@@ -1,6 +1,7 @@
 """What is counted without values is what the training holds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_weights_and_optimizer_are_counted_to_the_byte(config: TrainingConfig) -
 
 def test_what_would_make_it_fit_does_fit_and_the_config_itself_does_not() -> None:
     config = TrainingConfig(method="full", micro_batch=8)
-    whole = {"dtype": torch.float32, "longest": 64}
+    whole: dict[str, Any] = {"dtype": torch.float32, "longest": 64}
     need = count_need(MODEL, config, **whole)
     assert list_options(MODEL, config, capacity_bytes=2 * need.least_bytes, **whole) == ()
     capacity = int(0.8 * need.least_bytes / 0.9)
