@@ -8,7 +8,7 @@ from tasks.decoder.latent_attention import LatentAttention
 from tasks.decoder.mixers import Mixer, list_inner
 from tasks.decoder.projections import AnyProjection, Projection
 
-# Of both sides of a weight, for cuBLASLt's float8 products (the limits of `torch._scaled_mm`).
+# Of both sides of a weight, for cuBLASLt's float8 products (those of the scaled product in quantized.py).
 _SIZE_STEP = 16
 
 

@@ -9,7 +9,7 @@ _SERVED = f"{_STORY}::test_the_champion_answers_requests_with_the_prompt_ids_of_
 _SERVICE = "tests/end_to_end/test_service.py::test_started_again_it_does_no_harm"
 _TARGETS = "tests/docs/test_pages.py::test_each_target_of_make_that_is_named_has_a_program"
 _MODULES = "tests/docs/test_pages.py::test_each_module_that_is_named_as_a_program_is_one"
-_POOL = "tests/deploy/test_kubernetes_pool.py::test_the_printed_command_makes_the_pool"
+_POOL = "tests/end_to_end/test_kubernetes_pool.py::test_the_printed_command_makes_the_pool"
 _EXTRAS = "tests/docs/test_pages.py::test_each_extra_that_is_named_is_there"
 
 _SERVING = "tests/flows/test_serving.py"

@@ -12,6 +12,7 @@ import pytest
 
 from schemas.artifacts import RunReport
 from schemas.loading import parse_config
+from tests.end_to_end.reader import Reader, make_reader
 from tests.end_to_end.service import (
     Service,
     make_secret,
@@ -55,6 +56,14 @@ def run_pipeline(home: Path) -> Iterator[RunPipeline]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield run
+
+
+@pytest.fixture(scope="session")
+def reader(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """Somebody who types what the pages say; a command that one test has typed is done for all of them."""
+    from prefect.settings import PREFECT_API_URL
+
+    return make_reader(tmp_path_factory.mktemp("clone"), str(PREFECT_API_URL.value()))
 
 
 @pytest.fixture

@@ -2,28 +2,30 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-import yaml
 
 from schemas.artifacts import RunReport
 from tasks import tracking
 from tasks.models import load_tokenizer
-from tests.end_to_end.conftest import ROOT, RunPipeline
+from tests.end_to_end.reader import Reader
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def report(run_pipeline: RunPipeline) -> RunReport:
-    values = yaml.safe_load((ROOT / "deploy" / "configs" / "demo.yaml").read_text())
-    values["model"]["base_model"] = str(ROOT / values["model"]["base_model"])
-    for name in ("source", "eval_source"):
-        values["data"][name] = str(ROOT / values["data"][name])
-    return run_pipeline(values)
+def report(reader: Reader) -> Iterator[RunReport]:
+    """What `make demo` has left in its home."""
+    reader.type("make demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFT_HOME", str(reader.folder / ".sft"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        version = tracking.client().get_model_version("demo-assistant", "1")
+        yield RunReport.model_validate_json(_read(version.tags["sft.run"], "run_report.json"))
 
 
 def test_the_model_learns_to_answer_what_no_training_row_asks(report: RunReport) -> None:
@@ -85,24 +87,24 @@ def test_one_parent_run_has_a_finished_child_run_a_stage(report: RunReport) -> N
     assert params["compare"]["min_gain"] == "0.5"
 
 
-def _read(report: RunReport, artifact: str) -> str:
-    return Path(tracking.client().download_artifacts(report.mlflow_run_id, artifact)).read_text()
+def _read(run_id: str, artifact: str) -> str:
+    return Path(tracking.client().download_artifacts(run_id, artifact)).read_text()
 
 
 def test_what_the_gate_said_the_log_and_the_environment_are_with_the_run(report: RunReport) -> None:
-    verdict = _read(report, "gate/gate.md")
+    verdict = _read(report.mlflow_run_id, "gate/gate.md")
     assert verdict.startswith(f"# demo-assistant version 1: promoted\n\n{report.evaluation.sentence}\n")
-    page = _read(report, "report/report.html")
+    page = _read(report.mlflow_run_id, "report/report.html")
     for check in report.evaluation.checks:
         assert f"| passed | {check.finding} |" in verdict
         assert check.finding in page
     for warning in report.evaluation.warnings:
         assert warning in verdict
         assert warning in page
-    log = _read(report, "logs/run-1.log")
+    log = _read(report.mlflow_run_id, "logs/run-1.log")
     assert "205 held-out conversations can show a change of 3.9 % in exact_match" in log
     assert "demo-assistant version 1: promoted" in log
-    assert re.search(r"^torch==\d", _read(report, "environment/requirements.txt"), re.MULTILINE)
+    assert re.search(r"^torch==\d", _read(report.mlflow_run_id, "environment/requirements.txt"), re.MULTILINE)
 
 
 def _folders(report: RunReport) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL
 
 from tests.end_to_end.conftest import BASE_MODEL, ROOT
 from tests.schemas.test_llamafactory import TRAIN
@@ -13,6 +14,7 @@ from tests.schemas.test_llamafactory import TRAIN
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("run_pipeline")
 def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: dict[str, str]) -> None:
     (tmp_path / "data").mkdir()
     index = {
@@ -35,7 +37,9 @@ def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: 
     overrides = [f"model_name_or_path={BASE_MODEL}", "dataset=identity,talk", "max_samples=30", "num_train_epochs=1"]
     options = ["--report", "report.json", "--output", "merged", "--full-answers"]
     command = [sys.executable, "-m", "flows.cli", "run", "my_sft.yaml", *overrides, *options]
-    environment = {**command_environment, "PYTHONPATH": str(ROOT), "NPROC_PER_NODE": "1"}
+    # The session's Prefect server spares the command the start of one of its own.
+    server = {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    environment = {**command_environment, **server, "PYTHONPATH": str(ROOT), "NPROC_PER_NODE": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())

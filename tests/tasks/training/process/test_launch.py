@@ -394,9 +394,9 @@ def test_silent_process_is_killed(tmp_path: Path) -> None:
 
 
 def test_beats_keep_a_busy_process_alive_at_any_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.training.process.supervise._START_SECONDS", 1.0)
+    monkeypatch.setattr("tasks.training.process.supervise._START_SECONDS", 3.0)
     with pytest.raises(TrainingCrash, match="ended with exit code 3"):
-        supervise(TELL.format(then="import os, time; time.sleep(4); os._exit(3)"), tmp_path / "log")
+        supervise(TELL.format(then="import os, time; time.sleep(6); os._exit(3)"), tmp_path / "log")
 
 
 # An outcome, and the end of the line: what comes after it is the process's own ending.
