@@ -109,8 +109,14 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        kind: Any = choose_class(read_config(folder), folder)
+        config = read_config(folder)
+        kind: Any = choose_class(config, folder)
         check_weights(folder)
+        if is_packed := _is_mxfp4(config) and quantization is None:
+            from transformers.utils.quantization_config import Mxfp4Config
+
+            # Packed matrices of experts take no adapter: they are unpacked, whatever kernels are installed.
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
         model, report = kind.from_pretrained(
             str(folder),
             dtype=dtype or "auto",
@@ -125,7 +131,15 @@ def load_model(
     except Exception as error:
         raise ModelError(f"{folder}: no language model loads from here ({shorten(error)})") from error
     _check_weights(folder, type(model).__name__, report)
+    if is_packed and dtype is not None:
+        model.to(dtype)  # what was unpacked is in bf16
     return cast("PreTrainedModel", model.eval())
+
+
+def _is_mxfp4(config: Any) -> bool:
+    """Say whether a checkpoint holds matrices in MXFP4 (gpt-oss)."""
+    found = getattr(config, "quantization_config", None) or {}
+    return (found.get("quant_method") if isinstance(found, dict) else None) == "mxfp4"
 
 
 def _check_weights(folder: Path, kind: str, report: Mapping[str, Any]) -> None:

@@ -103,7 +103,7 @@ class OutputNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, delta: Tensor, source: AnyProjection, norm: Norm, ops: ModuleType, *parameters: Tensor
+        ctx: Any, delta: Tensor, source: AnyProjection | None, norm: Norm, ops: ModuleType, *parameters: Tensor
     ) -> Tensor:
         out = torch.empty_like(delta)
         _, rstd = ops.add_norm(delta, None, norm.weight, norm.eps, out)

@@ -32,7 +32,7 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
     """Check a layer's routed experts and return a function that builds them; None where the layer has none.
 
     Args:
-        block: the layer's `mlp`.
+        block: the layer's `mlp`, or the layer where they lie in it.
         known: what the family's blocks are made of.
         activation: of the gate.
 
@@ -46,7 +46,8 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
         shared.append(known.shared_gate)
         if type(getattr(block, known.shared_gate, None)) is not nn.Linear:
             raise UnknownDecoderError(f"its {known.shared_gate} is no plain linear layer")
-    check_modules(block, {"experts", known.router, *shared})
+    if not known.norms:  # of a layer its reader knows the modules
+        check_modules(block, {"experts", known.router, *shared})
     if getattr(block, "jitter_noise", 0):
         raise UnknownDecoderError(f"its {type(block).__name__} adds noise to what the router sees")
     router, outer = getattr(block, known.router), block.experts
@@ -59,7 +60,7 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
     _check_marks(outer, _CLAMPED_MARKS if known.is_clamped else _MARKS)
     gate = Gate("clamped", True, float(outer.alpha), float(outer.limit)) if known.is_clamped else Gate(activation)
     gate_up, down = (_read_part(outer, name, wrappers.pop(name, None)) for name in ("gate_up_proj", "down_proj"))
-    num_chosen = int(router.top_k)
+    num_chosen = int(router.config.top_k_experts if known.norms else router.top_k)
     if wrappers:
         raise UnknownDecoderError(f"its experts' {', '.join(sorted(wrappers))} is adapted")
 

@@ -80,15 +80,16 @@ def sort_rows(chosen: Tensor, num_experts: int) -> Order:
     return Order(places.view(chosen.shape), pairs, pairs // chosen.shape[1], ends)
 
 
-def run_experts(layer: ExpertLayer, hidden: Tensor, ops: ModuleType) -> Tensor:
+def run_experts(layer: ExpertLayer, hidden: Tensor, ops: ModuleType, *, routed_by: Tensor | None = None) -> Tensor:
     """Return what the routed experts add to the stream [T, H].
 
     Args:
         layer: its parts.
         hidden: [T, H], normed.
         ops: of the decoder.
+        routed_by: [T, H]: what the router sees, where it is something else.
     """
-    _, weights, chosen = layer.route(hidden)
+    _, weights, chosen = layer.route(hidden if routed_by is None else routed_by)
     order = sort_rows(chosen, layer.gate_up.adapters.matrices.shape[0])
     parameters = [parameter for adapters in layer.adapters for parameter in adapters.parameters]
     result: Tensor = RouteRows.apply(hidden, weights, order, layer, choose_expert_operations(ops), *parameters)

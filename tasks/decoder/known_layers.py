@@ -63,6 +63,9 @@ class KnownExperts:
     """Experts that every token goes through, where a block has some."""
     shared_gate: str | None = None
     """A linear layer that gives a number for each token, whose sigmoid their output is multiplied with."""
+    norms: tuple[str, ...] = ()
+    """Of experts that lie in the layer itself and run beside its dense part: of the dense part's output, and of the
+    experts' input and output (Gemma 4)."""
     is_clamped: bool = False
     """gpt-oss: biases, matrices that are turned, and gate and up values that take turns and are clamped."""
 
@@ -152,6 +155,10 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
         gate_norm="pre_feedforward_layernorm",
         gate_out_norm="post_feedforward_layernorm",
         layer_input=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm", "act_fn"),
+        experts=KnownExperts(
+            router="router",
+            norms=("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
+        ),
     ),
     "Qwen3_5DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, is_weight_less_one=True, has_gates=True),
     "Phi3DecoderLayer": KnownLayer(

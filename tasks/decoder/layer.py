@@ -58,6 +58,8 @@ class Layer:
     """Of the stream that the layer gives (Gemma 4)."""
     experts: ExpertLayer | None = None
     """Routed ones."""
+    expert_norms: tuple[Norm, ...] = ()
+    """Of routed experts beside the gated layer: of its output, and of their input and output (Gemma 4)."""
 
     @property
     def projections(self) -> tuple[AnyProjection, ...]:
@@ -121,13 +123,16 @@ def run_layer(
         stream, mixed = Select.apply(stream, mixed, select)
     delta = Project.apply(mixed, layer.output, ops, dropout, *layer.output.adapters.parameters)
     delta, source = _finish(delta, layer.output, layer.attention_out_norm, layer.output_scale, ops)
-    if layer.experts is not None:
+    if layer.experts is not None and not layer.expert_norms:
         return *_run_experts(layer, layer.experts, ops, dropout, stream, delta, source), kept
     assert layer.gate_up is not None
     assert layer.down is not None
     stream, gate_up = _normed_project(layer.gate_norm, layer.gate_up, ops, dropout, stream, delta, source)
     delta = _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
-    delta, _ = _finish(delta, layer.down, layer.gate_out_norm, layer.output_scale, ops)
+    source = layer.down
+    if layer.experts is not None:
+        delta, source = _run_beside(layer, layer.experts, ops, stream, delta), None
+    delta, _ = _finish(delta, source, layer.gate_out_norm, layer.output_scale, ops)
     if layer.layer_input is not None:
         assert own_input is not None
         stream = stream + delta
@@ -159,6 +164,15 @@ def _run_experts(
             shared = torch.sigmoid(experts.shared_gate(normed)) * shared
         delta = delta + shared
     return stream, delta
+
+
+def _run_beside(layer: Layer, experts: ExpertLayer, ops: ModuleType, stream: Tensor, delta: Tensor) -> Tensor:
+    """Return what the gated layer gave, normed, and with it what the routed experts beside it give."""
+    dense_norm, input_norm, output_norm = layer.expert_norms
+    normed = OutputNorm.apply(stream, None, input_norm, ops)
+    routed = run_experts(experts, normed, ops, routed_by=stream)
+    result: Tensor = OutputNorm.apply(delta, layer.down, dense_norm, ops)
+    return result + OutputNorm.apply(routed, None, output_norm, ops)
 
 
 def _gated_project(
@@ -207,7 +221,7 @@ def _normed_project(
 
 
 def _finish(
-    delta: Tensor, source: AnyProjection, norm: Norm | None, scale: float, ops: ModuleType
+    delta: Tensor, source: AnyProjection | None, norm: Norm | None, scale: float, ops: ModuleType
 ) -> tuple[Tensor, AnyProjection | None]:
     """Return what joins the stream, and the projection that made it, None where there is something in between."""
     if norm is not None:

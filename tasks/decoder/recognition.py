@@ -162,15 +162,16 @@ def _read_layer(layer: Any, number: int, activation: str, weights: TrainedWeight
     known = KNOWN_LAYERS[type(layer).__name__]
     has_input = bool(getattr(layer, "hidden_size_per_layer_input", 0))
     mixer_name = "linear_attn" if hasattr(layer, "linear_attn") else "self_attn"
-    check_modules(layer, {mixer_name, *known.modules, *(known.layer_input if has_input else ())})
+    expert_norms, further = _list_beside(layer, known)
+    check_modules(layer, {mixer_name, *known.modules, *further, *(known.layer_input if has_input else ())})
     mixer = plan_mixer(layer, known, weights)
-    experts = read_experts(layer.mlp, known.experts, activation)
+    experts = read_experts(layer if expert_norms else layer.mlp, known.experts, activation)
     learns = weights is not None and any(parameter.requires_grad for parameter in layer.parameters())
     if learns and (has_input or experts is not None or not mixer.can_learn):
         raise UnknownDecoderError(
             f"weights of its {type(layer).__name__} are trained, of which it trains adapters alone"
         )
-    dense = layer.mlp if experts is None else find_shared(layer.mlp, known.experts)
+    dense = layer.mlp if experts is None or expert_norms else find_shared(layer.mlp, known.experts)
     gate_up = [] if dense is None else [read_part(dense, name) for name in known.gate_up]
     down = [] if dense is None else [read_part(dense, "down_proj")]
     own_input = [[read_part(layer, name)] for name in known.layer_input[:2]] if has_input else []
@@ -196,9 +197,17 @@ def _read_layer(layer: Any, number: int, activation: str, weights: TrainedWeight
             layer_input=_build_layer_input(layer, known, own_input, number) if has_input else None,
             stream_scale=float(layer.layer_scalar) if hasattr(layer, "layer_scalar") else None,
             experts=None if experts is None else experts(),
+            expert_norms=tuple(read_norm(getattr(layer, name)) for name in expert_norms),
         )
 
     return build
+
+
+def _list_beside(layer: Any, known: KnownLayer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the norms of experts beside a layer's dense part, and of all that these experts add to it."""
+    if known.experts is None or not known.experts.norms or not hasattr(layer, "experts"):
+        return (), ()
+    return known.experts.norms, ("experts", known.experts.router, *known.experts.norms)
 
 
 def _build_layer_input(layer: Any, known: KnownLayer, parts: list[list[Part]], number: int) -> LayerInput:

@@ -21,6 +21,7 @@ from tasks.training.loop import train_adapter
 from tasks.training.lora import collect_trained
 from tests.tasks.decoder.kernel_device import assert_same, draw, load_kernels
 from tests.tasks.decoder.test_fused import (
+    EXPERTS,
     FAMILIES,
     LIMITS,
     build,
@@ -95,6 +96,10 @@ def test_bf16_is_as_near_to_64_bits_as_the_model_itself(family: str) -> None:
     _, general = compute_reference(model, table)
     for recomputed in (0, 3):
         _, fused = compute_fused(model, form_flat_batch(table, range(5)), recomputed=recomputed)
+        if family in EXPERTS:  # as on a CPU
+            limit = LIMITS.get(family, 0.1)
+            assert max(measure_difference(found.cpu(), exact) for found in (fused, general)) < limit
+            continue
         assert (
             measure_difference(fused.cpu(), exact)
             < 1.25 * measure_difference(general.cpu(), exact)

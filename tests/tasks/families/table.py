@@ -18,7 +18,7 @@ It loads the merged model again and compares it with base + adapter (fp32, on a 
 
 - **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) need the fused engine.
   NF4 packs linear layers; experts that lie in one parameter stay in 16 bits. A run of the general engine says why it is
-  that one: Gemma 4's experts run beside a dense layer, Gemma 2 caps its attention's scores, Gemma 3n has several
+  that one: Gemma 2 caps its attention's scores, Gemma 3n has several
   streams.
 - **Adapted**: how many linear weights of the text decoder have an adapter, of how many. Routed experts of a layer that
   lie in one parameter count as one weight. Routers, the output head and embeddings have none unless they are named.
