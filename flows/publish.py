@@ -141,6 +141,10 @@ def _list_files(data: DatasetConfig) -> dict[str, Path]:
         raise PublicationError(
             f"{data.source}: entries of an index say how files are read: publish the files themselves"
         )
+    if any(file.remote is not None for file in sources[0].files):
+        raise PublicationError(
+            f"{data.source}: files at an address are not copied: name it as data.source, or download them first"
+        )
     return {_place(file.name): file.path for file in sources[0].files}
 
 

@@ -73,7 +73,7 @@ class DatasetConfig(Section):
     """A further dataset of a mixture."""
 
     source: str = Field(min_length=1, title="Dataset")
-    """As data.source: file, folder, name on the hub, or entries of a dataset_info.json."""
+    """As data.source: file, folder, address, name on the hub, or entries of a dataset_info.json."""
     weight: float = Field(default=1.0, gt=0.0, le=1000.0, title="Weight")
     """How often its training rows are taken: 0.5 takes a seeded half of them, 2 takes each twice."""
     num_rows: int | None = Field(default=None, ge=1, title="Training rows")
@@ -101,8 +101,8 @@ class DataConfig(Section):
     """The dataset and its checks."""
 
     source: str = Field(min_length=1, title="Dataset")
-    """File or folder of JSON, JSONL, CSV, Parquet or Arrow, the name of a dataset on the hub, or entries of a
-    LLaMA-Factory dataset_info.json as path/dataset_info.json#name1,name2."""
+    """File, folder or address (s3://bucket/rows) of JSON, JSONL, CSV, Parquet or Arrow, the name of a dataset on the hub,
+    or entries of a LLaMA-Factory dataset_info.json as path/dataset_info.json#name1,name2."""
     eval_source: str | None = Field(default=None, title="Held-out dataset")
     """A separate held-out dataset. Empty: a seeded part of the dataset is held out."""
     format: RowFormat = Field(default="auto", title="Format")

@@ -47,7 +47,7 @@ def map(
     ray = connect()
     send = _prepare(ray, function, parcel)
     waiting, running = list(range(len(calls)))[::-1], dict[Any, int]()
-    places = dict[int, Path]()
+    places = dict[int, Path | None]()
     results, failures = [None] * len(calls), dict[int, Exception]()
     try:
         while waiting or running:
@@ -89,7 +89,7 @@ def _count_places(ray: Any) -> int:
 
 def _prepare(
     ray: Any, function: Callable[..., Any], parcel: Callable[..., Parcel]
-) -> Callable[[Sequence[Any]], tuple[Any, Path]]:
+) -> Callable[[Sequence[Any]], tuple[Any, Path | None]]:
     """Return what sends a call, and gives the reference to its outcome, and the folder that it makes."""
 
     def work(*sent: Any) -> Any:  # by value: a worker without the product, or with another one, is told so
@@ -107,7 +107,7 @@ def _prepare(
     task = ray.remote(num_cpus=1, max_retries=_MAX_LOST)(work)
     common: dict[Path, Sent] = {}
 
-    def send(arguments: Sequence[Any]) -> tuple[Any, Path]:
+    def send(arguments: Sequence[Any]) -> tuple[Any, Path | None]:
         own = parcel(*arguments)
         for enclosure in own.reads:
             if enclosure.is_common and enclosure.path not in common:
@@ -140,7 +140,7 @@ def _pack(ray: Any, enclosure: Enclosure) -> Sent:
     return path, digest.hexdigest() if enclosure.is_common else "", files
 
 
-def _receive(ray: Any, reference: Any, folder: Path) -> Any:
+def _receive(ray: Any, reference: Any, folder: Path | None) -> Any:
     """Return a call's result, and write the folder that it made.
 
     Raises:
@@ -157,6 +157,8 @@ def _receive(ray: Any, reference: Any, folder: Path) -> Any:
         ) from None
     if error is not None:
         raise error
+    if folder is None:
+        return result
     arriving = folder.with_name(f"{folder.name}.arriving")
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir(parents=True)

@@ -28,7 +28,7 @@ class VersionError(ValueError):
     """A worker has another version of the product, or of a library, than the one that sends calls."""
 
 
-def work(module: str, wanted: Mapping[str, str], order: bytes, reads: Sequence[Any], makes: Path) -> Outcome:
+def work(module: str, wanted: Mapping[str, str], order: bytes, reads: Sequence[Any], makes: Path | None) -> Outcome:
     """Make a call.
 
     Args:
@@ -42,7 +42,7 @@ def work(module: str, wanted: Mapping[str, str], order: bytes, reads: Sequence[A
         _compare(wanted, _fingerprint(module))
         importlib.import_module(_PRELOADED)  # it keeps a worker to one thread, and is where all imports are
         function, arguments = pickle.loads(order)
-        with storage.new_folder() as folder, unpacked({**_unpack(reads, folder), makes: folder / "made"}):
+        with storage.new_folder() as folder, unpacked(_unpack(reads, folder) | _place(makes, folder)):
             result = function(*(find(value) if isinstance(value, Path) else value for value in arguments))
             made = sorted(path for path in (folder / "made").rglob("*") if path.is_file())
             files = [(path.relative_to(folder / "made").as_posix(), path.read_bytes()) for path in made]
@@ -74,6 +74,10 @@ def _compare(wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
         f"a worker on {socket.gethostname()} has another version of the product than this machine: {', '.join(shown)}"
         f"{more}: install the same one there, and start Ray there again"
     )
+
+
+def _place(makes: Path | None, folder: Path) -> dict[Path, Path]:
+    return {} if makes is None else {makes: folder / "made"}
 
 
 def _unpack(reads: Sequence[Any], folder: Path) -> dict[Path, Path]:

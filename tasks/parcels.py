@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
+from typing import BinaryIO
 
 _TRAILER = Struct("<I4s")
 """The end of a Parquet file: the length of its footer, and the format's name."""
@@ -30,14 +31,19 @@ class Enclosure:
 
 @dataclass(frozen=True)
 class Parcel:
-    """What one call reads, and the folder that it makes."""
+    """What one call reads, and the folder that it makes, if any."""
 
     reads: tuple[Enclosure, ...]
-    makes: Path
+    makes: Path | None = None
 
 
-def list_bytes(table: Path, first: int, stop: int | None) -> tuple[tuple[int, int], ...]:
+def list_bytes(table: BinaryIO, first: int, stop: int | None) -> tuple[tuple[int, int], ...]:
     """Return which bytes of a Parquet file are read for its row groups from `first` up to `stop`, the footer's last.
+
+    Args:
+        table: the file, open for reading at any place.
+        first: number of a row group.
+        stop: of the one behind the last; None for all.
 
     Raises:
         pyarrow.ArrowException: it is no Parquet file.
@@ -51,10 +57,9 @@ def list_bytes(table: Path, first: int, stop: int | None) -> tuple[tuple[int, in
             offsets = (column.dictionary_page_offset, column.data_page_offset)
             start = min(offset for offset in offsets if offset is not None)
             bounds.append((start, start + column.total_compressed_size))
-    size = table.stat().st_size
-    with table.open("rb") as file:
-        file.seek(-_TRAILER.size, os.SEEK_END)
-        footer = size - _TRAILER.size - _TRAILER.unpack(file.read())[0]
+    size = table.seek(0, os.SEEK_END)
+    table.seek(size - _TRAILER.size)
+    footer = size - _TRAILER.size - _TRAILER.unpack(table.read())[0]
     rows = ((min(start for start, _ in bounds), max(stop for _, stop in bounds)),) if bounds else ()
     return (*rows, (footer, size))
 

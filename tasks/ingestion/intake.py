@@ -67,7 +67,7 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
         left = None if max_rows is None else max_rows - num_rows
         if left == 0:
             break
-        intake = FileStats(part.dataset, part.source, part.file.name, str(part.file.path), part.layout is not None)
+        intake = FileStats(part.dataset, part.source, part.file.name, part.file.shown, part.layout is not None)
         parts.append(intake)
         for block in _take_in(intake, part, left, shard.screen):
             conversations += block[0]
@@ -89,7 +89,7 @@ Block = tuple[list[UsableRow], list[Reject]]
 
 def _take_in(intake: FileStats, part: ShardPart, max_rows: int | None, screen: Screen) -> Iterator[Block]:
     """Convert the rows of one part block by block, after finding its layout in the first ones."""
-    where, name = str(part.file.path), part.file.name
+    where, name = part.file.shown, part.file.name
     rows: Iterator[RawRow] = islice(read_rows(part.file, part.span), max_rows)
     first: list[RawRow] = []
     layout = part.layout

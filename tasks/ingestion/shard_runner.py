@@ -55,14 +55,15 @@ def name_shard(shard: Shard, number: int) -> str:
     """Return a name for a shard's folder that another content of its files, or another way of reading, changes."""
     digest = hashlib.sha256(shard.model_dump_json().encode())
     for part in shard.parts:
-        stat = part.file.path.stat()
-        digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        if part.file.remote is None:  # a remote file's version is in its shard
+            stat = part.file.path.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return f"{number:06d}-{digest.hexdigest()[:16]}"
 
 
 def enclose(shard: Shard, folder: Path) -> Parcel:
     """Return what is read of the files of a shard, and the folder that is made."""
-    paths = dict.fromkeys(part.file.path for part in shard.parts)
+    paths = dict.fromkeys(part.file.path for part in shard.parts if part.file.remote is None)
     reads = [_enclose(path, [part for part in shard.parts if part.file.path == path]) for path in paths]
     return Parcel(tuple(reads), folder)
 
@@ -77,7 +78,8 @@ def _enclose(path: Path, parts: Sequence[ShardPart]) -> Enclosure:
         case "jsonl":
             return Enclosure(path, ((first, path.stat().st_size if stop is None else stop),))
         case "parquet":
-            return Enclosure(path, list_bytes(path, first, stop))
+            with path.open("rb") as file:
+                return Enclosure(path, list_bytes(file, first, stop))
         case _:  # nobody says where the batches of an Arrow file are: it is sent once, whole
             return Enclosure(path, is_common=True)
 

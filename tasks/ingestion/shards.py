@@ -1,14 +1,12 @@
 """Shards: the parts of a dataset's files that are read independently, each by any process or machine.
 
 A shard is about 16 MB of consecutive rows: a range of bytes of a JSONL file that ends with a line, row groups of a
-Parquet file, record batches of an Arrow file, or whole files. JSON lists and CSV files are never divided.
+Parquet file, record batches of an Arrow file, or whole files (spans.py). JSON lists and CSV files are never divided.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from itertools import chain, islice
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,9 +18,9 @@ from tasks.ingestion.sources.columnar import WHOLE, FileSpan
 from tasks.ingestion.sources.files import Source, SourceFile
 from tasks.ingestion.sources.readers import read_rows
 from tasks.ingestion.sources.sources import find_sources
+from tasks.ingestion.spans import Spans, divide
 
 SHARD_BYTES = 16 << 20
-READ_BYTES = 1 << 20
 
 
 class ShardPart(BaseModel):
@@ -127,92 +125,13 @@ def _name_apart(sources: Sequence[Source], folder: str, names: set[str]) -> list
     return apart
 
 
-Spans = list[tuple[FileSpan, int]]
-
-
 def _divide(file: SourceFile, reading: Reading, shard_bytes: int) -> tuple[Layout | None, Spans]:
     """Return the spans of a file with their sizes, and its layout where there are several."""
-    size = file.path.stat().st_size
-    whole: Spans = [(WHOLE, size)]
-    divide = DIVIDERS.get(file.kind)
-    if divide is None or size <= shard_bytes:
-        return None, whole
-    spans = divide(file.path, shard_bytes)
+    spans = divide(file, shard_bytes)
     if len(spans) < 2:
-        return None, whole
-    first = [row.value for row in islice(read_rows(file), ROWS_LOOKED_AT) if row.problem is None]
-    layout = find_layout(first, reading, str(file.path))
+        return None, [(WHOLE, file.num_bytes)]
+    rows = chain.from_iterable(read_rows(file, span) for span, _ in spans)
+    first = [row.value for row in islice(rows, ROWS_LOOKED_AT) if row.problem is None]
+    layout = find_layout(first, reading, file.shown)
     # Without a layout in its first rows a file's rows must be looked at one after the other.
-    return (layout, spans) if layout else (None, whole)
-
-
-def _divide_lines(path: Path, shard_bytes: int) -> Spans:
-    """Divide a JSONL file into equal parts that end with a line, and count the lines before each."""
-    size = path.stat().st_size
-    num_parts = -(-size // shard_bytes)
-    spans: Spans = []
-    start, first_row = 0, 1
-    with path.open("rb") as handle:
-        for number in range(1, num_parts + 1):
-            if start >= size:
-                break
-            stop = size
-            if number < num_parts:
-                handle.seek(max(start, size * number // num_parts - 1))
-                handle.readline()
-                stop = handle.tell()
-            handle.seek(start)
-            spans.append((FileSpan(start, stop, first_row), stop - start))
-            first_row += _count_lines(handle, stop - start)
-            start = stop
-    return spans
-
-
-def _count_lines(handle: Any, num_bytes: int) -> int:
-    """Count the line feeds in the next bytes."""
-    count = 0
-    while num_bytes > 0 and (block := handle.read(min(num_bytes, READ_BYTES))):
-        count += block.count(b"\n")
-        num_bytes -= len(block)
-    return count
-
-
-def _divide_row_groups(path: Path, shard_bytes: int) -> Spans:
-    """Divide a Parquet file between row groups."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        metadata = pq.read_metadata(path)
-    except (pa.ArrowException, OSError):
-        return []  # the reader says what is wrong with it
-    groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
-    return _join_spans([(group.num_rows, group.total_byte_size) for group in groups], shard_bytes)
-
-
-def _divide_batches(path: Path, shard_bytes: int) -> Spans:
-    """Divide an Arrow file between record batches; a stream is not divided."""
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as memory:
-            file = pa.ipc.open_file(memory)
-            batches = (file.get_batch(place) for place in range(file.num_record_batches))
-            return _join_spans([(batch.num_rows, batch.nbytes) for batch in batches], shard_bytes)
-    except (pa.ArrowException, OSError):
-        return []
-
-
-def _join_spans(pieces: Sequence[tuple[int, int]], shard_bytes: int) -> Spans:
-    """Put neighbouring pieces (their rows and bytes) together until they fill a shard."""
-    spans: Spans = []
-    start, first_row, rows, size = 0, 1, 0, 0
-    for place, (num_rows, num_bytes) in enumerate(pieces):
-        if size and size + num_bytes > shard_bytes:
-            spans.append((FileSpan(start, place, first_row), size))
-            start, first_row, rows, size = place, first_row + rows, 0, 0
-        rows, size = rows + num_rows, size + num_bytes
-    return [*spans, (FileSpan(start, len(pieces), first_row), size)]
-
-
-DIVIDERS = {"jsonl": _divide_lines, "parquet": _divide_row_groups, "arrow": _divide_batches}
+    return (layout, spans) if layout else (None, [(WHOLE, file.num_bytes)])

@@ -98,7 +98,8 @@ def enclose(
 ) -> Parcel:
     """Return what `work_on_shard` reads and makes; its tokenizer is a saved one, which has its template."""
     assert chat_template is None, chat_template
-    spans = list_bytes(table, row_groups[0], row_groups[-1] + 1) if row_groups else None
+    with table.open("rb") as file:
+        spans = list_bytes(file, row_groups[0], row_groups[-1] + 1) if row_groups else None
     return Parcel((Enclosure(table, spans), Enclosure(tokenizer_folder, is_common=True)), folder)
 
 

@@ -2,11 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.layouts import Reading
+from tasks.ingestion.sources.remote_files import RemoteFile
 
 KINDS: dict[str, str] = {
     ".json": "json",
@@ -23,6 +24,8 @@ KINDS: dict[str, str] = {
 }
 _MAX_SHOWN = 200
 """Characters of a path."""
+# Lines in a stream that is read as it is; not divided.
+STREAMS = {".gz": "gzip", ".zst": "zstd"}
 COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz"})
 # What the datasets library writes beside its files, and LLaMA-Factory's index: descriptions, not rows.
 METADATA_NAMES = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -35,8 +38,21 @@ class SourceFile:
     """A file of rows: where it is, what it is called in the tables, and how it is parsed."""
 
     path: Path
+    """On this machine; of a remote file nothing is there, and its parts are brought elsewhere (remote.brought)."""
     name: str
     kind: str
+    """One of KINDS, with the ending of a stream behind it where it is compressed: `jsonl.gz`."""
+    remote: RemoteFile | None = None
+
+    @property
+    def shown(self) -> str:
+        """What people know it by."""
+        return str(self.path) if self.remote is None else self.remote.address
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size; 0 where a web server does not say it."""
+        return self.path.stat().st_size if self.remote is None else self.remote.size or 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +70,16 @@ class Source:
     """What else decides what is read; goes into the digest."""
 
 
-def _kind_of_name(path: Path) -> str | None:
+def kind_of_name(path: PurePath) -> str | None:
     """Return the kind that the file's endings tell (data.json.demo is JSON), or None."""
-    return next((KINDS[suffix] for suffix in reversed([s.lower() for s in path.suffixes]) if suffix in KINDS), None)
+    kind = next((KINDS[suffix] for suffix in reversed([s.lower() for s in path.suffixes]) if suffix in KINDS), None)
+    return f"{kind}{path.suffix.lower()}" if kind == "jsonl" and path.suffix.lower() in STREAMS else kind
+
+
+def is_other_compressed(path: PurePath) -> bool:
+    """Tell whether a file is compressed, and not as lines are read."""
+    is_read = (kind_of_name(path) or "").endswith(tuple(STREAMS))
+    return path.suffix.lower() in COMPRESSED and not is_read
 
 
 def kind_of_file(path: Path) -> str:
@@ -70,9 +93,12 @@ def kind_of_file(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: neither a file nor a folder (a pipe, socket or device): save its rows to a file")
     check_readable(path)
-    if path.suffix.lower() in COMPRESSED:
-        raise DataError(f"{path}: compressed files are not read: unpack it and give the {KNOWN} file inside")
-    kind = _kind_of_name(path)
+    if is_other_compressed(path):
+        raise DataError(
+            f"{path}: compressed files are not read, but for .jsonl.gz and .jsonl.zst: unpack it and give the {KNOWN} "
+            "file inside"
+        )
+    kind = kind_of_name(path)
     if kind is not None:
         return kind
     with path.open("rb") as handle:
@@ -128,7 +154,7 @@ def find_in_folder(folder: Path) -> Source:
             check_readable(path)  # what is below would be missing without a word
             continue
         check_name(relative)
-        kind = None if not path.is_file() or path.suffix.lower() in COMPRESSED else _kind_of_name(path)
+        kind = None if not path.is_file() or is_other_compressed(path) else kind_of_name(path)
         if kind is None or path.name in METADATA_NAMES:
             skipped.append(relative.as_posix())
         else:
@@ -137,10 +163,10 @@ def find_in_folder(folder: Path) -> Source:
             files.append(SourceFile(path, relative.as_posix(), kind))
     if not files:
         raise DataError(f"{folder}: the folder holds no dataset file: known endings are {KNOWN}")
-    return Source(str(folder), tuple(files), _warn_of_folder(files, skipped))
+    return Source(str(folder), tuple(files), warn_of_folder(files, skipped))
 
 
-def _warn_of_folder(files: list[SourceFile], skipped: list[str]) -> tuple[str, ...]:
+def warn_of_folder(files: list[SourceFile], skipped: list[str]) -> tuple[str, ...]:
     """Say which files were not read, and which look like held-out data among training data."""
     warnings = []
     if skipped:
@@ -164,8 +190,6 @@ def _names_held_out(name: str) -> bool:
 
 def looks_like_a_path(source: str) -> bool:
     """Tell a missing file from a hub name (`name` or `org/name`)."""
-    if "://" in source:
-        raise DataError(f"{source}: addresses are not read: download the file, or give a hub dataset as org/name")
     suffixes = [suffix.lower() for suffix in Path(source).suffixes]
     return (
         "\\" in source

@@ -1,9 +1,10 @@
 """Rows out of JSON: a list, one object, or a value a line; every error is `json`'s."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.sources.columnar import WHOLE, FileSpan, RawRow
@@ -113,38 +114,53 @@ def _parses(line: str) -> bool:
     return True
 
 
+def read_stream(path: Path, compression: str) -> Iterator[RawRow]:
+    """Read one JSON value a line of a compressed file; places are those of its content."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    try:
+        with pa.input_stream(str(path), compression=compression) as stream:
+            yield from _read_lines(io.BufferedReader(stream, READ_BYTES), path, WHOLE)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: the compressed file is damaged or cut short ({error}): write it again") from None
+
+
 def read_json_lines(path: Path, span: FileSpan) -> Iterator[RawRow]:
     """Read one JSON value a line; blank lines are no rows. Only line feeds end a line."""
-    offset, num_rows, num_broken, first = span.start, 0, 0, ""
     with path.open("rb") as handle:
         handle.seek(span.start)
-        for line, data in enumerate(handle, start=span.first_row):
-            if span.stop is not None and offset >= span.stop:
-                break
-            start = offset
-            offset += len(data)
-            if start == 0:
-                check_start(path, data[:64])
-                start += len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
-                data = data.removeprefix(UTF8_BOM)
-            try:
-                yield RawRow(line, parse_fast(data))
-                num_rows += 1
-                continue
-            except NotFast:
-                if b"\0" in data:  # no JSON: a hole that a crash left, and it may be gigabytes long
-                    data = data[: data.index(b"\0") + 1]
-                text = decode(path, data, start, line).strip()
-            if not text:
-                continue
+        yield from _read_lines(handle, path, span)
+
+
+def _read_lines(handle: BinaryIO, path: Path, span: FileSpan) -> Iterator[RawRow]:
+    offset, num_rows, num_broken, first = span.start, 0, 0, ""
+    for line, data in enumerate(handle, start=span.first_row):
+        if span.stop is not None and offset >= span.stop:
+            break
+        start = offset
+        offset += len(data)
+        if start == 0:
+            check_start(path, data[:64])
+            start += len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
+            data = data.removeprefix(UTF8_BOM)
+        try:
+            yield RawRow(line, parse_fast(data))
             num_rows += 1
-            try:
-                yield RawRow(line, json.loads(text))
-            except (ValueError, RecursionError) as error:  # ValueError alone: an integer of too many digits
-                num_broken += 1
-                where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-                first = first or f"broken JSON on line {line}, {where}"
-                yield RawRow(line, text, RowError("broken_json", f"broken JSON on line {line}, {where}"))
+            continue
+        except NotFast:
+            if b"\0" in data:  # no JSON: a hole that a crash left, and it may be gigabytes long
+                data = data[: data.index(b"\0") + 1]
+            text = decode(path, data, start, line).strip()
+        if not text:
+            continue
+        num_rows += 1
+        try:
+            yield RawRow(line, json.loads(text))
+        except (ValueError, RecursionError) as error:  # ValueError alone: an integer of too many digits
+            num_broken += 1
+            where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            first = first or f"broken JSON on line {line}, {where}"
+            yield RawRow(line, text, RowError("broken_json", f"broken JSON on line {line}, {where}"))
     if span == WHOLE and num_rows and num_broken == num_rows:
         raise_no_json(path, first)
 

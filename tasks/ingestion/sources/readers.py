@@ -12,8 +12,10 @@ from pathlib import Path
 from tasks.ingestion.errors import DataError, RowError
 from tasks.ingestion.sources.columnar import WHOLE, FileSpan, RawRow, read_arrow, read_parquet
 from tasks.ingestion.sources.encodings import read_text_lines
-from tasks.ingestion.sources.files import SourceFile
-from tasks.ingestion.sources.json_files import read_json, read_json_lines
+from tasks.ingestion.sources.files import STREAMS, SourceFile
+from tasks.ingestion.sources.json_files import read_json, read_json_lines, read_stream
+from tasks.ingestion.sources.remote import brought
+from tasks.ingestion.sources.remote_files import RemoteFile
 from tasks.parcels import find
 
 
@@ -24,9 +26,17 @@ def read_rows(file: SourceFile, span: FileSpan = WHOLE) -> Iterator[RawRow]:
         DataError: the file as a whole cannot be read: its encoding, its syntax, no row that parses.
     """
     assert span == WHOLE or file.kind in ("jsonl", "parquet", "arrow"), f"{file.path}: {span} of a {file.kind} file"
+    if file.remote is not None:
+        return _read_remote(file, file.remote, span)
     path = find(file.path)
     rows = _read(path, file.kind, span)
-    return rows if path == file.path else _name_in_errors(rows, path, file.path)
+    return rows if path == file.path else _name_in_errors(rows, path, file.shown)
+
+
+def _read_remote(file: SourceFile, remote: RemoteFile, span: FileSpan) -> Iterator[RawRow]:
+    """Read rows from a copy of the part of a file that has them."""
+    with brought(remote, file.kind, span) as path:
+        yield from _name_in_errors(_read(path, file.kind, span), path, file.shown)
 
 
 def _read(path: Path, kind: str, span: FileSpan) -> Iterator[RawRow]:
@@ -35,6 +45,8 @@ def _read(path: Path, kind: str, span: FileSpan) -> Iterator[RawRow]:
             return read_json(path)
         case "jsonl":
             return read_json_lines(path, span)
+        case "jsonl.gz" | "jsonl.zst":
+            return read_stream(path, STREAMS[path.suffix.lower()])
         case "csv":
             return _read_csv(path, ",")
         case "tsv":
@@ -45,12 +57,12 @@ def _read(path: Path, kind: str, span: FileSpan) -> Iterator[RawRow]:
             return read_arrow(path, span)
 
 
-def _name_in_errors(rows: Iterator[RawRow], path: Path, known: Path) -> Iterator[RawRow]:
+def _name_in_errors(rows: Iterator[RawRow], path: Path, known: str) -> Iterator[RawRow]:
     """Yield the rows; name the file that people know where what is wrong with its copy is said."""
     try:
         yield from rows
     except DataError as error:
-        raise DataError(str(error).replace(str(path), str(known))) from error
+        raise DataError(str(error).replace(str(path), known)) from error
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:

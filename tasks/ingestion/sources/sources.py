@@ -1,14 +1,16 @@
-"""Where a dataset's rows are: a file, a folder, LLaMA-Factory's index of datasets, or a dataset of the hub."""
+"""Where a dataset's rows are: a file, a folder, an address, LLaMA-Factory's index of datasets, or one of the hub."""
 
 import hashlib
 from pathlib import Path
 
 from schemas.config import DataConfig, DatasetConfig
+from tasks.addresses import is_address
 from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.files import Source, SourceFile, exists, find_in_folder, kind_of_file, looks_like_a_path
 from tasks.ingestion.sources.hub import find_on_hub
 from tasks.ingestion.sources.llamafactory import read_index, split_index_name
+from tasks.ingestion.sources.remote import find_at_address
 from tasks.storage import digest_file
 
 _SETTINGS = "data.source, data.eval_source or data.mixture"
@@ -17,15 +19,20 @@ _SETTINGS = "data.source, data.eval_source or data.mixture"
 def digest_source(config: DataConfig) -> str:
     """Return the sha256 (hex) over names and contents of all files, further and held-out datasets included.
 
-    Names are relative to the dataset, so that a moved dataset keeps its digest. Contents are streamed.
+    Names are relative to the dataset, so that a moved dataset keeps its digest. Contents are streamed; those of remote
+    files are not read: what their stores say of their versions stands for them.
     """
     whole = hashlib.sha256()
     for role, dataset in (*(("train", dataset) for dataset in config.datasets), ("eval", config.held_out_dataset)):
         for source in find_sources(dataset) if dataset is not None else ():
             whole.update(f"{role}\0{source.description}\n".encode())
             for file in source.files:
-                whole.update(f"{file.name}\0{digest_file(file.path)}\n".encode())
+                whole.update(f"{file.name}\0{_digest(file)}\n".encode())
     return whole.hexdigest()
+
+
+def _digest(file: SourceFile) -> str:
+    return digest_file(file.path) if file.remote is None else file.remote.version
 
 
 def check_unchanged(config: DataConfig, digest: str) -> None:
@@ -50,6 +57,8 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
         OutsideRootsError: the path is none that the service reads.
     """
     name = dataset.source
+    if is_address(name):
+        return (find_at_address(name, _SETTINGS),)
     try:
         Path(name).expanduser()
     except RuntimeError as error:

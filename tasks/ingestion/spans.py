@@ -1,0 +1,131 @@
+"""Divides files into spans that can be read apart: lines, row groups and record batches.
+
+A remote file is not read for it, but for the lines of one that is larger than a shard, which workers count.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tasks import execution
+from tasks.ingestion.sources import stores
+from tasks.ingestion.sources.columnar import FileSpan
+from tasks.ingestion.sources.files import SourceFile
+from tasks.ingestion.sources.remote import survey_lines
+from tasks.ingestion.sources.remote_files import RemoteFile
+from tasks.parcels import Parcel
+
+READ_BYTES = 1 << 20
+
+Spans = list[tuple[FileSpan, int]]
+"""Each with its bytes."""
+
+
+def divide(file: SourceFile, shard_bytes: int) -> Spans:
+    """Return the spans of a file, of about so many bytes each; few or none where it is not divided."""
+    if file.num_bytes <= shard_bytes:
+        return []
+    if file.remote is None:
+        of_files = _OF_FILES.get(file.kind)
+        return of_files(file.path, shard_bytes) if of_files else []
+    of_remote_files = _OF_REMOTE_FILES.get(file.kind) if file.remote.has_ranges else None
+    return of_remote_files(file.remote, shard_bytes) if of_remote_files else []
+
+
+def _divide_remote_lines(remote: RemoteFile, shard_bytes: int) -> Spans:
+    """Divide a remote JSONL file as `_divide_lines` does: each part ends with the line that a byte of it is in."""
+    assert remote.size is not None, remote
+    num_parts = -(-remote.size // shard_bytes)
+    # A part begins behind the first line feed from the byte before its place on.
+    places = [0, *(max(0, remote.size * number // num_parts - 1) for number in range(1, num_parts)), remote.size]
+    calls = [(remote, start, stop) for start, stop in pairwise(places)]
+    surveys: list[tuple[int, int | None]] = execution.map(survey_lines, calls, parcel=lambda *_: Parcel(()))
+    starts, num_feeds = [(0, 1)], 0
+    for place, (number, first) in zip(places, surveys, strict=False):
+        # A part without a line feed lies within a line, which began in an earlier one.
+        if place and first is not None and first + 1 < remote.size:
+            starts.append((first + 1, num_feeds + 2))
+        num_feeds += number
+    stops = [*(start for start, _ in starts[1:]), remote.size]
+    return [(FileSpan(start, stop, row), stop - start) for (start, row), stop in zip(starts, stops, strict=True)]
+
+
+def _divide_remote_row_groups(remote: RemoteFile, shard_bytes: int) -> Spans:
+    if remote.address.startswith("http"):  # its footer cannot be read apart
+        return []
+    with stores.open_file(remote) as file:
+        return _divide_row_groups(file, shard_bytes)
+
+
+def _divide_lines(path: Path, shard_bytes: int) -> Spans:
+    """Divide a JSONL file into equal parts that end with a line, and count the lines before each."""
+    size = path.stat().st_size
+    num_parts = -(-size // shard_bytes)
+    spans: Spans = []
+    start, first_row = 0, 1
+    with path.open("rb") as handle:
+        for number in range(1, num_parts + 1):
+            if start >= size:
+                break
+            stop = size
+            if number < num_parts:
+                handle.seek(max(start, size * number // num_parts - 1))
+                handle.readline()
+                stop = handle.tell()
+            handle.seek(start)
+            spans.append((FileSpan(start, stop, first_row), stop - start))
+            first_row += _count_lines(handle, stop - start)
+            start = stop
+    return spans
+
+
+def _count_lines(handle: Any, num_bytes: int) -> int:
+    """Count the line feeds in the next bytes."""
+    count = 0
+    while num_bytes > 0 and (block := handle.read(min(num_bytes, READ_BYTES))):
+        count += block.count(b"\n")
+        num_bytes -= len(block)
+    return count
+
+
+def _divide_row_groups(table: Path | BinaryIO, shard_bytes: int) -> Spans:
+    """Divide a Parquet file between row groups."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        metadata = pq.read_metadata(table)
+    except (pa.ArrowException, OSError):
+        return []  # the reader says what is wrong with it
+    groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
+    return _join_spans([(group.num_rows, group.total_byte_size) for group in groups], shard_bytes)
+
+
+def _divide_batches(path: Path, shard_bytes: int) -> Spans:
+    """Divide an Arrow file between record batches; a stream is not divided."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as memory:
+            file = pa.ipc.open_file(memory)
+            batches = (file.get_batch(place) for place in range(file.num_record_batches))
+            return _join_spans([(batch.num_rows, batch.nbytes) for batch in batches], shard_bytes)
+    except (pa.ArrowException, OSError):
+        return []
+
+
+def _join_spans(pieces: Sequence[tuple[int, int]], shard_bytes: int) -> Spans:
+    """Put neighbouring pieces (their rows and bytes) together until they fill a shard."""
+    spans: Spans = []
+    start, first_row, rows, size = 0, 1, 0, 0
+    for place, (num_rows, num_bytes) in enumerate(pieces):
+        if size and size + num_bytes > shard_bytes:
+            spans.append((FileSpan(start, place, first_row), size))
+            start, first_row, rows, size = place, first_row + rows, 0, 0
+        rows, size = rows + num_rows, size + num_bytes
+    return [*spans, (FileSpan(start, len(pieces), first_row), size)]
+
+
+_OF_FILES = {"jsonl": _divide_lines, "parquet": _divide_row_groups, "arrow": _divide_batches}
+_OF_REMOTE_FILES = {"jsonl": _divide_remote_lines, "parquet": _divide_remote_row_groups}
