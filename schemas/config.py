@@ -101,7 +101,7 @@ class DataConfig(Section):
     """The dataset and its checks."""
 
     source: str = Field(min_length=1, title="Dataset")
-    """File, folder or address (s3://bucket/rows) of JSON, JSONL, CSV, Parquet or Arrow, the name of a dataset on the hub,
+    """File, folder or address (s3://…) of JSON, JSONL, CSV, Parquet or Arrow, the name of a dataset on the hub,
     or entries of a LLaMA-Factory dataset_info.json as path/dataset_info.json#name1,name2."""
     eval_source: str | None = Field(default=None, title="Held-out dataset")
     """A separate held-out dataset. Empty: a seeded part of the dataset is held out."""
