@@ -14,6 +14,7 @@ import logging
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -63,22 +64,52 @@ def name_delta_rule(rule: DeltaRule) -> str:
 def run_fla_rule(
     queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments
 ) -> Tensor:
-    """Run the kernels of flash-linear-attention."""
+    """Run the kernels of flash-linear-attention.
+
+    Queries and keys come to it of length one: its own kernel for that tries its forms anew for every few thousand
+    tokens more, for seconds each.
+    """
+    from tasks.decoder import kernels
+
     function = _find_fla()
     assert function is not None
     outputs, _ = function(
-        queries[None],
-        keys[None],
+        UnitLength.apply(queries, kernels)[None],
+        UnitLength.apply(keys, kernels)[None],
         values[None],
         g=log_decay[None],
         beta=beta[None],
         scale=queries.shape[-1] ** -0.5,
-        use_qk_l2norm_in_kernel=True,
         cu_seqlens=segments.wide_borders,
         cu_seqlens_cpu=segments.host_borders,
     )
     result: Tensor = outputs[0]
     return result
+
+
+class UnitLength(torch.autograd.Function):
+    """x [T, heads, K] over its length, the root of the sum of squares: the RMS norm of a factor of 1 / sqrt(K)."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, ops: ModuleType) -> Tensor:
+        """Return [T, heads, K], by the norm of `elementwise` or `kernels`."""
+        size = states.shape[-1]
+        rows = states.reshape(-1, size)
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        wide = torch.promote_types(states.dtype, torch.float32)
+        factor = torch.full((size,), size**-0.5, dtype=wide, device=states.device)
+        total, rstd = ops.add_norm(rows, None, factor, _LENGTH_EPS / size, out)
+        ctx.save_for_backward(total, rstd, factor)
+        ctx.ops = ops
+        return out.view(states.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x."""
+        total, rstd, factor = ctx.saved_tensors
+        out = torch.empty_like(total, memory_format=torch.contiguous_format)
+        ctx.ops.norm_backward(grads[0].reshape(total.shape), total, rstd, factor, None, out)
+        return out.view(grads[0].shape), None
 
 
 @cache

@@ -95,6 +95,8 @@ def train_adapter(
         examples = run_folder / f"examples-{machine()}"
         setup = prepare_training(base_model, tokens, examples, config, seed=seed, objective=objective)
     logger.info("Training with the %s", setup.engine.describe())
+    for sentence in setup.notes:  # among the warnings at the end, but an hour earlier
+        logger.info(sentence)
     for sentence in describe_costs(config, setup.parameters, setup.engine.describe().partition(",")[0], setup.dtype):
         logger.info(sentence)
     for sentence in describe_trained(setup.adapted, config):

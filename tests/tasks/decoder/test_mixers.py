@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.decoder import delta_rule, mixer_elementwise
+from tasks.decoder import delta_rule, elementwise, mixer_elementwise
 from tasks.decoder.attention import Segments, attend_one_by_one
-from tasks.decoder.delta_rule import run_plain_rule
+from tasks.decoder.delta_rule import UnitLength, run_plain_rule
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.decoder.wide_attention import attend_in_batches, form_batches
 from tasks.training.batches import form_flat_batch
@@ -55,6 +55,16 @@ def test_the_chunked_rule_is_the_recurrence_and_keeps_examples_apart(lengths: tu
     pairs = zip(torch.autograd.grad(found, inputs, weights), torch.autograd.grad(wanted, inputs, weights), strict=True)
     for left, right in pairs:
         torch.testing.assert_close(left, right)
+
+
+def test_a_unit_length_is_the_root_of_the_sum_of_squares() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(7, 3, 8, dtype=torch.float64)
+    states[2] *= 1e-4  # where the least that is added to the sum counts
+    states.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: UnitLength.apply(x, elementwise), (states,))
+    lengths = (states.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(UnitLength.apply(states, elementwise), states / lengths)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (9,), (8, 8, 100)])
