@@ -25,7 +25,15 @@ _HOW = {
 }
 
 
-def copy_companions(base_model: Path, tokenizer: Path, folder: Path, card: Mapping[str, str], *, unties: bool) -> None:
+def copy_companions(
+    base_model: Path,
+    tokenizer: Path,
+    folder: Path,
+    card: Mapping[str, str],
+    *,
+    unties: bool,
+    unpacks: bool = False,
+) -> None:
     """Write the small files that make the weights a model that can be served.
 
     Args:
@@ -34,6 +42,7 @@ def copy_companions(base_model: Path, tokenizer: Path, folder: Path, card: Mappi
         folder: of the merged model.
         card: what the model card tells.
         unties: the head has a tensor of its own now, so the config must not tie it.
+        unpacks: weights that were packed are so no more, so the config must not say that they are.
     """
     for name in PROCESSOR_FILES:
         if (base_model / name).is_file():
@@ -44,6 +53,8 @@ def copy_companions(base_model: Path, tokenizer: Path, folder: Path, card: Mappi
     config = _read_json(base_model / "config.json")
     if unties:
         config = _untie(config)
+    if unpacks:
+        config.pop("quantization_config", None)
     _write_json(folder / "config.json", config)
     generation: dict[str, Any] = {}
     if (base_model / "generation_config.json").exists():

@@ -15,7 +15,8 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tasks.merging.changes import Change, LowRank, MergeError, Replacement
-from tasks.merging.shards import FLOATS, StoredTensor
+from tasks.merging.shards import FLOATS
+from tasks.merging.stored import StoredTensor, unpack
 
 _HOW = "its layout in the files is not one that a merge can be written in: choose a checkpoint as transformers saves it"
 
@@ -107,7 +108,7 @@ def check_layout(
     Raises:
         MergeError: a weight is not among the files, is quantized, or has a layout that is not understood.
     """
-    sources = find_sources(skeleton, stored)
+    sources = find_sources(skeleton, unpack(stored))
     ties: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
     for name, shape in shapes.items():
         found = sources.get(name) or sources.get(ties.get(name, ""))

@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from schemas.artifacts import MergeCheck
 from schemas.config import MergeConfig
 from tasks.merging.shards import FLOATS, read_headers
+from tasks.merging.stored import unpack
 from tasks.merging.trained_models import has_own_weights, load_trained
 from tasks.models import choose_device, load_model
 
@@ -88,7 +89,7 @@ def check_merge(
 
 def _choose_compute_dtype(base_model: Path, device: torch.device) -> torch.dtype | None:
     """Return fp32, or None (the stored dtype) when fp32 weights would not fit on the GPU."""
-    num_values = sum(torch.Size(tensor.shape).numel() for tensor in read_headers(base_model).values())
+    num_values = sum(torch.Size(tensor.shape).numel() for tensor in unpack(read_headers(base_model)).values())
     if device.type == "cuda" and 5 * num_values > torch.cuda.mem_get_info(device)[0]:
         return None
     return torch.float32

@@ -21,26 +21,11 @@ import torch
 from safetensors import safe_open
 
 from tasks.merging.changes import Change, MergeError
+from tasks.merging.stored import BLOCK_BYTES, StoredTensor, read_block
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bytes of a block. Larger ones do not fit into the caches, and the allocator takes their memory anew each time.
-BLOCK_BYTES = 1 << 23
 _MAX_THREADS = 8
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a checkpoint, still on the disk."""
-
-    file: Path
-    name: str
-    dtype: str
-    """As safetensors writes it: F32, BF16, ..."""
-    shape: tuple[int, ...]
-    begin: int
-    """Of its bytes in the file."""
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -203,23 +188,6 @@ def _write_block(tensor: PlannedTensor, rows: slice, reader: int, writer: int, b
     if sys.platform == "linux":
         # Begins to write to the disk now (mm/fadvise.c), while other blocks are computed, instead of all at the end.
         os.posix_fadvise(writer, begin + start, len(view), os.POSIX_FADV_DONTNEED)
-
-
-def read_block(reader: int, source: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    """Return some bytes of a stored tensor, uint8, from its file's descriptor."""
-    block = torch.empty(stop - start, dtype=torch.uint8)
-    _fill(reader, memoryview(block.numpy().data), source.begin + start, source)
-    return block
-
-
-def _fill(reader: int, view: memoryview, place: int, source: StoredTensor) -> None:
-    """Read bytes of a file until the view is full."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(reader, [view[done:]], place + done)
-        if not count:
-            raise MergeError(f"{source.file}: {source.name} cannot be read (the file ends): fetch the model again")
-        done += count
 
 
 @contextmanager

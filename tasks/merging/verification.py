@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from tasks.merging.changes import MergeError
-from tasks.merging.shards import BLOCK_BYTES, PlannedTensor, StoredTensor, read_block, read_headers
+from tasks.merging.shards import PlannedTensor, read_headers
+from tasks.merging.stored import StoredTensor, cut_bytes, read_block
 
 _MAX_THREADS = 8
 _NAMED = 3
@@ -77,8 +78,7 @@ def _is_same(left: StoredTensor, right: StoredTensor) -> bool:
     """Compare two stored tensors' bytes, block by block."""
     with ExitStack() as stack:
         readers = [stack.enter_context(tensor.file.open("rb")).fileno() for tensor in (left, right)]
-        for start in range(0, left.num_bytes, BLOCK_BYTES):
-            stop = min(start + BLOCK_BYTES, left.num_bytes)
+        for start, stop in cut_bytes(left):
             blocks = [read_block(reader, t, start, stop) for reader, t in zip(readers, (left, right), strict=True)]
             if not torch.equal(*blocks):
                 return False

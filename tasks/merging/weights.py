@@ -15,6 +15,7 @@ from tasks.merging.changes import Change, MergeError, Replacement, build_skeleto
 from tasks.merging.companions import copy_companions
 from tasks.merging.names import Sources, divide_change, find_sources, name_missing
 from tasks.merging.shards import FLOATS, PlannedTensor, read_headers, write_shards
+from tasks.merging.stored import PackedTensor, unpack
 from tasks.merging.trained_models import read_trained_changes, read_trained_config
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -53,7 +54,14 @@ def merge_adapter(
     write_shards(plan, folder, limit)
     stored = {tensor.source.name for tensor in plan}
     told = {"method": str(read_trained_config(adapter)["method"]), **(card or {})}
-    copy_companions(base_model, tokenizer, folder, told, unties=any(tensor.name not in stored for tensor in plan))
+    copy_companions(
+        base_model,
+        tokenizer,
+        folder,
+        told,
+        unties=any(tensor.name not in stored for tensor in plan),
+        unpacks=any(isinstance(tensor.source, PackedTensor) for tensor in plan),
+    )
     return plan
 
 
@@ -61,15 +69,16 @@ def plan_merge(base_model: Path, adapter: Path) -> list[PlannedTensor]:
     """Give each tensor of the base its change.
 
     Of tied tensors the checkpoint holds one. When both are changed alike they stay tied; a head changed alone is
-    written as a tensor of its own, made from the one that it was tied to.
+    written as a tensor of its own, made from the one that it was tied to. Packed experts stay so unless some change.
 
     Raises:
         MergeError: base and adapter do not fit, or the base's files have a layout that is not understood.
     """
     stored = read_headers(base_model)
+    unpacked = unpack(stored)
     skeleton: Any = build_skeleton(base_model)
     ties: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
-    sources = find_sources(skeleton, stored)
+    sources = find_sources(skeleton, unpacked)
     changes = read_trained_changes(adapter, skeleton)
     by_stored: dict[str, Change] = {}
     apart: list[PlannedTensor] = []
@@ -84,6 +93,8 @@ def plan_merge(base_model: Path, adapter: Path) -> list[PlannedTensor]:
         _check_fit(name, change, sources[tied])
         if not _is_same(change, changes.get(tied)):
             apart.append(PlannedTensor(name, sources[tied].tensors[0], change))
+    if by_stored.keys() - stored.keys():  # a config says of all experts alike how they are packed
+        stored = unpacked
     plan = [PlannedTensor(name, tensor, by_stored.get(name)) for name, tensor in stored.items()]
     return [*plan, *apart]
 

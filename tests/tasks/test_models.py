@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tasks.models import ModelError, choose_dtype, load_model, load_tokenizer, read_context_length
+from tests.tasks.families.packed import save_packed
 
 TINY: dict[str, Any] = {
     "vocab_size": 32,
@@ -174,25 +175,7 @@ def test_an_encoder_decoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_experts_in_mxfp4_are_unpacked_into_the_wanted_dtype(tmp_path: Path) -> None:
-    """Four bits a value, the low half of a byte first, and a power of two for each 32 of them."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 2, "num_experts_per_tok": 1}
-    model: Any = GptOssForCausalLM(GptOssConfig(**{**TINY, **sizes}))
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    wanted = {}
-    for name in [name for name in weights if name.endswith((".gate_up_proj", ".down_proj"))]:
-        num_experts, _, num_out = weights.pop(name).shape
-        blocks = torch.randint(0, 256, (num_experts, num_out, 1, 16), dtype=torch.uint8)
-        scales = torch.randint(120, 130, (num_experts, num_out, 1), dtype=torch.uint8)
-        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        sizes_of_values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-        halves = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(2).long()
-        values = sizes_of_values[halves & 7] * torch.where(halves >= 8, -1.0, 1.0)
-        wanted[name] = (values * 2.0 ** (scales.float() - 127)).mT
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": packed}))
+    wanted = save_packed(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         parameters = dict(load_model(tmp_path, dtype=dtype).named_parameters())
         assert {parameter.dtype for parameter in parameters.values()} == {dtype}

@@ -1,0 +1,79 @@
+"""What is trained beside experts in MXFP4 is merged into their unpacked matrices, and packed ones stay so without."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from tasks.merging.changes import MergeError
+from tasks.merging.verification import verify_tensors
+from tasks.merging.weights import merge_adapter, plan_merge
+from tasks.models import load_model
+from tests.tasks.families.packed import save_packed
+from tests.tasks.merging.test_layouts import train_by_hand
+
+DEMO = Path("deploy/demo/base_model")
+
+
+def merge(folder: Path, **settings: Any) -> tuple[Path, Path, Any]:
+    adapter = train_by_hand(folder / "base", folder / "adapter", **settings)
+    merged, tokenizer = folder / "merged", folder / "tokenizer"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, tokenizer / name)
+    plan = merge_adapter(folder / "base", adapter, tokenizer, merged, max_shard_size="5GB")
+    return adapter, merged, plan
+
+
+def test_adapted_experts_are_written_unpacked(tmp_path: Path) -> None:
+    values = save_packed(tmp_path / "base")
+    adapter, folder, plan = merge(tmp_path)
+    before, after = load_file(tmp_path / "base" / "model.safetensors"), load_file(folder / "model.safetensors")
+    packed = {f"{name}_{part}" for name in values for part in ("blocks", "scales")}
+    assert len(values) == 2
+    assert after.keys() == (before.keys() - packed) | values.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    # Four matrices of attention and two of experts.
+    written = verify_tensors(plan, folder)
+    assert (written.num_changed, written.num_kept, written.unmoved) == (6, len(after) - 6, ())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    base = load_model(tmp_path / "base", dtype=torch.float32)
+    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    for name, tensor in load_model(folder, dtype=torch.float32).state_dict().items():
+        wanted = merged.state_dict()[name]
+        assert ((tensor - wanted).abs() <= wanted.abs() * 2.0**-8).all(), name
+
+
+def test_packed_experts_without_an_adapter_stay_packed(tmp_path: Path) -> None:
+    save_packed(tmp_path / "base")
+    _, folder, plan = merge(tmp_path, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+    before, after = load_file(tmp_path / "base" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    written = verify_tensors(plan, folder)
+    assert (written.num_changed, written.num_kept) == (4, len(before) - 4)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
+
+
+def test_an_expert_that_changed_unasked_is_found(tmp_path: Path) -> None:
+    save_packed(tmp_path / "base")
+    _, folder, plan = merge(tmp_path, target_modules=("gate_up_proj",))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.experts.down_proj"][1, 5, 7] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match=r"1 tensor\(s\) that were not trained differ .*experts\.down_proj"):
+        verify_tensors(plan, folder)
+
+
+def test_blocks_without_their_scales_are_refused(tmp_path: Path) -> None:
+    save_packed(tmp_path / "base")
+    adapter = train_by_hand(tmp_path / "base", tmp_path / "adapter")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.0.mlp.experts.down_proj_scales"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeError, match=r"experts\.down_proj: none of the base model's"):
+        plan_merge(tmp_path / "base", adapter)
