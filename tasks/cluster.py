@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.allowed_roots import LIMITED, ROOTS
 from tasks.cluster_connection import ADDRESS, ClusterError, connect
 from tasks.dependencies import digest_files, list_libraries
 from tasks.parcels import Enclosure, Parcel
@@ -113,7 +114,9 @@ def _prepare(
             if enclosure.is_common and enclosure.path not in common:
                 common[enclosure.path] = _pack(ray, enclosure)
         reads = [common.get(enclosure.path) or _pack(ray, enclosure) for enclosure in own.reads]
-        return task.remote(module, wanted, pickle.dumps((function, tuple(arguments))), reads, own.makes), own.makes
+        limits = {name: os.environ.get(name) for name in (LIMITED, ROOTS)}  # for where web servers redirect to
+        order = pickle.dumps((function, tuple(arguments), limits))
+        return task.remote(module, wanted, order, reads, own.makes), own.makes
 
     return send
 

@@ -1,6 +1,7 @@
 """What a worker of a Ray cluster does with a call that was sent to it (see cluster.py)."""
 
 import importlib
+import os
 import pickle
 import socket
 from collections.abc import Mapping, Sequence
@@ -34,14 +35,16 @@ def work(module: str, wanted: Mapping[str, str], order: bytes, reads: Sequence[A
     Args:
         module: the function's.
         wanted: fingerprint of the code and libraries there.
-        order: the function and its arguments, as bytes: nothing of it is imported before the versions were compared.
+        order: the function, its arguments and the limits of what the run may read, as bytes: nothing of it is imported
+            before the versions were compared.
         reads: what was sent with it (`cluster.Sent`).
         makes: the folder that it makes, by its path with the sender.
     """
     try:
         _compare(wanted, _fingerprint(module))
         importlib.import_module(_PRELOADED)  # it keeps a worker to one thread, and is where all imports are
-        function, arguments = pickle.loads(order)
+        function, arguments, limits = pickle.loads(order)
+        _take_over(limits)
         with storage.new_folder() as folder, unpacked(_unpack(reads, folder) | _place(makes, folder)):
             result = function(*(find(value) if isinstance(value, Path) else value for value in arguments))
             made = sorted(path for path in (folder / "made").rglob("*") if path.is_file())
@@ -74,6 +77,14 @@ def _compare(wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
         f"a worker on {socket.gethostname()} has another version of the product than this machine: {', '.join(shown)}"
         f"{more}: install the same one there, and start Ray there again"
     )
+
+
+def _take_over(limits: Mapping[str, str | None]) -> None:
+    """Set the environment's limits to those of the one that sends the call."""
+    for name, value in limits.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def _place(makes: Path | None, folder: Path) -> dict[Path, Path]:

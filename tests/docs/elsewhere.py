@@ -18,7 +18,12 @@ _LOOPBACK = f"{_SERVING}::test_the_command_serves_on_loopback_by_its_own_names"
 _PROVEN = "tests/flows/test_proving.py::test_a_served_version_is_proven_and_another_one_is_not"
 _VLLM = f"{_SERVING}::test_vllms_command_is_printed_and_another_is_checked"
 
+_NODES = "tests/tasks/test_cluster.py::test_what_is_read_is_sent_and_what_is_made_comes_back_in_order"
+
 ELSEWHERE: dict[str, str] = {
+    "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=a-long-secret-that-all-machines-have": _NODES,
+    ".venv/bin/ray start --head --port=6379 --include-dashboard=false --disable-usage-stats": _NODES,
+    ".venv/bin/ray start --address=10.0.0.5:6379 --disable-usage-stats": _NODES,
     ".venv/bin/sft prove http://127.0.0.1:8000 demo-assistant@champion": _PROVEN,
     ".venv/bin/sft serve-model demo-assistant@champion": _LOOPBACK,
     "curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "

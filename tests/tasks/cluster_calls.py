@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+from tasks.allowed_roots import LIMITED, ROOTS
 from tasks.ingestion import shard_runner
 from tasks.ingestion.shards import Shard
 
@@ -18,6 +19,11 @@ def double(read: Path, number: int, made: Path) -> int:
     (made / "deep").mkdir()
     (made / "deep" / "twice.bin").write_bytes(read.read_bytes() * 2)
     return os.getpid()
+
+
+def read_limit() -> str | None:
+    """Return what limits the addresses that are read."""
+    return os.environ.get(ROOTS) if os.environ.get(LIMITED) else None
 
 
 def finish_shard_or_die(shard: Shard, folder: Path, marks: Path) -> int:

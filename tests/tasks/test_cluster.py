@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 
-from schemas.config import DataConfig
+from schemas.config import DataConfig, TokenizationConfig
 from tasks import cluster_worker, execution
+from tasks.allowed_roots import LIMITED, ROOTS
 from tasks.cluster_connection import ADDRESS, ClusterError
-from tasks.ingestion import shard_runner
+from tasks.ingestion import shard_runner, tables
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources
 from tasks.parcels import Enclosure, Parcel
-from tests.tasks.cluster_calls import double
+from tasks.tokenization.examples import tokenize_dataset
+from tasks.tokenization.templates import prepare_tokenizer
+from tests.tasks.cluster_calls import double, read_limit
 from tests.tasks.cluster_nodes import Nodes, start_nodes
 
 # Not by importing it: Ray reads its settings then.
@@ -124,6 +127,36 @@ def test_a_machine_that_is_lost_changes_nothing(nodes: Nodes, tmp_path: Path, wh
     assert removed == [len(shards)]
     build_dataset(config, seed=0, folder=tmp_path / "cluster", shards=shards)
     assert [hashlib.sha256((tmp_path / "cluster" / name).read_bytes()).hexdigest() for name in NAMES] == whole
+
+
+def test_examples_are_the_same_bit_by_bit(
+    nodes: Nodes, tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "GROUP_ROWS", 500)
+    build_dataset(DataConfig(source=str(tmp_path / "rows.jsonl")), seed=0, folder=tmp_path / "dataset")
+    prepared = prepare_tokenizer(ROOT / "deploy" / "demo" / "base_model", None)
+    counts, contents = [], []
+    for name, rows_per_shard in (("in place", 10_000), ("cluster", 500)):
+        folder = tmp_path / name
+        made = tokenize_dataset(
+            tmp_path / "dataset", prepared, folder, TokenizationConfig(), rows_per_shard=rows_per_shard
+        )
+        counts.append(made)
+        files = ("train.parquet", "eval.parquet", "rejects.parquet", "masks.json")
+        contents.append([(folder / file).read_bytes() for file in files])
+    assert counts[0] == counts[1]
+    assert contents[0] == contents[1]
+
+
+def test_a_worker_may_read_what_the_run_may_read(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask() -> list[str | None]:
+        return execution.map(read_limit, [(), ()], parcel=lambda: Parcel(()))
+
+    monkeypatch.setenv(LIMITED, "1")
+    monkeypatch.setenv(ROOTS, "/srv/data:s3://data/team")
+    assert ask() == ["/srv/data:s3://data/team"] * 2
+    monkeypatch.delenv(LIMITED)
+    assert ask() == [None, None]
 
 
 def test_a_file_is_named_as_people_know_it_where_a_worker_cannot_read_it(nodes: Nodes, tmp_path: Path) -> None:
