@@ -39,7 +39,7 @@ $(TRITON)/.installed:
 	@touch $@
 
 test-kernels: $(INSTALLED) $(TRITON)/.installed ## Test the GPU kernels without a GPU, in Triton's interpreter
-	@TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/tasks/decoder/test_kernels.py tests/tasks/decoder/test_expert_kernels.py tests/tasks/decoder/test_latent_kernels.py $(ARGS)
+	@TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/tasks/decoder/test_*kernels.py $(ARGS)
 
 test-gpu: $(INSTALLED) ## Use the whole product on this machine's GPU, story after story (ARGS="--at-once 3")
 	@$(BIN)/python -m tests.gpu.acceptance $(ARGS)

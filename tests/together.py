@@ -26,7 +26,7 @@ _COMMANDS = sorted([*_RUNS.glob("test_shard*.py"), *(_RUNS / f"test_{name}.py" f
 _PAGES = [_RUNS / f"test_{name}.py" for name in ("demo", "docs_commands")]
 _PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS, *_PAGES})
 _TRAINING = [_STAGES / name for name in ("training", "families")]
-KERNELS = [_STAGES / "decoder" / f"test_{name}.py" for name in ("kernels", "expert_kernels", "latent_kernels")]
+KERNELS = sorted((_STAGES / "decoder").glob("test_*kernels.py"))
 GROUPS = {
     # The longest first, and what mostly waits beside what computes.
     "service": [str(path) for path in SERVICE],

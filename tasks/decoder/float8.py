@@ -8,7 +8,7 @@ from tasks.decoder.latent_attention import LatentAttention
 from tasks.decoder.mixers import Mixer, list_inner
 from tasks.decoder.projections import AnyProjection, Projection
 
-# Of both sides of a weight, for cuBLASLt's float8 products (those of the scaled product in quantized.py).
+# Of both sides of a weight: what the float8 products of cuBLASLt take, which quantized.py calls.
 _SIZE_STEP = 16
 
 

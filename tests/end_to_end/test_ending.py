@@ -35,6 +35,7 @@ def _kill_server(process: subprocess.Popen[str]) -> None:
                 child.kill()
 
 
+_REGISTERING = "SELECT count(*) FROM tags WHERE key = 'sft.stage' AND value = 'register'"
 _FINISHED = """
 SELECT count(*) FROM runs WHERE status = 'FINISHED'
 AND run_uuid NOT IN (SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId')
@@ -85,10 +86,12 @@ def test_a_finished_run_ends_with_code_0(
         )
     try:
         deadline = time.monotonic() + _TIMEOUT_SECONDS
-        while not _finds(home / "mlflow.db", moment):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.005)
+        # The moment is short; until the last stage has begun there is time, and looking is not free.
+        for wanted, wait in ((_REGISTERING, 0.1), (moment, 0.005)):
+            while not _finds(home / "mlflow.db", wanted):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(wait)
         assert process.poll() is None, "it ended before anything could happen"
         happens(process)
         assert process.wait(_TIMEOUT_SECONDS) == 0, (tmp_path / "log").read_text()

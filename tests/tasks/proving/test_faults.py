@@ -1,6 +1,7 @@
 """A served model that is not the recorded version is found out, fault by fault; honest servings never are."""
 
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from tests.tasks.serving.conftest import listening
 from tests.tasks.serving.parrot import BASE_MODEL
 
 pytestmark = pytest.mark.slow
-NUM_HONEST = 50
+NUM_HONEST = 50 if os.environ.get("SFT_SERVICE_TESTS") == "all" else 20
 PADDED = 0
 _TELLING = dict(replay._IDS)
 Change = Callable[[Any], None]
