@@ -13,6 +13,7 @@ from schemas.config import ModelConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.merging.weights import merge_adapter
+from tasks.registry.exports import FORM_TAG, PARENT_TAG
 from tasks.registry.versions import (
     CHAMPION,
     MODEL_TAG,
@@ -124,6 +125,11 @@ def fetch_version(name: str, version: str) -> Path:
     if digest is None:
         raise TargetError(
             f"{name} version {version} was not registered by this pipeline: download it and give its folder"
+        )
+    if found.tags.get(FORM_TAG, "").startswith("gguf"):
+        raise TargetError(
+            f"{name} version {version} is a GGUF file, for llama.cpp and Ollama: `sft export --output FOLDER` leaves "
+            f"it in a folder; the model that it was made of is {found.tags[PARENT_TAG]}"
         )
     return tracking.resolve(Ref(uri=str(found.source), digest=digest))
 

@@ -232,10 +232,12 @@ def _metrics_tables(report: RunReport) -> Iterator[Table]:
         yield make_metrics_table(title, "champion", champion.metrics, champion.delta)
 
 
-def make_metrics_table(title: str, who: str, values: Mapping[str, float], deltas: Mapping[str, Delta]) -> Table:
-    """Return a table of a rival's metrics and the changes to the fine-tuned model's."""
+def make_metrics_table(
+    title: str, who: str, values: Mapping[str, float], deltas: Mapping[str, Delta], *, other: str = "fine-tuned"
+) -> Table:
+    """Return a table of a rival's metrics and the changes to another model's, the fine-tuned one's if not said."""
     table = Table(title=title)
-    for column in ("metric", who, "fine-tuned", "change", "interval"):
+    for column in ("metric", who, other, "change", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, delta in deltas.items():
         table.add_row(

@@ -68,6 +68,7 @@ INLINE: dict[str, str] = {
     ".venv/bin/pip install 'sft-pipeline[flash4]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[liger]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[linear]'": _EXTRAS,
+    ".venv/bin/pip install 'sft-pipeline[export]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[deepspeed]'": _EXTRAS,
 }
 """Commands in sentences and tables. `make TARGET` and `sft COMMAND --option` need no entry: they are looked up."""

@@ -1,0 +1,71 @@
+"""A version becomes a GGUF file that is registered beside it, and one that is too far from it does not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.targets import TargetError, fetch_version
+from tasks import tracking
+from tasks.registry.exports import FORM_TAG, PARENT_TAG
+from tasks.registry.versions import CHAMPION, RUN_TAG, find_champions, get_version, read_alias
+from tests.end_to_end.conftest import BASE_MODEL, RunPipeline
+
+pytestmark = pytest.mark.slow
+
+
+def export(*words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["export", *words, "--json"])
+    assert result.exit_code == 0, result.output
+    values: dict[str, Any] = json.loads(result.stdout)
+    return values
+
+
+def test_an_export_is_a_version_of_its_own_with_its_proof(
+    run_pipeline: RunPipeline, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(120)]
+    settings: dict[str, Any] = {
+        "name": "exported",
+        "model": {"base_model": str(BASE_MODEL)},
+        "data": {"source": str(write_rows(rows)), "eval_fraction": 0.3},
+        "training": {"rank": 4, "num_epochs": 2, "learning_rate": 1e-3},
+        "evaluation": {"batch_size": 16, "max_new_tokens": 24, "num_resamples": 200},
+        "registry": {"name": "exported"},
+    }
+    report = run_pipeline(settings)
+    champions = find_champions()
+    made = export("exported/1", "--output", str(tmp_path / "files"))
+    assert made["version"] == "exported-gguf-q8_0/1"
+    assert made["proof"]["agreement"] >= 0.97
+    assert made["proof"]["num_stops"] > 0
+    assert made["num_examples"] == report.evaluation.num_examples
+    assert made["before"]["nll"] == pytest.approx(report.evaluation.after["nll"], rel=1e-3)
+    assert abs(made["delta"]["nll"]["value"]) < 0.05
+    assert made["num_bytes"] < 0.5 * made["parent_bytes"]
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {
+        "exported-1-q8_0.gguf",
+        "Modelfile",
+        "proof.json",
+    }
+    entry = get_version("exported-gguf-q8_0", "1")
+    assert (entry.tags[PARENT_TAG], entry.tags[FORM_TAG]) == ("exported/1", "gguf-q8_0")
+    assert entry.tags[RUN_TAG] == report.mlflow_run_id
+    assert tracking.get_run(str(entry.run_id)).data.metrics["export/agreement"] == made["proof"]["agreement"]
+
+    assert find_champions() == champions
+    assert read_alias("exported-gguf-q8_0", CHAMPION) is None
+    again = export("exported/1", "--format", "gguf-q8_0")
+    assert (again["version"], again["is_new"], again["proof"]) == (made["version"], False, made["proof"])
+    with pytest.raises(TargetError, match="the model that it was made of is exported/1"):
+        fetch_version("exported-gguf-q8_0", "1")
+
+    refused = CliRunner().invoke(app, ["export", "exported/1", "--format", "gguf-q4_0", "--min-agreement", "1.0"])
+    assert refused.exit_code == 1
+    assert "is not registered" in refused.output
+    unknown = CliRunner().invoke(app, ["export", "exported/1", "--format", "onnx"])
+    assert "--format onnx: there are gguf-f32" in unknown.output
