@@ -31,7 +31,7 @@ def export(
     min_agreement: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Least part of the greedy tokens that are the version's. Default: by form."
+            min=0.0, max=1.0, help="Least part of greedy tokens and ends that are the version's. Default: by form."
         ),
     ] = None,
     push: Annotated[str, typer.Option(help="Also upload to this repository of the hub, OWNER/NAME; private.")] = "",

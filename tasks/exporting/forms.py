@@ -16,7 +16,7 @@ class Form:
 
     name: str
     least_agreement: float
-    """Part of the greedy tokens that have to be the parent's; our choice, by what rounding to so many bits does."""
+    """Part of the greedy tokens that have to be the parent's, near ties apart: our choice."""
     write: Write
     """Given the parent's folder, the export's and a name, writes it and returns notes."""
     unfold: Unfold

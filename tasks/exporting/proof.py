@@ -24,6 +24,10 @@ MOST_POSITIONS = 768
 """Of all rows: the parent's distributions are kept meanwhile, V fp32 values each."""
 
 
+NEAR = 0.1
+"""Nats by which the parent may prefer its own token: where several are as good, rounding decides."""
+
+
 @dataclass(frozen=True)
 class AnswerPlaces:
     """Tokens, and the positions whose next token is part of an answer."""
@@ -42,6 +46,8 @@ class ExportProof:
     largest_kl: float
     agreement: float
     """Part of the positions with the same most probable token."""
+    acceptance: float
+    """The same, where a token that the parent gives nearly as much counts too: see NEAR."""
     num_stops: int
     """Positions where the parent ends an answer."""
     stop_agreement: float
@@ -84,12 +90,14 @@ def compare_distributions(parent: Tensor, export: Tensor, stops: Sequence[int]) 
     divergence = (parent.exp() * (parent - export)).sum(dim=-1).clamp(min=0.0)
     best, other = parent.argmax(dim=-1), export.argmax(dim=-1)
     same = best == other
+    given_up = parent.max(dim=-1).values - parent.gather(-1, other[:, None])[:, 0]
     ends = torch.isin(best, torch.tensor(list(stops)))
     return ExportProof(
         num_positions=len(best),
         mean_kl=float(divergence.mean()),
         largest_kl=float(divergence.max()),
         agreement=float(same.double().mean()),
+        acceptance=float((given_up <= NEAR).double().mean()),
         num_stops=int(ends.sum()),
         stop_agreement=float(same[ends].double().mean()) if ends.any() else 1.0,
     )

@@ -41,7 +41,8 @@ def test_an_export_is_a_version_of_its_own_with_its_proof(
     champions = find_champions()
     made = export("exported/1", "--output", str(tmp_path / "files"))
     assert made["version"] == "exported-gguf-q8_0/1"
-    assert made["proof"]["agreement"] >= 0.97
+    assert made["proof"]["acceptance"] >= 0.97
+    assert made["proof"]["mean_kl"] < 0.001
     assert made["proof"]["num_stops"] > 0
     assert made["num_examples"] == report.evaluation.num_examples
     assert made["before"]["nll"] == pytest.approx(report.evaluation.after["nll"], rel=1e-3)
