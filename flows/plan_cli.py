@@ -22,7 +22,9 @@ _MOST = 50_000
 def plan(
     config: Annotated[
         Path,
-        typer.Argument(help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's, TRL's or ours."),
+        typer.Argument(
+            help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's, TRL's or Axolotl's."
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value over the file's own keys.", show_default=False)

@@ -72,6 +72,11 @@ def test_eight_steps_make_the_pace_known(config: Path) -> None:
     assert "with other settings" in rough["source"]
 
 
+def test_help_names_the_configs_that_are_taken() -> None:
+    text = " ".join(CliRunner().invoke(app, ["plan", "--help"]).output.replace("│", "").split())
+    assert "one of LLaMA-Factory's, TRL's or Axolotl's" in text
+
+
 def test_a_drawn_part_says_so(config: Path) -> None:
     made = plan(str(config), "--sample", "100")
     assert made["sizes"]["num_sampled"] == 100
