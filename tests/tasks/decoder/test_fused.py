@@ -311,10 +311,10 @@ def name_attention_modules(family: str) -> tuple[str, ...]:
     return ("q_a_proj", "q_b_proj", *LATENTS) if shape["q_lora_rank"] else ("q_proj", *LATENTS)
 
 
-def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> PeftModel:
-    """A small model with weights of every kind off their start, and an adapter off its own."""
+def make_model(family: str, **further: Any) -> Any:
+    """A small model in fp32 with weights of every kind off their start."""
     torch.manual_seed(0)
-    shape = {"model_type": family, **SHAPE, **FURTHER.get(family, {})}
+    shape = {"model_type": family, **SHAPE, **FURTHER.get(family, {}), **further}
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     attention = "eager" if family in EAGER else "sdpa"
     model = AutoModelForCausalLM.from_config(
@@ -323,6 +323,12 @@ def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any)
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
+    return model
+
+
+def build(family: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> PeftModel:
+    """A small model with weights of every kind off their start, and an adapter off its own."""
+    model = make_model(family)
     if settings.get("dropout") and family in EXPERTS:
         settings = {
             "target_modules": name_attention_modules(family),

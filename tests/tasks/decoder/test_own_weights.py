@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES
@@ -18,14 +17,13 @@ from tasks.training.reference import sum_losses
 from tests.tasks.decoder.test_fused import (
     EXPERTS,
     FAMILIES,
-    FURTHER,
-    SHAPE,
     draw_table,
     list_examples,
+    make_model,
     measure_difference,
 )
 
-ADAPTERS_ALONE = ["gemma4_text", "qwen3_5_text", "olmo_hybrid", *EXPERTS]
+ADAPTERS_ALONE = ["gemma4_text", "qwen3_5_text", "olmo_hybrid", "youtu", *EXPERTS]
 PLAIN = [family for family in FAMILIES if family not in ADAPTERS_ALONE]
 CPU = torch.device("cpu")
 SCALE = 1 / 37
@@ -34,13 +32,7 @@ ORDER = [3, 0, 4, 1, 2]
 
 def build(family: str, dtype: torch.dtype = torch.float32, *, tied: bool | None = None, **settings: Any) -> Any:
     """A small model with weights of every kind off their start; what the settings say is trained."""
-    torch.manual_seed(0)
-    further = {} if tied is None else {"tie_word_embeddings": tied}
-    config = AutoConfig.for_model(family, **{**SHAPE, **FURTHER.get(family, {}), **further})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    for parameter in model.parameters():
-        noise = torch.randn_like(parameter)
-        parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.2 * noise
+    model = make_model(family, **({} if tied is None else {"tie_word_embeddings": tied}))
     chosen = TrainingConfig.model_validate({"method": "full", **settings})
     return choose_weights(model, chosen, dtype=dtype).train()
 
