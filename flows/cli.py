@@ -7,6 +7,7 @@ import typer
 
 from flows.around_cli import app as around_app
 from flows.cleaning_cli import app as cleaning_app
+from flows.config_options import ConfigFile, Overrides, Settings
 from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
 from flows.export_cli import app as export_app
 from flows.plan_cli import app as plan_app
@@ -52,18 +53,9 @@ def _callback(
 
 @app.command()
 def run(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's, TRL's or Axolotl's."
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value over the file's own keys.", show_default=False)
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    set_: Settings = None,
     report: Annotated[Path | None, typer.Option(help="Write the run report as JSON here.")] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on with an interrupted run of this config; never; or an MLflow run id.")
@@ -229,9 +221,7 @@ def import_(
 def check(
     data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset.")],
     config: Annotated[Path | None, typer.Option(help="YAML config whose settings and tokenizer are used.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
-    ] = None,
+    set_: Settings = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write what was found as JSON here.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write what was found as a page for people here.")] = None,
 ) -> None:

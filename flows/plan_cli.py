@@ -1,12 +1,12 @@
 """The command `sft plan`."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from flows.config_options import ConfigFile, Overrides, Settings
 from flows.console import console, escape, fail, prepare_environment
 from schemas.loading import ConfigError
 
@@ -20,18 +20,9 @@ _MOST = 50_000
 
 @app.command()
 def plan(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML config, such as deploy/configs/demo.yaml, or one of LLaMA-Factory's, TRL's or Axolotl's."
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value over the file's own keys.", show_default=False)
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    set_: Settings = None,
     rate: Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of this machine.")] = None,
     sample: Annotated[
         int, typer.Option(min=100, help="Most conversations that are tokenized; of more, so many are drawn.")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flows.config_options import Settings
 from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
 from schemas.artifacts import Move
 
@@ -61,9 +62,7 @@ def publish(
     config: Annotated[
         Path | None, typer.Option(help="YAML config to check with, of a dataset without a recipe.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
-    ] = None,
+    set_: Settings = None,
     again: Annotated[bool, typer.Option("--again", help="Send the event also when nothing is new.")] = False,
 ) -> None:
     """Check a dataset, keep it in MLflow as a version, and tell the Prefect server: `dataset.published`."""
@@ -146,9 +145,7 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="YAML config whose data and evaluation settings are used.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: section.field=value. Repeatable.")
-    ] = None,
+    set_: Settings = None,
     base_model: Annotated[str, typer.Option(help="Folder or hub name, where the model names none.")] = "",
     beside_base: Annotated[
         bool, typer.Option("--base/--no-base", help="Compare with the base model, where it is known.")

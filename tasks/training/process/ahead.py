@@ -67,14 +67,13 @@ def give_job(process: subprocess.Popen[bytes], arguments: Sequence[str], log: Pa
 
 
 def choose_environment() -> dict[str, str]:
-    """Return the environment of a training process: this one's, with two settings where nobody chose them.
+    """Return the environment of a training process: this one's, with the allocator's setting where nobody chose one.
 
     Every step has other shapes: with expandable segments the memory of one serves the next. No step became faster by it
-    where memory was plenty. What Triton found out about a kernel (flash-linear-attention has it try dozens of forms of
-    each, in minutes) is kept in its cache for the next training.
+    where memory was plenty.
     """
     chosen = {} if _ALLOCATOR_VARIABLES & set(os.environ) else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return {"TRITON_CACHE_AUTOTUNING": "1", **os.environ, **chosen}
+    return {**os.environ, **chosen}
 
 
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}

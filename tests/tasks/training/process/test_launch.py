@@ -510,10 +510,3 @@ def test_the_allocator_is_set_where_nobody_chose(tmp_path: Path, monkeypatch: py
         with pytest.raises(TrainingCrash, match="exit code 0 without an outcome"):
             supervise(program.format(path=str(tmp_path / "seen")), tmp_path / "log")
         assert (tmp_path / "seen").read_text() == expected
-
-
-def test_what_triton_tried_out_is_kept_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_CACHE_AUTOTUNING", raising=False)
-    assert choose_environment()["TRITON_CACHE_AUTOTUNING"] == "1"
-    monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", "0")
-    assert choose_environment()["TRITON_CACHE_AUTOTUNING"] == "0"
