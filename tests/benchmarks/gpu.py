@@ -62,6 +62,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-gpt-oss-20b-general": ("ours", "gpt-oss-20b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-moonlight-16b": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
     "ours-moonlight-16b-general": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "engine": "general"}, 6),
+    "ours-olmo3-7b": ("ours", "olmo3-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -117,6 +118,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"checkpointing": False, "batch": 4, "accumulation": 4, "attention": "sdpa"},
         8,
     ),
+    "unsloth-olmo3-7b": ("unsloth", "olmo3-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 8),
+    "trl-olmo3-7b": ("trl", "olmo3-7b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 8),
     "unsloth-30b-a3b-lean": ("unsloth", "qwen3-30b-a3b", {**_PEERS_EXPERTS, "checkpointing": "unsloth"}, 7),
     "trl-30b-a3b-lean": (
         "trl",
@@ -176,6 +179,8 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("Gemma 4 E4B, bf16", "ours-gemma4-e4b", "unsloth-gemma4-e4b", 1.3, None),
     ("Gemma 4 E4B, bf16, beside TRL's best", "ours-gemma4-e4b", "trl-gemma4-e4b", 1.3, None),
     ("Gemma 4 E4B, general engine", "ours-gemma4-e4b-general", "trl-gemma4-e4b", 1.0, None),
+    ("OLMo 3 7B, bf16", "ours-olmo3-7b", "unsloth-olmo3-7b", 1.3, None),
+    ("OLMo 3 7B, bf16, beside TRL's best", "ours-olmo3-7b", "trl-olmo3-7b", 1.3, None),
     ("Qwen3 30B-A3B, experts adapted, checkpointing", "ours-30b-a3b-lean", "unsloth-30b-a3b-lean", 2.0, 80.0),
     ("Qwen3 30B-A3B, beside TRL's best", "ours-30b-a3b-lean", "trl-30b-a3b-lean", 2.0, 80.0),
     ("Qwen3 30B-A3B, beside the general engine", "ours-30b-a3b-lean", "ours-30b-a3b-general", 1.0, None),
@@ -248,7 +253,7 @@ def prepare(folder: Path, shape: str) -> None:
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
     tokenizer.save_pretrained(folder / "model")
-    rows = trainers.draw_rows()
+    rows = trainers.draw_rows(SHAPES[shape]["vocab_size"])
     (folder / "tokens").mkdir()
     lists = pa.list_(pa.int32())
     labels = [

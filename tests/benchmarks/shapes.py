@@ -21,6 +21,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128,
         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 151936, "tie_word_embeddings": False,
     },
+    "olmo3-7b": {
+        "model_type": "olmo3", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 4096, "vocab_size": 100278,
+        "tie_word_embeddings": False,
+    },
     "gpt-oss-20b": {
         "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
         "num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64, "num_attention_heads": 64,

@@ -22,15 +22,24 @@ def draw_lengths() -> list[tuple[int, int]]:
     return [(int(p), int(min(a, 2048 - p))) for p, a in zip(prompts, answers, strict=True)]
 
 
-def draw_rows() -> list[dict[str, list[int]]]:
-    """Give every row its ids and the mask of its answer."""
+def draw_rows(vocabulary: int) -> list[dict[str, list[int]]]:
+    """Give every row its ids, of the first 150,000 of a vocabulary, and the mask of its answer."""
     import numpy as np
 
     generator = np.random.default_rng(1)
     return [
-        {"input_ids": generator.integers(10, 150_000, p + a).tolist(), "completion_mask": [0] * p + [1] * a}
+        {
+            "input_ids": generator.integers(10, min(150_000, vocabulary), p + a).tolist(),
+            "completion_mask": [0] * p + [1] * a,
+        }
         for p, a in draw_lengths()
     ]
+
+
+def _read_vocabulary(folder: Path) -> int:
+    """Return the size of a shape's vocabulary."""
+    size: int = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return size
 
 
 def summarize(times: list[float], tokens: list[int], skip: int) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any
     )  # fmt: skip
     config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()),
+        model=model, args=config, train_dataset=Dataset.from_list(draw_rows(_read_vocabulary(folder))),
         peft_config=None if is_full else adapter,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )  # fmt: skip
@@ -163,7 +172,10 @@ def run_unsloth(folder: Path, settings: dict[str, Any], steps: int) -> dict[str,
     arguments.pop("gradient_checkpointing")
     config = SFTConfig(**arguments, bf16=True)
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(draw_rows()), processing_class=tokenizer
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(draw_rows(_read_vocabulary(folder))),
+        processing_class=tokenizer,
     )
     return _time_trainer(trainer, steps)
 

@@ -28,6 +28,7 @@ from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, prepare_recomputation
 from tasks.training.engines.loss import cut_trial, sum_token_losses
+from tasks.training.engines.routing import RouteRecorder, routed_as
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
 from tasks.training.token_table import TokenTable
@@ -46,6 +47,8 @@ class Trial(NamedTuple):
 
     loss: float
     grads: dict[str, Tensor]
+    routes: tuple[Tensor, ...] = ()
+    """Which experts its routers chose, in the order of the calls."""
 
 
 def try_model(
@@ -64,6 +67,7 @@ def try_model(
     trial = cut_trial(table, count=2)
     flat = form_flat_batch(trial, [0, 1]).move(device)
     dropout = Dropout(_DROPPED_SHARE, torch.full((1,), flat.dropout_key, dtype=torch.int64, device=device))
+    recorder = RouteRecorder()
     model.eval()
     with _made_up(parameters), _recomputing_experts(model), torch.enable_grad():
         loss = torch.zeros((), device=device)
@@ -72,12 +76,13 @@ def try_model(
             for index in range(2):
                 batch = form_batch(trial, [[index]]).move(device)
                 first = int(trial.offsets[index])
-                with dropping(model, dropout, flat, first=first) if drops else nullcontext():
+                masks = dropping(model, dropout, flat, first=first) if drops else nullcontext()
+                with masks, recorder.recording(batch.num_tokens):
                     loss = loss + sum_token_losses(model, batch)
         loss.backward()
         grads = _take_grads(parameters)
     model.train()
-    return Trial(float(loss.item()), grads)
+    return Trial(float(loss.item()), grads, recorder.join())
 
 
 def verify(
@@ -145,8 +150,9 @@ def compare(
     if isinstance(engine, FusedEngine) and engine.decoder.dropout is not None:
         dropout = replace(engine.decoder.dropout, p=_DROPPED_SHARE)
         engine = replace(engine, decoder=replace(engine.decoder, dropout=dropout))
+    batch = engine.form_trial(pieces)
     with _made_up(parameters), torch.enable_grad():
-        loss, grads = _try_engine(engine, engine.form_trial(pieces), parameters)
+        loss, grads = _try_engine(engine, batch, parameters, expected.routes)
     if isinstance(engine, FusedEngine):
         engine.decoder.refresh()
     limit, loss_limit = _TOLERANCES[dtype]
@@ -165,12 +171,13 @@ def compare(
 
 
 def _try_engine(
-    engine: FusedEngine | GeneralEngine, batch: Batch, parameters: dict[str, Any]
+    engine: FusedEngine | GeneralEngine, batch: Batch, parameters: dict[str, Any], routes: tuple[Tensor, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return an engine's loss and gradients, and leave none."""
     loss = engine.replay_gradient(batch, 1.0)
     if loss is None:
-        loss = engine.sum_losses(batch)
+        with routed_as(routes, batch):
+            loss = engine.sum_losses(batch)
         loss.backward()
     if not (isinstance(engine, FusedEngine) and engine.decoder.has_bound_gradients()):
         return loss, _take_grads(parameters)
