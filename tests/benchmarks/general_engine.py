@@ -140,7 +140,7 @@ def draw_table(num_rows: int, vocabulary: int) -> Any:
 
     from tasks.training.token_table import TokenTable
 
-    rows = trainers.draw_rows()[:num_rows]
+    rows = trainers.draw_rows(150_000)[:num_rows]
     ids = np.concatenate([np.array(row["input_ids"], np.int32) % vocabulary for row in rows])
     mask = np.concatenate([np.array(row["completion_mask"], bool) for row in rows])
     offsets = np.cumsum([0, *(len(row["input_ids"]) for row in rows)]).astype(np.int64)

@@ -26,7 +26,7 @@ class _Call(NamedTuple):
     """A choice of the largest along the last dimension."""
 
     scores: Tensor
-    count: int
+    num_chosen: int
 
 
 class RouteRecorder:
@@ -42,7 +42,7 @@ class RouteRecorder:
         choices: list[Tensor] = []
 
         def note(call: _Call, found: Any) -> Any:
-            choices.append(found[1].detach().reshape(-1, call.count))
+            choices.append(found[1].detach().reshape(-1, call.num_chosen))
             return found
 
         with _Listening(note):
@@ -88,7 +88,7 @@ def routed_as(choices: Sequence[Tensor], batch: Batch) -> Iterator[None]:
         place = fitting[shares.index(max(shares))]
         rows[place.own] = wanted[place.tokens]
         indices = rows.view(found[1].shape)
-        return torch.return_types.topk((call.scores.gather(-1, indices), indices))  # type: ignore[attr-defined]
+        return torch.return_types.topk((call.scores.gather(-1, indices), indices))
 
     with _Listening(give):
         yield
