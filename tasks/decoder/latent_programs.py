@@ -40,9 +40,9 @@ def join_heads_program(
     cos = tl.load(cos_in + token * angle_stride + columns, mask=known, other=0.0).to(tl.float32)
     sin = tl.load(sin_in + token * angle_stride + columns, mask=known, other=0.0).to(tl.float32)
     rotated += token * rotated_stride
-    left = tl.load(rotated + firsts, mask=known, other=0.0).to(tl.float32)
-    right = tl.load(rotated + firsts + apart, mask=known, other=0.0).to(tl.float32)
-    key_left, key_right = left * cos - right * sin, right * cos + left * sin
+    one_left = tl.load(rotated + firsts, mask=known, other=0.0).to(tl.float32)
+    one_right = tl.load(rotated + firsts + apart, mask=known, other=0.0).to(tl.float32)
+    key_left, key_right = one_left * cos - one_right * sin, one_right * cos + one_left * sin
     queries += token * query_stride
     keys_values += token * other_stride
     to_queries += token * (NUM * size)
@@ -104,7 +104,7 @@ def join_heads_backward_program(
         tl.store(to_queries + places + apart, (right * cos - left * sin).to(kind), mask=inside)
         all_left += tl.load(keys + places, mask=inside, other=0.0).to(tl.float32)
         all_right += tl.load(keys + places + apart, mask=inside, other=0.0).to(tl.float32)
-    left, right = tl.sum(all_left, axis=0)[None, :], tl.sum(all_right, axis=0)[None, :]
+    sum_left, sum_right = tl.sum(all_left, axis=0)[None, :], tl.sum(all_right, axis=0)[None, :]
     to_rotated += token * (2 * HALF) + firsts
-    tl.store(to_rotated, (left * cos + right * sin).to(kind), mask=known)
-    tl.store(to_rotated + apart, (right * cos - left * sin).to(kind), mask=known)
+    tl.store(to_rotated, (sum_left * cos + sum_right * sin).to(kind), mask=known)
+    tl.store(to_rotated + apart, (sum_right * cos - sum_left * sin).to(kind), mask=known)
