@@ -1,6 +1,6 @@
 """The command `sft clean`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -47,9 +47,20 @@ def clean(
     try:
         found = survey(days=days, runs=runs, versions=versions, interrupted=interrupted)
         freed = None if dry_run else clean_up(found)
-    except ValueError as error:
-        fail(error)
+    except Exception as error:
+        _fail(error)
     _show(found, days, freed)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Say why it ends; what was deleted until then is gone, and the next cleaning goes on."""
+    from flows.troubles import explain_trouble
+
+    if (trouble := explain_trouble(error)) is not None:
+        fail(trouble)
+    if not isinstance(error, ValueError):
+        raise error
+    fail(error)
 
 
 def _show(found: "Survey", days: float, freed: int | None) -> None:

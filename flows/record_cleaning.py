@@ -16,6 +16,7 @@ from tasks.tracking import removal
 
 _BACKEND = "MLFLOW_BACKEND_STORE_URI"  # by which MLflow's server is told its database
 RUN, FLOW_RUN, VERSION = "MLflow run", "Prefect flow run", "registered version"
+MARKED = "MLflow run marked before"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Survey:
     """Of each old run's artifacts."""
     unreachable: list[OldRun]
     """Old runs whose artifacts cannot be deleted from here."""
+    unfinished: list[str]
+    """MLflow runs that are marked as deleted by a cleaning, and still there."""
     flow_runs: list[UUID]
     database: str | None
     """Address of MLflow's own database; None where it cannot be reached."""
@@ -43,6 +46,8 @@ class Survey:
             found[RUN] = [self.artifact_bytes[run.run_id] for run in self.plan.old]
         if versions := sum(len(run.versions) for run in self.plan.old):
             found[VERSION] = [0] * versions
+        if self.unfinished and self.database is not None:
+            found[MARKED] = [0] * len(self.unfinished)
         if self.flow_runs:
             found[FLOW_RUN] = [0] * len(self.flow_runs)
         return found
@@ -54,6 +59,8 @@ class Survey:
             what = f"{len(run.runs)} MLflow runs, {len(run.models)} models, {self.artifact_bytes[run.run_id]:,} bytes"
             named = f", version {', '.join('/'.join(each) for each in run.versions)}" if run.versions else ""
             lines.append(f"{RUN} {run.run_id} ({run.name}): {what}{named}")
+        if self.database is not None:
+            lines += [f"{MARKED} {each}" for each in self.unfinished]
         return lines + [f"{FLOW_RUN} {each}" for each in self.flow_runs]
 
     def notes(self) -> list[str]:
@@ -68,7 +75,7 @@ class Survey:
             lines.append(
                 "All registered versions stay with their runs; --versions 20 keeps the newest 20 of each model"
             )
-        if self.plan.old and self.database is None:
+        if (self.plan.old or self.unfinished) and self.database is None:
             lines.append(
                 "MLflow's database cannot be reached from here: runs are marked as deleted, and go with `mlflow gc` or "
                 "`sft clean` on the server's machine"
@@ -99,20 +106,31 @@ def survey(*, days: float, runs: int | None, versions: int | None, interrupted: 
     plan = find_old_runs(Retention(before, runs, versions, interrupted)) if has_records else RetentionPlan()
     unreachable = [run for run in plan.old if not all(map(removal.can_reach, run.locations))]
     plan.old = reached = [run for run in plan.old if run not in unreachable]
+    unfinished = removal.find_unfinished() if has_records else []
+    known = [*(run.run_id for run in reached), *unfinished]
     return Survey(
         waste=waste,
         plan=plan,
         artifact_bytes={run.run_id: sum(map(removal.measure_artifacts, run.locations)) for run in reached},
         unreachable=unreachable,
         flow_runs=flow_run_records.find_old_flow_runs(before, plan.flow_runs),
-        database=_find_database(reached[0].run_id) if reached else None,
+        unfinished=unfinished,
+        database=_find_database(known[0]) if known else None,
         keeps_versions=versions is None,
     )
 
 
 def clean_up(found: Survey) -> int:
-    """Delete what was found, unless it is used again since, and return the bytes that databases gave back."""
-    if found.plan.old:
+    """Delete what was found, unless it is used again since, and return the bytes that databases gave back.
+
+    Of two at once in a home the second begins when the first is done.
+    """
+    with storage.make_lock(storage.make_home() / "clean.lock"):
+        return _clean_up(found)
+
+
+def _clean_up(found: Survey) -> int:
+    if found.plan.old or found.unfinished:
         prune_runs(found.plan.old, found.database)
         delete(find_results({run_id for run in found.plan.old for run_id in run.runs}))
         home = storage.home() / "runs"

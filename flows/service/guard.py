@@ -2,7 +2,8 @@
 
 A page of any origin can send requests to loopback through its reader's browser, and a name that its owner points at
 127.0.0.1 makes that page look like ours (DNS rebinding). A browser says both in headers that pages cannot change:
-`Host`, the name it was sent to, and `Origin`, the page that asked. The log-in is asked for behind this, by the servers.
+`Host`, the name it was sent to, and `Origin`, the page that asked. For a picture or a script it names no page, but says
+in `Sec-Fetch-Site` whether that is another's. The log-in is asked for behind this, by the servers.
 
 Prefect's server has no setting for either header. MLflow's has, and lets every page of this machine write.
 """
@@ -17,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 HOSTS, ORIGINS, AUTH = "SFT_GUARD_HOSTS", "SFT_GUARD_ORIGINS", "SFT_AUTH"
 """What a served process is told: names and pages, with commas between, and whether a log-in is asked for."""
 _FRAMES = (b"x-frame-options", b"SAMEORIGIN")  # no page of others around ours: its clicks would be the reader's
+
+_FOREIGN_PAGE = 403, "Pages of other origins may not use this server. Add yours to SFT_ALLOWED_ORIGINS."
 
 
 class Guard:
@@ -58,8 +61,8 @@ class Guard:
             )
         for origin in _values(scope, b"origin"):
             if origin not in self._origins and urlsplit(origin).netloc != hosts[0]:
-                return 403, "Pages of other origins may not use this server. Add yours to SFT_ALLOWED_ORIGINS."
-        return None
+                return _FOREIGN_PAGE
+        return _FOREIGN_PAGE if _is_part_of_foreign_page(scope) else None
 
 
 def create_prefect() -> Guard:
@@ -111,6 +114,16 @@ def split_list(text: str | None) -> list[str]:
 def _values(scope: Scope, name: bytes) -> list[str]:
     """Return a header's values in lower case; names and origins are compared without regard to case."""
     return [value.decode("latin-1").lower() for key, value in scope["headers"] if key == name]
+
+
+def _is_part_of_foreign_page(scope: Scope) -> bool:
+    """Tell whether a browser loads this into another's page, as a picture, script or style: it sends no origin then.
+
+    A page that is opened by a link is another matter: the reader sees it, and its maker does not.
+    """
+    site, mode, origin = (_values(scope, name) for name in (b"sec-fetch-site", b"sec-fetch-mode", b"origin"))
+    opens = scope.get("method") == "GET" and mode == ["navigate"]
+    return not origin and not opens and bool({*site} & {"cross-site", "same-site"})
 
 
 def _name(host: str) -> str:

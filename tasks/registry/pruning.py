@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from mlflow import MlflowException
 
 from tasks import storage, tracking
 from tasks.registry.retention import RESUMABLE, OldRun
-from tasks.registry.versions import get_version
+from tasks.registry.versions import RUN_TAG, get_version
 from tasks.tracking import removal
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,12 @@ def prune_runs(
             if _has_changed(run):
                 logger.warning("Run %s (%s) stays: it is used again", run.run_id, run.name)
                 continue
-            if _delete_versions(run):
+            if _delete_versions(run, remover):
                 _prune(run, remover)
                 num_done += 1
                 on_progress(num_done)
+        if remover is not None:
+            remover.forget_versions(RUN_TAG)
     finally:
         if remover is not None:
             remover.close()
@@ -55,12 +58,13 @@ def _has_changed(run: OldRun) -> bool:
     return bool(aliases) or (status in RESUMABLE and storage.is_held(run.run_id))
 
 
-def _delete_versions(run: OldRun) -> bool:
+def _delete_versions(run: OldRun, remover: removal.Remover | None) -> bool:
     """Delete the versions of a run; tell whether all are gone, so that the run may go."""
     client = tracking.client()
     for name, number in run.versions:
         try:
-            for tag in get_version(name, number).tags:  # MLflow keeps them, and a row without content
+            tags = get_version(name, number).tags if remover is None else {}  # MLflow keeps them; a remover does not
+            for tag in set(tags) - {RUN_TAG}:
                 client.delete_model_version_tag(name, number, tag)
             client.delete_model_version(name, number)
         except ValueError:
@@ -72,14 +76,17 @@ def _delete_versions(run: OldRun) -> bool:
 
 
 def _prune(run: OldRun, remover: removal.Remover | None) -> None:
-    client = tracking.client()
-    for model_id in run.models:
-        if remover is not None:
-            remover.remove_model(model_id)
-        else:
-            client.delete_logged_model(model_id)
     for run_id in run.runs:
         if remover is not None:
             remover.remove_run(run_id)
         else:
-            client.delete_run(run_id)
+            _mark(run_id)
+    if remover is None:
+        for model_id in run.models:
+            with suppress(MlflowException):  # somebody else was faster
+                tracking.client().delete_logged_model(model_id)
+
+
+def _mark(run_id: str) -> None:
+    with suppress(ValueError):  # somebody else was faster
+        removal.mark_run(tracking.get_run(run_id))

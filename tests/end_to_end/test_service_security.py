@@ -155,7 +155,16 @@ function listen(url, message) {
     socket.onerror = () => done();
   });
 }
+function load(tag, url) {
+  return new Promise(done => {
+    const made = Object.assign(document.createElement(tag), {onload: () => { note(tag + " " + url, "loaded"); done(); },
+      onerror: done});
+    tag == "link" ? Object.assign(made, {rel: "stylesheet", href: url}) : made.src = url;
+    document.body.append(made);
+  });
+}
 (async () => {
+  for (const url of targets.load) for (const tag of ["img", "script", "link"]) await load(tag, url);
   for (const url of targets.read) await read(url);
   for (const [url, body] of targets.send) { await send(url, JSON.stringify(body)); form(url, JSON.stringify(body)); }
   for (const [url, message] of targets.listen) await listen(url, JSON.stringify(message));
@@ -199,7 +208,9 @@ def _targets(service: Service, stolen: Path) -> dict[str, Any]:
     run = {"parameters": {"name": "none"}, "state": {"type": "SCHEDULED"}}
     deployment = service.deployment("rollback/rollback")
     create = f"{prefect}/deployments/{deployment['id']}/create_flow_run"
+    pages = service.client["PREFECT_UI_URL"]
     return {
+        "load": [f"{pages}/ico/favicon-16x16.png", f"{pages}/robots.txt", f"{mlflow}/static-files/favicon.ico"],
         "read": [
             f"{prefect}/deployments/name/rollback/rollback",
             f"{mlflow}/ajax-api/2.0/mlflow/experiments/get?experiment_id=0",

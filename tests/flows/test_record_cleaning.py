@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from flows import record_cleaning
 from flows.cli import app
 from flows.record_cleaning import Survey, clean_up, survey
 from tasks import caching, storage, tracking
@@ -167,6 +169,60 @@ def test_a_stage_whose_result_another_run_took_stays_as_long_as_that_one(home: P
     tracking.client().delete_registered_model_alias(MODEL, "champion")
     clean_up(_find(versions=0))
     assert all(tracking.is_deleted(each) for each in (first, ingest, second))
+
+
+def test_runs_marked_from_where_the_database_is_out_of_reach_are_removed_by_a_later_cleaning(
+    home: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = record_run(template, 1)
+    merge = _child(first, "merge")
+    pass_days(home, 11)
+    with monkeypatch.context() as patched:
+        patched.setattr(record_cleaning, "_find_database", lambda run_id: None)
+        found = _find(versions=0)
+        clean_up(found)
+        assert any("marked as deleted, and go with" in line for line in found.notes())
+        assert _find(versions=0).sizes() == {}
+    assert _rows(home, first) > 0
+    assert len(list((home / "artifacts" / "models").iterdir())) == 1
+    found = _find(versions=0)
+    assert found.sizes() == {"MLflow run marked before": [0] * (len(STAGES) + 1)}
+    clean_up(found)
+    assert _rows(home, first) == _rows(home, merge) == 0
+    assert list((home / "artifacts" / "models").iterdir()) == []
+    assert _find(versions=0).sizes() == {}
+
+
+def test_what_is_left_of_deleted_versions_is_one_row_and_no_number_is_given_twice(
+    home: Path, template: Template
+) -> None:
+    def versions_left() -> list[tuple[int, str, int]]:
+        tags = "SELECT count(*) FROM model_version_tags AS t WHERE t.version = v.version"
+        query = f"SELECT version, current_stage, ({tags}) FROM model_versions AS v ORDER BY version"
+        with closing(sqlite3.connect(home / "mlflow.db")) as database:
+            return database.execute(query).fetchall()
+
+    for number in range(3):
+        record_run(template, number)
+    pass_days(home, 11)
+    clean_up(_find(versions=0))
+    assert versions_left() == [(3, "Deleted_Internal", 1)]
+    record_run(template, 4)
+    assert [(number, stage) for number, stage, _ in versions_left()] == [(3, "Deleted_Internal"), (4, "None")]
+    pass_days(home, 11)
+    clean_up(_find(versions=0))
+    assert versions_left() == [(4, "Deleted_Internal", 1)]
+
+
+def test_two_cleanings_at_once_remove_the_same_runs(home: Path, template: Template) -> None:
+    runs = [record_run(template, number) for number in range(3)]
+    pass_days(home, 11)
+    one, other = _find(versions=0), _find(versions=0)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(clean_up, (one, other)))
+    clean_up(one)
+    assert [_rows(home, run) for run in runs] == [0, 0, 0]
+    assert list((home / "artifacts" / "models").iterdir()) == []
 
 
 def test_more_runs_than_asked_for_go_however_young(home: Path, template: Template) -> None:

@@ -385,9 +385,7 @@ def read_home(bench: Bench, home: Path) -> Outcome:
     assert done.returncode == 0, done.stderr[-2000:]
     values = json.loads(done.stdout.splitlines()[-1])
     outcome = Outcome(set(values["adapters"]), values["accounting"], values["statuses"], values["versions"])
-    outcome.leftovers = [f"file {path}" for path in _find_leftovers(home)] + [
-        f"process {process.pid} {process.cmdline()}" for process in _find_processes(home)
-    ]
+    outcome.leftovers = [f"file {path}" for path in _find_leftovers(home)] + _describe(_find_processes(home))
     return outcome
 
 
@@ -410,6 +408,15 @@ def _find_processes(home: Path) -> list[psutil.Process]:
     while (found := _list_processes(home)) and time.monotonic() < end:  # they may be about to end
         time.sleep(0.2)
     return found
+
+
+def _describe(processes: list[psutil.Process]) -> list[str]:
+    """Return what is known of processes; one that ends meanwhile is none that is left behind."""
+    lines = []
+    for process in processes:
+        with suppress(psutil.Error):
+            lines.append(f"process {process.pid} {process.cmdline()}")
+    return lines
 
 
 def _list_processes(home: Path) -> list[psutil.Process]:

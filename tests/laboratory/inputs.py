@@ -18,7 +18,14 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import yaml
 
 from tests.laboratory.junk import draw_value, dump, mutate, spoil
-from tests.laboratory.oddities import spoil_tokenizer, write_encoded, write_holes, write_numbers, write_tree
+from tests.laboratory.oddities import (
+    spoil_tokenizer,
+    write_encoded,
+    write_holes,
+    write_numbers,
+    write_stream,
+    write_tree,
+)
 from tests.laboratory.recipes import draw_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,12 +114,13 @@ def draw_dataset(folder: Path, draw: Random) -> Dataset:
 
 def _draw_odd_rows(folder: Path, draw: Random) -> Dataset:
     rows = draw_rows(draw)
-    kind = draw.randrange(9)
+    kind = draw.randrange(12)
     if kind == 0:
         return Dataset(write_holes(folder, rows, draw), None)
     if kind < 3:
         return Dataset(write_tree(folder, rows, draw), None)
-    return Dataset(*(write_numbers if kind < 5 else write_encoded)(folder, rows, draw))
+    write = write_numbers if kind < 5 else write_stream if kind < 8 else write_encoded
+    return Dataset(*write(folder, rows, draw))
 
 
 def _write_oddity(folder: Path, draw: Random) -> str:

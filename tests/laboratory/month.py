@@ -222,11 +222,10 @@ def _move(path: Path, times: Mapping[str, tuple[str, ...]], expression: str) -> 
 
 
 def measure_home(home: Path) -> dict[str, int]:
-    """Return the bytes of a home's parts."""
+    """Return the bytes of each file and folder of a home."""
     from flows.cleaning import measure
 
-    parts = ("cache", "runs", "results", "artifacts", "mlflow.db", "prefect")
-    return {name: measure(home / name) for name in parts if (home / name).exists()}
+    return {path.name: measure(path) for path in sorted(home.iterdir())}
 
 
 def live(

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import yaml
 
 from tests.laboratory.junk import draw_value, dump, mutate, spoil
@@ -62,6 +63,41 @@ def write_encoded(folder: Path, rows: list[Any], draw: Random) -> tuple[str, int
     return str(folder / name), len(rows) if known else None
 
 
+def write_stream(folder: Path, rows: list[Any], draw: Random) -> tuple[str, int | None]:
+    """Write compressed lines, whole or spoiled; return the file and how many rows it has, if known.
+
+    What gzip notices by its checksum is refused: then so many rows come out as went in, or none.
+    """
+    lines = [dump(row) + b"\n" for row in rows]
+    cuts = sorted(draw.randrange(len(lines) + 1) for _ in range(draw.choice((0, 0, 1, 3))))
+    members = [b"".join(lines[start:end]) for start, end in zip([0, *cuts], [*cuts, len(lines)], strict=True)]
+    name, pack = draw.choice((("rows.jsonl.gz", gzip.compress), ("rows.jsonl.zst", _pack_zstd)))
+    packed = [pack(member) for member in members]
+    content, how = b"".join(packed), draw.randrange(6)
+    known: int | None = len(rows)
+    if how == 0:
+        content = spoil(content, draw)
+        known = None
+    elif how == 1:  # within a member: at its end, nobody would know that more was to come
+        content = content[: -draw.randrange(1, min(len(packed[-1]), 9))]
+        known = len(rows) if name.endswith(".gz") else None
+    elif how == 2:
+        content += draw.choice((b"\0" * 700, b"more", b'{"prompt": "a", "completion": "b"}\n'))
+        known = None
+    elif how == 3:
+        name = draw.choice(("rows.jsonl", "rows.json.gz", "rows.jsonl.zst", "rows.jsonl.gz", "rows.jsonl.gz.zst"))
+        known = None
+    (folder / name).write_bytes(content)
+    return str(folder / name), known
+
+
+def _pack_zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
 def write_holes(folder: Path, rows: list[Any], draw: Random) -> str:
     """Write 256 MiB of which hardly anything is on the disk, something that unpacks to far more, or a long row."""
     lines = b"".join(dump(row) + b"\n" for row in rows)
@@ -71,7 +107,7 @@ def write_holes(folder: Path, rows: list[Any], draw: Random) -> str:
         place.write_bytes(lines)
         os.truncate(place, _SPARSE_BYTES)
     elif kind == 1:
-        place = folder / draw.choice(("rows.jsonl.gz", "rows.jsonl", "rows.json.gz", "rows.parquet"))
+        place = folder / draw.choice(("rows.jsonl.gz", "rows.jsonl", "rows.json.gz", "rows.parquet", "rows.jsonl.gz"))
         place.write_bytes(gzip.compress(lines + b" " * _BOMB_BYTES))
     elif kind == 2:
         place = folder / draw.choice(("rows.zip", "rows.jsonl", "rows.jsonl.zip"))

@@ -101,6 +101,32 @@ def test_own_pages_pass(client: TestClient, reached: list[str], host: str, origi
     assert reached == ["POST"]
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize(("method", "mode"), [("GET", "no-cors"), ("POST", "no-cors"), ("POST", "navigate")])
+def test_what_another_page_loads_without_an_origin_is_refused(
+    client: TestClient, reached: list[str], site: str, method: str, mode: str
+) -> None:
+    headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+    assert client.request(method, "/get-artifact", headers=headers).status_code == 403
+    assert reached == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},  # a link on another page
+        {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"},  # typed by the reader
+        {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "no-cors"},  # a picture of our own page
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors", "Origin": "https://prefect.example.org"},
+    ],
+)
+def test_what_our_own_pages_load_and_links_to_them_pass(
+    client: TestClient, reached: list[str], headers: dict[str, str]
+) -> None:
+    assert client.get("/", headers=headers).status_code == 200
+    assert reached == ["GET"]
+
+
 def test_programs_pass_for_they_send_no_origin(client: TestClient) -> None:
     assert client.post("/").text == "inside"
 
