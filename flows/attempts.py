@@ -19,6 +19,7 @@ from flows.records import describe_environment, keep_log
 from schemas.artifacts import ModelRef, SourceRef
 from schemas.config import RunConfig
 from tasks import storage, tracking
+from tasks.training.place import find_place
 
 _SOURCE_TAG, _MODEL_TAG, _HOST_TAG = "sft.source_digest", "sft.base_model_digest", "sft.host"
 _FLOW_RUN_TAG = "sft.prefect_flow_run"
@@ -34,8 +35,9 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
 
     Args:
         config: of this attempt.
-        resume: `auto` goes on with an interrupted run of the same config on this machine, if there is one; `never`
-            starts anew; anything else is the id of the run to go on with.
+        resume: `auto` goes on with an interrupted run of the same config on this machine, if there is one, or with
+            SFT_TEAM set on any that ended in an orderly way; `never` starts anew; anything else is the id of the run
+            to go on with.
         run_name: of a new run.
 
     Raises:
@@ -115,7 +117,9 @@ def _choose_run(config: RunConfig, digest: str, resume: str) -> str | None:
     for run in tracking.find_interrupted_runs(config.name):
         run_id = str(run.info.run_id)
         here = run.data.tags.get(_HOST_TAG) == node() and not storage.is_held(run_id)
-        if here and run.data.tags[tracking.CONFIG_TAG] == digest:
+        # Another machine left it in an orderly way: its checkpoint is in the place, for whoever comes.
+        left = run.info.status == "KILLED" and find_place() is not None
+        if (here or left) and run.data.tags[tracking.CONFIG_TAG] == digest:
             return run_id
     return None
 

@@ -10,6 +10,7 @@ from flows.cleaning_cli import app as cleaning_app
 from flows.config_options import ConfigFile, Overrides, Settings
 from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
 from flows.export_cli import app as export_app
+from flows.join_cli import app as join_app
 from flows.plan_cli import app as plan_app
 from flows.registry_cli import app as registry_app
 from flows.service_cli import app as service_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(registry_app)
 app.add_typer(plan_app)
+app.add_typer(join_app)
 app.add_typer(export_app)
 app.add_typer(around_app)
 app.add_typer(serving_app)

@@ -304,7 +304,10 @@ class TrainingConfig(Section):
     num_processes: int = Field(default=1, ge=1, le=1024, title="Processes")
     """Training processes on each machine, one a GPU; the rows of a step are dealt to them."""
     num_nodes: int = Field(default=1, ge=1, le=1024, title="Machines")
-    """Machines that train together; each runs the same command with SFT_RENDEZVOUS and SFT_NODE_RANK set."""
+    """Machines that train together at most. The run is on one of them; others come, and come back, by `sft join`
+    (docs/scale.md)."""
+    min_nodes: int = Field(default=1, ge=1, le=1024, title="Fewest machines")
+    """Fewer do not train: they wait for others. With strategies that divide the model, as many as hold it."""
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(default="ddp", title="Several processes")
     """ddp: each holds everything; fsdp: the weights are divided among them, with gradients and optimizer where the
     model's own weights are trained; zero2, zero3 (DeepSpeed, an extra): gradients and optimizer are divided, with zero3
@@ -344,6 +347,11 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check_every_process_gets_work(self) -> Self:
+        if self.min_nodes > self.num_nodes:
+            raise ValueError(
+                f"min_nodes is {self.min_nodes} and num_nodes is {self.num_nodes}: raise num_nodes, the most machines "
+                "that train together, or lower min_nodes"
+            )
         num_ranks = self.num_processes * self.num_nodes
         rows_per_step = self.micro_batch * self.gradient_accumulation_steps
         if num_ranks > rows_per_step:

@@ -150,8 +150,8 @@ def find_checkpoint(folder: Path, identity: str, *, with_best: bool = False) -> 
     for leftover in folder.glob(".partial-*"):
         shutil.rmtree(leftover)
     warnings: list[str] = []
-    for path in reversed(_list_checkpoints(folder)):
-        damage = _find_damage(path) or (_find_best_damage(path) if with_best else None)
+    for path in reversed(list_checkpoints(folder)):
+        damage = find_damage(path) or (_find_best_damage(path) if with_best else None)
         if damage:
             warnings.append(f"checkpoint {path.name} is damaged ({damage}) and was passed over for an older one")
             logger.warning("%s: %s", path, warnings[-1])
@@ -192,7 +192,7 @@ def read_trained(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is damaged.
     """
-    if damage := _find_damage(path):
+    if damage := find_damage(path):
         raise CheckpointError(
             f"{path}: this checkpoint is damaged ({damage}): start the run again, which goes on from an older one"
         )
@@ -225,13 +225,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints, oldest first."""
-    steps = {step: path for path in folder.glob("step-*") if path.is_dir() and (step := _read_step(path)) is not None}
+    steps = {step: path for path in folder.glob("step-*") if path.is_dir() and (step := read_step(path)) is not None}
     return [steps[step] for step in sorted(steps)]
 
 
-def _read_step(path: Path) -> int | None:
+def read_step(path: Path) -> int | None:
     """Return the step in a checkpoint's name; None for what is named otherwise."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else None
@@ -239,7 +239,7 @@ def _read_step(path: Path) -> int | None:
 
 def _delete_old(folder: Path, *, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints but the last `keep` and the best."""
-    for path in _list_checkpoints(folder)[:-keep]:
+    for path in list_checkpoints(folder)[:-keep]:
         if best_step is None or path != name_checkpoint(folder, best_step):
             shutil.rmtree(path)
 
@@ -250,7 +250,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _find_damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None."""
     try:
         digests: dict[str, str] = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
@@ -260,7 +260,7 @@ def _find_damage(path: Path) -> str | None:
         step = json.loads((path / STATE).read_text(encoding="utf-8"))["progress"]["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
-    return None if step == _read_step(path) else f"it holds step {step}"
+    return None if step == read_step(path) else f"it holds step {step}"
 
 
 def _find_best_damage(path: Path) -> str | None:
@@ -269,7 +269,7 @@ def _find_best_damage(path: Path) -> str | None:
     best = max((record["step"] for record in progress["evaluations"] if record["is_best"]), default=None)
     if best is None or best == progress["step"]:
         return None
-    damage = _find_damage(name_checkpoint(path.parent, best))
+    damage = find_damage(name_checkpoint(path.parent, best))
     return damage and f"the best one before it, of step {best}, is damaged: {damage}"
 
 

@@ -36,11 +36,13 @@ from tasks.training.methods import describe_trained, name_trained_folder, save_t
 from tasks.training.movement import find_unmoved, take_fingerprints
 from tasks.training.objective import SFT, Objective
 from tasks.training.packing import packing_efficiency
+from tasks.training.place import Place
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
 from tasks.training.sharded_optimizer import hand_over
 from tasks.training.sharding import is_sharded, is_zero, shard_base, shard_weights
+from tasks.training.shared_checkpoints import bring_checkpoints, share_result
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
 from tasks.training.throughput import count_useful_flop, measure_peak
 from tasks.training.validation import count_evals_since_best, find_overfitting
@@ -63,6 +65,8 @@ def train_adapter(
     seed: int,
     identity: str,
     objective: Objective = SFT,
+    place: Place | None = None,
+    tells: bool | None = None,
     on_step: OnStep = lambda record: None,
     on_eval: OnEval = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -80,6 +84,8 @@ def train_adapter(
         seed: of the adapter's start, the order and the dropout.
         identity: digest of data, config and base model; checkpoints with another one are refused.
         objective: what a step optimizes.
+        place: that machines share, each with a run folder of its own: for the checkpoints, and what was trained.
+        tells: whether this rank writes curves for people; None: the first one does.
         on_step: called after each optimizer step; after a resume, steps since the checkpoint come again.
         on_eval: called after each evaluation.
         should_stop: asked before each step, and on several ranks heeded when one says so.
@@ -90,7 +96,9 @@ def train_adapter(
         TrainingStopped: `should_stop` said so; a checkpoint was written.
     """
     saved = run_folder / "checkpoints"
-    checkpoint, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=config.keeps_best))
+    passed_over = bring_checkpoints(place, saved, with_best=config.keeps_best) if place is not None else []
+    found, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=config.keeps_best))
+    checkpoint = None if found is None else saved / found.name
     with _naming_shortage(base_model, config):
         examples = run_folder / f"examples-{machine()}"
         setup = prepare_training(base_model, tokens, examples, config, seed=seed, objective=objective)
@@ -101,7 +109,7 @@ def train_adapter(
         logger.info(sentence)
     for sentence in describe_trained(setup.adapted, config):
         logger.info(sentence)
-    run = Run(setup, Progress(), identity, warnings, peak_memory_bytes=read_memory(setup.device))
+    run = Run(setup, Progress(), identity, [*passed_over, *warnings], peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     seed_per_rank(seed, 0)
     if checkpoint is not None:
@@ -110,9 +118,9 @@ def train_adapter(
     with _naming_shortage(base_model, config):
         run.setup = _divide(setup)
 
-    with_tensorboard = "tensorboard" in config.report_to and is_rank0()
+    with_tensorboard = "tensorboard" in config.report_to and (is_rank0() if tells is None else tells)
     with (
-        CheckpointWriter(saved, keep=config.keep_checkpoints) as writer,
+        CheckpointWriter(saved, keep=config.keep_checkpoints, place=place) as writer,
         open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step)
         if with_tensorboard
         else nullcontext() as record,
@@ -120,7 +128,7 @@ def train_adapter(
         on_steps: list[OnStep] = [record, on_step] if record else [on_step]
         on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
         _run_steps(run, on_steps, on_evals, writer, should_stop)
-    adapter_step, unmoved = _save_chosen(run, run_folder)
+    adapter_step, unmoved = _save_chosen(run, run_folder, place)
     run.warnings += unmoved
     return _describe(
         run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
@@ -135,20 +143,24 @@ def _restore(run: Run, checkpoint: Path) -> None:
     logger.info("Resuming from step %d of %d", run.progress.step, run.setup.num_steps)
 
 
-def _save_chosen(run: Run, run_folder: Path) -> tuple[int, list[str]]:
+def _save_chosen(run: Run, run_folder: Path, place: Place | None) -> tuple[int, list[str]]:
     """Save the best adapter or the last one, as `training.keep` says; return its step, and what has not moved."""
     setup, progress = run.setup, run.progress
     step = progress.step
-    trained: Mapping[str, Tensor] = setup.optimizer.unsharded()[0]
+    last: Mapping[str, Tensor] = setup.optimizer.unsharded()[0]  # whole on the first rank, which saves it
     if setup.config.keeps_best and progress.best_step not in (None, step):
         step = int(progress.best_step or step)
         logger.info("What was trained up to step %d is kept, whose evaluation loss is the smallest", step)
-    if not is_rank0():  # which may hold parts only
-        return step, []
-    if step != progress.step:
-        trained = read_trained(name_checkpoint(run_folder / "checkpoints", step))
-    save_trained(setup.model, setup.config, name_trained_folder(run_folder, setup.config), trained)
-    return step, find_unmoved(setup.start, take_fingerprints(setup.model, trained), num_steps=step)
+
+    def save_trained_weights() -> list[str]:
+        trained = last if step == progress.step else read_trained(name_checkpoint(run_folder / "checkpoints", step))
+        folder = name_trained_folder(run_folder, setup.config)
+        save_trained(setup.model, setup.config, folder, trained)
+        if place is not None:
+            share_result(place, folder)
+        return find_unmoved(setup.start, take_fingerprints(setup.model, trained), num_steps=step)
+
+    return step, run_on_rank0(save_trained_weights)
 
 
 def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: int | None) -> TrainingOutcome:
@@ -238,7 +250,7 @@ def _run_steps(
         if any_rank(should_stop()):
             if run.saved_step != progress.step:
                 save(run, writer)
-            writer.finish()
+            run_on_rank0(writer.finish)  # whoever goes on, goes on from there
             raise TrainingStopped(f"stopped after step {progress.step} of {setup.num_steps}")
         writer.check()
         record, steps = do_step(run, steps)

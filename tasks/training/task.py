@@ -21,6 +21,7 @@ from tasks.training.cards import complete_folder
 from tasks.training.pace import PaceClock
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import TrainingJob
+from tasks.training.process.team import clear_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
 _SHOW_SECONDS = 2.0
@@ -71,6 +72,7 @@ def train(
         complete_folder(outcome.adapter, job.tokens / "tokenizer", base_model, config)
         ref = _publish(outcome, run_id, config)
         tracking.remember(run_id, ref)
+        clear_training(job)
     speed = f"{ref.tokens_per_second:,.0f}"
     logger.info("Trained %d steps at %s tokens/s, final loss %.4f", ref.num_steps, speed, ref.final_loss)
     return ref
@@ -152,7 +154,7 @@ def _identity(base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, s
 
     Where it is computed is no part of it: a run may go on with another number of processes.
     """
-    settings = config.model_dump(mode="json", exclude={"num_processes", "num_nodes", "strategy"})
+    settings = config.model_dump(mode="json", exclude={"num_processes", "num_nodes", "min_nodes", "strategy"})
     parts = [base_model.digest, tokens.digest, settings, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -18,9 +18,22 @@ _LOOPBACK = f"{_SERVING}::test_the_command_serves_on_loopback_by_its_own_names"
 _PROVEN = "tests/flows/test_proving.py::test_a_served_version_is_proven_and_another_one_is_not"
 _VLLM = f"{_SERVING}::test_vllms_command_is_printed_and_another_is_checked"
 
+_TEAM = "tests/tasks/training/process/test_team.py"
+_GROWN = f"{_TEAM}::test_a_machine_that_comes_grows_the_team_and_a_lost_one_shrinks_it"
+_SLURM = "tests/deploy/test_slurm.py"
+_JOBSET = "tests/deploy/test_kubernetes_team.py::test_the_set_is_valid"
 _NODES = "tests/tasks/test_cluster.py::test_what_is_read_is_sent_and_what_is_made_comes_back_in_order"
 
 ELSEWHERE: dict[str, str] = {
+    "export SFT_TEAM=s3://bucket/team SFT_RENDEZVOUS=10.0.0.5:29400": _GROWN,
+    ".venv/bin/sft run my.yaml --set training.num_processes=8 --set training.num_nodes=3": _GROWN,
+    "SFT_TEAM=s3://bucket/team .venv/bin/sft join": _GROWN,
+    "sbatch --export=ALL,SFT_TEAM=/shared/team deploy/slurm/team.sbatch my.yaml": f"{_SLURM}"
+    "::test_the_first_node_runs_and_the_others_join",
+    "sbatch --array=1-3 --export=ALL,SFT_TEAM=/shared/team deploy/slurm/machine.sbatch": f"{_SLURM}"
+    "::test_a_machine_of_an_array_is_queued_again_alone",
+    "kubectl create configmap sft-run --namespace sft --from-file=run.yaml=my.yaml": _JOBSET,
+    "kubectl apply --filename deploy/kubernetes/team.yaml": _JOBSET,
     "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=a-long-secret-that-all-machines-have": _NODES,
     ".venv/bin/ray start --head --port=6379 --include-dashboard=false --disable-usage-stats": _NODES,
     ".venv/bin/ray start --address=10.0.0.5:6379 --disable-usage-stats": _NODES,

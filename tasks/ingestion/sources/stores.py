@@ -1,10 +1,8 @@
 """Files of object stores and of the hub's repositories: listed without being read, and fetched by ranges.
 
-S3, Google's and Azure's stores are read by pyarrow's own clients; the hub by its file system for fsspec. Credentials
-come from the environment, in the ways of each one's own tools.
+S3, Google's and Azure's stores are read by pyarrow's own clients; the hub by its file system for fsspec.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +13,9 @@ from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources.remote_files import RemoteFile, name_failure
+from tasks.object_stores import open_store
 
 _WILD = re.compile(r"[*?\[]")
-_AZURE_KEY = "AZURE_STORAGE_ACCOUNT_KEY"
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
 
 
 def list_files(address: str) -> tuple[str, list[RemoteFile]]:
@@ -57,7 +54,7 @@ def open_file(file: RemoteFile) -> Iterator[BinaryIO]:
             with _open_hub().open(path, "rb", block_size=8 << 20) as opened:
                 yield opened
             return
-        with _open_store(scheme, path.split("/")[0]).open_input_file(path) as opened:
+        with open_store(scheme, path.split("/")[0]).open_input_file(path) as opened:
             if opened.size() != file.size:
                 raise DataError(f"{file.address}: it was changed while it was read: start again")
             yield cast(BinaryIO, opened)
@@ -67,7 +64,7 @@ def _list_store(scheme: str, base: str) -> Iterator[tuple[str, int, str]]:
     """Yield name, size and time of change."""
     from pyarrow import fs  # type: ignore[import-untyped]
 
-    store = _open_store(scheme, base.split("/")[0])
+    store = open_store(scheme, base.split("/")[0])
     found = store.get_file_info(base)
     listed = [found]
     if found.type != fs.FileType.File:
@@ -90,30 +87,6 @@ def _open_hub() -> Any:
     from huggingface_hub import HfFileSystem
 
     return HfFileSystem()
-
-
-def _open_store(scheme: str, bucket: str) -> Any:
-    """Return the client of a store."""
-    if scheme == "az":
-        account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
-        return _open_client("AzureFileSystem", account_name=account, account_key=os.environ.get(_AZURE_KEY))
-    if scheme == "gs":
-        return _open_client("GcsFileSystem")
-    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and endpoint is None:
-        from pyarrow import fs
-
-        region = fs.resolve_s3_region(bucket)
-    return _open_client("S3FileSystem", region=region, endpoint_override=endpoint)
-
-
-@cache
-def _open_client(name: str, **options: str | None) -> Any:
-    """Return a client of pyarrow's; a process keeps it."""
-    from pyarrow import fs
-
-    return getattr(fs, name)(**options)
 
 
 @contextmanager

@@ -22,13 +22,19 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class WorkerConnection:
-    """The connection, with a thread that sends (and beats while there is nothing to send) and one that listens."""
+    """The connection, with a thread that sends (and beats while there is nothing to send) and one that listens.
 
-    def __init__(self, address: str, *, role: str) -> None:
+    Where torchrun itself has started the process there is no launcher: what it says of its log goes to its output.
+    """
+
+    def __init__(self, address: str | None, *, role: str) -> None:
         self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._has_begun = threading.Event()
         self._is_closing = threading.Event()
+        self._is_alone = address is None
+        if address is None:
+            return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(address)
         self._sender = threading.Thread(target=self._send_all, name="connection-sender", daemon=True)
@@ -38,7 +44,14 @@ class WorkerConnection:
 
     def send(self, kind: str, /, **values: Any) -> None:
         """Send a line, without waiting for it to be read."""
-        self._waiting.put(encode(kind, values))
+        if not self._is_alone:
+            self._waiting.put(encode(kind, values))
+        elif kind == "log":
+            print(values["message"], file=sys.stderr, flush=True)  # noqa: T201
+
+    def was_asked_to_stop(self) -> bool:
+        """Say whether this process was asked to stop, and not another one of its training alone."""
+        return self._stop.is_set()
 
     def should_stop(self) -> bool:
         """Say whether a stop was asked for. From the first call on, stopping is left to the caller."""
@@ -55,6 +68,8 @@ class WorkerConnection:
 
     def close(self) -> None:
         """Send what is waiting and close."""
+        if self._is_alone:
+            return
         self._is_closing.set()
         self._waiting.put(None)
         self._sender.join(_CLOSE_SECONDS)
@@ -105,7 +120,7 @@ class LogSender(logging.Handler):
 def connect_worker(*, role: str) -> WorkerConnection:
     """Connect this process to its launcher, and tie its life to its parent's."""
     _die_with_parent()
-    return WorkerConnection(os.environ[ADDRESS_VARIABLE], role=role)
+    return WorkerConnection(os.environ.get(ADDRESS_VARIABLE), role=role)
 
 
 def _die_with_parent() -> None:

@@ -25,6 +25,11 @@ def choose_error(errors: Sequence[Mapping[str, str]], log: Path) -> Exception:
     )
 
 
+def is_known(error: Mapping[str, str]) -> bool:
+    """Say whether an error is for the user to mend: it would come again, wherever the training goes on."""
+    return error["type"] in _known_errors()
+
+
 def name_end(code: int | None) -> str:
     """Say how a process ended that had no outcome, from its exit code (negative: a signal; None: it lives)."""
     if code is None:
@@ -48,6 +53,8 @@ def _known_errors() -> dict[str, type[Exception]]:
     """Return the errors that come back as they were raised; a full GPU is for the user to mend, too."""
     from tasks.models import ModelError
     from tasks.training.checkpoints import CheckpointError
+    from tasks.training.place import DamageError, PlaceError
 
-    kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in (TrainingError, CheckpointError, ModelError)}
+    ours = (TrainingError, CheckpointError, PlaceError, DamageError, ModelError)
+    kinds: dict[str, type[Exception]] = {kind.__name__: kind for kind in ours}
     return {**kinds, "OutOfMemoryError": TrainingError}

@@ -54,6 +54,7 @@ def _train(
     outcome: "Future[TrainingOutcome]",
 ) -> None:
     from tasks.training.loop import train_adapter
+    from tasks.training.place import open_place
 
     try:
         outcome.set_result(
@@ -64,6 +65,7 @@ def _train(
                 job.config,
                 seed=job.seed,
                 identity=job.identity,
+                place=None if job.place is None else open_place(job.place),
                 on_step=partial(handover.send, on_step),
                 on_eval=partial(handover.send, on_eval),
                 should_stop=handover.should_stop,

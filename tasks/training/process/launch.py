@@ -8,25 +8,31 @@ there is nothing to give back, and a second import of the model libraries would 
 
 import gc
 import logging
-import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from schemas.config import TrainingConfig
+from tasks.training.place import open_place
 from tasks.training.process.ahead import take_waiting
+from tasks.training.process.attendance import MOST_FAILURES, MOST_FAILURES_AS_GUEST, Attendance
+from tasks.training.process.elastic import read_stop_seconds
 from tasks.training.process.in_place import train_in_place
-from tasks.training.process.messages import NODE_RANK_VARIABLE, TrainingJob, write_job
+from tasks.training.process.messages import TrainingJob, write_job
 from tasks.training.process.supervise import Listeners, Supervisor
-from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome
+from tasks.training.process.team import leading, meet_again, prepare_job
+from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingOutcome
+from tasks.training.shared_checkpoints import fetch_result
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 25.0
-"""What a stopped training has to reach its step border and write a checkpoint; Prefect kills after 30."""
 SILENCE_SECONDS = 60.0
 """A process that says nothing for so long (it beats every second) is taken for dead."""
+_CLOSED = "RendezvousClosedError"
+_MOST_LOST = 3
+"""In a row, without a step between them: the agent of the machine that leads."""
 
 
 def run_training(
@@ -36,7 +42,7 @@ def run_training(
     on_eval: Callable[[EvalRecord], None] = lambda record: None,
     on_log: Callable[[int, str], None] = logger.log,
     in_place: bool | None = None,
-    stop_seconds: float = STOP_SECONDS,
+    stop_seconds: float | None = None,
     silence_seconds: float = SILENCE_SECONDS,
 ) -> TrainingOutcome:
     """Train an adapter as `train_adapter` does, in this process or in processes of its own.
@@ -50,7 +56,7 @@ def run_training(
         on_eval: called after each evaluation.
         on_log: gets level and text of log lines from the processes.
         in_place: in this process; None for the choice described above.
-        stop_seconds: a training that was asked to stop is killed after so long.
+        stop_seconds: a training that was asked to stop is killed after so long; None: as the environment says, or 25.
         silence_seconds: a process that does not beat for so long is killed.
 
     Raises:
@@ -61,24 +67,73 @@ def run_training(
         TrainingStopped: somebody stopped the processes from outside.
     """
     _check_strategy(job.config)
+    if job.leads:
+        job = prepare_job(job)
     if in_place is None:
         in_place = _belongs_here(job)
     job.run_folder.mkdir(parents=True, exist_ok=True)
-    node = int(os.environ.get(NODE_RANK_VARIABLE, "0"))  # several machines may share the folder
-    path, log = (
-        job.run_folder / (name if node == 0 else f"node-{node}-{name}") for name in ("job.json", "process.log")
-    )
+    path = job.run_folder / "job.json"
     write_job(job, path)  # in place too: whoever opens a checkpoint later reads there what it is of
     if in_place:
         return train_in_place(job, on_step, on_eval)
     _release_gpu()
-    with Supervisor(Listeners(on_step, on_eval, on_log), log, silence_seconds=silence_seconds) as supervisor:
+    patience = Patience(read_stop_seconds() if stop_seconds is None else stop_seconds, silence_seconds)
+    listeners = Listeners(on_step, on_eval, on_log)
+    if job.endpoint is None:
+        return _supervise(job, path, listeners, patience, None)
+    if not job.leads:
+        return _supervise(job, path, listeners, patience, Attendance(on_log, MOST_FAILURES_AS_GUEST))
+    with leading(job) as offer:
+        outcome = _lead(job, path, listeners, patience, offer)
+        assert job.place is not None
+        fetch_result(open_place(job.place), outcome.adapter)
+    return outcome
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What processes get, in seconds."""
+
+    stop_seconds: float
+    silence_seconds: float
+
+
+def _supervise(
+    job: TrainingJob, path: Path, listeners: Listeners, patience: Patience, attendance: Attendance | None
+) -> TrainingOutcome:
+    """Run this machine's processes to their end."""
+    log = job.run_folder / "process.log"
+    with Supervisor(listeners, log, silence_seconds=patience.silence_seconds, attendance=attendance) as supervisor:
         supervisor.start(["-m", "tasks.training.process.worker", str(path)], ahead=take_waiting())
         try:
             return supervisor.wait()
         except BaseException:
-            supervisor.stop(stop_seconds)
+            supervisor.stop(patience.stop_seconds)
             raise
+
+
+def _lead(
+    job: TrainingJob, path: Path, listeners: Listeners, patience: Patience, offer: Callable[[TrainingJob], None]
+) -> TrainingOutcome:
+    """Run this machine's processes of a team; where all of them are lost, they join the others again."""
+    attendance = Attendance(listeners.on_log, MOST_FAILURES)
+    num_lost, last_step = 0, 0
+    while True:
+        try:
+            outcome = _supervise(job, path, listeners, patience, attendance)
+            return replace(outcome, warnings=(*outcome.warnings, *attendance.changes))
+        except TrainingCrash as crash:
+            num_lost = num_lost + 1 if attendance.last_step == last_step else 1
+            last_step = attendance.last_step
+            if num_lost >= _MOST_LOST or attendance.num_failures >= attendance.most_failures:
+                raise
+            sentence = f"This machine's processes were lost after step {last_step}, and join again"
+            attendance.changes.append(sentence)
+            listeners.on_log(logging.WARNING, f"{sentence}: {str(crash).partition(chr(10))[0]}")
+            if _CLOSED in str(crash):  # the others have come to an end, or one of them has given up for all
+                job = meet_again(job)
+                write_job(job, path)
+                offer(job)
 
 
 def _check_strategy(config: TrainingConfig) -> None:
@@ -108,16 +163,3 @@ def _release_gpu() -> None:
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def main(path: Path) -> None:
-    """Join a training of several machines from one of them: `python -m tasks.training.process.launch JOB.json`."""
-    from tasks.training.process.messages import read_job
-
-    logging.basicConfig(level=logging.INFO)
-    outcome = run_training(read_job(path), in_place=False)
-    logger.info("Trained %d steps, final loss %.4f", outcome.num_steps, outcome.final_loss)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

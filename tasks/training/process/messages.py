@@ -12,10 +12,6 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
 ADDRESS_VARIABLE = "SFT_LAUNCHER_ADDRESS"
 """Path of the launcher's socket, for its processes."""
-RENDEZVOUS_VARIABLE = "SFT_RENDEZVOUS"
-"""host:port of the first of several machines that train together, the same on all of them."""
-NODE_RANK_VARIABLE = "SFT_NODE_RANK"
-"""0 on the first machine, 1 on the second, and so on."""
 STOP = b"stop\n"
 """Said by the launcher: write a checkpoint at the next step border and leave."""
 
@@ -30,6 +26,14 @@ class TrainingJob:
     config: TrainingConfig
     seed: int
     identity: str
+    place: str | None = None
+    """Address of what machines share of this training; none where it is alone on this one."""
+    endpoint: str | None = None
+    """host:port at which several machines meet (torchrun's --rdzv-endpoint)."""
+    round_id: str = ""
+    """What they meet under (torchrun's --rdzv-id)."""
+    leads: bool = True
+    """The pipeline's run is on this machine."""
 
 
 def write_job(job: TrainingJob, path: Path) -> None:
@@ -41,6 +45,10 @@ def write_job(job: TrainingJob, path: Path) -> None:
         "config": job.config.model_dump(mode="json"),
         "seed": job.seed,
         "identity": job.identity,
+        "place": job.place,
+        "endpoint": job.endpoint,
+        "round_id": job.round_id,
+        "leads": job.leads,
     }
     path.write_text(json.dumps(values), encoding="utf-8")
 
@@ -53,7 +61,7 @@ def read_job(path: Path) -> TrainingJob:
 
 
 def encode(kind: str, values: Mapping[str, Any]) -> bytes:
-    """Return a line. Kinds: hello, beat, log, step, eval, outcome, stopped, error."""
+    """Return a line. Kinds: hello, beat, log, team, step, eval, outcome, stopped, error."""
     return json.dumps({"kind": kind, **values}).encode() + b"\n"
 
 

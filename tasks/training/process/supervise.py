@@ -22,7 +22,8 @@ from typing import Any, Self
 import psutil
 
 from tasks.training.process.ahead import choose_environment, give_job
-from tasks.training.process.failures import choose_error, name_end, read_tail
+from tasks.training.process.attendance import Attendance
+from tasks.training.process.failures import choose_error, is_known, name_end, read_tail
 from tasks.training.process.messages import ADDRESS_VARIABLE, STOP, read_evaluation, read_outcome, read_step
 from tasks.training.records import (
     EvalRecord,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.2
 _START_SECONDS = 120.0  # until a process has said its first word
 _EXIT_SECONDS = 20.0  # from the outcome to the end of the processes
+_MAX_CAUSE = 200
 _PEERS_SECONDS = 1.5  # after an error, for the process that knows the cause to say it too
 
 
@@ -57,13 +59,26 @@ class _Connection:
     heard: float
     pid: int | None = None
     role: str = "?"
+    has_ended: bool = False
+    """It has said how it ends."""
     buffer: bytearray = field(default_factory=bytearray)
 
 
 class Supervisor:
     """Holds a training's processes: a context, at whose end none of them is alive."""
 
-    def __init__(self, listeners: Listeners, log: Path, *, silence_seconds: float) -> None:
+    def __init__(
+        self, listeners: Listeners, log: Path, *, silence_seconds: float, attendance: Attendance | None = None
+    ) -> None:
+        """Begin.
+
+        Args:
+            listeners: who is told what.
+            log: of the processes.
+            silence_seconds: a process that says nothing for so long is taken for dead.
+            attendance: of a team, whose agents start lost processes again: the loss of one is no error then.
+        """
+        self._attendance = attendance
         self._listeners = listeners
         self._log = log
         self._silence_seconds = silence_seconds
@@ -135,7 +150,7 @@ class Supervisor:
         ended: float | None = None
         while self._process.poll() is None:
             is_idle = not self._receive()
-            if ended is None and (self._outcome or self._errors):
+            if ended is None and (self._outcome or self._has_failed()):
                 ended = time.monotonic()
             if ended is None:
                 if is_idle:
@@ -150,7 +165,7 @@ class Supervisor:
             if self._errors:
                 logger.warning("After the training had ended: %s", choose_error(self._errors, self._log))
             return self._outcome
-        if self._errors:
+        if self._errors and not (self._attendance and self._is_stopped):
             raise choose_error(self._errors, self._log)
         if self._is_stopped:
             raise TrainingStopped("the training's processes were stopped from outside, after a checkpoint")
@@ -162,7 +177,8 @@ class Supervisor:
         As long as there is no rank, nothing has been trained, and there is nothing to wait for.
         """
         ranks = [connection for connection in self._connections if connection.role == "rank"]
-        if self._process is None or self._process.poll() is not None or self._errors or self._has_given_up or not ranks:
+        is_over = self._process is None or self._process.poll() is not None or self._has_failed() or self._has_given_up
+        if is_over or not ranks:
             return
         logger.info("Stopping the training after a checkpoint")
         self._is_stopping = True
@@ -171,15 +187,25 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         is_alive = True
         while is_alive and time.monotonic() < deadline:
-            is_alive = self._process.poll() is None
+            is_alive = self._lives()
             try:
                 self._receive(wait=is_alive)
             except Exception as error:  # a listener that fails now must not keep the training from ending
                 logger.warning("While stopping the training: %s", error)
                 silent = lambda *values: None  # noqa: E731
                 self._listeners = Listeners(silent, silent, silent)
-        if is_alive:
+        if is_alive and self._lives():
             logger.warning("The training did not stop within %.0f s and was killed", seconds)
+
+    def _has_failed(self) -> bool:
+        """Say whether the training is over by an error. In a team, only one that would come again ends it."""
+        return any(self._attendance is None or is_known(error) for error in self._errors)
+
+    def _lives(self) -> bool:
+        """Say whether there is somebody to wait for. A team's agent would wait for the other machines."""
+        assert self._process is not None
+        has_ranks = any(connection.role == "rank" for connection in self._connections)
+        return self._process.poll() is None and (self._attendance is None or has_ranks)
 
     def _receive(self, *, wait: bool = True) -> bool:
         """Take in what has come, and pass it on; return whether anything has come."""
@@ -209,6 +235,8 @@ class Supervisor:
             self._selector.unregister(connection.socket)
             connection.socket.close()
             self._connections.remove(connection)
+            if self._attendance is not None and connection.role == "rank" and not connection.has_ended:
+                self._attendance.note_failure("no word")
             return
         connection.heard = time.monotonic()
         connection.buffer += content
@@ -218,12 +246,20 @@ class Supervisor:
 
     def _handle(self, connection: _Connection, values: dict[str, Any]) -> None:
         kind = values["kind"]
+        connection.has_ended |= kind in ("outcome", "stopped", "error")
         if kind == "hello":
             connection.pid, connection.role = int(values["pid"]), str(values["role"])
             self._note_process(connection.pid)
+            if self._attendance is not None and connection.role == "rank" and not self._has_failed():
+                self._errors, self._is_stopped = [], False  # of the round before
             if self._is_stopping and connection.role == "rank":
                 self._send_stop(connection)
+        elif kind == "team":
+            if self._attendance is not None:
+                self._attendance.note_round(values["machines"], values["num_processes"])
         elif kind == "step":
+            if self._attendance is not None:
+                self._attendance.note_step(values["step"])
             self._listeners.on_step(read_step(values))
         elif kind == "eval":
             self._listeners.on_eval(read_evaluation(values))
@@ -235,6 +271,9 @@ class Supervisor:
             self._is_stopped = True
         elif kind == "error":
             self._errors.append(values)
+            if self._attendance is not None:
+                first = next(iter(values["message"].strip().splitlines()), "")
+                self._attendance.note_failure(f"{values['type']}: {first}"[:_MAX_CAUSE])
 
     def _send_stop(self, connection: _Connection) -> None:
         with suppress(OSError):

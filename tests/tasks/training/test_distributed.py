@@ -1,9 +1,6 @@
 """Several ranks optimize the same sum as one: real processes over gloo."""
 
-import os
 import random
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +26,13 @@ from tasks.training.distributed import (
 from tasks.training.loop import train_adapter
 from tasks.training.preparation import prepare_training
 from tasks.training.process.launch import run_training
-from tasks.training.process.messages import TrainingJob, write_job
+from tasks.training.process.messages import TrainingJob
 from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingStopped
 from tasks.training.sharding import is_sharded, shard_base
 from tasks.training.steps import Run, do_step, iterate
 from tests.tasks.training.conftest import read_tokens, write_tokens
 from tests.tasks.training.process.test_launch import at_step, find_processes, list_checkpoints
-from tests.tasks.training.ranks import find_port, on_two_ranks
+from tests.tasks.training.ranks import on_two_ranks
 
 # 44 examples in steps of 6: the last step of an epoch has 2, which is one micro batch, and none for the second rank.
 CONFIG = TrainingConfig(
@@ -249,29 +246,6 @@ def test_interrupted_processes_leave_a_checkpoint_that_one_goes_on_from(
     assert farthest(rest.adapter, alone.adapter) < 1e-5
 
 
-def test_two_machines_meet_at_an_address(base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves) -> None:
-    config = CONFIG.model_copy(update={"num_nodes": 2})
-    job = TrainingJob(base_model, many_tokens, tmp_path, config, 5, "x")
-    path = tmp_path / "given.json"
-    write_job(job, path)
-    address = f"127.0.0.1:{find_port()}"
-    command = [sys.executable, "-m", "tasks.training.process.launch", str(path)]
-    launchers = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, "SFT_RENDEZVOUS": address, "SFT_NODE_RANK": str(number)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    told = [launcher.communicate(timeout=120)[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], told
-    assert f"Trained {NUM_STEPS} steps" in told[0]
-    assert sorted(path.name for path in tmp_path.glob("*process.log")) == ["node-1-process.log", "process.log"]
-    assert farthest(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), alone.adapter) < 1e-5
-
-
 def test_death_of_one_rank_ends_all(base_model: Path, many_tokens: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_processes": 2, "num_epochs": 1000.0})
     job = TrainingJob(base_model, many_tokens, tmp_path, config, 5, "x")
@@ -287,12 +261,6 @@ def test_death_of_one_rank_ends_all(base_model: Path, many_tokens: Path, tmp_pat
 def test_processes_without_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"4 processes \(num_processes 2 x num_nodes 2\).*there are 3 \(micro_batch 3"):
         TrainingConfig(num_processes=2, num_nodes=2, micro_batch=3)
-
-
-def test_several_machines_need_an_address(base_model: Path, many_tokens: Path, tmp_path: Path) -> None:
-    job = TrainingJob(base_model, many_tokens, tmp_path, CONFIG.model_copy(update={"num_nodes": 2}), 5, "x")
-    with pytest.raises(TrainingError, match="SFT_RENDEZVOUS is not set"):
-        run_training(job)
 
 
 def test_alone_everything_is_ones_own(many_tokens: Path) -> None:
