@@ -7,8 +7,9 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+from tasks.lean_imports import VARIABLE, lean_path
 
 ADDRESS = "SFT_RAY_ADDRESS"
 """`local` starts a cluster of this machine; any other value is what `ray start` says, such as 10.0.0.5:6379."""
@@ -85,17 +86,16 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _lean_path() -> Iterator[None]:
-    """Let Ray's processes that start in the body not import what makes them slow (see tasks/unimported)."""
-    before = os.environ.get("PYTHONPATH")
-    lean = str(Path(__file__).with_name("unimported"))
-    os.environ["PYTHONPATH"] = os.pathsep.join([lean, *([before] if before else [])])
+    """Let Ray's processes that start in the body not import what makes them slow."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = lean_path(os.environ)
     try:
         yield
     finally:
         if before is None:
-            del os.environ["PYTHONPATH"]
+            del os.environ[VARIABLE]
         else:
-            os.environ["PYTHONPATH"] = before
+            os.environ[VARIABLE] = before
 
 
 @contextmanager

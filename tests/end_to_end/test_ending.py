@@ -31,7 +31,7 @@ def _send_signals(process: subprocess.Popen[str]) -> None:
 def _kill_server(process: subprocess.Popen[str]) -> None:
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
-            if any("prefect.server" in word for word in child.cmdline()):
+            if "flows.service.temporary" in child.cmdline():
                 child.kill()
 
 

@@ -18,7 +18,7 @@ with starting_server():
 from prefect.client.orchestration import get_client
 with get_client(sync_client=True) as client:
     assert client.api_healthcheck() is None
-servers = [child.pid for child in psutil.Process().children() if any("prefect.server" in w for w in child.cmdline())]
+servers = [child.pid for child in psutil.Process().children() if "flows.service.temporary" in child.cmdline()]
 print(*servers, flush=True)
 input()
 """
@@ -39,7 +39,7 @@ except ServerStartError as error:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One home for all: Prefect's database takes longer to make than a server to start."""
+    """One home for all."""
     return tmp_path_factory.mktemp("servers") / "home"
 
 
