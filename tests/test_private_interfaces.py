@@ -31,6 +31,8 @@ _USES = {
     r"_hard_delete_\w+|ManagedSessionMaker|dbmodels": "tasks/tracking/removal.py",
     r"prefect\.server\.services|provide_database_interface": "flows/flow_run_records.py",
     r"PREFECT__\w+": "flows/service/processes.py",
+    r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE|keep_alive_\w+": "tasks/training/process/elastic.py",
+    r"RendezvousClosedError": "tasks/training/process/launch.py",
     r"averaged_gradients|__compatible_ops__|single_partition_of_fp32|_lazy_init_hp": "tasks/training/zero.py",
     r"\bfound_inf\b": "tasks/training/optimizers.py",
     r"_no_split_modules": "tasks/training/sharding.py",
@@ -249,3 +251,14 @@ def test_transformers_names_the_layers_that_stay_whole_and_the_attention() -> No
     assert set(model._no_split_modules or ()) == {"LlamaDecoderLayer"}
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
+
+
+def test_an_elastic_agent_opens_a_store_in_each_round_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    is_shared: Any = dynamic_rendezvous.DynamicRendezvousHandler.use_agent_store
+    assert is_shared.fget(None) is False
+    source = inspect.getsource(dynamic_rendezvous.create_handler)
+    assert all(name in source for name in ("keep_alive_interval", "keep_alive_max_attempt"))
+    assert issubclass(dynamic_rendezvous.RendezvousClosedError, Exception)

@@ -24,7 +24,6 @@ from tasks.training.process.messages import TrainingJob, write_job
 from tasks.training.process.supervise import Listeners, Supervisor
 from tasks.training.process.team import leading, meet_again, prepare_job
 from tasks.training.records import EvalRecord, StepRecord, TrainingCrash, TrainingError, TrainingOutcome
-from tasks.training.shared_checkpoints import fetch_result
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +85,8 @@ def run_training(
     with leading(job) as offer:
         outcome = _lead(job, path, listeners, patience, offer)
         assert job.place is not None
+        from tasks.training.shared_checkpoints import fetch_result  # not at the top: it imports torch
+
         fetch_result(open_place(job.place), outcome.adapter)
     return outcome
 
