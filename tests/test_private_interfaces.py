@@ -254,11 +254,11 @@ def test_transformers_names_the_layers_that_stay_whole_and_the_attention() -> No
 
 
 def test_an_elastic_agent_opens_a_store_in_each_round_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, dynamic_rendezvous
 
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     is_shared: Any = dynamic_rendezvous.DynamicRendezvousHandler.use_agent_store
     assert is_shared.fget(None) is False
     source = inspect.getsource(dynamic_rendezvous.create_handler)
     assert all(name in source for name in ("keep_alive_interval", "keep_alive_max_attempt"))
-    assert issubclass(dynamic_rendezvous.RendezvousClosedError, Exception)
+    assert issubclass(RendezvousClosedError, Exception)
