@@ -184,6 +184,7 @@ def summarize_facts(
         "Training": {
             "Base model": base_model.name + (f" @ {base_model.revision}" if base_model.revision else ""),
             "Method": _describe_method(config.training),
+            **_describe_objective(config.training),
             **_describe_adapted(adapter),
             "Steps": f"{adapter.num_steps:,}",
             "Trained tokens an epoch": f"{tokens.trained_tokens:,} of {tokens.total_tokens:,}",
@@ -206,6 +207,14 @@ def _describe_method(config: TrainingConfig) -> str:
         return "all weights of the text decoder"
     layers = f"the last {config.trained_layers} layers" if config.trained_layers else ""
     return "the model's own weights: " + " and ".join(filter(None, (layers, ", ".join(config.trained_modules))))
+
+
+def _describe_objective(config: TrainingConfig) -> dict[str, str]:
+    """Say what was optimized, where it is not the answers' likelihood."""
+    if not config.is_paired:
+        return {}
+    smoothing = f", label smoothing {config.dpo.label_smoothing:g}" if config.dpo.label_smoothing else ""
+    return {"Objective": f"preferences (DPO), loss {config.dpo.loss}, beta {config.dpo.beta:g}{smoothing}"}
 
 
 def _describe_adapted(adapter: AdapterRef) -> dict[str, str]:

@@ -9,10 +9,11 @@ from typing import Any
 from flows.accounting import describe_place, judge_rejected
 from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
-from tasks.base_model import limit_length, locate_tokenizer
+from tasks.base_model import limit_length
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.ingestion.reject_groups import group_rejects
+from tasks.registry.bases import find_tokenizer_folder
 from tasks.registry.publication import bring_sources
 from tasks.tokenization.examples import PARTS, TokenizationError, tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
@@ -62,7 +63,7 @@ def check_dataset(
         # The budget for rejected rows is judged below, over both stages, so that all of it is seen at once.
         generous = bring_sources(data).model_copy(update={"max_rejected_fraction": 1.0})
         counts = build_dataset(generous, seed=seed, folder=folder / "dataset")
-        place = locate_tokenizer(model)
+        place = find_tokenizer_folder(model)
         prepared = prepare_tokenizer(place, model.chat_template, tokenization.template_arguments)
         limited, told = limit_length(tokenization, place, model.base_model)
         try:

@@ -235,7 +235,7 @@ def check(
     from flows.terminal import show_check
 
     try:
-        found = check_dataset(loaded.data, loaded.model, loaded.tokenization, seed=loaded.seed, page=html)
+        found = check_dataset(loaded.read_data, loaded.model, loaded.tokenization, seed=loaded.seed, page=html)
     except ValueError as error:
         fail(error)
     if json_ is not None:

@@ -91,7 +91,7 @@ def evaluate_target(
 
 def _prepare(target: Target, config: RunConfig, folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     """Make examples of all rows; return where they went, `not asked` being all that could be, and notes."""
-    data = bring_sources(config.data.model_copy(update={"eval_fraction": 0.0, "eval_source": None}))
+    data = bring_sources(config.read_data.model_copy(update={"eval_fraction": 0.0, "eval_source": None}))
     counts = build_dataset(data, seed=config.seed, folder=folder / "dataset")
     # As held-out rows are made: the last answer of each conversation is asked for.
     shutil.copyfile(folder / "dataset" / "train.parquet", folder / "dataset" / "eval.parquet")

@@ -25,6 +25,7 @@ from schemas.config import EvaluationConfig, ModelConfig, TrainingConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.caching import is_cached, run_stage
+from tasks.registry import bases
 
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
 _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not started again
@@ -93,7 +94,7 @@ def bring_model(ref: ModelRef) -> ModelRef:
     Raises:
         StageFailedError: the folder is not here, or holds something else.
     """
-    if ref.kind != "base" or Path(ref.uri).is_dir():
+    if ref.kind != "base" or ref.uri.startswith(bases.SCHEME) or Path(ref.uri).is_dir():
         return ref
     if ref.revision is None:
         raise StageFailedError(

@@ -79,11 +79,11 @@ def sft_pipeline(
     with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
             base_model = stages.locate_model(config.model)
-            source = stages.locate_dataset(config.data)
+            source = stages.locate_dataset(config.read_data)
             check_inputs(run, source, base_model)
             advice = tell_warnings(check_model(tracking.resolve(base_model), config.training))
         with _clock(seconds, "ingest"):
-            ingested = run_stage(stages.ingest, source, config.data, seed=config.seed, parent_run_id=run)
+            ingested = run_stage(stages.ingest, source, config.read_data, seed=config.seed, parent_run_id=run)
             dataset = ingested.result()
         with _clock(seconds, "tokenize"):
             template = config.model.chat_template
@@ -125,6 +125,7 @@ def sft_pipeline(
                 title=title,
                 facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged, expected),
                 warnings=(*advice, *few, *name_warnings(dataset, tokens, probes), *adapter.warnings),
+                dpo=config.training.dpo,
                 train_run_id=str(adapter.mlflow_run_id),
                 parent_run_id=run,
             )

@@ -71,8 +71,8 @@ class Ingested:
 def find_kept(config: RunConfig, base_model: ModelRef) -> Kept:
     """Look for what this machine has kept of the stages before the training, by the keys that the run would use."""
     template = config.model.chat_template
-    source = find_source(config.data)
-    dataset = read_kept(ingest, source=source, config=config.data, seed=config.seed)
+    source = find_source(config.read_data)
+    dataset = read_kept(ingest, source=source, config=config.read_data, seed=config.seed)
     if dataset is None:
         return Kept()
     common: dict[str, Any] = {"chat_template": template, "template_file_digest": digest_template(template)}
@@ -116,7 +116,7 @@ def find_data(config: RunConfig, model_folder: Path, kept: Kept, place: Path, *,
         folder, rows, rejected = tracking.resolve(kept.dataset), _count_rows(kept.dataset), kept.dataset.rows_rejected
         return _make(config, model_folder, Ingested(folder, rows, kept.dataset.rows_read, rejected), place, most=most)
     # The budget for rejected rows is judged later, over both stages.
-    generous = bring_sources(config.data).model_copy(update={"max_rejected_fraction": 1.0})
+    generous = bring_sources(config.read_data).model_copy(update={"max_rejected_fraction": 1.0})
     counts = build_dataset(generous, seed=config.seed, folder=place / "dataset")
     made = Ingested(place / "dataset", _count_rows(counts), counts.rows_read, counts.rows_rejected)
     return _make(config, model_folder, made, place, most=most)

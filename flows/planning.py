@@ -12,8 +12,7 @@ from flows.preflight import check_model
 from flows.run_pace import REST
 from schemas.artifacts import ModelRef
 from schemas.config import RunConfig
-from tasks import speeds, storage
-from tasks.base_model import locate_base_model
+from tasks import speeds, storage, tracking
 from tasks.evaluation.task import describe_effort
 from tasks.models import choose_device, choose_dtype
 from tasks.planning.estimates import Estimate
@@ -21,6 +20,7 @@ from tasks.planning.memory import MemoryNeed, Option, count_flop, count_need, fi
 from tasks.planning.sizes import Sizes
 from tasks.planning.times import StageTime, add_up, estimate_stage, estimate_steps
 from tasks.planning.trial import measure_training
+from tasks.registry.bases import find_base_model
 from tasks.speeds import Speed
 from tasks.training.pace import AROUND, STEPS, describe_conditions
 
@@ -105,8 +105,8 @@ def plan_run(
         ValueError: model or dataset cannot be used at all.
     """
     on_phase("Looking at the base model")
-    base_model = locate_base_model(config.model)
-    folder = Path(base_model.uri)
+    base_model = find_base_model(config.model)
+    folder = tracking.resolve(base_model)
     advice = check_model(folder, config.training)
     on_phase("Looking for kept results")
     kept = find_kept(config, base_model)
@@ -122,7 +122,7 @@ def plan_run(
 def _put_together(
     config: RunConfig, base_model: ModelRef, kept: Kept, found: Found, advice: tuple[str, ...], rate: float | None
 ) -> RunPlan:
-    folder, device = Path(base_model.uri), choose_device()
+    folder, device = tracking.resolve(base_model), choose_device()
     known = speeds.read_speeds()
     times = tuple(_list_times(config, folder, kept, found, known))
     memory = _plan_memory(config, folder, found.sizes, device, known)

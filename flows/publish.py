@@ -107,11 +107,11 @@ def publish_now(
     config = recipe or (known.config if known else None)
     if config is not None:
         config = _with_source(config, source)
-        data = config.data
+        data = config.read_data
     elif settings is not None:
         config = settings
         # The held-out dataset and the mixture of such a config are datasets of their own.
-        data = config.data.model_copy(update={"eval_source": None, "mixture": ()})
+        data = config.read_data.model_copy(update={"eval_source": None, "mixture": ()})
     else:
         raise PublicationError(
             f"dataset {name} has no recipe, so that nothing says how to check it: give a recipe, or a base model whose "
@@ -150,7 +150,7 @@ def _list_files(data: DatasetConfig) -> dict[str, Path]:
 
 def _publish_held_out(config: RunConfig, name: str, *, who: str) -> RunConfig:
     """Keep held-out files of this machine beside the dataset, so that every worker has them."""
-    data = config.data.held_out_dataset
+    data = config.read_data.held_out_dataset
     if data is None or not Path(data.source).expanduser().exists():
         return config
     files = _list_files(data)

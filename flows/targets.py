@@ -13,6 +13,7 @@ from schemas.config import ModelConfig
 from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.merging.weights import merge_adapter
+from tasks.registry.bases import find_base_again
 from tasks.registry.exports import FORM_TAG, PARENT_TAG
 from tasks.registry.versions import (
     CHAMPION,
@@ -142,13 +143,13 @@ def find_base_of(name: str, version: str) -> tuple[Path, str]:
     """
     tags = get_version(name, version).tags
     config = ModelConfig.model_validate(tracking.recorded_config(tags[RUN_TAG])["model"])
-    ref = locate_base_model(config)
+    ref = find_base_again(config, tags["sft.base_model_digest"])
     if ref.digest != tags["sft.base_model_digest"]:
         raise TargetError(
             f"{config.base_model} has digest {ref.digest[:12]} and {name} version {version} was made from "
             f"{tags['sft.base_model_digest'][:12]}: the base model has changed since"
         )
-    return Path(ref.uri), ref.name
+    return tracking.resolve(ref), ref.name
 
 
 @dataclass(frozen=True)

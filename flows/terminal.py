@@ -146,9 +146,12 @@ def show_check(check: Check, source: str) -> None:
             console.print(f"  {escape(shown)}", style="dim")
     console.print(_lengths_table(check.masks))
     console.print(_remarks_table(check), "")
+    rejected = check.masks.get("rejected_samples", ())
     for number, runs in enumerate(check.masks["samples"][:_NUM_SHOWN], start=1):
-        title = f"example {number}: [green]trained[/], [dim]not trained[/]"
-        console.print(Panel(_color_mask(runs), title=title, title_align="left", border_style="bright_black"))
+        of_pair = rejected[number - 1 : number]
+        for name, shown in zip((", chosen" if of_pair else "", ", rejected"), (runs, *of_pair), strict=False):
+            title = f"example {number}{name}: [green]trained[/], [dim]not trained[/]"
+            console.print(Panel(_color_mask(shown), title=title, title_align="left", border_style="bright_black"))
 
 
 def _rows_table(check: Check) -> Table:

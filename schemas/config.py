@@ -31,7 +31,8 @@ class ModelConfig(Section):
     """The base model."""
 
     base_model: str = Field(min_length=1, title="Base model")
-    """Folder with safetensors weights, or the name of a model on the hub."""
+    """Folder with safetensors weights, the name of a model on the hub, or a version of the registry, which is trained
+    further: models:/NAME/VERSION or models:/NAME@alias."""
     revision: str | None = Field(default=None, title="Revision")
     """Commit, tag or branch on the hub; pin a commit to make runs repeatable. Not used for a folder."""
     chat_template: str | None = Field(default=None, title="Chat template")
@@ -53,10 +54,24 @@ RowFormat = Literal[
     "xlam",
     "oasst_tree",
     "moss",
+    "preference",
 ]
+PREFERENCE = "preference"
+"""The format of rows with a chosen and a rejected answer."""
 
 
-JUDGED_METRICS = ("exact_match", "rouge_l", "chrf", "nll", "perplexity", "repetition_rate", "empty_answers")
+PREFERENCE_METRICS = ("preference_loss", "reward_accuracy", "reward_margin")
+"""Of pairs of answers; they compare a model with the base model that the run began with."""
+JUDGED_METRICS = (
+    "exact_match",
+    "rouge_l",
+    "chrf",
+    "nll",
+    "perplexity",
+    "repetition_rate",
+    "empty_answers",
+    *PREFERENCE_METRICS,
+)
 """Metrics that forms offer to judge by; the table of metrics decides which there are."""
 _JudgedMetric = Annotated[str, Field(json_schema_extra={"enum": [*JUDGED_METRICS]})]
 
@@ -149,6 +164,11 @@ class DataConfig(Section):
             )
         return self
 
+    def as_pairs(self) -> "DataConfig":
+        """Return the section with every dataset read as pairs of answers."""
+        mixture = tuple(part.model_copy(update={"format": PREFERENCE}) for part in self.mixture)
+        return self.model_copy(update={"format": PREFERENCE, "mixture": mixture})
+
     @property
     def holds_out(self) -> bool:
         """Whether rows are held out, so that models can be compared."""
@@ -223,9 +243,33 @@ class TokenizationConfig(Section):
     """Values that the chat template reads, such as enable_thinking: false; saved with the model for serving."""
 
 
+class DpoConfig(Section):
+    """Direct preference optimization (Rafailov et al., 2023), where the objective is dpo."""
+
+    beta: float = Field(default=0.1, gt=0.0, le=100.0, title="Beta")
+    """How strongly the model is held to the one that it began as: larger is nearer. For ipo it is the paper's tau."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = Field(default="sigmoid", title="Loss")
+    """Of a pair: sigmoid as in the paper; hinge (SLiC); ipo, which goes by the mean log-probability of a token."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5, title="Label smoothing")
+    """Part of the pairs that are taken to be the wrong way round (conservative DPO); with loss sigmoid."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing:g} and loss is {self.loss}: only sigmoid is smoothed: set "
+                "label_smoothing 0, or loss sigmoid"
+            )
+        return self
+
+
 class TrainingConfig(Section):
     """What is trained, and how."""
 
+    objective: Literal["sft", "dpo"] = Field(default="sft", title="Objective")
+    """sft: the answers are learned; dpo: of two answers to a prompt (rows with chosen and rejected) the chosen one is
+    preferred more than the base model does, which is usually a model after sft."""
+    dpo: DpoConfig = Field(default=DpoConfig(), title="Preferences (dpo)")
     method: Literal["lora", "full", "freeze"] = Field(default="lora", title="Method")
     """lora: small matrices beside frozen layers; full: every weight of the text decoder; freeze: its last layers, or
     named modules, and nothing else. Full training usually wants a learning rate a tenth of LoRA's."""
@@ -253,7 +297,8 @@ class TrainingConfig(Section):
     use_dora: bool = Field(default=False, title="DoRA")
     """Weight-decomposed LoRA: slower, sometimes better at low rank."""
     router_aux_loss_coef: float | None = Field(default=None, ge=0, title="Routers' auxiliary loss")
-    """Weight of the loss that keeps a mixture's experts evenly used. Empty: as the model's config.json says."""
+    """Weight of the loss that keeps a mixture's experts evenly used. Empty: as the model's config.json says. It does
+    not go with objective dpo."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1.0, title="Learning rate")
     """Peak learning rate of AdamW."""
     scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine", title="Schedule")
@@ -323,6 +368,11 @@ class TrainingConfig(Section):
         """Whether an adapter is trained, and not the model's own weights."""
         return self.method == "lora"
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether pairs of answers are trained."""
+        return self.objective == "dpo"
+
     @model_validator(mode="after")
     def _check_method(self) -> Self:
         if self.method != "freeze" and self.trained_modules:
@@ -342,6 +392,15 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"method is {self.method} and base_weights is {self.base_weights}: only a frozen base can be packed: "
                 "set base_weights full, or method lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.is_paired and self.router_aux_loss_coef:
+            raise ValueError(
+                f"objective is dpo and router_aux_loss_coef is {self.router_aux_loss_coef:g}: there is no such loss of "
+                "pairs: leave router_aux_loss_coef out"
             )
         return self
 
@@ -532,6 +591,44 @@ class RunConfig(Section):
     merge: MergeConfig = Field(default=MergeConfig(), title="Merge")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), title="Evaluation")
     registry: RegistryConfig = Field(default=RegistryConfig(), title="Registry")
+
+    @property
+    def read_data(self) -> DataConfig:
+        """The dataset section as ingestion reads it: as pairs of answers where the objective is for such."""
+        return self.data.as_pairs() if self.training.is_paired else self.data
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        formats = [dataset.format for dataset in self.data.datasets]
+        judged = [name for name in self.registry.gate.metrics if name in PREFERENCE_METRICS]
+        if not self.training.is_paired:
+            if PREFERENCE in formats:
+                raise ValueError(
+                    f"data.format is {PREFERENCE} and training.objective is sft, which trains one answer: set "
+                    "training.objective to dpo, or data.columns to the answer that is trained"
+                )
+            if judged:
+                raise ValueError(
+                    f"registry.gate judges by {', '.join(judged)}, which pairs of answers have, and training.objective "
+                    "is sft: set it to dpo, or name another metric"
+                )
+            return self
+        if other := [name for name in formats if name not in ("auto", PREFERENCE)]:
+            raise ValueError(
+                f"training.objective is dpo and data.format is {other[0]}, which has one answer: set data.format to "
+                f"{PREFERENCE} or auto"
+            )
+        if self.data.holds_out and not judged:
+            raise ValueError(
+                f"training.objective is dpo and registry.gate judges by {', '.join(self.registry.gate.metrics)}, which "
+                "pairs of answers do not optimize: set registry.gate.metric to preference_loss or reward_accuracy"
+            )
+        if self.tokenization.train_on_prompt:
+            raise ValueError(
+                "training.objective is dpo and tokenization.train_on_prompt is true: both answers have the same "
+                "prompt, which cancels out: leave train_on_prompt out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_held_out_rows_are_there_for_what_wants_them(self) -> Self:

@@ -21,6 +21,8 @@ class Conversations(pa.DataFrameModel):
     """JSON list of messages: role, content, and what else the template reads (tool_calls, reasoning_content, train)."""
     tools: str = pa.Field(nullable=True)
     """JSON list of tool definitions."""
+    rejected: str = pa.Field(nullable=True, str_startswith="[")
+    """JSON list of the messages of the same prompt with the answer that is not preferred, where the row is a pair."""
 
     class Config:
         strict = True
@@ -73,6 +75,19 @@ class EvaluationRows(pa.DataFrameModel):
 
     class Config:
         strict = False  # the metrics of the table: tasks.evaluation.scoring.validate_rows
+
+
+class PairRows(pa.DataFrameModel):
+    """What rows.parquet has besides where the held-out rows are pairs of answers."""
+
+    chosen_nll: float = pa.Field(ge=0)
+    """Negative log-likelihood of the chosen answer, all its trained tokens, in nats, summed."""
+    chosen_tokens: int = pa.Field(ge=1)
+    rejected_nll: float = pa.Field(ge=0)
+    rejected_tokens: int = pa.Field(ge=1)
+
+    class Config:
+        strict = True
 
 
 def columns_of(model: type[pa.DataFrameModel]) -> dict[str, Any]:

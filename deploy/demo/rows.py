@@ -15,6 +15,8 @@ NUM_LEAKED = 2
 """Exact copies of held-out rows among the training rows."""
 NUM_EMPTY_ANSWERS = 3
 NUM_MISSING_FIELDS = 2
+NUM_PAIRS = 400
+NUM_DUPLICATE_PAIRS, NUM_EQUAL_ANSWERS, NUM_MISSING_ANSWERS = 3, 2, 1
 WORDINGS = {"sum": 2, "word.en": 2, "word.zh": 2}
 """In how many wordings training asks each fact of a topic, when not in one: these topics have few facts."""
 
@@ -49,10 +51,41 @@ def make_probe(seed: int = SEED) -> list[Row]:
     return rows
 
 
+def make_pairs(seed: int = SEED) -> tuple[list[Row], list[Row]]:
+    """Return pairs of answers, to be trained and held out, both in random order; the training ones with their dirt.
+
+    Both answers are true. The chosen one says it as running text does, the rejected one as the dataset taught it.
+    """
+    rng = random.Random(f"{seed}-pairs")
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for thing in make_things(seed):
+        for attribute in thing.kind.attributes:
+            statement = next(text for text in attribute.statements if text.index("{name}") < text.index("{value}"))
+            value = thing.values[attribute.name]
+            question = rng.choice(attribute.questions).format(name=thing.mention, full_name=thing.full_mention)
+            pair = {
+                "prompt": "\n".join(capitalize(part) for part in question.split("|")),
+                "chosen": capitalize(statement.format(name=thing.mention, value=value)),
+                "rejected": capitalize(attribute.answer.format(full_name=thing.full_mention, value=value)),
+            }
+            (held_out if thing.held_out else train).append(pair)
+    train = rng.sample(train, NUM_PAIRS)
+    train += [dict(pair) for pair in rng.sample(train, NUM_DUPLICATE_PAIRS)]
+    train += [{**pair, "rejected": pair["chosen"]} for pair in rng.sample(train, NUM_EQUAL_ANSWERS)]
+    for pair in rng.sample(train, NUM_MISSING_ANSWERS):
+        train.append({name: pair[name] for name in ("prompt", "chosen")})
+    rng.shuffle(train)
+    rng.shuffle(held_out)
+    return train, held_out
+
+
 def write_rows(folder: Path, seed: int = SEED) -> tuple[int, int]:
-    """Write train.jsonl, heldout.jsonl and probe.jsonl; return the numbers of rows of the first two."""
+    """Write train.jsonl, heldout.jsonl, probe.jsonl and two files of pairs; return the rows of the first two."""
     train, held_out = make_rows(seed)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, pairs in zip(("pairs", "heldout-pairs"), make_pairs(seed), strict=True):
+        (folder / f"{name}.jsonl").write_bytes(to_jsonl(pairs))
     (folder / "probe.jsonl").write_bytes(to_jsonl(make_probe(seed)))
     (folder / "train.jsonl").write_bytes(to_jsonl(train))
     (folder / "heldout.jsonl").write_bytes(to_jsonl(held_out))

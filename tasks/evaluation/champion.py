@@ -8,7 +8,7 @@ import polars as pl
 from schemas.artifacts import ChampionReport
 from schemas.config import EvaluationConfig
 from tasks.evaluation.comparison import Comparison, check_same_rows, compare
-from tasks.evaluation.metrics import METRICS, is_derived, row_values
+from tasks.evaluation.metrics import is_derived, metrics_of, row_values
 
 
 @dataclass(frozen=True)
@@ -84,5 +84,9 @@ def add_answers(table: pl.DataFrame, rival: Rival | None) -> pl.DataFrame:
     """Put the champion's answers and measures beside the other two, as columns that end in _champion."""
     if rival is None or rival.rows is None:
         return table
-    measured = [row_values(rival.rows, name).alias(f"{name}_champion") for name in METRICS if not is_derived(name)]
+    measured = [
+        row_values(rival.rows, name).alias(f"{name}_champion")
+        for name in metrics_of(rival.rows)
+        if not is_derived(name)
+    ]
     return table.with_columns(rival.rows["answer"].alias("answer_champion"), *measured)

@@ -3,7 +3,7 @@
 Dimensions: `N` conversations, `M` columns of sums, `R` resamples.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,16 @@ import polars as pl
 from schemas.artifacts import Delta
 from schemas.config import EvaluationConfig
 from tasks.evaluation import paired
-from tasks.evaluation.metrics import METRICS, Floats, average_rows, column_of, columns, is_derived, row_values
+from tasks.evaluation.metrics import (
+    METRICS,
+    Floats,
+    average_rows,
+    column_of,
+    columns,
+    is_derived,
+    metrics_of,
+    row_values,
+)
 
 CHRF_TOLERANCE = 1.0
 """An answer changes for better or worse when its chrF (0 to 100) moves by more than this; our choice."""
@@ -76,13 +85,14 @@ def compare(
     source = np.random.default_rng(seed)
     counts = paired.draw_counts(num_conversations, config.num_resamples, source)
     halves = np.split(paired.resample(np.hstack([sums[side] for side in SIDES]), counts), 2, axis=1)
-    resamples = dict(zip(SIDES, map(_read_sums, halves), strict=True))
+    names = list(metrics_of(before))
+    resamples = {side: _read_sums(half, names) for side, half in zip(SIDES, halves, strict=True)}
     tail = paired.tail_probability(config.confidence, num_conversations)
     metrics = {"before": average_rows(before), "after": average_rows(after)}
     intervals: dict[str, dict[str, tuple[float, float]]] = {"before": {}, "after": {}}
-    p_values = _test(sums, config, source, judged)
+    p_values = _test(sums, config, source, judged, names)
     delta: dict[str, Delta] = {}
-    for name in METRICS:
+    for name in names:
         for side in SIDES:
             intervals[side][name] = _interval(resamples[side][name], metrics[side][name], tail)
         value = metrics["after"][name] - metrics["before"][name]
@@ -144,7 +154,7 @@ def check_same_rows(before: pl.DataFrame, after: pl.DataFrame) -> None:
 
 def _sum_groups(rows: pl.DataFrame, groups: pl.Series) -> Floats:
     """Return `[N, M]`: num_rows, num_tokens and the columns of the metrics, summed over each conversation."""
-    listed = list(columns())
+    listed = [column for column in columns() if column in rows.columns]
     grouped = rows.select("num_tokens", *listed).with_columns(groups.alias("group"))
     summed = grouped.group_by("group", maintain_order=True).agg(
         pl.len().alias("num_rows"), pl.col("num_tokens", *listed).sum()
@@ -152,19 +162,25 @@ def _sum_groups(rows: pl.DataFrame, groups: pl.Series) -> Floats:
     return summed.drop("group").to_numpy().astype(np.float64)
 
 
-def _read_sums(sums: Floats) -> dict[str, Floats]:
+def _read_sums(sums: Floats, names: Sequence[str]) -> dict[str, Floats]:
     """Turn sums `[R, M]` into metrics, as average_rows does."""
     weights = {"row": sums[:, 0], "token": sums[:, 1]}
-    return {name: metric.link(sums[:, _place_of(name)] / weights[metric.weight]) for name, metric in METRICS.items()}
+    places = _find_places(names)
+    return {name: METRICS[name].link(sums[:, places[name]] / weights[METRICS[name].weight]) for name in names}
 
 
-def _place_of(name: str) -> int:
-    """Return the column of a metric in the sums."""
-    return 2 + list(columns()).index(column_of(name))
+def _find_places(names: Sequence[str]) -> dict[str, int]:
+    """Return the column of each metric in the sums."""
+    listed = [column for column, first in columns().items() if first in names]
+    return {name: 2 + listed.index(column_of(name)) for name in names}
 
 
 def _test(
-    sums: Mapping[str, Floats], config: EvaluationConfig, source: np.random.Generator, judged: Collection[str]
+    sums: Mapping[str, Floats],
+    config: EvaluationConfig,
+    source: np.random.Generator,
+    judged: Collection[str],
+    names: Sequence[str],
 ) -> dict[str, float]:
     """Return the corrected p-value of each metric's difference.
 
@@ -174,14 +190,14 @@ def _test(
     num_signs = paired.count_randomizations(config.confidence, config.num_resamples)
     signs = paired.draw_signs(len(sums["before"]), num_signs, source)
     found = paired.randomize(sums["after"] - sums["before"], signs)
-    raw = {name: float(found[_place_of(name)]) for name in METRICS}
+    raw = {name: float(found[place]) for name, place in _find_places(names).items()}
     families = (
         {name: p for name, p in raw.items() if name in judged},
         {name: p for name, p in raw.items() if name not in judged and not is_derived(name)},
     )
     corrected = {name: p for family in families for name, p in paired.correct_p_values(family).items()}
     first = columns()
-    return {name: corrected.get(name, corrected[first[column_of(name)]]) for name in METRICS}
+    return {name: corrected.get(name, corrected[first[column_of(name)]]) for name in names}
 
 
 def _interval(resamples: Floats, value: float, tail: float | None) -> tuple[float, float]:
@@ -196,7 +212,7 @@ def put_side_by_side(before: pl.DataFrame, after: pl.DataFrame) -> pl.DataFrame:
     """
     table = before.select("example_id", "question", "reference", pl.col("answer").alias("answer_before"))
     table = table.with_columns(after["answer"].alias("answer_after"))
-    for name in METRICS:
+    for name in metrics_of(before):
         if not is_derived(name):
             for side, rows in zip(SIDES, (before, after), strict=True):
                 table = table.with_columns(row_values(rows, name).alias(f"{name}_{side}"))

@@ -22,8 +22,9 @@ def check_settings(gate: GateConfig, probes: Sequence[ProbeConfig] = ()) -> None
     check_metrics(gate.guards, "registry.gate.guards")
     judged = [name for name, metric in METRICS.items() if metric.direction != "neither"]
     check_metrics((*gate.metrics, *gate.guards), "registry.gate", judged)
+    single = [name for name in judged if METRICS[name].measure is not None]
     for number, probe in enumerate(probes):
-        check_metrics((probe.metric,), f"evaluation.probes.{number}.metric", judged)
+        check_metrics((probe.metric,), f"evaluation.probes.{number}.metric", single)
 
 
 def judge(

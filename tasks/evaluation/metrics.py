@@ -54,8 +54,8 @@ class Metric:
     """How a value is written; percent is kept as a share of one."""
     direction: Literal["higher", "lower", "neither"]
     """Which side is better."""
-    measure: Callable[[ScoredAnswer], float]
-    """Gives a row's value."""
+    measure: Callable[[ScoredAnswer], float] | None
+    """Gives a row's value; None: pairs of answers have it, by comparison with the base (see `preferences`)."""
     bounds: tuple[float, float] = (0.0, float("inf"))
     """Of a row's value."""
     weight: Literal["row", "token"] = "row"
@@ -152,6 +152,31 @@ METRICS: dict[str, Metric] = {
         direction="neither",
         measure=lambda row: len(row.answer_ids),
     ),
+    "preference_loss": Metric(
+        label="Preference loss",
+        meaning="The loss of direct preference optimization: small where the chosen answer became more likely than the "
+        "rejected one, measured from the base model. Less is better.",
+        form="nats",
+        direction="lower",
+        measure=None,
+    ),
+    "reward_accuracy": Metric(
+        label="Right preference",
+        meaning="Pairs of which the chosen answer gained more than the rejected one; one half is chance, and the base "
+        "model has that by definition. More is better.",
+        form="percent",
+        direction="higher",
+        measure=None,
+        bounds=(0, 1),
+    ),
+    "reward_margin": Metric(
+        label="Reward margin",
+        meaning="How much more the chosen answer gained than the rejected one: beta times nats. More is better.",
+        form="nats",
+        direction="higher",
+        measure=None,
+        bounds=(float("-inf"), float("inf")),
+    ),
 }
 """By name, in the order of the report."""
 
@@ -167,6 +192,16 @@ def columns() -> dict[str, str]:
     for name in METRICS:
         found.setdefault(column_of(name), name)
     return found
+
+
+def measured_columns() -> dict[str, str]:
+    """Return those of the columns that every evaluation measures."""
+    return {column: name for column, name in columns().items() if METRICS[name].measure is not None}
+
+
+def metrics_of(rows: pl.DataFrame) -> dict[str, Metric]:
+    """Return the metrics that the rows of an evaluation have."""
+    return {name: metric for name, metric in METRICS.items() if column_of(name) in rows.columns}
 
 
 def is_derived(name: str) -> bool:
@@ -204,5 +239,5 @@ def average_rows(rows: pl.DataFrame) -> dict[str, float]:
         return {}
     return {
         name: float(metric.link(float(rows[column_of(name)].sum()) / float(weights_of(rows, name).sum())))
-        for name, metric in METRICS.items()
+        for name, metric in metrics_of(rows).items()
     }

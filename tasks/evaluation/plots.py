@@ -67,7 +67,8 @@ def draw_metrics(comparison: Comparison, ink: str, rival: Rival | None = None) -
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
     shares, surprise = figure.subplots(1, 2, width_ratios=[4, 1.35])
     sides = _list_sides(comparison, rival)
-    of_hundred = {name: metric for name, metric in METRICS.items() if metric.form in ("percent", "points")}
+    measured = {name: METRICS[name] for name in METRICS if name in comparison.delta}
+    of_hundred = {name: metric for name, metric in measured.items() if metric.form in ("percent", "points")}
     scales = {name: 100 if metric.form == "percent" else 1 for name, metric in of_hundred.items()}
     _draw_bars(shares, sides, scales, [_break_label(metric.label) for metric in of_hundred.values()], ink)
     shares.set_ylim(0, 104)
@@ -144,7 +145,7 @@ def draw_training(curves: Sequence[Curve], ink: str) -> Figure:
         axes.plot(*zip(*held_out, strict=True), color=AFTER, linewidth=1.8, marker="o", markersize=4, label="held out")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss")
     _dress(axes, ink)
     axes.legend(frameon=False, labelcolor=ink)
     return figure

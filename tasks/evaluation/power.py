@@ -82,8 +82,15 @@ def expect_effects(
     groups = rows["example_id"].replace(conversations)
     num = groups.n_unique()
     level = (1 - config.confidence) / len(gate.metrics)
-    found = []
+    found, open_names = [], []
     for name in gate.metrics:
+        if METRICS[name].measure is None:
+            effect = _find_coin_effect(num, level) if name == "reward_accuracy" else None
+            if effect is None:
+                open_names.append(name)
+            else:
+                found.append(f"{format_value(name, effect)} in {name}" + _compare_with_limit(effect, gate.min_gain))
+            continue
         frame = pl.DataFrame({"group": groups, "value": rows[column_of(name)], "weight": weights_of(rows, name)})
         sums = frame.group_by("group", maintain_order=True).sum()
         values, weights = (sums[column].to_numpy().astype(np.float64) for column in ("value", "weight"))
@@ -93,14 +100,27 @@ def expect_effects(
             change = abs(float(METRICS[name].link(mean + effect) - METRICS[name].link(mean)))
             found.append(f"{format_value(name, change)} in {name}" + _compare_with_limit(change, gate.min_gain))
     who = f"{num:,} held-out conversation{'s' if num != 1 else ''}"
+    if open_names and not found:
+        sentence = f"What change of {', '.join(open_names)} {who} can show depends on what is learned"
+        return sentence, _warn_of_few(num, who, gate)
     sentence = (
         f"{who} can show a change of {' or '.join(found)}, in four of five cases; smaller ones look like chance"
         if found
         else f"{who} can show no change of {', '.join(gate.metrics)}, however large: chance is never excluded"
     )
+    return sentence, _warn_of_few(num, who, gate)
+
+
+def _find_coin_effect(num: int, level: float) -> float | None:
+    """Return the smallest change of a share of right pairs that is found, where the base has half of them right."""
+    return find_smallest_effect(np.tile((0.0, 1.0), num)[:num], np.ones(num), is_binary=False, level=level)
+
+
+def _warn_of_few(num: int, who: str, gate: GateConfig) -> tuple[str, ...]:
+    """Return a warning where there are too few conversations to promote anything."""
     if num >= gate.min_conversations:
-        return sentence, ()
-    return sentence, (
+        return ()
+    return (
         f"{who} {'are' if num != 1 else 'is'} too few to promote a version: registry.gate.min_conversations is "
         f"{gate.min_conversations}. Whatever this version gains, it stays challenger. Hold out more "
         "(data.eval_fraction, data.eval_source, evaluation.max_examples)",

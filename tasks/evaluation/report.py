@@ -27,8 +27,9 @@ ROWS_SHOWN = 6
 """Rows shown of each outcome."""
 MAX_TEXT = 1200
 """Characters of a text shown; table.parquet has all of it."""
-TILES = ("exact_match", "rouge_l", "nll")
-"""Measures shown large."""
+TILES = ("reward_accuracy", "preference_loss", "exact_match", "rouge_l", "nll")
+"""Measures shown large, the first of those that there are."""
+NUM_TILES = 3
 READINGS = {
     "better": "better",
     "worse": "worse",
@@ -126,7 +127,7 @@ def write_report(
         metrics={name: describe_metric(comparison, name, rival) for name in comparison.delta},
         champion=rival.report if rival else None,
         against_champion=describe_rival(rival) if rival else "",
-        tiles=TILES,
+        tiles=[name for name in TILES if name in comparison.delta][:NUM_TILES],
         decision=decision,
         probes=[describe_probe(probe) for probe in probes],
         warnings=list(dict.fromkeys((*warnings, *list_caveats(comparison)))),

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandera.polars as pa
 import polars as pl
@@ -13,10 +13,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.config import EvaluationConfig
-from schemas.records import EvaluationRows, columns_of
+from schemas.records import EvaluationRows, PairRows, columns_of
 from tasks.evaluation.generation import context_length, decode, find_stop_ids, generate_greedy, render_questions
 from tasks.evaluation.likelihood import score_targets
-from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, columns
+from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, measured_columns
+from tasks.evaluation.preferences import Runs, find_runs
 from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.prompts import load_settings
 from tasks.tokenization.labels import IGNORE_INDEX
@@ -37,6 +38,16 @@ class HeldOut:
     reference: str
     prompt: list[int]
     target: list[int]
+    pair: "tuple[Side, Side] | None" = None
+    """The chosen and the rejected answer, where the example is a pair."""
+
+
+class Side(NamedTuple):
+    """One answer of a pair, all its turns."""
+
+    input_ids: list[int]
+    runs: Runs
+    """Where its trained tokens are."""
 
 
 def evaluate_model(
@@ -133,6 +144,8 @@ def evaluate_sets(
         )
         nll_sums = score_targets(model, prompts, targets, batch_size=config.batch_size, on_progress=advance)
         rows = score_rows(examples, answers[: len(examples)], nll_sums, tokenizer)
+        if any(example.pair is not None for example in examples):
+            rows = rows.hstack(_score_pairs(model, examples, config))
         return rows, answers[len(examples) :]
 
     rows, free = answer(held_out, questions)
@@ -141,6 +154,41 @@ def evaluate_sets(
         answers=[(q, decode(tokenizer, ids)) for q, ids in zip(config.questions, free, strict=True)],
         probes={name: answer(examples, [])[0] for name, examples in sets.items()},
     )
+
+
+def _score_pairs(model: PreTrainedModel, examples: Sequence[HeldOut], config: EvaluationConfig) -> pl.DataFrame:
+    """Return the likelihoods of both answers of each pair (PairRows).
+
+    Raises:
+        EvaluationError: one is not a finite number.
+    """
+    sides = [side for example in examples if example.pair is not None for side in example.pair]
+    assert len(sides) == 2 * len(examples), "a part of the held-out rows are pairs"
+    runs = [(side.input_ids, start, end) for side in sides for start, end in side.runs]
+    found = iter(
+        score_targets(
+            model,
+            [ids[:start] for ids, start, _ in runs],
+            [ids[start:end] for ids, start, end in runs],
+            batch_size=config.batch_size,
+        )
+    )
+    sums = [math.fsum(next(found) for _ in side.runs) for side in sides]
+    tokens = [sum(end - start for start, end in side.runs) for side in sides]
+    for number, nll_sum in enumerate(sums):
+        _check_finite(examples[number // 2].example_id, nll_sum)
+    columns = {"chosen_nll": sums[::2], "chosen_tokens": tokens[::2]}
+    return PairRows.validate(
+        pl.DataFrame(columns | {"rejected_nll": sums[1::2], "rejected_tokens": tokens[1::2]}, columns_of(PairRows))
+    )
+
+
+def _check_finite(example_id: str, nll_sum: float) -> None:
+    if not math.isfinite(nll_sum):
+        raise EvaluationError(
+            f"example_id {example_id}: the model gives a likelihood of {nll_sum}, a finite number is "
+            "wanted: its weights hold NaN or overflow; train again with a lower learning rate or in fp32"
+        )
 
 
 def read_held_out(tokens: Path, max_examples: int | None) -> list[HeldOut]:
@@ -182,9 +230,21 @@ def read_examples(file: Path, max_examples: int | None) -> list[HeldOut]:
                 reference=row["reference"],
                 prompt=row["input_ids"][:start],
                 target=row["input_ids"][start:end],
+                pair=_read_pair(row),
             )
         )
     return examples
+
+
+def _read_pair(row: dict[str, Any]) -> tuple[Side, Side] | None:
+    """Return both answers of a row of examples; None where it is no pair."""
+    if row.get("rejected_ids") is None:
+        return None
+    chosen, rejected = (
+        Side(row[ids], find_runs(row[labels]))
+        for ids, labels in (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
+    )
+    return chosen, rejected
 
 
 def _shipped_config(tokens: Path) -> GenerationConfig | None:
@@ -218,11 +278,7 @@ def score_rows(
     """
     rows = []
     for example, answer, nll_sum in zip(examples, answers, nll_sums, strict=True):
-        if not math.isfinite(nll_sum):
-            raise EvaluationError(
-                f"example_id {example.example_id}: the model gives a likelihood of {nll_sum}, a finite number is "
-                "wanted: its weights hold NaN or overflow; train again with a lower learning rate or in fp32"
-            )
+        _check_finite(example.example_id, nll_sum)
         scored = ScoredAnswer(decode(tokenizer, answer), example.reference, answer, nll_sum, len(example.target))
         rows.append(
             {
@@ -232,15 +288,21 @@ def score_rows(
                 "answer": scored.answer,
                 "nll_sum": nll_sum,
                 "num_tokens": scored.num_tokens,
-                **{column: float(METRICS[name].measure(scored)) for column, name in columns().items()},
+                **{column: _measure(name, scored) for column, name in measured_columns().items()},
             }
         )
     return validate_rows(pl.DataFrame(rows, schema=_schema()))
 
 
+def _measure(name: str, scored: ScoredAnswer) -> float:
+    measure = METRICS[name].measure
+    assert measure is not None
+    return float(measure(scored))
+
+
 def validate_rows(rows: pl.DataFrame) -> pl.DataFrame:
     """Check the rows of an evaluation: the columns that all have, and one for each metric within its bounds."""
-    bounds = {column: METRICS[name].bounds for column, name in columns().items() if column != "nll_sum"}
+    bounds = {column: METRICS[name].bounds for column, name in measured_columns().items() if column != "nll_sum"}
     measured = {
         column: pa.Column(float, pa.Check.in_range(low, high, include_min=True, include_max=True))
         for column, (low, high) in bounds.items()
@@ -250,7 +312,9 @@ def validate_rows(rows: pl.DataFrame) -> pl.DataFrame:
 
 def _schema() -> dict[str, Any]:
     """Return the columns of an evaluation's rows."""
-    return columns_of(EvaluationRows) | dict.fromkeys((name for name in columns() if name != "nll_sum"), pl.Float64)
+    return columns_of(EvaluationRows) | dict.fromkeys(
+        (name for name in measured_columns() if name != "nll_sum"), pl.Float64
+    )
 
 
 def _check_context(model: PreTrainedModel, examples: Sequence[HeldOut]) -> None:

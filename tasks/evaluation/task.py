@@ -20,7 +20,7 @@ from schemas.artifacts import (
     ProbesRef,
     TokensRef,
 )
-from schemas.config import EvaluationConfig, GateConfig
+from schemas.config import DpoConfig, EvaluationConfig, GateConfig
 from tasks import speeds, storage, tracking
 from tasks.caching import DigestedJson, digest_conditions, stage_cache
 from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
@@ -29,6 +29,7 @@ from tasks.evaluation.conversations import find_conversations
 from tasks.evaluation.gate import judge
 from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.power import expect_effects
+from tasks.evaluation.preferences import add_rewards, has_pairs
 from tasks.evaluation.probes import PROBES_FOLDER, compare_probe, warn_of_probes
 from tasks.evaluation.report import write_report
 from tasks.evaluation.scoring import evaluate_sets
@@ -145,6 +146,7 @@ def compare_models(
     title: str,
     facts: dict[str, dict[str, str]],
     warnings: tuple[str, ...],
+    dpo: DpoConfig,
     train_run_id: str,
     parent_run_id: str,
 ) -> ComparisonReport:
@@ -153,7 +155,8 @@ def compare_models(
         return done
     with tracking.stage_run(parent_run_id, "compare", gate) as run_id, storage.new_folder() as folder:
         folders = tracking.resolve(before), tracking.resolve(after)
-        rows_before, rows_after = (pl.read_parquet(place / _ROWS) for place in folders)
+        base, tuned = (pl.read_parquet(place / _ROWS) for place in folders)
+        rows_before, rows_after = (_with_rewards(rows, base, dpo) for rows in (base, tuned))
         common: dict[str, Any] = {
             "seed": seed,
             "judged": gate.metrics,
@@ -164,7 +167,9 @@ def compare_models(
             if rows_before.is_empty() and rows_after.is_empty()
             else compare(rows_before, rows_after, config, **common)
         )
-        rival = _compare_with(champion, champion_evaluation, rows_after, config, **common) if champion else None
+        theirs = None if champion_evaluation is None else pl.read_parquet(tracking.resolve(champion_evaluation) / _ROWS)
+        theirs = None if theirs is None else _with_rewards(theirs, base, dpo)
+        rival = _compare_with(champion, champion_evaluation, theirs, rows_after, config, **common) if champion else None
         against = rival.report if rival else None
         found = tuple(compare_probe(probe, *folders, config, seed=seed) for probe in config.probes)
         decision = judge(comparison.delta, gate, against, num_conversations=comparison.num_conversations, probes=found)
@@ -212,13 +217,22 @@ def compare_models(
     return ref
 
 
+def _with_rewards(rows: pl.DataFrame, base: pl.DataFrame, dpo: DpoConfig) -> pl.DataFrame:
+    """Return a model's rows with the metrics of preferences, where they are pairs."""
+    return add_rewards(rows, base, dpo) if has_pairs(rows) else rows
+
+
 def _compare_with(
-    champion: Champion, evaluation: EvalReport | None, rows: pl.DataFrame, config: EvaluationConfig, **common: Any
+    champion: Champion,
+    evaluation: EvalReport | None,
+    theirs: pl.DataFrame | None,
+    rows: pl.DataFrame,
+    config: EvaluationConfig,
+    **common: Any,
 ) -> Rival:
     """Compare with the champion, or say why not."""
-    if champion.obstacle is not None or evaluation is None:
+    if champion.obstacle is not None or theirs is None:
         return incomparable(champion.version, (champion.obstacle or "it was not evaluated",))
-    theirs = pl.read_parquet(tracking.resolve(evaluation) / _ROWS)
     own_run = evaluation == champion.evaluation
     notes: tuple[str, ...] = ("measured in its own run" if own_run else "measured again on these rows",)
     seen: set[str] = set()

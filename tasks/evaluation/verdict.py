@@ -1,5 +1,6 @@
 """A comparison in plain words: whether each measure changed, and the sentence on top of report, terminal and MLflow."""
 
+from collections.abc import Collection
 from typing import Literal
 
 from schemas.artifacts import Delta
@@ -24,9 +25,14 @@ def judge(name: str, delta: Delta) -> Direction:
     return "better" if metric.gain(delta.value) > 0 else "worse"
 
 
-def list_quality() -> list[str]:
-    """Return the metrics that the verdict goes by, the most tangible first."""
-    return [name for name, metric in METRICS.items() if metric.direction != "neither" and not is_derived(name)]
+def list_quality(measured: Collection[str]) -> list[str]:
+    """Return those of the measured metrics that the verdict goes by, preferences and then the most tangible first."""
+    named = [
+        name
+        for name, metric in METRICS.items()
+        if metric.direction != "neither" and not is_derived(name) and name in measured
+    ]
+    return sorted(named, key=lambda name: METRICS[name].measure is not None)
 
 
 def state_verdict(comparison: Comparison) -> tuple[Tone, str]:
@@ -36,7 +42,7 @@ def state_verdict(comparison: Comparison) -> tuple[Tone, str]:
             "unclear",
             "No row was held out: whether the fine-tuned model is better than the base model is not known.",
         )
-    judged = {name: judge(name, comparison.delta[name]) for name in list_quality()}
+    judged = {name: judge(name, comparison.delta[name]) for name in list_quality(comparison.delta)}
     better = [name for name in judged if judged[name] == "better"]
     worse = [name for name in judged if judged[name] == "worse"]
     if better and worse:
@@ -60,7 +66,7 @@ def describe_rival(rival: Rival) -> str:
     who = f"champion (version {report.version})"
     if rival.comparison is None:
         return f"It could not be compared with the {who}: {'; '.join(report.notes)}."
-    judged = {name: judge(name, report.delta[name]) for name in list_quality()}
+    judged = {name: judge(name, report.delta[name]) for name in list_quality(report.delta)}
     better = [name for name in judged if judged[name] == "better"]
     worse = [name for name in judged if judged[name] == "worse"]
     rows = f"{report.num_examples:,} held-out {'row' if report.num_examples == 1 else 'rows'}"

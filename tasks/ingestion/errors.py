@@ -25,6 +25,8 @@ REASONS: dict[str, str] = {
     "ends_with_user": "the last message is the user's: nothing answers it",
     "ends_with_tool": "the last message is a tool's result: nothing answers it",
     "nothing_to_train": "every assistant message says train: false",
+    "same_answers": "the chosen and the rejected answer are the same",
+    "different_prompts": "the chosen and the rejected answer do not stand behind the same prompt",
 }
 
 

@@ -12,11 +12,11 @@ import polars as pl
 from tasks.ingestion.errors import RowError
 from tasks.ingestion.pieces import PIECE_ROWS, write_piece, write_summary
 from tasks.ingestion.rejects import Reject, make_reject
-from tasks.ingestion.rows.conversations import convert_row
+from tasks.ingestion.rows.conversations import Converted, convert_row
 from tasks.ingestion.rows.identity import UsableRow, make_conversation, make_plain_conversation
 from tasks.ingestion.rows.layouts import Layout
 from tasks.ingestion.rows.matching import ROWS_LOOKED_AT, find_layout
-from tasks.ingestion.rows.messages import Message, alternate_strictly
+from tasks.ingestion.rows.messages import alternate_strictly
 from tasks.ingestion.rows.quality import ODD
 from tasks.ingestion.rows.screening import SUSPECT, Screen
 from tasks.ingestion.shards import Shard, ShardPart
@@ -101,7 +101,7 @@ def _take_in(intake: FileStats, part: ShardPart, max_rows: int | None, screen: S
     rows = chain(first, rows)
     while block := list(islice(rows, BLOCK_ROWS)):
         intake.num_rows += len(block)
-        converted: list[Converted] = []
+        converted: list[ConvertedRow] = []
         rejects: list[Reject] = []
         for row in block:
             try:
@@ -109,9 +109,9 @@ def _take_in(intake: FileStats, part: ShardPart, max_rows: int | None, screen: S
                     raise row.problem
                 if layout is None:
                     layout = find_layout([row.value], part.reading, where)
-                messages, tools = _convert(row.value, layout, invented_nulls, intake.unused)
-                converted.append((row, messages, tools))
-                intake.num_odd_turns += strict and not alternate_strictly(messages)
+                made = _convert(row.value, layout, invented_nulls, intake.unused)
+                converted.append((row, made))
+                intake.num_odd_turns += strict and not alternate_strictly(made.messages)
             except RowError as error:
                 rejects.append(make_reject(name, row.line, error, row.value, screen))
         conversations, unwritable = identify_rows(converted, name, screen)
@@ -122,12 +122,10 @@ def _take_in(intake: FileStats, part: ShardPart, max_rows: int | None, screen: S
         yield conversations, rejects
 
 
-Converted = tuple[RawRow, list[Message], list[dict[str, Any]] | None]
+ConvertedRow = tuple[RawRow, Converted]
 
 
-def _convert(
-    value: Any, layout: Layout | None, invented_nulls: bool, unused: Counter[str]
-) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def _convert(value: Any, layout: Layout | None, invented_nulls: bool, unused: Counter[str]) -> Converted:
     """Turn a row into messages and tools."""
     if layout is None:
         raise RowError("not_an_object", f"the row is of type {type(value).__name__}: an object is wanted")
@@ -147,7 +145,7 @@ def _count_rejects(intake: FileStats, rejects: Sequence[Reject]) -> None:
 
 
 def identify_rows(
-    rows: Sequence[Converted], source: str, screen: Screen
+    rows: Sequence[ConvertedRow], source: str, screen: Screen
 ) -> tuple[list[UsableRow], list[tuple[RawRow, RowError]]]:
     """Do what make_conversation does, for many rows: those that nothing is in are looked at once, all together.
 
@@ -155,17 +153,18 @@ def identify_rows(
         The conversations, and the rows that cannot be written with the reason.
     """
     made: list[UsableRow | None] = [
-        make_plain_conversation(messages, source, row.line) if tools is None else None for row, messages, tools in rows
+        make_plain_conversation(found.messages, source, row.line) if found[1:] == (None, None) else None
+        for row, found in rows
     ]
     pattern = ODD if screen == "off" else f"{SUSPECT}|{ODD}"
     texts = pl.Series([None if row is None else row.messages for row in made], dtype=pl.String)
     slow = texts.str.contains(pattern).fill_null(True).arg_true().to_list()
     unwritable = []
     for place in slow:
-        row, messages, tools = rows[place]
+        row, (messages, tools, rejected) = rows[place]
         made[place] = None
         try:
-            made[place] = make_conversation(messages, tools, source, row.line, screen)
+            made[place] = make_conversation(messages, tools, source, row.line, screen, rejected)
         except RowError as error:
             unwritable.append((row, error))
     return [row for row in made if row is not None], unwritable

@@ -68,7 +68,9 @@ def make_index(conversations: Sequence[UsableRow]) -> pl.DataFrame:
 
 def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], rejects: Sequence[Reject]) -> None:
     """Write one piece of a shard."""
-    columns = list(zip(*(row[:5] for row in conversations), strict=True)) or [()] * len(CONVERSATION_SCHEMA)
+    columns = list(zip(*(row[: len(CONVERSATION_SCHEMA)] for row in conversations), strict=True)) or [()] * len(
+        CONVERSATION_SCHEMA
+    )
     rows = pl.DataFrame(dict(zip(CONVERSATION_SCHEMA, columns, strict=True)), schema=CONVERSATION_SCHEMA)
     rows.write_ipc(folder / f"rows-{number}.arrow")
     make_index(conversations).write_ipc(folder / f"index-{number}.arrow")

@@ -15,7 +15,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from schemas.artifacts import DatasetRef, ModelRef, Ref, SourceRef
 from schemas.config import DataConfig, ModelConfig
 from tasks import execution, speeds, storage, tracking
-from tasks.base_model import locate_base_model
 from tasks.caching import DigestedJson, digest_conditions, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
@@ -23,13 +22,14 @@ from tasks.ingestion.shard_runner import finish_shard, is_small, read_all
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
 from tasks.ingestion.sources.sources import check_unchanged, digest_source
 from tasks.progress import log_progress
+from tasks.registry.bases import find_base_model
 from tasks.registry.publication import bring_sources, pin_sources
 
 
 @task(name="locate-model", task_run_name="locate {config.base_model}", persist_result=False)
 def locate_model(config: ModelConfig) -> ModelRef:
     """Find or fetch the base model and digest it."""
-    ref = locate_base_model(config)
+    ref = find_base_model(config)
     get_run_logger().info("Base model %s, digest %s", ref.name, ref.digest[:12])
     return ref
 

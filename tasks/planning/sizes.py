@@ -100,15 +100,16 @@ def count_rows(table: Path) -> int:
 
 
 def _read_lengths(split: Path) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return tokens and trained tokens of each example."""
-    counted = (
-        pl.scan_parquet(split)
-        .select(
-            pl.col("input_ids").list.len().alias("length"),
-            pl.col("labels").list.eval(pl.element() != -100).list.sum().alias("trained"),
-        )
-        .collect()
-    )
+    """Return tokens and trained tokens of each example, of both answers where it is a pair."""
+    table = pl.scan_parquet(split)
+    has_pairs = "rejected_ids" in table.collect_schema()
+    columns = [("input_ids", "labels"), *([("rejected_ids", "rejected_labels")] if has_pairs else [])]
+    counted = table.select(
+        pl.sum_horizontal(pl.col(ids).list.len().fill_null(0) for ids, _ in columns).alias("length"),
+        pl.sum_horizontal(
+            pl.col(labels).list.eval(pl.element() != -100).list.sum().fill_null(0) for _, labels in columns
+        ).alias("trained"),
+    ).collect()
     return counted["length"].cast(pl.Int64).to_numpy(), counted["trained"].cast(pl.Int64).to_numpy()
 
 

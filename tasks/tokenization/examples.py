@@ -155,11 +155,11 @@ def _tell_cuts(reports: Mapping[str, MaskReport], config: TokenizationConfig) ->
     """Say how many examples lack a part of their row: what is cut is neither read nor learned."""
     what = "prompts, and answers where those are too long" if config.truncation == "cut_answer" else "their prompts"
     return [
-        f"{report.num_truncated:,} of {report.num_examples:,} {_PART_NAMES[part]} examples had to be cut to "
+        f"{cut:,} of {report.num_examples:,} {_PART_NAMES[part]} examples had to be cut to "
         f"{config.max_length:,} tokens ({what}): raise tokenization.max_length, where the model has "
         "positions for more, to keep them whole"
         for part, report in reports.items()
-        if report.num_truncated
+        if (cut := report.num_truncated + report.num_rejected_truncated)
     ]
 
 
@@ -196,7 +196,7 @@ def _check_budgets(
             f"would learn never to stop: {prepared.template_name} ends its turns with another token than the "
             "tokenizer's eos_token: set model.chat_template, or eos_token in tokenizer_config.json"
         )
-    for_length = train.num_truncated + train.num_too_long
+    for_length = train.num_truncated + train.num_rejected_truncated + train.num_too_long
     share = for_length / (train.num_examples + train.num_too_long)
     if share > config.max_truncated_fraction:
         raise TokenizationError(

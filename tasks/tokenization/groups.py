@@ -14,12 +14,13 @@ from zlib import crc32
 import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
 from schemas.records import Rejects
 from tasks.tokenization.errors import MaskError
-from tasks.tokenization.labels import Example
-from tasks.tokenization.masking import Conversation, Masked, Plan, finish, plan_many
+from tasks.tokenization.labels import ID_TYPE, Example
+from tasks.tokenization.masking import Conversation, Masked, Plan, build_many, finish, plan_many
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.tables import (
     EXAMPLE_SCHEMA,
@@ -112,18 +113,24 @@ def _write_group(batches: Iterator[list[Row]], work: _Work, folder: Path) -> Non
 
 def _lay_out_batch(rows: Sequence[Row], outcomes: Sequence[Outcome], work: _Work) -> pa.Table:
     """Count a batch, and lay its examples out as columns."""
-    rows_of, examples = [], []
+    rows_of, examples, rejected = [], [], []
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, MaskError):
             work.report.reject(outcome.reason)
             continue
         work.report.num_conversations += 1
+        if row.rejected is not None:
+            outcome, other = outcome[:1], outcome[1:]
+            rejected += other
         work.report.num_split_conversations += len(outcome) > 1
         rows_of += [row] * len(outcome)
         examples += outcome
+    tokenizer = work.prepared.tokenizer
     columns = join_examples(examples)
-    work.report.add(examples, columns, work.prepared.stop_token_ids, work.prepared.tokenizer)
-    return lay_out(rows_of, examples, columns, work.prepared.tokenizer, work.prepared.end_of_turn)
+    work.report.add(examples, columns, work.prepared.stop_token_ids, tokenizer)
+    if rejected:
+        work.report.add_rejected(examples, rejected, join_examples(rejected), tokenizer)
+    return lay_out(rows_of, examples, columns, tokenizer, work.prepared.end_of_turn, rejected)
 
 
 def _make(batches: Iterator[list[Row]], work: _Work) -> Iterator[tuple[list[Row], list[Outcome]]]:
@@ -135,6 +142,9 @@ def _make(batches: Iterator[list[Row]], work: _Work) -> Iterator[tuple[list[Row]
     waiting: tuple[list[Row], list[list[Example] | None], list[int], Future[list[Masked | MaskError]]] | None = None
     with ThreadPoolExecutor(1) as pool:
         for rows in batches:
+            if any(row.rejected is not None for row in rows):
+                yield rows, _make_pairs(rows, tokenizer, config, work.report)
+                continue
             assembled = [work.fast(row.conversation) if work.fast else None for row in rows]
             numbers = [n for n, made in enumerate(assembled) if made is None or _is_checked(rows[n], work.report)]
             plans: list[Plan | MaskError] = plan_many([rows[n].conversation for n in numbers], tokenizer, config)
@@ -144,6 +154,50 @@ def _make(batches: Iterator[list[Row]], work: _Work) -> Iterator[tuple[list[Row]
             waiting = rows, assembled, numbers, pending
         if waiting:
             yield waiting[0], _settle(*waiting, work)
+
+
+def _make_pairs(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: TokenizationConfig, report: MaskReport
+) -> list[Outcome]:
+    """Render both conversations of each row, and return two examples of each; a pair is refused with either."""
+    assert all(row.rejected is not None for row in rows), "a part of the rows are pairs"
+    both = [side for row in rows for side in (row.conversation, row.rejected) if side is not None]
+    made = build_many(both, tokenizer, config)
+    outcomes: list[Outcome] = []
+    for chosen, rejected in zip(made[::2], made[1::2], strict=True):
+        if isinstance(chosen, MaskError):
+            outcomes.append(chosen)
+            continue
+        if isinstance(rejected, MaskError):
+            outcomes.append(MaskError(rejected.reason, f"in the rejected answer: {rejected}"))
+            continue
+        outcomes.append(_pair(chosen.examples, rejected.examples, config))
+        for masked in (chosen, rejected):
+            report.num_literals += masked.num_literals
+            report.dropped.update(masked.dropped)
+        report.literal_endings.update(chosen.literal_endings)  # the other's are not learned
+    return outcomes
+
+
+def _pair(chosen: list[Example], rejected: list[Example], config: TokenizationConfig) -> Outcome:
+    """Return both examples of a pair, which have the same prompt."""
+    if len(chosen) > 1 or len(rejected) > 1:
+        return MaskError(
+            "pair_in_parts",
+            f"the chat template renders the turns of its answers as {max(len(chosen), len(rejected))} prompts, and a "
+            "pair has one: give pairs of one answer each",
+        )
+    prompts = [example.ids[: example.spans[0][0] * ID_TYPE.itemsize] for example in (chosen[0], rejected[0])]
+    if prompts[0] != prompts[1]:
+        cut = chosen[0].truncated or rejected[0].truncated
+        if not cut:
+            return MaskError("pair_prompts_differ", "the chat template writes another prompt before either answer")
+        return MaskError(
+            "prompt_too_long",
+            f"to fit into tokenization.max_length = {config.max_length} its two prompts were cut at different places: "
+            "raise it, or shorten the row",
+        )
+    return [chosen[0], rejected[0]]
 
 
 def _is_checked(row: Row, report: MaskReport) -> bool:

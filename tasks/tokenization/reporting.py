@@ -42,6 +42,10 @@ class MaskReport:
     """Conversations of row groups that were made again by rendering each, as one had been assembled otherwise."""
     num_groups_rendered: int = 0
     """Those row groups."""
+    num_pairs: int = 0
+    """Examples beside which there is one with an answer that is not preferred."""
+    num_rejected_truncated: int = 0
+    """Pairs of which the other alone was cut."""
     num_ending: int = 0
     """Examples whose last trained id ends a generation."""
     total_tokens: int = 0
@@ -59,6 +63,8 @@ class MaskReport:
     """Examples by number of trained tokens."""
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
     """The first examples, as runs of text and whether it is trained."""
+    rejected_samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+    """The first examples of answers that are not preferred, as those."""
     differences: list[str] = field(default_factory=list)
     """What was assembled otherwise than rendered, first of all."""
 
@@ -90,6 +96,24 @@ class MaskReport:
             span = slice(columns.offsets[number], columns.offsets[number + 1])
             self.samples.append(color_runs(columns.input_ids[span], is_trained[span], tokenizer))
 
+    def add_rejected(
+        self,
+        chosen: Sequence[Example],
+        examples: Sequence[Example],
+        columns: Columns,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Count the tokens of the answers that are not preferred, one for each example of a batch."""
+        is_trained = columns.labels != IGNORE_INDEX
+        self.num_pairs += len(examples)
+        pairs = zip(chosen, examples, strict=True)
+        self.num_rejected_truncated += sum(other.truncated and not own.truncated for own, other in pairs)
+        self.total_tokens += columns.input_ids.size
+        self.trained_tokens += int(is_trained.sum())
+        for number in range(min(len(examples), NUM_SAMPLES - len(self.rejected_samples))):
+            span = slice(columns.offsets[number], columns.offsets[number + 1])
+            self.rejected_samples.append(color_runs(columns.input_ids[span], is_trained[span], tokenizer))
+
     def _count_endings(self, columns: Columns, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         """Count the added tokens that a trained answer ends with: a trained id before one that is not."""
         is_trained = columns.labels != IGNORE_INDEX
@@ -107,7 +131,7 @@ class MaskReport:
                 mine.update(value)
             else:
                 setattr(self, name, mine + value)
-        del self.samples[NUM_SAMPLES:], self.differences[NUM_SAMPLES:]
+        del self.samples[NUM_SAMPLES:], self.rejected_samples[NUM_SAMPLES:], self.differences[NUM_SAMPLES:]
 
     def warn(self) -> list[str]:
         """Return what went another way than it should, a sentence each."""
@@ -149,6 +173,9 @@ class MaskReport:
             "trained_tokens_per_example": describe_counts(self.trained),
             "differences": self.differences,
             "samples": [[{"text": text, "trained": trained} for text, trained in runs] for runs in self.samples],
+            "rejected_samples": [
+                [{"text": text, "trained": trained} for text, trained in runs] for runs in self.rejected_samples
+            ],
         }
 
 

@@ -28,6 +28,9 @@ EXAMPLE_SCHEMA = pa.schema(
         ("labels", pa.large_list(pa.int32())),
         # Of the labels; null where each weighs 1.
         ("weights", pa.large_list(pa.float32())),
+        # Of the same prompt with the answer that is not preferred; null where the row is no pair.
+        ("rejected_ids", pa.large_list(pa.int32())),
+        ("rejected_labels", pa.large_list(pa.int32())),
     ]
 )
 REJECT_SCHEMA = columns_of(Rejects)
@@ -41,6 +44,8 @@ class Row(NamedTuple):
     line: int
     raw: str
     conversation: Conversation
+    rejected: Conversation | None = None
+    """With the answer that is not preferred, where the row is a pair."""
 
 
 def read_rows(path: Path, row_group: int) -> Iterator[list[Row]]:
@@ -49,12 +54,13 @@ def read_rows(path: Path, row_group: int) -> Iterator[list[Row]]:
         frame = pl.DataFrame(pa.Table.from_batches([batch]))
         Conversations.validate(frame)
         rows = []
-        for example_id, source, line, messages, tools in frame.select(
-            "example_id", "source", "line", "messages", "tools"
+        for example_id, source, line, messages, tools, rejected in frame.select(
+            "example_id", "source", "line", "messages", "tools", "rejected"
         ).iter_rows():
-            definitions = parse(tools) if tools else None
-            conversation = Conversation(parse(messages), definitions or None)
-            rows.append(Row(example_id, source, line, messages, conversation))
+            definitions = (parse(tools) if tools else None) or None
+            conversation = Conversation(parse(messages), definitions)
+            other = Conversation(parse(rejected), definitions) if rejected else None
+            rows.append(Row(example_id, source, line, messages, conversation, other))
         yield rows
 
 
@@ -110,6 +116,7 @@ def lay_out(
     columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     end_of_turn: str,
+    rejected: Sequence[Example] = (),
 ) -> pa.Table:
     """Lay examples out as Arrow columns.
 
@@ -119,6 +126,7 @@ def lay_out(
         columns: Of the examples.
         tokenizer: Decodes answers that are not in their conversation as they are said.
         end_of_turn: As the template writes it.
+        rejected: One for each example, where rows are pairs.
     """
     pairs = list(zip(rows, examples, strict=True))
     frame = pl.DataFrame(
@@ -130,12 +138,18 @@ def lay_out(
         schema={"example_id": pl.String, "question": pl.String, "reference": pl.String},
     )
     Examples.validate(frame)
-    offsets = pa.array(columns.offsets)
-    lists = [pa.LargeListArray.from_arrays(offsets, pa.array(ids)) for ids in (columns.input_ids, columns.labels)]
-    arrays = [*(frame[name].to_arrow() for name in frame.columns), *lists, _weigh(pairs, columns)]
+    others = _make_lists(join_examples(rejected)) if rejected else [pa.nulls(len(rows), pa.large_list(pa.int32()))] * 2
+    texts = [frame[name].to_arrow() for name in frame.columns]
+    arrays = [*texts, *_make_lists(columns), _weigh(pairs, columns), *others]
     return pa.Table.from_arrays(
         [array.cast(field.type) for array, field in zip(arrays, EXAMPLE_SCHEMA, strict=True)], schema=EXAMPLE_SCHEMA
     )
+
+
+def _make_lists(columns: Columns) -> list[Any]:
+    """Return ids and labels, a list of each for each example."""
+    offsets = pa.array(columns.offsets)
+    return [pa.LargeListArray.from_arrays(offsets, pa.array(ids)) for ids in (columns.input_ids, columns.labels)]
 
 
 def _weigh(pairs: Sequence[tuple[Row, Example]], columns: Columns) -> Any:

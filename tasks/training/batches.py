@@ -61,6 +61,12 @@ class Batch:
     """[B, S] fp32, of the targets; none where each weighs 1. Stays on the host."""
     total_weight: float = 0.0
     """Of the trained tokens, where there are weights."""
+    indices: tuple[int, ...] = ()
+    """Numbers of the examples in their table."""
+    owners: Tensor | None = None
+    """[B, S] int64, of pairs: which of the batch's examples a position is of, on padding of any. Stays on the host."""
+    reference: Tensor | None = None
+    """[examples] fp32, of pairs: see `TokenTable.reference`. Stays on the host."""
 
     def choose(self, values: Tensor) -> Tensor:
         """Return the values [N] of [B, S], on the host, at the positions whose log-probabilities an engine gives."""
@@ -96,24 +102,30 @@ def lay_out(split: Path, folder: Path, config: TrainingConfig) -> None:
         TrainingError: an example has nothing to learn, is longer than a pack, or has not as many labels as input_ids.
     """
     try:
-        write_examples(split, folder)
+        write_examples(split, folder, pairs=config.is_paired)
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    table = open_table(folder)
-    tokens_per_pack = choose_pack_tokens(table.lengths, config) if config.packing else None
-    longest = int(table.lengths.max(initial=0))
+    table = open_table(folder, group=_count_group(config))
+    tokens_per_pack = choose_pack_tokens(table.group_lengths, config) if config.packing else None
+    longest = int(table.group_lengths.max(initial=0))
     if tokens_per_pack is not None and longest > tokens_per_pack:
+        what = "the two answers of example" if config.is_paired else "example"
+        name = table.example_ids[int(table.group_lengths.argmax()) * table.group]
         raise TrainingError(
-            f"training.tokens_per_pack is {tokens_per_pack}, but example "
-            f"{table.example_ids[int(table.lengths.argmax())]} has {longest} tokens: raise tokens_per_pack, or lower "
-            "tokenization.max_length"
+            f"training.tokens_per_pack is {tokens_per_pack}, but {what} {name} {'have' if config.is_paired else 'has'} "
+            f"{longest} tokens: raise tokens_per_pack, or lower tokenization.max_length"
         )
-    write_packs(folder, tokens_per_pack)
+    write_packs(folder, tokens_per_pack, group=table.group)
 
 
-def open_rows(folder: Path) -> tuple[TokenTable, Sequence[Sequence[int]]]:
+def open_rows(folder: Path, config: TrainingConfig | None = None) -> tuple[TokenTable, Sequence[Sequence[int]]]:
     """Map what `lay_out` wrote: the examples, and the rows, each the numbers of its examples."""
-    return open_table(folder), open_packs(folder)
+    return open_table(folder, group=1 if config is None else _count_group(config)), open_packs(folder)
+
+
+def _count_group(config: TrainingConfig) -> int:
+    """Return how many examples go through the model together."""
+    return 2 if config.is_paired else 1
 
 
 def choose_pack_tokens(lengths: NDArray[Any], config: TrainingConfig) -> int:
@@ -203,14 +215,14 @@ def form_flat_step(
 
     Args:
         table: the examples.
-        rows: of the step; where one is above the budget, their examples are divided instead.
+        rows: of the step; where one is above the budget, their examples are divided instead, pairs as wholes.
         tokens_per_forward: budget; an example above it gets a batch of its own.
         num_parts: the number of batches is a multiple of this, where there are as many rows or examples.
     """
     lengths = [int(table.lengths[list(row)].sum()) for row in rows]
     if max(lengths) > tokens_per_forward or len(rows) < num_parts:
-        rows = [[index] for row in rows for index in row]
-        lengths = [int(table.lengths[row[0]]) for row in rows]
+        rows = divide_rows(table, rows)
+        lengths = [int(table.lengths[row].sum()) for row in rows]
     order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     budget = max(tokens_per_forward, lengths[order[0]])
     count = -(-sum(lengths) // budget)
@@ -225,6 +237,32 @@ def form_flat_step(
         if max(heap)[0] <= budget or count == len(rows):
             return [form_flat_batch(table, part) for part in parts]
         count += 1
+
+
+def divide_rows(table: TokenTable, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return rows of one example each, of one pair where the table holds pairs."""
+    return [list(row[start : start + table.group]) for row in rows for start in range(0, len(row), table.group)]
+
+
+def form_padded_pairs(
+    table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int, tokens_per_forward: int
+) -> list[Batch]:
+    """Cut a step's pairs into micro batches of one example a row, the longest first; both of a pair are in one.
+
+    Args:
+        table: of pairs.
+        rows: of the step.
+        micro_batch: most rows of a batch, but for one pair.
+        tokens_per_forward: most tokens of a batch of more than one pair, padding included.
+    """
+    pairs = sorted(divide_rows(table, rows), key=lambda pair: -int(table.lengths[pair].max()))
+    batches, start = [], 0
+    while start < len(pairs):
+        longest = int(table.lengths[pairs[start]].max())
+        count = max(1, min(micro_batch // table.group, tokens_per_forward // (table.group * longest)))
+        batches.append(form_batch(table, [[index] for pair in pairs[start : start + count] for index in pair]))
+        start += count
+    return batches
 
 
 def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:
@@ -259,8 +297,29 @@ def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:
         num_trained_tokens=num_trained_tokens,
         segments=Segments(torch.from_numpy(borders.astype(np.int32)), tuple(lengths)),
         trained=torch.from_numpy(np.concatenate([trained, others])),
+        indices=tuple(indices),
         **_describe_weights(weights, targets[None]),
+        **_describe_pairs(table, indices, [lengths]),
     )
+
+
+def _describe_pairs(table: TokenTable, indices: Sequence[int], lengths: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return what a batch says of its pairs: examples in order, and where they lie.
+
+    Args:
+        table: of the examples.
+        indices: of them, row by row.
+        lengths: of the examples of each row, and of what follows them up to its end.
+    """
+    if table.group == 1:
+        return {}
+    last = len(indices) - 1
+    owners, number = [], 0
+    for row in lengths:
+        owners.append(np.repeat(np.minimum(np.arange(number, number + len(row)), last), row))
+        number += len(row)
+    reference = None if table.reference is None else torch.from_numpy(table.reference[list(indices)])
+    return {"owners": torch.from_numpy(np.stack(owners)), "reference": reference}
 
 
 def _describe_weights(weights: NDArray[np.float32] | None, targets: NDArray[np.int64]) -> dict[str, Any]:
@@ -304,5 +363,13 @@ def form_batch(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
         num_tokens=sum(row_lengths),
         num_trained_tokens=int((targets != IGNORE_INDEX).sum()),
         row_lengths=tuple(row_lengths),
+        indices=tuple(index for row in rows for index in row),
         **_describe_weights(weights, targets),
+        **({} if table.group == 1 else _own_rows(table, rows, length)),
     )
+
+
+def _own_rows(table: TokenTable, rows: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
+    """Return what a padded batch of one example a row says of its pairs."""
+    assert all(len(row) == 1 for row in rows)
+    return _describe_pairs(table, [row[0] for row in rows], [[length]] * len(rows))

@@ -23,10 +23,13 @@ def open_tensorboard(folder: Path, *, first_step: int) -> Iterator[Recorder]:
 
     def record(values: StepRecord | EvalRecord) -> None:
         if isinstance(values, EvalRecord):
-            writer.add_scalar("eval/loss", values.loss, values.step)
+            for name, value in {"loss": values.loss, **values.figures}.items():
+                writer.add_scalar(f"eval/{name}", value, values.step)
             return
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch"):
             writer.add_scalar(f"train/{name}", getattr(values, name), values.step)
+        for name, value in values.figures.items():
+            writer.add_scalar(f"train/{name}", value, values.step)
 
     try:
         yield record

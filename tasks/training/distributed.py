@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tasks.training.batches import Batch
@@ -206,11 +207,19 @@ def share_table(table: TokenTable) -> list[tuple[TokenTable, bool]]:
     Returns:
         Tables, and whether this rank counts them.
     """
-    num_examples, num_ranks = len(table.example_ids), world_size()
-    order = np.argsort(-table.lengths, kind="stable")
-    num_dealt = num_examples - num_examples % num_ranks
+    return [(part, counts) for part, _, counts in share_examples(table)]
+
+
+def share_examples(table: TokenTable) -> list[tuple[TokenTable, NDArray[np.int64], bool]]:
+    """Do what `share_table` does, and tell the examples' numbers in the whole table as well; pairs stay together."""
+    num_groups, num_ranks = len(table.group_lengths), world_size()
+    order = np.argsort(-table.group_lengths, kind="stable")
+    num_dealt = num_groups - num_groups % num_ranks
     parts = ((order[rank() : num_dealt : num_ranks], True), (order[num_dealt:], is_rank0()))
-    return [(_choose(table, indices), counts) for indices, counts in parts if len(indices)]
+    if num_ranks == 1:
+        return [(table, np.arange(len(table.example_ids)), True)]
+    chosen = [(table.list_groups(groups), counts) for groups, counts in parts if len(groups)]
+    return [(_choose(table, indices), indices, counts) for indices, counts in chosen]
 
 
 def _choose(table: TokenTable, indices: np.ndarray[Any, Any]) -> TokenTable:
@@ -224,4 +233,6 @@ def _choose(table: TokenTable, indices: np.ndarray[Any, Any]) -> TokenTable:
         offsets=np.cumsum([0, *table.lengths[indices]]).astype(np.int64),
         input_ids=np.concatenate([table.input_ids[span] for span in spans]),
         targets=np.concatenate([table.targets[span] for span in spans]),
+        weights=None if table.weights is None else np.concatenate([table.weights[span] for span in spans]),
+        reference=None if table.reference is None else table.reference[indices],
     )

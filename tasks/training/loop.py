@@ -34,9 +34,10 @@ from tasks.training.engines.general import GeneralEngine
 from tasks.training.memory import read_memory
 from tasks.training.methods import describe_trained, name_trained_folder, save_trained
 from tasks.training.movement import find_unmoved, take_fingerprints
-from tasks.training.objective import SFT, Objective
+from tasks.training.objective import Objective
 from tasks.training.packing import packing_efficiency
 from tasks.training.place import Place
+from tasks.training.preferences import find_reference
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
@@ -64,7 +65,7 @@ def train_adapter(
     *,
     seed: int,
     identity: str,
-    objective: Objective = SFT,
+    objective: Objective | None = None,
     place: Place | None = None,
     tells: bool | None = None,
     on_step: OnStep = lambda record: None,
@@ -83,7 +84,7 @@ def train_adapter(
         config: the training section.
         seed: of the adapter's start, the order and the dropout.
         identity: digest of data, config and base model; checkpoints with another one are refused.
-        objective: what a step optimizes.
+        objective: what a step optimizes; None: as the config says.
         place: that machines share, each with a run folder of its own: for the checkpoints, and what was trained.
         tells: whether this rank writes curves for people; None: the first one does.
         on_step: called after each optimizer step; after a resume, steps since the checkpoint come again.
@@ -117,6 +118,8 @@ def train_adapter(
     resumed_from_step = run.progress.step if checkpoint is not None else None
     with _naming_shortage(base_model, config):
         run.setup = _divide(setup)
+        if config.is_paired:
+            run.setup = _with_reference(run.setup, run_folder, identity, has_begun=checkpoint is not None)
 
     with_tensorboard = "tensorboard" in config.report_to and (is_rank0() if tells is None else tells)
     with (
@@ -133,6 +136,13 @@ def train_adapter(
     return _describe(
         run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
     )
+
+
+def _with_reference(setup: Setup, run_folder: Path, identity: str, *, has_begun: bool) -> Setup:
+    """Return the training with what the model that it begins with makes of its pairs."""
+    tables = {"train": setup.table} | ({} if setup.eval_table is None else {"eval": setup.eval_table})
+    found = find_reference(run_folder, identity, tables, setup.model, setup.engine, setup.config, has_begun=has_begun)
+    return replace(setup, table=found["train"], eval_table=found.get("eval"))
 
 
 def _restore(run: Run, checkpoint: Path) -> None:
@@ -177,7 +187,7 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         best_eval_loss=min((record.loss for record in progress.evaluations), default=None),
         adapter_step=adapter_step,
         resumed_from_step=resumed_from_step,
-        num_examples=len(setup.table.example_ids),
+        num_examples=len(setup.table.group_lengths),
         num_packs=len(setup.rows),
         packing_efficiency=efficiency,
         num_trained_tokens=progress.num_trained_tokens,

@@ -36,6 +36,11 @@ class Objective:
     """What the batch adds to the number that the step's sum is divided by; known before the pass."""
     is_plain: Callable[[Batch], bool] = lambda batch: False
     """Whether the sum is that of -log p alone: a recorded pass may then be replayed."""
+    figures: tuple[str, ...] = ()
+    """Names of what is told besides the loss."""
+    sum_figures: Callable[[Tensor, Batch], Tensor] | None = None
+    """(log-probabilities [N], batch) -> their sums [K], to be divided as the losses; an objective that has them is
+    judged by itself on held-out examples too, and one without by -log p of their tokens."""
 
 
 def _sum_weighted(log_probs: Tensor, batch: Batch) -> Tensor:

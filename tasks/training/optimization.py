@@ -1,6 +1,7 @@
 """One optimizer step: gradients over its micro batches, clipped, and one move of the adapter."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,21 @@ from tasks.training.records import TrainingError
 from tasks.training.sharding import is_sharded
 
 
-def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: int) -> tuple[float, float]:
+class Descent(NamedTuple):
+    """What a step tells."""
+
+    loss: float
+    """Nats a trained token, where the objective is SFT's."""
+    grad_norm: float
+    """Before clipping."""
+    figures: dict[str, float]
+    """Of the objective."""
+
+
+def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: int) -> Descent:
     """Accumulate the step's gradient over its micro batches, clip it, and move the adapter once.
 
     With several ranks each takes its share of the micro batches, and all end with the same adapter.
-
-    Returns:
-        loss: of the step: nats a trained token, where the objective is SFT's.
-        grad_norm: before clipping.
 
     Raises:
         TrainingError: no trained token, or a loss or gradient that is not finite; the adapter is then unchanged.
@@ -36,34 +44,48 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
         names = [name for batch in batches for name in batch.example_ids]
         raise TrainingError(f"step {step}: all trained tokens of examples {_list_names(names)} weigh 0: remove them")
     mine = shard_batches(batches, is_even=is_sharded(setup.config))
-    loss_sums, shortage = _accumulate(setup, mine, size)
+    loss_sums, figure_sums, shortage = _accumulate(setup, mine, size)
     if shortage and world_size() == 1:
         raise OutOfMemory(shortage)
     zero = torch.zeros((), device=setup.device)
-    loss_sum, num_short = setup.optimizer.sum(sum(loss_sums, zero), zero + bool(shortage))
+    told = [sum(each, zero) for each in zip(*figure_sums, strict=True)]
+    loss_sum, num_short, *told = setup.optimizer.sum(sum(loss_sums, zero), zero + bool(shortage), *told)
     grad_norm = setup.optimizer.clip()
     is_finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (num_short == 0)
     if not shortage:  # where the memory is full, there is no room for the optimizer's first step either
         setup.optimizer.move(learning_rate, is_finite)
     # The step's only wait for the device: all its numbers at once, with everything queued behind them.
-    *sums, total, norm, short = torch.stack([*loss_sums, loss_sum, grad_norm, num_short]).tolist()
+    *sums, total, norm, short = torch.stack([*loss_sums, *told, loss_sum, grad_norm, num_short]).tolist()
+    sums, figures = sums[: len(loss_sums)], sums[len(loss_sums) :]
     if short:
         raise OutOfMemory(shortage or "on another rank")
     if not (math.isfinite(total) and math.isfinite(norm)):
         own = [batch for batch, _ in mine[: len(sums)]]
         raise _explain(setup, own, sums, norm, learning_rate, step=step)
-    return total / size, norm
+    named = zip(setup.objective.figures, figures, strict=True)
+    return Descent(total / size, norm, {name: value / size for name, value in named})
 
 
-def _accumulate(setup: Setup, shares: list[tuple[Batch, float]], size: float) -> tuple[list[Tensor], str | None]:
-    """Add up the gradient over micro batches; return their loss sums, and what was said where one did not fit."""
-    loss_sums = []
+def _accumulate(
+    setup: Setup, shares: list[tuple[Batch, float]], size: float
+) -> tuple[list[Tensor], list[Tensor], str | None]:
+    """Add up the gradient over micro batches; return their sums, and what was said where one did not fit.
+
+    The sums are those of the losses, scalars, and of the objective's figures, [K] each.
+    """
+    objective = setup.objective
+    loss_sums: list[Tensor] = []
+    figure_sums = [torch.zeros(len(objective.figures), device=setup.device)]
     try:
         for number, (batch, weight) in enumerate(shares, start=1):
-            is_plain = setup.objective.is_plain(batch)
+            is_plain = objective.is_plain(batch)
             loss_sum = setup.engine.replay_gradient(batch, weight / size) if is_plain else None
             if loss_sum is None:
-                loss_sum = weight * setup.objective.sum_losses(setup.engine.compute_log_probs(batch), batch)
+                log_probs = setup.engine.compute_log_probs(batch)
+                loss_sum = weight * objective.sum_losses(log_probs, batch)
+                if objective.sum_figures is not None:
+                    figure_sums.append(weight * objective.sum_figures(log_probs.detach(), batch))
+                del log_probs
                 setup.optimizer.add(loss_sum / size, is_last=number == len(shares))
             loss_sums.append(loss_sum.detach())
             del loss_sum  # with its graph: a pass cannot be recorded while another one's leaves are held
@@ -71,8 +93,8 @@ def _accumulate(setup: Setup, shares: list[tuple[Batch, float]], size: float) ->
         if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass
             raise
         # The words alone: the error itself holds on to what filled the memory.
-        return loss_sums, str(error).partition("\n")[0]
-    return loss_sums, None
+        return loss_sums, figure_sums, str(error).partition("\n")[0]
+    return loss_sums, figure_sums, None
 
 
 def _explain(

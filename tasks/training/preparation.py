@@ -29,6 +29,7 @@ from tasks.training.methods import attach_trained, count_trained
 from tasks.training.movement import take_fingerprints
 from tasks.training.objective import SFT, Objective
 from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
+from tasks.training.preferences import choose_objective
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
 from tasks.training.sharding import is_sharded
@@ -72,7 +73,13 @@ class Setup:
 
 
 def prepare_training(
-    base_model: Path, tokens: Path, folder: Path, config: TrainingConfig, *, seed: int, objective: Objective = SFT
+    base_model: Path,
+    tokens: Path,
+    folder: Path,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    objective: Objective | None = None,
 ) -> Setup:
     """Lay the examples out, load the model with what is trained, and seed torch, numpy and Python.
 
@@ -82,7 +89,7 @@ def prepare_training(
         folder: where examples are laid out for all ranks of this machine; deleted again.
         config: the training section.
         seed: of the adapter's start, and of what comes after.
-        objective: what a step optimizes.
+        objective: what a step optimizes; None: as the config says.
 
     Raises:
         TrainingError: no examples, an example with nothing to learn, an unknown module, ids outside the vocabulary,
@@ -136,7 +143,7 @@ def prepare_training(
         start=start,
         device=device,
         dtype=dtype,
-        objective=objective,
+        objective=objective or choose_objective(config),
     )
     random.seed(seed)
     np.random.seed(seed)
@@ -166,8 +173,8 @@ def _read_splits(
 
     try:
         run_once_per_node(write)
-        table, rows = open_rows(folder / "train")
-        return table, rows, open_rows(folder / "eval")[0] if num_eval else None
+        table, rows = open_rows(folder / "train", config)
+        return table, rows, open_rows(folder / "eval", config)[0] if num_eval else None
     finally:
         run_once_per_node(lambda: shutil.rmtree(folder, ignore_errors=True))
 

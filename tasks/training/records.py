@@ -1,6 +1,6 @@
 """What a training reports: one record a step, one an evaluation, and the outcome."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from schemas.artifacts import AdaptedWeights
@@ -29,7 +29,7 @@ class StepRecord:
     epoch: float
     """Passes over the training examples finished, with fractions."""
     loss: float
-    """Nats a trained token, over all trained tokens of the step."""
+    """Nats a trained token, over all trained tokens of the step; of pairs, their mean loss."""
     learning_rate: float
     grad_norm: float
     """Global norm of the gradient, before clipping."""
@@ -45,6 +45,8 @@ class StepRecord:
     """Part of the last second or less in which the GPU was at work, 0 to 1, as its driver counts; none on a CPU."""
     share_of_peak: float | None = None
     """Useful work a second over what large bf16 matrix products reach on this GPU (see throughput); none on a CPU."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the objective tells besides."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class EvalRecord:
     num_steps: int
     epoch: float
     loss: float
-    """Nats a trained token, over all held-out examples."""
+    """Nats a trained token, over all held-out examples; of pairs, their mean loss."""
     train_loss: float
     """Mean training loss of the steps since the evaluation before."""
     is_best: bool
     """No evaluation before had a smaller loss."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the objective tells besides."""
 
 
 @dataclass(frozen=True)

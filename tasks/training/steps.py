@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from tasks.out_of_memory import is_out_of_memory
-from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
 from tasks.training.distributed import check_ranks_agree, gather, share_table, world_size
@@ -22,7 +22,7 @@ from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
 from tasks.training.schedule import compute_learning_rate
 from tasks.training.sharding import is_sharded
-from tasks.training.validation import compute_eval_loss
+from tasks.training.validation import sum_held_out
 from tasks.training.writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
     learning_rate = compute_learning_rate(progress.step, setup.num_steps, setup.config)
     shortage = None
     try:
-        loss, grad_norm = descend(setup, batches, learning_rate, step=progress.step + 1)
+        loss, grad_norm, figures = descend(setup, batches, learning_rate, step=progress.step + 1)
     except OutOfMemory as error:
         shortage = str(error)
     if shortage is not None:
@@ -111,6 +111,7 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
         memory_bytes=memory_bytes,
         utilisation=read_utilisation(setup.device),
         share_of_peak=None if peak is None else tokens_per_second / peak,
+        figures=figures,
     )
     return record, steps
 
@@ -173,7 +174,7 @@ def evaluate(run: Run) -> EvalRecord:
         TrainingError: it is not finite.
     """
     setup, progress = run.setup, run.progress
-    loss = _sum_evaluation(run)
+    loss, *figures = _average_held_out(run)
     run.peak_memory_bytes = max(run.peak_memory_bytes, read_memory(setup.device))
     if not math.isfinite(loss):
         raise TrainingError(f"step {progress.step}: the held-out loss is {loss}: lower training.learning_rate")
@@ -185,29 +186,30 @@ def evaluate(run: Run) -> EvalRecord:
         loss=loss,
         train_loss=sum(since) / len(since),
         is_best=all(loss < earlier.loss for earlier in progress.evaluations),
+        figures=dict(zip(setup.objective.figures, figures, strict=True)),
     )
     progress.evaluations.append(record)
     return record
 
 
-def _sum_evaluation(run: Run) -> float:
-    """Return the held-out loss a token over all ranks' shares; where it does not fit, in smaller micro batches."""
+def _average_held_out(run: Run) -> list[float]:
+    """Return the held-out loss and figures over all ranks' shares; where it does not fit, in smaller micro batches."""
     setup = run.setup
     assert setup.eval_table is not None
-    loss_sum, num_tokens, shortage = 0.0, 0, None
+    sums, shortage = np.zeros(2 + len(setup.objective.figures)), None
     try:
         for table, counts in share_table(setup.eval_table):
-            loss = compute_eval_loss(setup.model, setup.engine, table)
-            count = int((table.targets != IGNORE_INDEX).sum()) if counts else 0
-            loss_sum, num_tokens = loss_sum + loss * count, num_tokens + count
+            found = sum_held_out(setup.model, setup.engine, table, setup.objective)
+            sums += found if counts else 0.0
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         shortage = str(error).partition("\n")[0]
-    shares = gather((loss_sum, num_tokens, shortage))
-    shortages = [share[2] for share in shares if share[2] is not None]
+    shares = gather((sums, shortage))
+    shortages = [share[1] for share in shares if share[1] is not None]
     if shortages:
         shrink(run, shortages[0])
         setup.model.train()
-        return _sum_evaluation(run)
-    return sum(share[0] for share in shares) / sum(share[1] for share in shares)
+        return _average_held_out(run)
+    loss, count, *figures = np.sum([share[0] for share in shares], axis=0)
+    return [float(value) / float(count) for value in (loss, *figures)]

@@ -116,6 +116,7 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
             "train/epoch": record.epoch,
             "train/memory_bytes": record.memory_bytes,
         }
+        curves |= {f"train/{name}": value for name, value in record.figures.items()}
         if record.utilisation is not None:
             curves["train/gpu_utilisation"] = record.utilisation
         if record.share_of_peak is not None:
@@ -131,8 +132,9 @@ def _eval_reporter(log: MetricLog, progress: Progress) -> Callable[[EvalRecord],
     write = _line_reporter(progress)
 
     def report(record: EvalRecord) -> None:
-        log(record.step, {"eval/loss": record.loss})
-        write(logging.INFO, f"Step {record.step}: evaluation loss {record.loss:.4f}")
+        log(record.step, {"eval/loss": record.loss} | {f"eval/{name}": each for name, each in record.figures.items()})
+        told = "".join(f", {name.replace('_', ' ')} {each:.3g}" for name, each in record.figures.items())
+        write(logging.INFO, f"Step {record.step}: evaluation loss {record.loss:.4f}{told}")
 
     return report
 

@@ -27,6 +27,8 @@ from tasks.training.packing import pack
 EXAMPLES_PER_WINDOW = 100_000
 WEIGHTS = "weights"
 """The column of a tokens table, where it has one: a list of floats for each example, of its labels."""
+REJECTED = ("rejected_ids", "rejected_labels")
+"""The columns of pairs: ids and labels of the same prompt with the other answer."""
 _EXAMPLES_AT_ONCE = 8192
 _ROWS_AT_ONCE = 4096
 _NAMED = 3
@@ -90,34 +92,51 @@ class TokenTable:
     """[sum of T]; the token that each position has to predict: the labels, one to the left; IGNORE_INDEX where none."""
     weights: NDArray[np.float32] | None = None
     """[sum of T], of the targets, 0 to 1; none where each weighs 1."""
+    group: int = 1
+    """Examples that go through the model together: 2 where they are pairs, the chosen and the rejected in turn."""
+    reference: NDArray[np.float32] | None = None
+    """[N] log-probability that the model the training began as gives each answer, where an objective wants it."""
 
     @cached_property
     def lengths(self) -> Numbers:
         """Tokens of each example, [N]."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def group_lengths(self) -> Numbers:
+        """Tokens of each group of examples."""
+        lengths: Numbers = self.lengths.reshape(-1, self.group).sum(axis=1)
+        return lengths
 
-def write_examples(tokens: Path, folder: Path) -> None:
+    def list_groups(self, groups: Numbers) -> Numbers:
+        """Return the examples of groups, in order."""
+        examples: Numbers = (groups[:, None] * self.group + np.arange(self.group)).ravel()
+        return examples
+
+
+def write_examples(tokens: Path, folder: Path, *, pairs: bool = False) -> None:
     """Lay the examples of a tokens table end to end in a folder, which is made; what is there is overwritten.
 
     Args:
         tokens: train.parquet or eval.parquet of a tokens folder.
         folder: gets all but `packs` and `bounds`.
+        pairs: whether each row is two examples, the chosen and the rejected.
 
     Raises:
-        ValueError: an example has nothing to learn, or input_ids and labels differ in length.
+        ValueError: an example has nothing to learn, input_ids and labels differ in length, or a row is no pair.
     """
     folder.mkdir(parents=True, exist_ok=True)
     start, empty = 0, _Named()
     arrays = ["input_ids", "targets", "offsets"]
     (folder / WEIGHTS).unlink(missing_ok=True)
-    if has_weights := _has_weights(tokens):
+    if has_weights := not pairs and _has_values(tokens, WEIGHTS):
         arrays.append(WEIGHTS)
+    read = _read_pairs(tokens) if pairs else _read_batches(tokens, has_weights=has_weights)
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in arrays}
         names = stack.enter_context(pa.ipc.new_file(str(folder / "example_ids.arrow"), _NAMES_SCHEMA))
         files["offsets"].write(np.zeros(1, "<i8").tobytes())
-        for example_ids, input_ids, labels, *weights in _read_batches(tokens, has_weights=has_weights):
+        for example_ids, input_ids, labels, *weights in read:
             ends = np.cumsum(_measure(tokens, example_ids, input_ids, labels, *weights))
             targets = _shift(labels.values.to_numpy(), ends, IGNORE_INDEX)
             empty.add(example_ids, _count_trained(targets, ends) == 0)
@@ -133,18 +152,21 @@ def write_examples(tokens: Path, folder: Path) -> None:
         )
 
 
-def write_packs(folder: Path, tokens_per_pack: int | None, *, window: int = EXAMPLES_PER_WINDOW) -> None:
+def write_packs(
+    folder: Path, tokens_per_pack: int | None, *, window: int = EXAMPLES_PER_WINDOW, group: int = 1
+) -> None:
     """Pack the examples that `write_examples` wrote.
 
     Args:
         folder: gets `packs` and `bounds`.
-        tokens_per_pack: token budget of a pack; None: every example is a pack of its own.
-        window: examples that are packed together.
+        tokens_per_pack: token budget of a pack; None: every group is a pack of its own.
+        window: groups that are packed together.
+        group: examples that stay together.
 
     Raises:
-        ValueError: an example has more tokens than a pack holds.
+        ValueError: a group has more tokens than a pack holds.
     """
-    offsets = _open(folder, "offsets")
+    offsets = _open(folder, "offsets")[::group]
     with (folder / "packs").open("wb") as packs, (folder / "bounds").open("wb") as bounds:
         files = {"packs": packs, "bounds": bounds}
         _append(files, bounds=np.zeros(1, np.int64))
@@ -155,15 +177,16 @@ def write_packs(folder: Path, tokens_per_pack: int | None, *, window: int = EXAM
             else:
                 packed = pack(lengths.tolist(), tokens_per_pack)
                 order, ends = np.concatenate([np.asarray(one, np.int64) for one in packed]), _add_up(packed)
-            _append(files, packs=start + order, bounds=start + ends)
+            examples = (start + order)[:, None] * group + np.arange(group)
+            _append(files, packs=examples.ravel(), bounds=(start + ends) * group)
 
 
-def open_table(folder: Path) -> TokenTable:
-    """Map examples into memory; their files may be deleted then."""
+def open_table(folder: Path, *, group: int = 1) -> TokenTable:
+    """Map examples into memory, of which so many belong together; their files may be deleted then."""
     names = pa.ipc.open_file(pa.memory_map(str(folder / "example_ids.arrow"))).read_all()["example_id"]
     offsets, input_ids, targets = (_open(folder, name) for name in ("offsets", "input_ids", "targets"))
     weights = _open(folder, WEIGHTS) if (folder / WEIGHTS).exists() else None
-    return TokenTable(Names(names), offsets, input_ids, targets, weights)
+    return TokenTable(Names(names), offsets, input_ids, targets, weights, group)
 
 
 def open_packs(folder: Path) -> Packs:
@@ -205,13 +228,45 @@ def _read_batches(tokens: Path, *, has_weights: bool) -> Iterator[tuple[Any, ...
             yield example_ids.cast(pa.large_string()), *(each.take(everything) for each in lists)
 
 
-def _has_weights(tokens: Path) -> bool:
-    """Say whether a table has a column of weights with anything in it."""
+def _read_pairs(tokens: Path) -> Iterator[tuple[Any, ...]]:
+    """Read a table a row group at a time, each row as two examples.
+
+    Raises:
+        ValueError: a row has one answer only.
+    """
+    names = ["example_id", "input_ids", "labels", *REJECTED]
+    file = pq.ParquetFile(tokens)
+    single = _Named()
+    for number in range(file.num_row_groups if set(REJECTED) <= set(file.schema_arrow.names) else 0):
+        table = file.read_row_group(number, columns=names, use_threads=False).select(names)
+        for batch in table.to_batches(max_chunksize=_EXAMPLES_AT_ONCE):
+            example_ids, ids, labels, other_ids, other_labels = batch.columns
+            missing = other_ids.is_null().to_numpy(zero_copy_only=False)
+            single.add(example_ids, missing)
+            if missing.any():
+                continue
+            turns = np.arange(2 * len(batch)).reshape(2, -1).T.ravel()  # the first of either half, the second, …
+            kind = pa.large_list(pa.int32())
+            both = [
+                pa.concat_arrays([own.cast(kind), other.cast(kind)]).take(pa.array(turns))
+                for own, other in ((ids, other_ids), (labels, other_labels))
+            ]
+            named = [name for own in example_ids.to_pylist() for name in (own, f"{own} (rejected)")]
+            yield pa.array(named, pa.large_string()), *both
+    if single.count or not file.num_row_groups or not set(REJECTED) <= set(file.schema_arrow.names):
+        what = f"{single}: no rejected answer" if single.count else "no row has a rejected answer"
+        raise ValueError(
+            f"{tokens}: {what}: training.objective dpo trains pairs: tokenize rows with chosen and rejected"
+        )
+
+
+def _has_values(tokens: Path, column_name: str) -> bool:
+    """Say whether a table has a column of lists with anything in it."""
     metadata = pq.read_metadata(tokens)
-    for number in range(metadata.num_row_groups if WEIGHTS in pq.read_schema(tokens).names else 0):
+    for number in range(metadata.num_row_groups if column_name in pq.read_schema(tokens).names else 0):
         group = metadata.row_group(number)
         columns = [group.column(place) for place in range(group.num_columns)]
-        known = [column.statistics for column in columns if column.path_in_schema.split(".")[0] == WEIGHTS]
+        known = [column.statistics for column in columns if column.path_in_schema.split(".")[0] == column_name]
         if any(statistics is None or statistics.num_values for statistics in known):
             return True
     return False
@@ -269,7 +324,8 @@ def _open(folder: Path, name: str) -> NDArray[Any]:
 
 
 def cut_by_length(table: TokenTable) -> Iterator[list[list[int]]]:
-    """Give all examples, each a row, some thousands at a time, the longest first."""
-    order = np.argsort(-table.lengths, kind="stable")
+    """Give all examples, each group a row, some thousands at a time, the longest first."""
+    order = np.argsort(-table.group_lengths, kind="stable")
     for start in range(0, len(order), _ROWS_AT_ONCE):
-        yield [[int(index)] for index in order[start : start + _ROWS_AT_ONCE]]
+        rows = table.list_groups(order[start : start + _ROWS_AT_ONCE])
+        yield rows.reshape(-1, table.group).tolist()

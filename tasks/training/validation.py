@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tasks.training.engines.engine import Engine
+from tasks.training.objective import SFT, Objective
 from tasks.training.records import EvalRecord
 from tasks.training.token_table import TokenTable
 
@@ -22,16 +25,32 @@ def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable) -> fl
 
     The model is in eval mode meanwhile: no dropout, so no random number is drawn and training goes on undisturbed.
     """
+    loss_sum, num_trained_tokens = sum_held_out(model, engine, table, SFT)
+    return float(loss_sum) / float(num_trained_tokens)
+
+
+def sum_held_out(model: nn.Module, engine: Engine, table: TokenTable, objective: Objective) -> NDArray[np.float64]:
+    """Return the objective's sum over the held-out examples, what that is divided by, and the sums of its figures.
+
+    Of an objective without figures these are -log p of the tokens, each alike, and their number.
+    """
     was_training = model.training
     model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    num_trained_tokens = 0
+    sums = torch.zeros(1 + len(objective.figures), dtype=torch.float64, device=engine.device)
+    count = 0.0
     with torch.no_grad():
         for batch in engine.form_evaluation(table):
-            loss_sum += engine.sum_losses(batch)
-            num_trained_tokens += batch.num_trained_tokens
+            if objective.sum_figures is None:
+                sums[0] += engine.sum_losses(batch)
+                count += batch.num_trained_tokens
+                continue
+            log_probs = engine.compute_log_probs(batch)
+            sums[0] += objective.sum_losses(log_probs, batch)
+            sums[1:] += objective.sum_figures(log_probs, batch)
+            count += objective.count(batch)
     model.train(was_training)
-    return float(loss_sum.item()) / num_trained_tokens
+    total, *figures = sums.tolist()
+    return np.array([total, count, *figures])
 
 
 def count_evals_since_best(evaluations: Sequence[EvalRecord]) -> int:

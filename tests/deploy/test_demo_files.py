@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.demo.corpus import digest_documents
 from deploy.demo.kinds import Thing, capitalize
-from deploy.demo.rows import make_probe, make_rows, to_jsonl
+from deploy.demo.rows import make_pairs, make_probe, make_rows, to_jsonl
 from deploy.demo.vocabulary import train_tokenizer
 from deploy.demo.world import make_things
 from schemas.loading import load_config
@@ -24,6 +24,8 @@ def test_dataset_is_rebuilt_byte_for_byte(demo: Path) -> None:
     assert (demo / "data" / "train.jsonl").read_bytes() == to_jsonl(train)
     assert (demo / "data" / "heldout.jsonl").read_bytes() == to_jsonl(held_out)
     assert (demo / "data" / "probe.jsonl").read_bytes() == to_jsonl(make_probe())
+    for name, pairs in zip(("pairs", "heldout-pairs"), make_pairs(), strict=True):
+        assert (demo / "data" / f"{name}.jsonl").read_bytes() == to_jsonl(pairs)
 
 
 def test_corpus_is_rebuilt_to_the_recorded_digest(demo: Path, documents: list[str]) -> None:

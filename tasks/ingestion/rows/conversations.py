@@ -1,7 +1,7 @@
 """How a row becomes a conversation: its messages and its tools, in one form whatever the format."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.ingestion.errors import RowError
 from tasks.ingestion.rows.flags import weigh_answers
@@ -9,13 +9,21 @@ from tasks.ingestion.rows.formats import FORMATS
 from tasks.ingestion.rows.layouts import Layout
 from tasks.ingestion.rows.meaning import WEIGHT_COLUMNS, check_meaning, find_row_weight
 from tasks.ingestion.rows.messages import Message, check_messages
+from tasks.ingestion.rows.preferences import mark_answers
 from tasks.ingestion.rows.toolcalls import name_schemas, read_tools
 
 
-def convert_row(
-    row: Any, layout: Layout, *, invented_nulls: bool, unused: Counter[str]
-) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """Turn a row into the messages and tools of a conversation.
+class Converted(NamedTuple):
+    """What a row says."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    rejected: list[Message] | None = None
+    """The messages with the answer that is not preferred, where the row is a pair."""
+
+
+def convert_row(row: Any, layout: Layout, *, invented_nulls: bool, unused: Counter[str]) -> Converted:
+    """Turn a row into the messages and tools of a conversation, or of two that differ in the answer.
 
     Args:
         row: the parsed row.
@@ -40,7 +48,22 @@ def convert_row(
             unused[f"column {column}"] += 1
     tools = read_tools(layout.get(row, "tools"), invented_nulls=invented_nulls)
     schemas = name_schemas(tools) if invented_nulls else None
-    messages = form.convert(row, layout, schemas, unused)
+    messages = _finish(form.convert(row, layout, schemas, unused), row, layout, weight, unused)
+    if form.convert_rejected is None:
+        return Converted(messages, tools)
+    if weight != 1:
+        raise RowError("unread_meaning", "the row has a weight, and pairs all weigh the same: leave its column out")
+    others: Counter[str] = Counter()
+    rejected = _finish(form.convert_rejected(row, layout, schemas, others), row, layout, weight, others)
+    unused |= others  # what is not read of the prompt is the same in both
+    mark_answers(messages, rejected)
+    return Converted(messages, tools, rejected)
+
+
+def _finish(
+    messages: list[Message], row: dict[str, Any], layout: Layout, weight: float, unused: Counter[str]
+) -> list[Message]:
+    """Add what stands beside the messages in a row, and check them."""
     system = layout.get_text(row, "system")
     if system and messages and messages[0]["role"] == "system":
         unused["column system, where the messages have their own"] += messages[0]["content"] != system
@@ -52,7 +75,7 @@ def convert_row(
         weigh_answers(messages, weight)
     check_messages(messages)
     _skip_greeting(messages, unused)
-    return messages, tools
+    return messages
 
 
 def _trim(messages: list[Message], unused: Counter[str]) -> None:

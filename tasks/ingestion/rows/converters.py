@@ -22,7 +22,7 @@ def convert_pair(prompt: str, answer: str, further: str = "input") -> Converter:
         row: dict[str, Any], layout: Layout, schemas: dict[str, Any] | None, unused: Counter[str]
     ) -> list[Message]:
         messages: list[Message] = []
-        for pair in _read_history(layout.get(row, "history")):
+        for pair in read_history(layout.get(row, "history")):
             messages += _make_turn(*pair)
         return messages + _make_turn(layout.join_prompt(row, prompt, further), layout.require_text(row, answer))
 
@@ -134,7 +134,7 @@ def _make_turn(prompt: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _read_history(value: Any) -> list[tuple[str, str]]:
+def read_history(value: Any) -> list[tuple[str, str]]:
     """Return the earlier pairs of question and answer of a row."""
     if value is None or value == "":
         return []

@@ -11,6 +11,7 @@ from tasks.ingestion.rows.converters import (
     convert_tree,
     convert_xlam,
 )
+from tasks.ingestion.rows.preferences import CHOSEN, PROMPTS, REJECTED, convert_side
 
 Names = tuple[str, ...]
 """The names by which a column goes, ours first."""
@@ -27,6 +28,8 @@ class Format:
     optional: tuple[Names, ...]
     convert: Converter
     """Makes the messages of a row; `system` and `tools` are read for all formats alike."""
+    convert_rejected: Converter | None = None
+    """Makes those with the answer that is not preferred, where rows are pairs."""
 
     @property
     def fields(self) -> Names:
@@ -56,4 +59,11 @@ FORMATS: dict[str, Format] = {
     ),
     "query_response": Format((("query",), ("response",)), (("history",), *COMMON), convert_pair("query", "response")),
     "input_output": Format((("input",), ("output", "target")), COMMON, convert_pair("input", "output", "")),
+    # Asked for by name alone: training.objective dpo does.
+    "preference": Format(
+        (CHOSEN, REJECTED),
+        (PROMPTS, INPUT, ("history",), *COMMON),
+        convert_side(CHOSEN[0]),
+        convert_side(REJECTED[0]),
+    ),
 }

@@ -1,7 +1,8 @@
 """What makes two conversations the same: exactly, and up to case, width and spaces.
 
 `example_id` is the exact identity: the first 32 hexadecimal digits of the sha256 of the canonical JSON of
-`{"messages": [...], "tools": [...] or null}` (keys sorted, no spaces, text not escaped, UTF-8).
+`{"messages": [...], "tools": [...] or null}`, of a pair also `"rejected": [...]` (keys sorted, no spaces, text not
+escaped, UTF-8).
 
 Keys are the loose identity, used to find leaks. Text is normalized by NFKC, case folding and spaces; tools do not
 count, nor do system messages, but for one that the assistant answers. A conversation has a key for every assistant
@@ -38,6 +39,8 @@ class UsableRow(NamedTuple):
     """JSON text; keys in the order in which templates write them."""
     tools: str | None
     """JSON text, or None where there are none."""
+    rejected: str | None
+    """JSON text of the messages with the answer that is not preferred, or None where the row is no pair."""
     keys: tuple[bytes, ...]
     """Loose identity up to each assistant message."""
     prompt_key: bytes
@@ -57,31 +60,38 @@ class UsableRow(NamedTuple):
 
 
 def make_conversation(
-    messages: list[Message], tools: list[dict[str, Any]] | None, source: str, line: int, screen: Screen = "off"
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    source: str,
+    line: int,
+    screen: Screen = "off",
+    rejected: list[Message] | None = None,
 ) -> UsableRow:
     """Look for personal data and secrets, and give the conversation its identities.
 
-    Identities are those of the text that is written, so with placeholders where `screen` is redact.
+    Identities are those of the text that is written, so with placeholders where `screen` is redact. Of a pair the loose
+    ones are those of the chosen answer.
 
     Raises:
         RowError: broken_text, where a text cannot be written as UTF-8 or a number as JSON.
     """
     try:
         text = WRITTEN.encode(messages)
-        tools_text = None if tools is None else WRITTEN.encode(tools)
+        others = [None if other is None else WRITTEN.encode(other) for other in (tools, rejected)]
         found: Counter[str] = Counter()
-        if screen != "off" and (may_hold_any(text) or (tools_text and may_hold_any(tools_text))):
-            messages, tools = screen_values([messages, tools], found, redact=screen == "redact")
+        if screen != "off" and any(map(may_hold_any, filter(None, (text, *others)))):
+            messages, tools, rejected = screen_values([messages, tools, rejected], found, redact=screen == "redact")
         if found and screen == "redact":
             text = WRITTEN.encode(messages)
-            tools_text = None if tools is None else WRITTEN.encode(tools)
-        canonical = CANONICAL.encode({"messages": messages, "tools": tools}).encode()
+            others = [None if other is None else WRITTEN.encode(other) for other in (tools, rejected)]
+        pair = {} if rejected is None else {"rejected": rejected}
+        canonical = CANONICAL.encode({"messages": messages, "tools": tools, **pair}).encode()
     except UnicodeEncodeError as error:
         raise RowError("broken_text", f"character {error.start} is half of a surrogate pair ({error.reason})") from None
     except (ValueError, RecursionError) as error:
         raise RowError("bad_tool_call", f"a tool or its call cannot be written as JSON: {error}") from None
-    problems = find_text_problems("\n".join([message["content"] for message in messages]))
-    return _describe(messages, canonical, source, line, text, tools_text, problems, tuple(found.elements()))
+    problems = find_text_problems("\n".join([message["content"] for message in (*messages, *(rejected or ()))]))
+    return _describe(messages, canonical, source, line, (text, others[0], others[1]), problems, tuple(found.elements()))
 
 
 def make_plain_conversation(messages: list[Message], source: str, line: int) -> UsableRow | None:
@@ -104,7 +114,7 @@ def make_plain_conversation(messages: list[Message], source: str, line: int) -> 
         return None
     text = (b"[" + b"}, ".join(written) + b"}]").decode()
     whole = b'{"messages":[{"content":' + b',{"content":'.join(canonical) + b'],"tools":null}'
-    return _describe(messages, whole, source, line, text, None, (), ())
+    return _describe(messages, whole, source, line, (text, None, None), (), ())
 
 
 # What goes before a content where it is written, and behind it where it is digested.
@@ -133,12 +143,14 @@ def _describe(
     canonical: bytes,
     source: str,
     line: int,
-    written: str,
-    tools: str | None,
+    written: tuple[str, str | None, str | None],
     problems: tuple[str, ...],
     found: tuple[str, ...],
 ) -> UsableRow:
-    """Digest the canonical text, and the normalized one up to and with each assistant message."""
+    """Digest the canonical text, and the normalized one up to and with each assistant message.
+
+    `written` is the JSON text of messages, tools and rejected messages.
+    """
     state = hashlib.blake2b(digest_size=KEY_BYTES)
     keys, texts = [], []
     prompt_key = b""
@@ -162,8 +174,9 @@ def _describe(
         if role == "assistant":
             keys.append(state.digest())
     example_id = hashlib.sha256(canonical).hexdigest()[:ID_DIGITS]
+    text_of_messages, tools, rejected = written
     # By place: names would cost as much as the digest.
     return UsableRow(
-        *(example_id, source, line, written, tools, tuple(keys), prompt_key, len(keys)),
+        *(example_id, source, line, text_of_messages, tools, rejected, tuple(keys), prompt_key, len(keys)),
         *(prompt_characters, answer_characters, problems, found, b" ".join(texts)),
     )

@@ -11,8 +11,9 @@ from tasks.ingestion.rows.layouts import Layout, Reading
 ROWS_LOOKED_AT = 1000
 # Kinds of rows that are no conversations, by their columns, with the way out.
 NO_CONVERSATIONS: dict[tuple[str, ...], str] = {
-    ("chosen", "rejected"): "these are preference rows: train the chosen answers by data.columns, such as "
-    "{prompt: prompt, completion: chosen}, or {messages: chosen} where chosen holds messages",
+    ("chosen", "rejected"): "these are preference rows: train the preference with training.objective dpo, or the "
+    "chosen answers alone by data.columns, such as {prompt: prompt, completion: chosen}, or {messages: chosen} where "
+    "chosen holds messages",
     ("segments",): "segments are text that a template already made: give the conversations that they were made of",
     ("message_id", "parent_id", "text"): "these are single messages of trees: give the file of whole trees",
     ("text",): "rows of plain text (continued pretraining) hold no answer that could be trained apart from a prompt: "
@@ -65,7 +66,7 @@ def find_layout(rows: Sequence[Any], reading: Reading, where: str) -> Layout | N
 
 def _allow_formats(reading: Reading, where: str) -> list[str]:
     """Return the formats that the config leaves open."""
-    names = list(FORMATS) if reading.format == "auto" else [reading.format]
+    names = _list_single() if reading.format == "auto" else [reading.format]
     open_names = [name for name in names if reading.columns.keys() <= set(FORMATS[name].fields)]
     if not open_names:
         fields = "; ".join(f"{name}: {', '.join(FORMATS[name].fields)}" for name in names)
@@ -74,6 +75,11 @@ def _allow_formats(reading: Reading, where: str) -> list[str]:
             f"(fields are {fields}): write our field's name first, then the column's"
         )
     return open_names
+
+
+def _list_single() -> list[str]:
+    """Return the formats of rows with one answer: pairs have to be asked for."""
+    return [name for name, form in FORMATS.items() if form.convert_rejected is None]
 
 
 def _match(row: dict[str, Any], name: str, mapped: dict[str, str]) -> tuple[str, tuple[str, ...]] | None:
@@ -101,12 +107,11 @@ def _check_one_column_a_field(name: str, reading: Reading, present: Counter[str]
 
 def _describe_wrong_columns(present: Counter[str], reading: Reading, where: str) -> str:
     """Word the error of a file whose columns fit no format."""
-    known = "; ".join(
-        f"{name}: {', '.join('|'.join(names) for names in form.required)}" for name, form in FORMATS.items()
-    )
+    tried = _list_single() if reading.format == "auto" else list(FORMATS)
+    known = "; ".join(f"{name}: {', '.join('|'.join(names) for names in FORMATS[name].required)}" for name in tried)
     wanted = f"format {reading.format}" if reading.format != "auto" else "any known format"
     mapped = f" with data.columns {reading.columns}" if reading.columns else ""
-    half = present.keys() & {name for form in FORMATS.values() for names in form.required for name in names}
+    half = present.keys() & {name for form in tried for names in FORMATS[form].required for name in names}
     kinds = {} if half - {"prompt"} else NO_CONVERSATIONS
     advice = next((text for columns, text in kinds.items() if present.keys() >= set(columns)), None)
     return (

@@ -50,7 +50,8 @@ _LONGEST_SWITCH = 20
 _MEDIA = Meaning(_is_there, "only text is trained: remove these rows")
 _PREFERENCE = Meaning(
     _is_there,
-    "a preference dataset: name the columns to train in data.columns, such as {prompt: prompt, completion: chosen}",
+    "a preference dataset: set training.objective to dpo, or name the columns to train in data.columns, such as "
+    "{prompt: prompt, completion: chosen}",
     is_field=True,
 )
 _REASONING = Meaning(

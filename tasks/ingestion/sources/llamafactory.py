@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from schemas.config import PREFERENCE
 from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.layouts import Reading
@@ -23,6 +24,16 @@ ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output
 # Their name of a column: our name of the field.
 ALPACA_FIELDS = {**ALPACA_COLUMNS, "history": "history", "system": "system", "tools": "tools"}
 SHAREGPT_FIELDS = {"messages": "conversations", "system": "system", "tools": "tools"}
+RANKING_FIELDS = {
+    "prompt": "prompt",
+    "messages": "prompt",
+    "query": "input",
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "history": "history",
+    "system": "system",
+    "tools": "tools",
+}
 ROLE_TAGS = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -41,11 +52,16 @@ def split_index_name(name: str) -> tuple[Path | None, list[str]]:
     return Path(path).expanduser(), [part.strip() for part in names.split(",") if part.strip()]
 
 
-def read_index(path: Path, names: list[str]) -> tuple[Source, ...]:
+def read_index(path: Path, names: list[str], *, pairs: bool = False) -> tuple[Source, ...]:
     """Return a source for each entry that is named; names may be left out where there is one entry.
 
+    Args:
+        path: of the index.
+        names: of its entries.
+        pairs: whether pairs of answers are wanted (`ranking`), and not single ones.
+
     Raises:
-        DataError: no such index or entry, or an entry that is not for supervised fine-tuning on text.
+        DataError: no such index or entry, or an entry that is not for what is wanted, or not for text.
     """
     try:
         if path.exists() and not path.is_file():
@@ -64,17 +80,22 @@ def read_index(path: Path, names: list[str]) -> tuple[Source, ...]:
     if unknown or not names:
         what = f"no dataset {', '.join(unknown)}" if unknown else "several datasets"
         raise DataError(f"{path}: {what} in it: write {path}#NAME[,NAME…] with names of {', '.join(index)}")
-    return tuple(_read_entry(path, name, index[name]) for name in names)
+    return tuple(_read_entry(path, name, index[name], pairs=pairs) for name in names)
 
 
-def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> Source:
+def _read_entry(path: Path, name: str, entry: dict[str, Any], *, pairs: bool) -> Source:
     """Resolve one entry of the index."""
     where = f"{path}#{name}"
     # Warnings go into the dataset's report, whose digest must not depend on where the index lies.
     label = f"{path.name}#{name}"
     _check_types(where, entry)
-    if entry.get("ranking"):
-        raise DataError(f"{where}: a preference dataset (ranking): supervised fine-tuning needs answers, not rankings")
+    if bool(entry.get("ranking")) != pairs:
+        raise DataError(
+            f"{where}: its entry says no ranking, and training.objective dpo trains pairs: name an entry with ranking: "
+            "true, or set training.objective to sft"
+            if pairs
+            else f"{where}: a preference dataset (ranking): set training.objective to dpo, which trains pairs"
+        )
     media = [key for key in MEDIA if (entry.get("columns") or {}).get(key)]
     if media:
         raise DataError(f"{where}: it has {', '.join(media)}: only text is trained")
@@ -141,8 +162,11 @@ def _read_reading(where: str, label: str, entry: dict[str, Any]) -> tuple[Readin
         raise DataError(f"{where}: formatting is {formatting!r}: alpaca, sharegpt or openai is wanted")
     fields = ALPACA_FIELDS if formatting == "alpaca" else SHAREGPT_FIELDS
     defaults = ALPACA_COLUMNS if formatting == "alpaca" else {"messages": "conversations"}
+    needed: tuple[str, ...] = ("prompt", "response") if formatting == "alpaca" else ("messages",)
+    if entry.get("ranking"):
+        fields, needed = RANKING_FIELDS, (needed[0], "chosen", "rejected")
+        defaults = {**defaults, "chosen": "chosen", "rejected": "rejected"}
     columns = entry.get("columns") or defaults
-    needed = ("prompt", "response") if formatting == "alpaca" else ("messages",)
     missing = [key for key in needed if not columns.get(key)]
     if missing:
         raise DataError(
@@ -150,7 +174,7 @@ def _read_reading(where: str, label: str, entry: dict[str, Any]) -> tuple[Readin
             f"default: add them, such as {missing[0]}: {defaults[missing[0]]}"
         )
     mapped = {fields[key]: column for key, column in columns.items() if key in fields and column}
-    ours = "alpaca" if formatting == "alpaca" else "sharegpt"
+    ours = PREFERENCE if entry.get("ranking") else "alpaca" if formatting == "alpaca" else "sharegpt"
     tags, warnings = _read_tags(label, entry.get("tags")) if formatting == "sharegpt" else (DEFAULT_TAGS, [])
     if formatting == "openai":
         warnings.append(f"{label}: no 'detailed thinking off' is added to the system message, as LLaMA-Factory would")

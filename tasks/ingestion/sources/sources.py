@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from schemas.config import DataConfig, DatasetConfig
+from schemas.config import PREFERENCE, DataConfig, DatasetConfig
 from tasks.addresses import is_address
 from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
@@ -67,7 +67,7 @@ def find_sources(dataset: DatasetConfig) -> tuple[Source, ...]:
     path = Path(name).expanduser()
     if index is not None:
         check_allowed(index, _SETTINGS)
-        return read_index(index, chosen)
+        return read_index(index, chosen, pairs=dataset.format == PREFERENCE)
     if looks_like_a_path(name):
         check_allowed(path, _SETTINGS)  # first, so that nobody learns what is there
     is_there = exists(path)

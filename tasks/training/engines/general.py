@@ -16,7 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.decoder.attention import Attention, name_attention
 from tasks.decoder.decoder import choose_operations
-from tasks.training.batches import Batch, form_batch, form_flat_batch, form_flat_step, form_padded_step
+from tasks.training.batches import (
+    Batch,
+    form_batch,
+    form_flat_batch,
+    form_flat_step,
+    form_padded_pairs,
+    form_padded_step,
+)
 from tasks.training.engines.chunked_head import LOGITS_BYTES, compute_chunked_losses, is_head_frozen
 from tasks.training.engines.flat_attention import FlatLayout, laid_out
 from tasks.training.engines.loss import compute_token_losses
@@ -147,6 +154,8 @@ class GeneralEngine:
     def _form(self, table: TokenTable, rows: Sequence[Sequence[int]], tokens: int, num_parts: int) -> list[Batch]:
         if self.attend is not None:
             return form_flat_step(table, rows, tokens, num_parts=num_parts)
+        if table.group > 1:
+            return form_padded_pairs(table, rows, self.micro_batch, tokens)
         if not self.keeps_packs:
             rows = [[index] for row in rows for index in row]
         return form_padded_step(table, rows, max(1, min(self.micro_batch, len(rows) // num_parts)), tokens)

@@ -76,6 +76,8 @@ def find_router_loss(base: Any, config: TrainingConfig) -> RouterLoss | None:
         TrainingError: the config asks for it, and the model has none.
     """
     text = base.config.get_text_config()
+    if config.is_paired:  # a loss a token would be a part of the pairs' margins
+        return None
     coefficient = config.router_aux_loss_coef
     if coefficient is None:
         own = getattr(text, "router_aux_loss_coef", None)

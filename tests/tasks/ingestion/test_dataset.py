@@ -214,7 +214,7 @@ def test_all_rows_are_trained_where_nothing_is_held_out(tmp_path: Path, write_li
 
 
 def test_pandera_sees_every_row(tmp_path: Path) -> None:
-    row = ("0" * 32, "a.json", 1, "[]", None)
+    row = ("0" * 32, "a.json", 1, "[]", None, None)
     good = pl.DataFrame([row] * 25_000, schema=CONVERSATION_SCHEMA, orient="row")
     write_table([good[:7], good[7:]], CONVERSATION_SCHEMA, Conversations, tmp_path / "good.parquet")
     groups = pq.ParquetFile(tmp_path / "good.parquet").metadata

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tasks.ingestion.errors import RowError
 from tasks.ingestion.intake import identify_rows
+from tasks.ingestion.rows.conversations import Converted
 from tasks.ingestion.rows.identity import make_conversation, make_plain_conversation, normalize_text
 from tasks.ingestion.rows.messages import read_messages
 from tasks.ingestion.rows.quality import ODD, find_text_problems
@@ -73,9 +74,9 @@ ROW = st.tuples(st.lists(MESSAGE, min_size=1, max_size=4), st.sampled_from([None
 
 @given(rows=st.lists(ROW, max_size=6), screen=st.sampled_from(["off", "report", "redact"]))
 def test_rows_looked_at_together_are_those_looked_at_one_by_one(rows: list[Any], screen: Screen) -> None:
-    converted = [(RawRow(line, None), *row) for line, row in enumerate(rows, start=1)]
+    converted = [(RawRow(line, None), Converted(*row)) for line, row in enumerate(rows, start=1)]
     expected, refused = [], []
-    for row, messages, tools in converted:
+    for row, (messages, tools, _) in converted:
         try:
             expected.append(make_conversation(messages, tools, "a.json", row.line, screen))
         except RowError as error:

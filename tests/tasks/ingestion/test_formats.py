@@ -14,7 +14,7 @@ def convert(row: Any, reading: Reading | None = None) -> list[tuple[str, str]]:
     reading = reading or Reading()
     layout = find_layout([row], reading, "rows.json")
     assert layout is not None
-    messages, _ = convert_row(row, layout, invented_nulls=False, unused=Counter())
+    messages, *_ = convert_row(row, layout, invented_nulls=False, unused=Counter())
     return [(message["role"], message["content"]) for message in messages]
 
 

@@ -135,7 +135,7 @@ def test_arguments_that_are_encoded_twice_are_the_object() -> None:
 def test_functions_are_tools() -> None:
     layout = find_layout([row := {"messages": CHAT, "functions": [{"name": "f"}]}], Reading(), "rows.json")
     assert layout is not None
-    _, tools = convert_row(row, layout, invented_nulls=False, unused=Counter())
+    _, tools, _ = convert_row(row, layout, invented_nulls=False, unused=Counter())
     assert tools == [{"type": "function", "function": {"name": "f"}}]
 
 

@@ -27,11 +27,11 @@ def write(folder: Path, train: list[Any], held_out: list[Any]) -> Path:
     folder.mkdir()
     for part, conversations in (("train", train), ("eval", held_out)):
         rows = [
-            (f"{part}{number:016d}", "data.jsonl", number + 1, json.dumps(messages, ensure_ascii=False), None)
+            (f"{part}{number:016d}", "data.jsonl", number + 1, json.dumps(messages, ensure_ascii=False), None, None)
             for number, messages in enumerate(conversations)
         ]
-        names = ["example_id", "source", "line", "messages", "tools"]
-        types = [pl.String, pl.String, pl.Int64, pl.String, pl.String]
+        names = ["example_id", "source", "line", "messages", "tools", "rejected"]
+        types = [pl.String, pl.String, pl.Int64, pl.String, pl.String, pl.String]
         frame = pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")
         frame.write_parquet(folder / f"{part}.parquet")
     return folder

@@ -56,7 +56,7 @@ def take_gradient(setup: Setup, rows: int = 8) -> tuple[float, Tensor]:
     assert isinstance(setup.optimizer, WholeOptimizer)
     optimizer = replace(setup.optimizer, optimizer=torch.optim.SGD(list(setup.parameters.values()), fused=True))
     batches = setup.engine.form_step(setup.table, setup.rows[:rows])
-    loss, _ = descend(replace(setup, optimizer=optimizer), batches, 1.0, step=1)
+    loss, *_ = descend(replace(setup, optimizer=optimizer), batches, 1.0, step=1)
     return loss, torch.cat([(before[name] - parameter).flatten() for name, parameter in setup.parameters.items()])
 
 
