@@ -3,6 +3,9 @@
 On a GPU, or without one in Triton's interpreter: `make test-kernels`.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import ModuleType
 
@@ -329,3 +332,12 @@ def test_a_decoder_of_kernels_trains_its_own_weights_as_the_plain_one(
     whole, each = compare_own(found[0][1], found[1][1])
     assert whole < 1e-4
     assert max(each.values()) < 1e-3
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="a GPU compiles them whole")
+def test_every_program_is_one_that_the_compiler_takes() -> None:
+    """The interpreter runs what the compiler refuses, so the compiler's first step sees every program as well."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.tasks.decoder.lowering"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]

@@ -1,0 +1,123 @@
+"""`python -m tests.tasks.decoder.lowering`: every Triton program that decoders launch, for a GPU that is not there.
+
+The interpreter runs programs as Python and takes what the compiler refuses: a name that changes its shape in a loop.
+Here the compiler's first step, which checks every name and type, sees each program with the arguments that it is
+launched with; nothing is launched, so that results are whatever lies in memory.
+"""
+
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tasks import decoder as package
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.elementwise import Quantized
+from tasks.decoder.recognition import recognize_decoder
+from tasks.training.batches import form_flat_batch
+from tasks.training.engines.fused import FusedEngine
+from tests.tasks.decoder import test_fused, test_own_weights
+
+_TARGET = GPUTarget("cuda", 90, 32)
+_FAMILIES = (
+    *("llama", "qwen3", "gemma3_text", "granite", "phi3", "glm4", "hunyuan_v1_dense", "olmo3", "gemma4_text"),
+    *("qwen3_5_text", "qwen3_moe", "gpt_oss", "deepseek_v3", "youtu", "gemma4_moe"),
+)
+_DROPPING = ("qwen3", "gemma3_text", "qwen3_5_text", "phi3")
+_OWN = ("qwen3", "olmo3", "hunyuan_v1_dense")
+
+
+class _Absent:
+    """Stands for the driver of a GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return _TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    """Lower all programs; exit if one was never launched."""
+    lowered: set[str] = set()
+
+    seen: set[tuple[int, Any]] = set()
+
+    def lower(
+        program: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: Any
+    ) -> None:
+        if (id(program), key) in seen:
+            return
+        seen.add((id(program), key))
+        backend, context = make_backend(_TARGET), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        source = ASTSource(program, signature, constants, attributes)
+        codegen = backend.get_codegen_implementation(options)
+        source.make_ir(_TARGET, options, codegen, backend.get_module_map(), context)
+        lowered.add(program.fn.__name__)
+
+    driver.set_active(_Absent())
+    JITFunction._do_compile = lower
+    for family in _FAMILIES:
+        run(test_fused.build(family, torch.bfloat16))
+    for family in _DROPPING:
+        run(test_fused.build(family, torch.bfloat16, dropout=0.1))
+    for family in _OWN:
+        run(test_own_weights.build(family), torch.bfloat16)
+    run_float8()
+    missing = sorted(list_programs() - lowered)
+    if missing:
+        sys.exit(f"never launched: {', '.join(missing)}")
+
+
+def list_programs() -> set[str]:
+    """Return the names of all programs that are launched."""
+    names = set()
+    for file in Path(package.__file__).parent.glob("*.py"):
+        if file.stem.endswith(("programs", "kernels")):
+            found = vars(import_module(f"tasks.decoder.{file.stem}"))
+            names |= {
+                name for name, value in found.items() if isinstance(value, JITFunction) and name.endswith("program")
+            }
+    return names
+
+
+def run(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Go through a decoder of kernels, there and back."""
+    from tasks.decoder import kernels
+
+    batch = form_flat_batch(test_fused.draw_table(), [0, 1, 2])
+    decoder = replace(recognize_decoder(model, dtype), ops=kernels)
+    engine = FusedEngine(decoder, torch.device("cpu"), 4096, 1, LOGITS_BYTES, 4096)
+    if dtype is not None:
+        engine.bind_gradients()
+    if engine.replay_gradient(batch, 0.25) is None:
+        engine.sum_losses(batch).backward()
+
+
+def run_float8() -> None:
+    """Launch what makes float8 copies, whose products no CPU has."""
+    from tasks.decoder import kernels
+
+    gate_up, grad = torch.randn(3, 96, dtype=torch.bfloat16), torch.randn(3, 48, dtype=torch.bfloat16)
+    narrow, wide = (Quantized(torch.zeros(3, width).to(torch.float8_e4m3fn), torch.zeros(3, 1)) for width in (48, 96))
+    kernels.gate(gate_up, "silu", torch.empty_like(grad), narrow)
+    kernels.gate_backward(grad, gate_up, "silu", torch.empty_like(gate_up), wide)
+    kernels.quantize_rows(gate_up)
+
+
+if __name__ == "__main__":
+    main()
