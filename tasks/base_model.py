@@ -27,6 +27,7 @@ _MODEL_FILES = [
     "*.safetensors.index.json",
     "generation_config.json",
 ]
+_SETTING = "model.base_model"
 
 
 class BaseModelError(ValueError):
@@ -88,6 +89,8 @@ def _expand(name: str) -> Path:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise BaseModelError(f"model.base_model = {name!r}: {error}: write the whole path") from None
+    if _looks_like_path(name):
+        check_allowed(path, _SETTING)  # first, so that nobody learns what is there
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -97,13 +100,18 @@ def _expand(name: str) -> Path:
             f"model.base_model = {name[:200]!r}: {error.strerror}: give a folder you may read"
         ) from None
     if _is_path(name):
-        check_allowed(path, "model.base_model")
+        for each in (path, *path.rglob("*")):  # what is in it may be links
+            check_allowed(each, _SETTING)
     return path
 
 
 def _is_path(name: str) -> bool:
+    return _looks_like_path(name) or Path(name).exists()
+
+
+def _looks_like_path(name: str) -> bool:
     """Hub names are `name` or `owner/name`; everything else is meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists()
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
 def _check_folder(folder: Path) -> None:

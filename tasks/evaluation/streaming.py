@@ -44,8 +44,14 @@ def stream_tokens(
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
     if temperature <= 0:
         return int(logits.argmax())
-    chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)
-    return int(torch.multinomial(chances, 1, generator=generator))
+    return int(torch.multinomial(find_chances(logits, temperature), 1, generator=generator))
+
+
+def find_chances(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the softmax of logits [V] at a temperature above 0, on the CPU; however small it is, the sum is 1."""
+    scaled = logits.float().cpu()
+    # From the largest on, so that nothing overflows; below the least normal number the divisor would be 0.
+    return torch.softmax((scaled - scaled.max()) / max(temperature, torch.finfo(torch.float32).tiny), dim=-1)
 
 
 def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

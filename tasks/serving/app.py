@@ -113,10 +113,9 @@ def _check_name(model: ServedModel, name: str | None) -> None:
 
 
 async def _complete(model: ServedModel, http: HttpRequest) -> Response:
-    if int(http.headers.get("content-length") or 0) > _MOST_BYTES:
-        raise ApiError(413, f"the body has more than {_MOST_BYTES} bytes")
+    content = await _read(http)
     try:
-        body = json.loads(await http.body())
+        body = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON ({error})") from None
     asked = read_request(body)
@@ -142,6 +141,20 @@ async def _complete(model: ServedModel, http: HttpRequest) -> Response:
         told["prompt_token_ids"] = job.prompt
         choice["token_ids"] = job.tokens
     return JSONResponse(told)
+
+
+async def _read(http: HttpRequest) -> bytes:
+    """Return the body, and not more of it than is read here: it may come in pieces whose sum nobody says before.
+
+    Raises:
+        ApiError: it is too long.
+    """
+    content = bytearray()
+    async for piece in http.stream():
+        content += piece
+        if len(content) > _MOST_BYTES:
+            raise ApiError(413, f"the body has more than {_MOST_BYTES} bytes")
+    return bytes(content)
 
 
 def _start(model: ServedModel, asked: ChatRequest) -> _Job:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tasks.evaluation.streaming import find_chances
 from tasks.serving.lanes import Lanes
 
 MAX_TOP_LOGPROBS = 20
@@ -158,7 +159,11 @@ class AnswerEngine:
         for at, handle in enumerate(handles):
             request = self._living[handle]
             sampling = request.sampling
-            token = greedy[at] if sampling.temperature <= 0 else draw(logits[at], sampling, request.generator)
+            try:
+                token = greedy[at] if sampling.temperature <= 0 else draw(logits[at], sampling, request.generator)
+            except RuntimeError as error:  # logits that are no numbers: the other rows have their own
+                self._end(handle, "error", f"{type(error).__name__}: {error}")
+                continue
             if token in self._stop_ids:
                 self._end(handle, "stop")
                 continue
@@ -168,10 +173,10 @@ class AnswerEngine:
             if request.num_tokens >= request.room:
                 self._end(handle, "length")
 
-    def _end(self, handle: int, reason: str) -> None:
+    def _end(self, handle: int, reason: str, error: str = "") -> None:
         request = self._living[handle]
         self._drop(handle)
-        request.tell(Ended(reason))
+        request.tell(Ended(reason, error))
 
     def _drop(self, handle: int) -> None:
         del self._living[handle]
@@ -191,7 +196,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
     Nucleus sampling of Holtzman et al. 2020, arXiv:1904.09751: the most likely token is always among them.
     """
-    chances = torch.softmax(logits.float().cpu() / sampling.temperature, dim=-1)
+    chances = find_chances(logits, sampling.temperature)
     if sampling.top_p < 1.0:
         ordered, ids = chances.sort(descending=True)
         ordered[ordered.cumsum(dim=-1) - ordered > sampling.top_p] = 0.0
@@ -205,6 +210,10 @@ def describe(token: int, logits: Tensor, num_logprobs: int | None) -> Chosen:
         return Chosen(token)
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     values, ids = logprobs.topk(min(num_logprobs, len(logprobs)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    logprob = float(logprobs[token])
-    return Chosen(token, logprob if math.isfinite(logprob) else -9999.0, top)
+    top = tuple(zip(ids.tolist(), map(_as_number, values.tolist()), strict=True))
+    return Chosen(token, _as_number(float(logprobs[token])), top)
+
+
+def _as_number(logprob: float) -> float:
+    """Return a log-probability as JSON has it, and as OpenAI's API writes one that is out of reach."""
+    return logprob if math.isfinite(logprob) else -9999.0

@@ -40,12 +40,17 @@ class ApiError(Exception):
         self.status = status
         self.body = {
             "error": {
-                "message": message,
+                "message": _as_text(message),
                 "type": kind or ("invalid_request_error" if status < 500 else "server_error"),
-                "param": param,
+                "param": None if param is None else _as_text(param),
                 "code": code,
             }
         }
+
+
+def _as_text(text: str) -> str:
+    """Write the halves of characters that JSON can name and UTF-8 cannot hold as the names that they have."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class _Strict(BaseModel):

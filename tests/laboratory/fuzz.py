@@ -9,6 +9,7 @@ process that is killed after a minute without an answer, and started again. A si
 """
 
 import argparse
+import asyncio
 import json
 import os
 import queue
@@ -23,12 +24,15 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
 import psutil
 
+from tests.laboratory.chat_requests import draw_request
 from tests.laboratory.inputs import DEMO_MODEL, ROOT, draw_config, draw_dataset, draw_model, draw_rows, draw_template
 from tests.laboratory.oddities import draw_foreign, draw_settings
 
@@ -36,10 +40,14 @@ HANG_SECONDS = 60.0
 """Of computing; what only waits, or waits its turn on a busy machine, has _WAITS times as long."""
 _WAITS = 5
 MEMORY_BYTES = 12 << 30
-KINDS = ("config", "dataset", "model", "template", "import", "settings")
+KINDS = ("config", "dataset", "model", "template", "import", "settings", "plan", "request")
 RIGHT = ("done", "refused")
 _OURS = tuple(str(ROOT / name) for name in ("flows", "tasks", "schemas"))
 _MOST_CHARACTERS = 6000
+
+
+class RefusedError(ValueError):
+    """A server has answered that it does not do what it was asked."""
 
 
 class UnaccountedError(AssertionError):
@@ -197,7 +205,8 @@ def _judge(kind: str, seed: int, tiny: Path) -> tuple[str, str]:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = str(error)
         ours = isinstance(error, ValueError) and (
-            type(error).__module__.startswith(("flows.", "tasks.", "schemas."))
+            isinstance(error, RefusedError)
+            or type(error).__module__.startswith(("flows.", "tasks.", "schemas."))
             or (type(error) is ValueError and where.filename.startswith(_OURS))
         )
         if ours and len(text) <= _MOST_CHARACTERS:
@@ -283,6 +292,48 @@ def _handle_template(folder: Path, draw: Random, tiny: Path) -> str:
     return f"{tokens.num_examples} examples"
 
 
+def _handle_plan(folder: Path, draw: Random, tiny: Path) -> str:
+    from flows.planning import plan_run
+    from schemas.loading import parse_config
+
+    dataset = draw_dataset(folder, draw)
+    model = draw_model(tiny, folder, draw) if draw.random() < 0.5 else tiny
+    data = {"source": dataset.source, "max_rejected_fraction": 1.0}
+    limits = {"max_truncated_fraction": 1.0, "max_length": draw.choice((16, 128, 4096))}
+    config = parse_config({"model": {"base_model": str(model)}, "data": data, "tokenization": limits})
+    made = plan_run(config, most=100)
+    there = sum(number for name, number in made.rows.items() if name != "rows in")
+    if made.rows["rows in"] != there or (dataset.num_rows is not None and made.rows["rows in"] != dataset.num_rows):
+        raise UnaccountedError(f"{dataset.num_rows} rows drawn, {made.rows}")
+    return f"{made.sizes.num_steps} steps, {len(made.problems)} problems"
+
+
+def _handle_request(folder: Path, draw: Random, tiny: Path) -> str:
+    reply = asyncio.run(_post(_open_app(tiny), draw_request(draw)))
+    if reply.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+        raise RuntimeError(f"status {reply.status_code}: {reply.text[:300]}")
+    if not reply.is_success:
+        raise RefusedError(reply.json()["error"]["message"])
+    return f"{len(reply.content)} bytes"
+
+
+async def _post(app: Any, body: bytes) -> httpx.Response:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=HANG_SECONDS) as client:
+        return await client.post("/v1/chat/completions", content=body)
+
+
+@cache
+def _open_app(tiny: Path) -> Any:
+    from tasks.models import load_model
+    from tasks.serving.app import create_app
+    from tasks.serving.served_model import open_served
+    from tasks.tokenization.templates import prepare_tokenizer
+
+    tokenizer = prepare_tokenizer(tiny, None).tokenizer
+    return create_app(open_served(load_model(tiny), tokenizer, tiny, names=("tiny",), num_rows=4))
+
+
 def _handle_fault(fault: Callable[[], Any]) -> Callable[[Path, Random, Path], str]:
     """Return a handler that goes wrong: the laboratory has to notice."""
     return lambda folder, draw, tiny: str(fault())
@@ -303,6 +354,8 @@ _HANDLERS: dict[str, Callable[[Path, Random, Path], str]] = {
     "template": _handle_template,
     "import": _handle_import,
     "settings": _handle_settings,
+    "plan": _handle_plan,
+    "request": _handle_request,
 }
 
 if __name__ == "__main__":

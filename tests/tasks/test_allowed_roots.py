@@ -69,6 +69,26 @@ def test_models_are_limited_too(inside: Path) -> None:
     assert locate_tokenizer(ModelConfig(base_model=str(inside))) == inside
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "additional_chat_templates/tools.jinja", "templates"])
+def test_links_in_a_model_lead_nowhere_else(inside: Path, name: str) -> None:
+    model = inside / "model"
+    (model / name).parent.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "qwen3"}')
+    (model / name).symlink_to(inside.parent / "outside" / ("" if name == "templates" else "rows.jsonl"))
+    for locate in (locate_base_model, locate_tokenizer):
+        with pytest.raises(OutsideRootsError, match=name.rpartition("/")[2]):
+            locate(ModelConfig(base_model=str(model)))
+
+
+def test_nobody_learns_what_the_system_says_of_a_place_outside(inside: Path) -> None:
+    outside = inside.parent / "outside"
+    (outside / "loop").symlink_to(outside / "loop")
+    for name in ("x" * 300, "rows.jsonl/x", "loop"):
+        for read in (lambda place: locate_base_model(ModelConfig(base_model=str(place))), _find):
+            with pytest.raises(OutsideRootsError):
+                read(outside / name)
+
+
 def test_a_recipe_of_the_publish_form_is_limited_too(inside: Path) -> None:
     with pytest.raises(OutsideRootsError, match="recipe_file"):
         publish.fn("rows.jsonl", recipe_file=str(inside.parent / "outside" / "recipe.yaml"))

@@ -68,6 +68,28 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(client: Any) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-30])
+def test_the_least_temperature_takes_the_most_likely_token(client: Any, temperature: float) -> None:
+    answer = client.chat.completions.create(model="parrot", messages=_COUNT, temperature=temperature)
+    assert answer.choices[0].message.content == COUNTED
+
+
+def test_what_utf8_cannot_hold_is_refused_by_its_name(address: str) -> None:
+    body = b'{"model": "parrot", "messages": [{"role": "user", "content": "a"}], "\\ud800": 1}'
+    answer = httpx.post(f"{address}/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == r"\ud800"
+
+
+def test_a_body_that_comes_in_pieces_is_not_read_without_end(address: str) -> None:
+    pieces = (b" " * 2**20 for _ in range(40))
+    try:
+        status = httpx.post(f"{address}/v1/chat/completions", content=pieces).status_code
+    except httpx.WriteError:  # the server has closed already
+        return
+    assert status == 413
+
+
 def test_max_tokens_cuts_and_says_so(client: Any) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         answer = client.chat.completions.create(model="parrot", messages=_COUNT, **{name: 3})
