@@ -1,13 +1,14 @@
 """What a run says of itself: its name, the facts for the report page, and the JSON report."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from flows.rejected import judge_rejected
 from schemas.artifacts import (
     AdapterRef,
     ComparisonReport,
@@ -25,7 +26,7 @@ from schemas.artifacts import (
 )
 from schemas.config import DataConfig, RunConfig, TrainingConfig
 from tasks import tracking
-from tasks.ingestion.reject_groups import RejectGroup, group_rejects
+from tasks.ingestion.reject_groups import group_rejects
 
 WARNINGS_SHOWN = 10
 """Of a stage; quality.json and masks.json have all."""
@@ -126,36 +127,6 @@ def check_rejected(config: DataConfig, dataset: DatasetRef, tokens: TokensRef) -
     tables = [tracking.resolve(ref) / "rejects.parquet" for ref in (dataset, tokens)]
     problem = judge_rejected(rejected, num_rows, config.max_rejected_fraction, group_rejects(tables))
     raise BudgetError(f"{config.source}: {problem}")
-
-
-def judge_rejected(
-    rejected: Mapping[str, int], num_rows: int, max_fraction: float, groups: Sequence[RejectGroup]
-) -> str | None:
-    """Return what is wrong where more rows are rejected than allowed, else None.
-
-    Args:
-        rejected: rows by reason, of ingestion and tokenization.
-        num_rows: rows that were read, with the copies that weights make.
-        max_fraction: data.max_rejected_fraction.
-        groups: the rejected rows, for the first place of each reason.
-    """
-    total = sum(rejected.values())
-    if total <= max_fraction * num_rows:
-        return None
-    first = {group.reason: group.rows[0] for group in groups if group.rows}
-    lines = [
-        f"\n  {number:,} x {reason}" + (f", the first: {describe_place(first[reason])}" if reason in first else "")
-        for reason, number in Counter(rejected).most_common()
-    ]
-    return (
-        f"{total:,} of {num_rows:,} rows ({total / num_rows:.2%}) are rejected, and data.max_rejected_fraction allows "
-        f"{max_fraction:.2%}: mend or remove the rows, or raise the budget{''.join(lines)}"
-    )
-
-
-def describe_place(row: Mapping[str, str | int]) -> str:
-    """Return a rejected row's file, line and reason in words."""
-    return f"{Path(str(row['source'])).name}:{row['line']}  {row['detail']}"
 
 
 def summarize_facts(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.accounting import describe_place, judge_rejected
+from flows.rejected import describe_place, judge_rejected
 from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
 from tasks.base_model import limit_length
@@ -14,7 +14,7 @@ from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.registry.bases import find_tokenizer_folder
-from tasks.registry.publication import bring_sources
+from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import PARTS, TokenizationError, tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 

@@ -1,5 +1,6 @@
 """The console script `sft`. Heavy libraries are imported inside the commands, so that help is instant."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,6 +20,10 @@ from schemas.config import RunConfig
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError
 from tasks import garbage
+from tasks.lean_imports import leave_torch_out
+
+_WITHOUT_MODELS = ("check", "init")
+"""Commands that read rows and tokenizers alone: their process is done before it would have imported torch."""
 
 app = typer.Typer(
     name="sft",
@@ -231,8 +236,8 @@ def check(
     loaded = load_for_data(data, config, set_)
     check_files(json_=json_, html=html)
     prepare_environment(cache=True)
+    from flows.check_tables import show_check
     from flows.checking import check_dataset
-    from flows.terminal import show_check
 
     try:
         found = check_dataset(loaded.read_data, loaded.model, loaded.tokenization, seed=loaded.seed, page=html)
@@ -250,6 +255,8 @@ def check(
 
 def main() -> None:
     """Run the console script."""
+    if sys.argv[1:2] and sys.argv[1] in _WITHOUT_MODELS:
+        leave_torch_out()
     app()
 
 

@@ -21,7 +21,7 @@ from tasks.evaluation.conversations import find_conversations
 from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.scoring import Evaluation, evaluate_sets
 from tasks.ingestion.dataset import build_dataset
-from tasks.registry.publication import bring_sources
+from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 

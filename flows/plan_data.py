@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.accounting import account_rows, judge_rejected, name_warnings
+from flows.accounting import account_rows, name_warnings
 from flows.probing import digest_template
+from flows.rejected import judge_rejected
 from schemas.artifacts import DatasetRef, DatasetReport, EvalReport, ModelRef, TokensRef
 from schemas.config import RunConfig
 from tasks import tracking
@@ -21,7 +22,7 @@ from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.task import find_source, ingest
 from tasks.planning.sizes import Sizes, count_rows, draw_conversations, measure_sizes
 from tasks.probing.task import digest_probes, prepare_probes
-from tasks.registry.publication import bring_sources
+from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import PARTS, TokenizationError, tokenize_dataset
 from tasks.tokenization.task import tokenize
 from tasks.tokenization.templates import prepare_tokenizer

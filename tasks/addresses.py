@@ -4,6 +4,8 @@ import re
 from urllib.parse import unquote, urlsplit
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
+PUBLISHED = "datasets:/"
+"""With which the address of a published dataset begins: datasets:/NAME/VERSION."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 

@@ -24,3 +24,9 @@ def lean_path(environment: Mapping[str, str]) -> str:
     """Return an environment's PYTHONPATH with the folder before all else."""
     others = [part for part in environment.get(VARIABLE, "").split(os.pathsep) if part and part != _FOLDER]
     return os.pathsep.join([_FOLDER, *others])
+
+
+def leave_torch_out() -> None:
+    """Keep transformers from importing torch, which takes longer than all else, in a process that runs no model."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
+    sys.modules["torch"] = None  # type: ignore[assignment]

@@ -5,13 +5,13 @@ takes longer than everything else here; workers run no model.
 """
 
 import os
-import sys
+
+from tasks.lean_imports import leave_torch_out
 
 _ONE_CORE = ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 os.environ.update(dict.fromkeys(_ONE_CORE, "1"), TOKENIZERS_PARALLELISM="false")
-os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
-sys.modules["torch"] = None  # type: ignore[assignment]
+leave_torch_out()
 
 import tasks.ingestion.shard_runner  # noqa: E402
 import tasks.tokenization.shards  # noqa: E402, F401

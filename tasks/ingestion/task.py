@@ -23,7 +23,7 @@ from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
 from tasks.ingestion.sources.sources import check_unchanged, digest_source
 from tasks.progress import log_progress
 from tasks.registry.bases import find_base_model
-from tasks.registry.publication import bring_sources, pin_sources
+from tasks.registry.sources import bring_sources, pin_sources
 
 
 @task(name="locate-model", task_run_name="locate {config.base_model}", persist_result=False)

@@ -12,7 +12,7 @@ from tasks.base_model import limit_length
 from tasks.caching import DigestedJson, stage_cache
 from tasks.ingestion.sources.sources import digest_source
 from tasks.probing.examples import data_of, make_examples
-from tasks.registry.publication import bring_sources
+from tasks.registry.sources import bring_sources
 from tasks.tokenization.templates import prepare_tokenizer
 
 

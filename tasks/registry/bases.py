@@ -1,13 +1,13 @@
-"""Base models that are versions of the registry: `models:/NAME/VERSION` or `models:/NAME@alias`, trained further."""
+"""Base models by what a config says: a version of the registry, a folder, or a model of the hub.
+
+MLflow, which holds the versions, is imported where a config names one: a folder or the hub does without.
+"""
 
 from pathlib import Path
 
 from schemas.artifacts import ModelRef
 from schemas.config import ModelConfig
-from tasks import tracking
-from tasks.base_model import BaseModelError, locate_base_model, locate_tokenizer
-from tasks.registry.exports import FORM_TAG
-from tasks.registry.versions import CHAMPION, MODEL_TAG, find_by_address, find_version, get_version
+from tasks.base_model import locate_base_model, locate_tokenizer
 
 SCHEME = "models:/"
 
@@ -20,30 +20,27 @@ def find_base_model(config: ModelConfig) -> ModelRef:
     """
     if not config.base_model.startswith(SCHEME):
         return locate_base_model(config)
-    name, version = find_by_address(config.base_model, default_alias=CHAMPION)
-    found = get_version(name, version)
-    digest = found.tags.get(MODEL_TAG)
-    if digest is None or found.tags.get(FORM_TAG):
-        what = "is an export, which cannot be trained" if digest else "was not registered by this pipeline"
-        raise BaseModelError(
-            f"model.base_model = {config.base_model!r}: {name} version {version} {what}: name another version, or give "
-            "a folder with config.json and safetensors weights"
-        )
-    return ModelRef(uri=str(found.source), digest=digest, name=f"{name}/{version}")
+    from tasks.registry.base_versions import find_base_version
+
+    return find_base_version(config)
 
 
 def find_tokenizer_folder(config: ModelConfig) -> Path:
     """Return a folder with the base model's tokenizer; of a model of the hub, its weights are not fetched."""
-    if config.base_model.startswith(SCHEME):
-        return tracking.resolve(find_base_model(config))
-    return locate_tokenizer(config)
+    if not config.base_model.startswith(SCHEME):
+        return locate_tokenizer(config)
+    from tasks import tracking
+
+    return tracking.resolve(find_base_model(config))
 
 
 def find_base_again(config: ModelConfig, digest: str) -> ModelRef:
     """Return the base model of an earlier run; of a version that was named by an alias, the one that it was then."""
     if config.base_model.startswith(SCHEME):
+        from tasks.registry.base_versions import find_version_again
+
         name = config.base_model.removeprefix(SCHEME).split("/")[0].split("@")[0]
-        found = find_version(name, MODEL_TAG, digest)
+        found = find_version_again(name, digest)
         if found is not None:
-            return ModelRef(uri=str(found.source), digest=digest, name=f"{name}/{found.version}")
+            return found
     return find_base_model(config)

@@ -13,12 +13,11 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from schemas.artifacts import Published
-from schemas.config import DataConfig
 from tasks import storage, tracking
+from tasks.addresses import PUBLISHED
 from tasks.registry import audit, lock
 
 EXPERIMENT = "sft-datasets"
-SCHEME = "datasets:/"
 _NAME_TAG, _VERSION_TAG, _DIGEST_TAG = "sft.dataset_name", "sft.dataset_version", "sft.dataset_digest"
 _FOLDER = "data"
 _ADDRESS = re.compile(r"datasets:/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:/(?P<version>\d+))?")
@@ -50,7 +49,7 @@ def publish_files(
         source: where the files were.
         who: publishes.
     """
-    if not _ADDRESS.fullmatch(SCHEME + name):
+    if not _ADDRESS.fullmatch(PUBLISHED + name):
         raise PublicationError(
             f"--name {name!r}: letters, digits, '.', '_' and '-' are allowed, beginning with one of the first two"
         )
@@ -89,7 +88,7 @@ def _keep(
             "sft.published_by": who,
             "sft.published_at": audit.now(),
             "sft.source": source,
-            MLFLOW_RUN_NOTE: f"**{title}**: {rows}\n\nUse it as `data.source: {SCHEME}{name}/{number}`.",
+            MLFLOW_RUN_NOTE: f"**{title}**: {rows}\n\nUse it as `data.source: {PUBLISHED}{name}/{number}`.",
             _NAME_TAG: name,
             _DIGEST_TAG: digest,
             _VERSION_TAG: str(number),
@@ -121,41 +120,6 @@ def find_published(address: str) -> Published:
     return _refer(found[-1], is_new=False)
 
 
-def pin_sources(config: DataConfig) -> DataConfig:
-    """Name the version of each published dataset that is meant by its name alone.
-
-    Raises:
-        PublicationError: it is not published.
-    """
-    update: dict[str, Any] = {"source": _pin(config.source)}
-    if config.eval_source is not None:
-        update["eval_source"] = _pin(config.eval_source)
-    update["mixture"] = tuple(part.model_copy(update={"source": _pin(part.source)}) for part in config.mixture)
-    return config.model_copy(update=update)
-
-
-def bring_sources(config: DataConfig) -> DataConfig:
-    """Put local paths in the place of published datasets, downloading what this machine does not have."""
-    update: dict[str, Any] = {"source": _bring(config.source)}
-    if config.eval_source is not None:
-        update["eval_source"] = _bring(config.eval_source)
-    update["mixture"] = tuple(part.model_copy(update={"source": _bring(part.source)}) for part in config.mixture)
-    return config.model_copy(update=update)
-
-
-def _pin(source: str) -> str:
-    return find_published(source).address if source.startswith(SCHEME) else source
-
-
-def _bring(source: str) -> str:
-    if not source.startswith(SCHEME):
-        return source
-    folder = tracking.resolve(find_published(source))
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    # A single file is read whatever its name; in a folder, names such as test.jsonl are held out.
-    return str(files[0] if len(files) == 1 else folder)
-
-
 def _find_versions(name: str) -> list[Run]:
     """Return the runs that hold the versions of a dataset, the oldest first."""
     runs = tracking.client().search_runs(
@@ -173,6 +137,6 @@ def _refer(run: Run, *, is_new: bool) -> Published:
         mlflow_run_id=run_id,
         name=tags[_NAME_TAG],
         version=tags[_VERSION_TAG],
-        address=f"{SCHEME}{tags[_NAME_TAG]}/{tags[_VERSION_TAG]}",
+        address=f"{PUBLISHED}{tags[_NAME_TAG]}/{tags[_VERSION_TAG]}",
         is_new=is_new,
     )

@@ -14,8 +14,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from schemas.artifacts import DatasetRecipe
 from schemas.config import RunConfig
 from tasks import tracking
+from tasks.addresses import PUBLISHED
 from tasks.registry import audit, lock
-from tasks.registry.publication import EXPERIMENT, SCHEME, PublicationError
+from tasks.registry.publication import EXPERIMENT, PublicationError
 
 _NAME_TAG, _NUMBER_TAG, _DIGEST_TAG = "sft.recipe_of", "sft.recipe_number", "sft.recipe_digest"
 
@@ -63,13 +64,13 @@ def need_recipe(name: str) -> DatasetRecipe:
 def _settle(config: RunConfig, name: str) -> dict[str, Any]:
     """Return the values to keep: what was set, with the dataset's address and whole paths."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    values["data"]["source"] = SCHEME + name
+    values["data"]["source"] = PUBLISHED + name
     parts = [(values["model"], "base_model"), (values["model"], "chat_template"), (values["data"], "eval_source")]
     parts += [(each, "source") for each in values["data"].get("mixture", ())]
     parts += [(each, "source") for each in values.get("evaluation", {}).get("probes", ())]
     for section, key in parts:
         text = section.get(key)
-        if text and not text.startswith(SCHEME) and (path := Path(text).expanduser()).exists():
+        if text and not text.startswith(PUBLISHED) and (path := Path(text).expanduser()).exists():
             section[key] = str(path.absolute())
     return values
 
@@ -85,7 +86,7 @@ def _write(name: str, number: int, digest: str, values: dict[str, Any], who: str
         tags = {
             "sft.published_by": who,
             "sft.published_at": audit.now(),
-            MLFLOW_RUN_NOTE: f"**{title}**: new versions of `{SCHEME}{name}` are trained with it, as {registered}.",
+            MLFLOW_RUN_NOTE: f"**{title}**: new versions of `{PUBLISHED}{name}` are trained with it, as {registered}.",
             _NAME_TAG: name,
             _DIGEST_TAG: digest,
             _NUMBER_TAG: str(number),

@@ -2,8 +2,9 @@
 
 import pytest
 
-from flows.accounting import account_rows, check_rejected, describe_rows, describe_run, judge_rejected
+from flows.accounting import account_rows, check_rejected, describe_rows, describe_run
 from flows.attempts import _differences
+from flows.rejected import judge_rejected
 from schemas.artifacts import DatasetRef, TokensRef
 from schemas.config import DataConfig
 from schemas.loading import parse_config

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from flows.service.deployments import read_deployments
 
@@ -23,3 +24,13 @@ def test_commands_and_what_they_start_do_without_what_is_only_looked_for() -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_check_imports_neither_the_servers_clients_nor_torch(tmp_path: Path) -> None:
+    rows = "".join(f'{{"prompt": "Say {number}.", "completion": "{number}"}}\n' for number in range(20))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    code = "import sys; from flows.cli import main; sys.argv = ['sft', 'check', 'rows.jsonl']\ntry:\n    main()\n"
+    code += "finally:\n    print(*(name for name in ('torch', 'mlflow', 'prefect') if sys.modules.get(name)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "Where every row went" in done.stdout
+    assert done.stdout.splitlines()[-1] == ""

@@ -8,7 +8,7 @@ from schemas.artifacts import Published
 from schemas.config import DataConfig
 from tasks import tracking
 from tasks.ingestion.sources.sources import digest_source
-from tasks.registry import publication
+from tasks.registry import publication, sources
 
 pytestmark = pytest.mark.usefixtures("tracked")
 
@@ -53,14 +53,14 @@ def test_an_address_in_a_config_is_read_as_the_files_were(tmp_path: Path, tracke
     file = tmp_path / "test.jsonl"  # in a folder, a file of this name would be held out
     published = _publish("read", file, '{"prompt": "a", "completion": "b"}\n')
     config = DataConfig(source="datasets:/read", eval_source="datasets:/read/1")
-    pinned = publication.pin_sources(config)
+    pinned = sources.pin_sources(config)
     assert (pinned.source, pinned.eval_source) == ("datasets:/read/1", "datasets:/read/1")
     tracking.resolve(published).rename(tracked / "as on another machine")
-    brought = publication.bring_sources(pinned)
+    brought = sources.bring_sources(pinned)
     assert Path(brought.source).read_text() == file.read_text()
     local = DataConfig(source=str(file), eval_source=str(file))
     assert digest_source(brought) == digest_source(local)
-    assert publication.bring_sources(local) == local
+    assert sources.bring_sources(local) == local
 
 
 def test_what_is_not_published_is_named_with_what_is(tmp_path: Path) -> None:
