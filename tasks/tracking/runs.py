@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import mlflow
@@ -101,8 +102,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def recorded_config(run_id: str) -> dict[str, Any]:
     """Return the config a parent run was started with."""
-    path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=CONFIG_FILE, tracking_uri=tracking_uri())
-    values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    with TemporaryDirectory() as folder:  # MLflow would leave one of its own
+        path = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=CONFIG_FILE, dst_path=folder, tracking_uri=tracking_uri()
+        )
+        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     return values
 
 

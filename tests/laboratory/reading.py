@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -36,8 +37,9 @@ def read_outcome(name: str) -> dict[str, Any]:
 def _read_accounting(run_id: str) -> dict[str, Any] | None:
     """Return where a finished run's rows went, or None where its report is lost."""
     try:
-        report = tracking.client().download_artifacts(run_id, "run_report.json")
-        dataset: dict[str, Any] = json.loads(Path(report).read_text(encoding="utf-8"))["dataset"]
+        with TemporaryDirectory() as folder:
+            report = tracking.client().download_artifacts(run_id, "run_report.json", folder)
+            dataset: dict[str, Any] = json.loads(Path(report).read_text(encoding="utf-8"))["dataset"]
     except (OSError, MlflowException, ValueError):
         return None
     return dataset

@@ -9,6 +9,7 @@ import socket
 import sys
 from inspect import signature as read_signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tasks.training.process.messages import TrainingJob
@@ -45,6 +46,7 @@ def start_ranks(job: TrainingJob, path: Path) -> None:
         ChildFailedError: one of them failed (and told the launcher why, if it could); the others were stopped.
         RendezvousError: the machines do not meet any more.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = job.config
@@ -54,8 +56,14 @@ def start_ranks(job: TrainingJob, path: Path) -> None:
     patience: dict[str, Any] = {"shutdown_timeout": int(_shutdown_seconds(job))} if known else {}
     if job.endpoint is not None:
         os.environ.update(OWN_STORE)
-    launch = LaunchConfig(nproc_per_node=config.num_processes, **patience, **_describe_meeting(job))
-    elastic_launch(launch, sys.executable)("-m", _MODULE, str(path))
+    with TemporaryDirectory(dir=path.parent, prefix=".agent-") as logs:  # PyTorch's own would stay among all users'
+        launch = LaunchConfig(
+            nproc_per_node=config.num_processes,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **patience,
+            **_describe_meeting(job),
+        )
+        elastic_launch(launch, sys.executable)("-m", _MODULE, str(path))
 
 
 def _describe_meeting(job: TrainingJob) -> dict[str, Any]:

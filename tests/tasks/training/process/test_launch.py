@@ -212,11 +212,15 @@ def test_no_process_outlives_a_killed_launcher(base_model: Path, tokens: Path, t
     job = replace(make_job(base_model, tokens, tmp_path), config=config)
     path = tmp_path / "given.json"
     write_job(job, path)
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(path)], stdout=subprocess.PIPE, text=True) as parent:
+    shared = tmp_path / "shared"  # by all users, and cleared by nobody for weeks
+    shared.mkdir()
+    command, environment = [sys.executable, "-c", PARENT, str(path)], {**os.environ, "TMPDIR": str(shared)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "training\n"
         processes = find_processes(job)
         assert len(processes) == 3
+        assert list(shared.glob("torchelastic_*")) == []
         os.kill(parent.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
