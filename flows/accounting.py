@@ -24,7 +24,7 @@ from schemas.artifacts import (
     TokensReport,
     TrainingReport,
 )
-from schemas.config import DataConfig, RunConfig, TrainingConfig
+from schemas.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
 from tasks import tracking
 from tasks.ingestion.reject_groups import group_rejects
 
@@ -154,12 +154,13 @@ def summarize_facts(
         },
         "Training": {
             "Base model": base_model.name + (f" @ {base_model.revision}" if base_model.revision else ""),
-            "Method": _describe_method(config.training),
+            "Method": _describe_method(config.training) if adapter.sweep is None else f"LoRA, {adapter.sweep.winner}",
             **_describe_objective(config.training),
             **_describe_adapted(adapter),
             "Steps": f"{adapter.num_steps:,}",
             "Trained tokens an epoch": f"{tokens.trained_tokens:,} of {tokens.total_tokens:,}",
             "Final loss": f"{adapter.final_loss:.4f}",
+            **_describe_sweep(adapter),
             "Speed": f"{adapter.tokens_per_second:,.0f} tokens/s",
         },
         "Merge": {
@@ -180,12 +181,50 @@ def _describe_method(config: TrainingConfig) -> str:
     return "the model's own weights: " + " and ".join(filter(None, (layers, ", ".join(config.trained_modules))))
 
 
+def correct_for_choice(config: EvaluationConfig, num_candidates: int) -> EvaluationConfig:
+    """Return the evaluation's settings with a level at which the best of so many candidates may be judged (Bonferroni).
+
+    The rows that chose the candidate judge it as well. Each interval and test is made so strict that all candidates'
+    together would have the level that was asked for.
+    """
+    if num_candidates == 1:
+        return config
+    level = 1 - (1 - config.confidence) / num_candidates
+    resamples = min(100_000, config.num_resamples * num_candidates)
+    return config.model_copy(update={"confidence": level, "num_resamples": resamples})
+
+
+def describe_choice(config: RunConfig) -> tuple[str, ...]:
+    """Say how the comparison was made stricter for a choice among candidates."""
+    number = config.training.sweep.num_candidates
+    if number == 1:
+        return ()
+    level = correct_for_choice(config.evaluation, number).confidence
+    return (
+        f"The fine-tuned model was chosen of {number} candidates by these held-out rows: intervals and tests are at "
+        f"{level:.2%} in place of {config.evaluation.confidence:.0%}",
+    )
+
+
 def _describe_objective(config: TrainingConfig) -> dict[str, str]:
     """Say what was optimized, where it is not the answers' likelihood."""
     if not config.is_paired:
         return {}
     smoothing = f", label smoothing {config.dpo.label_smoothing:g}" if config.dpo.label_smoothing else ""
     return {"Objective": f"preferences (DPO), loss {config.dpo.loss}, beta {config.dpo.beta:g}{smoothing}"}
+
+
+def _describe_sweep(adapter: AdapterRef) -> dict[str, str]:
+    """Return what became of each candidate of a sweep."""
+    if adapter.sweep is None:
+        return {}
+    told = {
+        f"Candidate {each.name}": f"held-out loss {each.loss:.4f}"
+        if each.loss is not None
+        else f"given up: {each.failure}"
+        for each in adapter.sweep.candidates
+    }
+    return {"Chosen": adapter.sweep.sentence, **told}
 
 
 def _describe_adapted(adapter: AdapterRef) -> dict[str, str]:
@@ -228,6 +267,7 @@ def build_report(
             peak_memory_bytes=adapter.peak_memory_bytes,
             adapted=adapter.adapted,
             warnings=adapter.warnings,
+            sweep=adapter.sweep,
         ),
         merge=merged.check,
         evaluation=EvaluationReport(

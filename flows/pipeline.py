@@ -12,6 +12,8 @@ from flows import gpu_stages
 from flows.accounting import (
     build_report,
     check_rejected,
+    correct_for_choice,
+    describe_choice,
     describe_run,
     name_warnings,
     summarize_facts,
@@ -116,7 +118,7 @@ def sft_pipeline(
             comparison = stages.compare_models(
                 before,
                 after,
-                config.evaluation,
+                correct_for_choice(config.evaluation, config.training.sweep.num_candidates),
                 config.registry.gate,
                 dataset=dataset,
                 champion=champion,
@@ -124,7 +126,13 @@ def sft_pipeline(
                 seed=config.seed,
                 title=title,
                 facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged, expected),
-                warnings=(*advice, *few, *name_warnings(dataset, tokens, probes), *adapter.warnings),
+                warnings=(
+                    *advice,
+                    *few,
+                    *describe_choice(config),
+                    *name_warnings(dataset, tokens, probes),
+                    *adapter.warnings,
+                ),
                 dpo=config.training.dpo,
                 train_run_id=str(adapter.mlflow_run_id),
                 parent_run_id=run,

@@ -97,6 +97,43 @@ class AdaptedWeights(BaseModel):
     """Which are not adapted and why, a sentence for each reason."""
 
 
+class CandidateReport(BaseModel):
+    """One training of a sweep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    learning_rate: float
+    rank: int
+    seed: int
+    loss: float | None
+    """Held-out; none where it was given up."""
+    failure: str = ""
+    """Why it was."""
+
+
+class SweepReport(BaseModel):
+    """Several trainings of which the best one was taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    winner: str
+    loss: float
+    """Held-out, as measured."""
+    corrected_loss: float | None
+    """With what the choice has made it too small, estimated; none where the candidates were trained one by one."""
+    candidates: tuple[CandidateReport, ...]
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in words."""
+        corrected = "" if self.corrected_loss is None else f", {self.corrected_loss:.4f} corrected for the choice"
+        return (
+            f"{self.winner} has the smallest held-out loss of {len(self.candidates)} candidates: {self.loss:.4f}"
+            f"{corrected}"
+        )
+
+
 class AdapterRef(Ref):
     """What was trained: a PEFT adapter, or weights of the model itself.
 
@@ -123,6 +160,8 @@ class AdapterRef(Ref):
     """Which of the base's weights it stands beside, or are trained themselves, by kind."""
     warnings: tuple[str, ...] = ()
     """What a person should know, such as over-fitting."""
+    sweep: SweepReport | None = None
+    """Of several candidates, of which it is the winner."""
 
 
 class MergeCheck(BaseModel):
@@ -399,6 +438,7 @@ class TrainingReport(BaseModel):
     adapted: tuple[AdaptedWeights, ...] = ()
     """Which of the base's weights the adapter stands beside, by kind."""
     warnings: tuple[str, ...] = ()
+    sweep: SweepReport | None = None
 
 
 class EvaluationReport(BaseModel):

@@ -263,6 +263,37 @@ class DpoConfig(Section):
         return self
 
 
+class SweepConfig(Section):
+    """Several trainings in one: every learning rate with every rank and every seed, and the best of them is taken."""
+
+    learning_rates: tuple[Annotated[float, Field(gt=0, le=1.0)], ...] = Field(default=(), title="Learning rates")
+    """Tried in place of training.learning_rate. Empty: that one."""
+    ranks: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(default=(), title="Ranks")
+    """Tried in place of training.rank; alpha moves along, so that the scale stays. Empty: that one."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(), title="Seeds")
+    """Of order and adapter's start. Empty: the run's own."""
+
+    @property
+    def num_candidates(self) -> int:
+        """How many trainings there are."""
+        return max(1, len(self.learning_rates)) * max(1, len(self.ranks)) * max(1, len(self.seeds))
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to try."""
+        return bool(self.learning_rates or self.ranks or self.seeds)
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        for name in ("learning_rates", "ranks", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} are {', '.join(map(str, values))}: name each once")
+        if self.num_candidates > 64:
+            raise ValueError(f"there are {self.num_candidates} candidates: at most 64 are trained side by side")
+        return self
+
+
 class TrainingConfig(Section):
     """What is trained, and how."""
 
@@ -270,6 +301,7 @@ class TrainingConfig(Section):
     """sft: the answers are learned; dpo: of two answers to a prompt (rows with chosen and rejected) the chosen one is
     preferred more than the base model does, which is usually a model after sft."""
     dpo: DpoConfig = Field(default=DpoConfig(), title="Preferences (dpo)")
+    sweep: SweepConfig = Field(default=SweepConfig(), title="Sweep")
     method: Literal["lora", "full", "freeze"] = Field(default="lora", title="Method")
     """lora: small matrices beside frozen layers; full: every weight of the text decoder; freeze: its last layers, or
     named modules, and nothing else. Full training usually wants a learning rate a tenth of LoRA's."""
@@ -392,6 +424,21 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"method is {self.method} and base_weights is {self.base_weights}: only a frozen base can be packed: "
                 "set base_weights full, or method lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> Self:
+        if not self.sweep.is_on:
+            return self
+        if self.num_nodes > 1:
+            raise ValueError(f"there is a sweep and num_nodes is {self.num_nodes}: a sweep is trained by one machine")
+        if self.sweep.ranks and not self.is_lora:
+            raise ValueError(f"sweep.ranks are of method lora, and method is {self.method}: leave ranks out")
+        if self.keeps_best or self.early_stopping_patience is not None:
+            raise ValueError(
+                "a sweep chooses by the held-out loss at the end: leave early_stopping_patience out, and set keep to "
+                "last or auto"
             )
         return self
 
@@ -637,6 +684,7 @@ class RunConfig(Section):
         wants = {
             "training.early_stopping_patience": self.training.early_stopping_patience,
             "training.keep": "best" if self.training.keep == "best" else None,
+            "training.sweep": f"of {self.training.sweep.num_candidates}" if self.training.sweep.is_on else None,
         }
         for name, value in wants.items():
             if value is not None:

@@ -101,7 +101,8 @@ class Decoder:
     def _groups(self) -> list[AdapterGroup | ExpertAdapters]:
         further = [] if self.layer_inputs is None else [self.layer_inputs.projection.adapters]
         groups = [*further, *(group for layer in self.layers for group in layer.adapters)]
-        return [group for group in groups if not isinstance(group, WeightGroup)]
+        singles = [single for group in groups for single in getattr(group, "lanes", (group,))]
+        return [group for group in singles if not isinstance(group, WeightGroup)]
 
 
 def compute_losses(

@@ -45,6 +45,7 @@ from tasks.training.sharded_optimizer import hand_over
 from tasks.training.sharding import is_sharded, is_zero, shard_base, shard_weights
 from tasks.training.shared_checkpoints import bring_checkpoints, share_result
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
+from tasks.training.sweep import train_sweep
 from tasks.training.throughput import count_useful_flop, measure_peak
 from tasks.training.validation import count_evals_since_best, find_overfitting
 from tasks.training.writing import CheckpointWriter
@@ -96,6 +97,11 @@ def train_adapter(
         CheckpointError: the run folder holds checkpoints of another run, or one cannot be written.
         TrainingStopped: `should_stop` said so; a checkpoint was written.
     """
+    if config.sweep.is_on:
+        return train_sweep(
+            base_model, tokens, run_folder, config, seed=seed, identity=identity, train=train_adapter,
+            on_step=on_step, on_eval=on_eval, should_stop=should_stop,
+        )  # fmt: skip
     saved = run_folder / "checkpoints"
     passed_over = bring_checkpoints(place, saved, with_best=config.keeps_best) if place is not None else []
     found, warnings = run_on_rank0(lambda: find_checkpoint(saved, identity, with_best=config.keeps_best))

@@ -5,6 +5,7 @@ B starts at zero, so that the first forward pass is the base model's. Routed exp
 [E, out, in] have an A and a B each; PEFT keeps them as one A [E r, in] and one B [out, r E].
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,49 @@ def attach_adapter(model: PreTrainedModel, config: TrainingConfig, *, seed: int)
     _check_attached(adapted, plan)
     _name_for_loading(adapted, plan)
     return adapted
+
+
+def attach_further(adapted: PeftModel, name: str, config: TrainingConfig, *, seed: int) -> None:
+    """Put a further adapter of another rank beside the same layers; it starts as it would by itself.
+
+    Args:
+        adapted: of `attach_adapter`.
+        name: of the adapter.
+        config: the training section, whose target_modules are those of the first one.
+        seed: of its start.
+    """
+    settings: Any = copy.deepcopy(adapted.peft_config["default"])
+    settings.r, settings.lora_alpha = config.rank, config.alpha
+    with torch.random.fork_rng(devices=[]), _literal_targets():
+        torch.manual_seed(seed)
+        adapted.add_adapter(name, settings)
+    for parameter_name, parameter in adapted.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+
+
+def list_adapters(adapted: PeftModel, name: str) -> dict[nn.Linear, tuple[nn.Parameter, nn.Parameter, float]]:
+    """Return the matrices A and B and the scale of one adapter, by the linear layer that they stand beside."""
+    found: dict[nn.Linear, tuple[nn.Parameter, nn.Parameter, float]] = {}
+    for module in adapted.modules():
+        matrices: Any = getattr(module, "lora_A", None)
+        if matrices is not None and name in matrices:
+            layer: Any = module
+            found[layer.base_layer] = (matrices[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+    return found
+
+
+def save_named(adapted: PeftModel, name: str, folder: Path) -> Path:
+    """Write one of several adapters as `save_adapter` writes a single one."""
+    partial = folder.parent / f".partial-{folder.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    adapted.save_pretrained(str(partial), save_embedding_layers=False, selected_adapters=[name])
+    written = partial if name == "default" else partial / name
+    _sort_modules(written / "adapter_config.json")
+    publish_folder(written, folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def collect_trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -41,6 +41,8 @@ class Objective:
     sum_figures: Callable[[Tensor, Batch], Tensor] | None = None
     """(log-probabilities [N], batch) -> their sums [K], to be divided as the losses; an objective that has them is
     judged by itself on held-out examples too, and one without by -log p of their tokens."""
+    list_losses: Callable[[Tensor, Batch], Tensor] | None = None
+    """(log-probabilities [N], batch) -> the loss of each pair [P], where the sum is one over pairs."""
 
 
 def _sum_weighted(log_probs: Tensor, batch: Batch) -> Tensor:

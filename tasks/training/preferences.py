@@ -50,9 +50,9 @@ def make_dpo(config: DpoConfig) -> Objective:
         found = sum_answers(log_probs, batch, is_mean=config.loss == "ipo")
         return (found - batch.reference.to(found.device, non_blocking=True)).view(-1, 2)
 
-    def sum_losses(log_probs: Tensor, batch: Batch) -> Tensor:
+    def list_losses(log_probs: Tensor, batch: Batch) -> Tensor:
         ratios = find_ratios(log_probs, batch)
-        return compute_pair_losses(ratios[:, 0] - ratios[:, 1], config).sum()
+        return compute_pair_losses(ratios[:, 0] - ratios[:, 1], config)
 
     def sum_figures(log_probs: Tensor, batch: Batch) -> Tensor:
         rewards = config.beta * find_ratios(log_probs, batch)
@@ -61,10 +61,11 @@ def make_dpo(config: DpoConfig) -> Objective:
 
     return Objective(
         f"direct preference optimization ({config.loss})",
-        sum_losses,
+        lambda log_probs, batch: list_losses(log_probs, batch).sum(),
         count=lambda batch: len(batch.example_ids) / 2,
         figures=FIGURES,
         sum_figures=sum_figures,
+        list_losses=list_losses,
     )
 
 

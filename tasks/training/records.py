@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from schemas.artifacts import AdaptedWeights
+from schemas.artifacts import AdaptedWeights, SweepReport
 
 
 class TrainingError(ValueError):
@@ -104,3 +104,5 @@ class TrainingOutcome:
     """GPU's or CPU's name."""
     flop_per_token: float = 0.0
     """Useful work; see throughput."""
+    sweep: SweepReport | None = None
+    """Of several candidates, of which this is the winner."""

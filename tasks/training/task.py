@@ -5,7 +5,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from uuid import UUID
 
 import polars as pl
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from schemas.artifacts import AdaptedWeights, AdapterRef, ModelRef, TokensRef
 from schemas.config import TrainingConfig
 from tasks import storage, tracking
+from tasks.training.candidates import name_candidates
 from tasks.training.cards import complete_folder
 from tasks.training.pace import PaceClock
 from tasks.training.process.launch import run_training
@@ -56,20 +58,22 @@ def train(
             seed=seed,
             identity=_identity(base_model, tokens, config, seed),
         )
-        pace = PaceClock(_step_reporter(log, progress))
-        outcome = run_training(
-            job,
-            on_step=pace.count,
-            on_eval=_eval_reporter(log, progress),
-            on_log=_line_reporter(progress),
-        )
+        with _candidate_logs(run_id, config, seed) as candidates:
+            pace = PaceClock(_step_reporter(log, candidates, progress))
+            outcome = run_training(
+                job,
+                on_step=pace.count,
+                on_eval=_eval_reporter(log, candidates, progress),
+                on_log=_line_reporter(progress),
+            )
         pace.note(outcome, job)
         for warning in outcome.warnings:
             logger.warning(warning)
         tracking.log_table(run_id, _tabulate(outcome.adapted), "adapted_weights.json")
         if (folder / "tensorboard").is_dir():
             tracking.log_folder(run_id, folder / "tensorboard", "tensorboard")
-        complete_folder(outcome.adapter, job.tokens / "tokenizer", base_model, config)
+        trained = config if outcome.sweep is None else name_candidates(config, seed)[outcome.sweep.winner]
+        complete_folder(outcome.adapter, job.tokens / "tokenizer", base_model, trained)
         ref = _publish(outcome, run_id, config)
         tracking.remember(run_id, ref)
         clear_training(job)
@@ -100,10 +104,36 @@ def _publish(outcome: TrainingOutcome, run_id: str, config: TrainingConfig) -> A
         peak_memory_bytes=outcome.peak_memory_bytes,
         adapted=outcome.adapted,
         warnings=tuple(outcome.warnings),
+        sweep=outcome.sweep,
     )
 
 
-def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord], None]:
+@contextmanager
+def _candidate_logs(run_id: str, config: TrainingConfig, seed: int) -> Iterator[dict[str, MetricLog]]:
+    """Open a child run for each candidate of a sweep, and give the functions that log their curves."""
+    with ExitStack() as stack:
+        logs: dict[str, MetricLog] = {}
+        for name, settings in name_candidates(config, seed).items() if config.sweep.is_on else ():
+            child = stack.enter_context(tracking.stage_run(run_id, name, settings))
+            logs[name] = stack.enter_context(tracking.metric_log(child))
+        yield logs
+
+
+def _log_figures(
+    log: MetricLog, candidates: Mapping[str, MetricLog], step: int, part: str, figures: Mapping[str, float]
+) -> None:
+    """Send figures to the run, and those of a candidate, which begin with its name, to its own."""
+    for name, value in figures.items():
+        owner, _, curve = name.rpartition("/")
+        if owner:
+            candidates[owner](step, {f"{part}/{curve}": value})
+        else:
+            log(step, {f"{part}/{curve}": value})
+
+
+def _step_reporter(
+    log: MetricLog, candidates: Mapping[str, MetricLog], progress: Progress
+) -> Callable[[StepRecord], None]:
     """Return a function that sends a step's curves to MLflow and its progress to terminal and Prefect."""
     show = _progress_shower(progress)
 
@@ -116,7 +146,7 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
             "train/epoch": record.epoch,
             "train/memory_bytes": record.memory_bytes,
         }
-        curves |= {f"train/{name}": value for name, value in record.figures.items()}
+        _log_figures(log, candidates, record.step, "train", record.figures)
         if record.utilisation is not None:
             curves["train/gpu_utilisation"] = record.utilisation
         if record.share_of_peak is not None:
@@ -127,13 +157,18 @@ def _step_reporter(log: MetricLog, progress: Progress) -> Callable[[StepRecord],
     return report
 
 
-def _eval_reporter(log: MetricLog, progress: Progress) -> Callable[[EvalRecord], None]:
+def _eval_reporter(
+    log: MetricLog, candidates: Mapping[str, MetricLog], progress: Progress
+) -> Callable[[EvalRecord], None]:
     """Return a function that sends an evaluation loss to MLflow and the log."""
     write = _line_reporter(progress)
 
     def report(record: EvalRecord) -> None:
-        log(record.step, {"eval/loss": record.loss} | {f"eval/{name}": each for name, each in record.figures.items()})
-        told = "".join(f", {name.replace('_', ' ')} {each:.3g}" for name, each in record.figures.items())
+        log(record.step, {"eval/loss": record.loss})
+        _log_figures(log, candidates, record.step, "eval", record.figures)
+        own = {name: each for name, each in record.figures.items() if "/" not in name}
+        told = "".join(f", {name.replace('_', ' ')} {each:.3g}" for name, each in own.items())
+        told += f", the smallest of {len(record.figures)}" if len(record.figures) > len(own) + 1 else ""
         write(logging.INFO, f"Step {record.step}: evaluation loss {record.loss:.4f}{told}")
 
     return report

@@ -39,6 +39,7 @@ _EXPERTS = {**_LEAN, "rank": 16, "alpha": 32, "tokens_per_pack": 16384, "gradien
 _PEERS_EXPERTS = {"rank": 16, "batch": 4, "accumulation": 4}
 _DELTA_NET = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 _EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]
 # What is run: who, shape, settings; steps in all.
 RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
@@ -63,6 +64,23 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-moonlight-16b": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
     "ours-moonlight-16b-general": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-olmo3-7b": ("ours", "olmo3-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
+    # Pairs: a step has as many tokens as the peer's 16 pairs.
+    "ours-7b-dpo": ("ours", "qwen2.5-7b", {"objective": "dpo", "micro_batch": 16, "learning_rate": 1e-5}, 20),
+    "trl-7b-dpo": (
+        "trl",
+        "qwen2.5-7b",
+        {"dpo": True, "checkpointing": False, "batch": 4, "accumulation": 4},
+        9,
+    ),
+    "trl-7b-dpo-lean": ("trl", "qwen2.5-7b", {"dpo": True, "checkpointing": True, "batch": 8, "accumulation": 2}, 9),
+    # Eight trainings with the default steps, side by side; their tokens together.
+    "ours-0.6b-sweep": ("ours", "qwen3-0.6b", {"sweep": {"learning_rates": _RATES}}, 30),
+    "ours-0.6b-sweep-ranks": (
+        "ours",
+        "qwen3-0.6b",
+        {"sweep": {"learning_rates": _RATES[:2], "ranks": [16, 64], "seeds": [0, 1]}},
+        30,
+    ),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -190,6 +208,10 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("gpt-oss 20B, beside the general engine", "ours-gpt-oss-20b", "ours-gpt-oss-20b-general", 1.0, None),
     ("Moonlight 16B-A3B, experts adapted, checkpointing", "ours-moonlight-16b", "trl-moonlight-16b", 1.3, None),
     ("Moonlight 16B-A3B, beside the general engine", "ours-moonlight-16b", "ours-moonlight-16b-general", 1.0, None),
+    ("7B, preferences (DPO)", "ours-7b-dpo", "trl-7b-dpo", 1.3, None),
+    ("7B, preferences, beside TRL with checkpointing", "ours-7b-dpo", "trl-7b-dpo-lean", 1.3, None),
+    ("0.6B, sweep of 8, beside one after the other", "ours-0.6b-sweep", "ours-0.6b-defaults", 1.8, None),
+    ("0.6B, sweep of rates, ranks, seeds", "ours-0.6b-sweep-ranks", "ours-0.6b-defaults", 1.8, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),

@@ -42,6 +42,53 @@ def _read_vocabulary(folder: Path) -> int:
     return size
 
 
+def draw_pairs() -> list[dict[str, list[int]]]:
+    """Give every row a second answer, of another row's length."""
+    import numpy as np
+
+    lengths = draw_lengths()
+    generator = np.random.default_rng(2)
+    others = generator.permutation([answer for _, answer in lengths]).tolist()
+    return [
+        {
+            "prompt_ids": generator.integers(10, 150_000, prompt).tolist(),
+            "chosen_ids": generator.integers(10, 150_000, answer).tolist(),
+            "rejected_ids": generator.integers(10, 150_000, min(other, 2048 - prompt)).tolist(),
+        }
+        for (prompt, answer), other in zip(lengths, others, strict=True)
+    ]
+
+
+def write_pairs(folder: Path) -> Path:
+    """Write the pairs as a tokens folder, unless it is there."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    if not (folder / "train.parquet").exists():
+        folder.mkdir(exist_ok=True)
+        kind = pa.list_(pa.int32())
+        rows = draw_pairs()
+        columns: dict[str, Any] = {"example_id": [f"row {number}" for number in range(len(rows))]}
+        for name, ids, labels in (("chosen", "input_ids", "labels"), ("rejected", "rejected_ids", "rejected_labels")):
+            answers = [row[f"{name}_ids"] for row in rows]
+            pairs = list(zip((row["prompt_ids"] for row in rows), answers, strict=True))
+            columns[ids] = pa.array([prompt + answer for prompt, answer in pairs], kind)
+            columns[labels] = pa.array([[-100] * len(prompt) + answer for prompt, answer in pairs], kind)
+        pq.write_table(pa.table(columns), folder / "train.parquet")
+    return folder
+
+
+def hold_out(tokens: Path, folder: Path) -> Path:
+    """Write a tokens folder with the same rows to train, and 64 of them held out, unless it is there."""
+    import pyarrow.parquet as pq
+
+    if not (folder / "eval.parquet").exists():
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(tokens / "train.parquet", folder / "train.parquet")
+        pq.write_table(pq.read_table(tokens / "train.parquet").slice(0, 64), folder / "eval.parquet")
+    return folder
+
+
 def summarize(times: list[float], tokens: list[int], skip: int) -> dict[str, Any]:
     """Return the rate after the first `skip` steps, and the memory at its highest."""
     import torch
@@ -87,7 +134,10 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     config = TrainingConfig(**settings, max_steps=steps + is_left, checkpoint_every_steps=10_000)
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    job = TrainingJob(folder / "model", folder / "tokens", run, config, seed=0, identity="benchmark")
+    tokens = write_pairs(folder / "pairs") if config.is_paired else folder / "tokens"
+    if config.sweep.is_on:
+        tokens = hold_out(tokens, folder / "held-out")
+    job = TrainingJob(folder / "model", tokens, run, config, seed=0, identity="benchmark")
     started = time.perf_counter()
     peak_bytes = 0
     if is_left:
@@ -139,10 +189,38 @@ def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=settings.get("parameters"),
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    config = SFTConfig(**_trainer_settings(folder, settings, steps), use_liger_kernel=True, bf16=True)
+    arguments = _trainer_settings(folder, settings, steps)
+    if settings.get("dpo"):
+        return _run_trl_dpo(folder, model, adapter, arguments, steps)
+    config = SFTConfig(**arguments, use_liger_kernel=True, bf16=True)
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(draw_rows(_read_vocabulary(folder))),
         peft_config=None if is_full else adapter,
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )  # fmt: skip
+    return _time_trainer(trainer, steps)
+
+
+def _run_trl_dpo(folder: Path, model: Any, adapter: Any, arguments: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run TRL's DPO at its best: the reference computed beforehand, Liger's kernels; it has no packing."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
+        def _prepare_dataset(self, dataset: Any, *arguments: Any, **further: Any) -> Any:
+            return dataset  # has ids already
+
+    for name in ("packing", "completion_only_loss"):
+        arguments.pop(name)
+    config = DPOConfig(
+        **{**arguments, "learning_rate": 1e-5}, precompute_ref_log_probs=True, precompute_ref_batch_size=16,
+        use_liger_kernel=True, bf16=True, beta=0.1,
+    )  # fmt: skip
+    # The reference of the rows that the steps take is not timed, and no more rows are there than these.
+    count = steps * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    trainer = Trainer(
+        model=model, args=config, train_dataset=Dataset.from_list(draw_pairs()[:count]), peft_config=adapter,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )  # fmt: skip
     return _time_trainer(trainer, steps)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.artifacts import AdaptedWeights
+from schemas.artifacts import AdaptedWeights, SweepReport
 from schemas.config import TrainingConfig
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
 
@@ -68,7 +68,8 @@ def encode(kind: str, values: Mapping[str, Any]) -> bytes:
 def describe_outcome(outcome: TrainingOutcome) -> dict[str, Any]:
     """Return an outcome as JSON values."""
     adapted = [row.model_dump(mode="json") for row in outcome.adapted]
-    return {**asdict(outcome), "adapter": str(outcome.adapter), "adapted": adapted}
+    sweep = None if outcome.sweep is None else outcome.sweep.model_dump(mode="json")
+    return {**asdict(outcome), "adapter": str(outcome.adapter), "adapted": adapted, "sweep": sweep}
 
 
 def read_outcome(values: Mapping[str, Any]) -> TrainingOutcome:
@@ -76,7 +77,9 @@ def read_outcome(values: Mapping[str, Any]) -> TrainingOutcome:
     kept = {name: value for name, value in values.items() if name != "kind"}
     adapted = tuple(AdaptedWeights.model_validate(row) for row in kept["adapted"])
     warnings = tuple(kept["warnings"])
-    return TrainingOutcome(**{**kept, "adapter": Path(kept["adapter"]), "adapted": adapted, "warnings": warnings})
+    sweep = None if kept["sweep"] is None else SweepReport.model_validate(kept["sweep"])
+    changed = {"adapter": Path(kept["adapter"]), "adapted": adapted, "warnings": warnings, "sweep": sweep}
+    return TrainingOutcome(**{**kept, **changed})
 
 
 def read_step(values: Mapping[str, Any]) -> StepRecord:

@@ -1,0 +1,534 @@
+"""A sweep: several learning rates, ranks and seeds over one frozen model, side by side in one pass, and the best one.
+
+Each candidate has the rows, the order, the start, the optimizer and the learning rates that it would have by itself,
+and ends with the adapter that it would have by itself; the products with the frozen weights are made for all of them
+at once. Where the fused engine has no lanes for a model or a setting, they are trained one after the other.
+
+The one with the smallest held-out loss is taken. Of several noisy losses the smallest is small by chance too: by how
+much is estimated by choosing again in resamples of the held-out examples (Efron, 1983), and said along.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from schemas.artifacts import CandidateReport, SweepReport
+from schemas.config import TrainingConfig
+from tasks.speeds import name_device
+from tasks.tokenization.labels import IGNORE_INDEX
+from tasks.training.adamw import build_adamw
+from tasks.training.batches import Batch, iterate_steps
+from tasks.training.candidates import list_settings
+from tasks.training.checkpoints import (
+    CheckpointError,
+    Progress,
+    find_checkpoint,
+    name_checkpoint,
+    restore_checkpoint,
+    take_snapshot,
+    write_snapshot,
+)
+from tasks.training.distributed import world_size
+from tasks.training.engines.side_by_side import LaneEngine, UnknownDecoderError, build_lanes
+from tasks.training.lora import attach_further, collect_trained, save_named
+from tasks.training.memory import read_memory, reset_memory
+from tasks.training.objective import Objective
+from tasks.training.optimizers import WholeOptimizer
+from tasks.training.preferences import find_reference
+from tasks.training.preparation import Setup, prepare_training
+from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
+from tasks.training.schedule import compute_learning_rate
+from tasks.training.sharding import is_sharded
+from tasks.training.throughput import count_useful_flop
+from tasks.training.token_table import TokenTable
+
+logger = logging.getLogger(__name__)
+
+_NUM_RESAMPLES = 2000
+Train = Callable[..., TrainingOutcome]
+
+
+@dataclass
+class Candidate:
+    """One of the trainings of a sweep."""
+
+    name: str
+    config: TrainingConfig
+    seed: int
+    progress: Progress = field(default_factory=Progress)
+    failure: str = ""
+    """Why it was given up."""
+    losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    """Loss and what it is divided by of each held-out example, [E, 2], of the last evaluation."""
+
+    @property
+    def eval_loss(self) -> float:
+        """Of the last evaluation; infinite where it was given up."""
+        return math.inf if self.failure or not self.progress.evaluations else self.progress.evaluations[-1].loss
+
+
+def train_sweep(
+    base_model: Path,
+    tokens: Path,
+    run_folder: Path,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    identity: str,
+    train: Train,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_eval: Callable[[EvalRecord], None] = lambda record: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingOutcome:
+    """Train all candidates of a config, going on from their newest common checkpoint, and keep the best adapter.
+
+    Args:
+        base_model: as in `train_adapter`, like all that is not named here.
+        tokens: see there.
+        run_folder: gets adapter/ of the winner, and candidates/ with their checkpoints.
+        config: with a sweep.
+        seed: of candidates, where the sweep names none.
+        identity: see there.
+        train: `train_adapter`, for candidates that have to be trained one after the other.
+        on_step: called once a step; its figures are the candidates', as name/curve.
+        on_eval: the same.
+        should_stop: see there.
+
+    Raises:
+        TrainingError: as there; there is no held-out example, or every candidate was given up.
+    """
+    candidates = [Candidate(*settings) for settings in list_settings(config, seed)]
+    setup: Setup | None = None
+    try:
+        if world_size() > 1 or is_sharded(config):
+            raise UnknownDecoderError("several processes train it")
+        setup = prepare_training(
+            base_model, tokens, run_folder / "examples", candidates[0].config, seed=candidates[0].seed
+        )
+        if setup.eval_table is None:
+            raise TrainingError(
+                "training.sweep chooses by held-out loss, and there are no held-out examples: set data.eval_fraction"
+            )
+        lanes = _attach(setup, candidates)
+    except UnknownDecoderError as error:
+        logger.warning("The candidates of the sweep are trained one after the other: %s", error)
+        del setup
+        arguments: dict[str, Any] = {"identity": identity, "should_stop": should_stop}
+        listeners: dict[str, Callable[[Any], None]] = {"on_step": on_step, "on_eval": on_eval}
+        return _train_in_turn(base_model, tokens, run_folder, candidates, train, arguments, listeners)
+    logger.info("Training with the %s", lanes.describe())
+    run = _Sweep(setup, lanes, candidates, run_folder, identity)
+    run.begin()
+    run.train(on_step, on_eval, should_stop)
+    return run.end()
+
+
+def _attach(setup: Setup, candidates: Sequence[Candidate]) -> LaneEngine:
+    """Put the further candidates' adapters beside the first one's, and return the engine for all.
+
+    Raises:
+        UnknownDecoderError: there is none.
+    """
+    if not candidates[0].config.is_lora or candidates[0].config.use_dora or candidates[0].config.modules_to_save:
+        raise UnknownDecoderError("it is not plain LoRA")
+    for number, candidate in enumerate(candidates[1:], start=1):
+        attach_further(setup.model, _name(number), candidate.config, seed=candidate.seed)
+    setup.model.to(setup.device)
+    lengths = sorted((int(setup.table.lengths[list(row)].sum()) for row in setup.rows), reverse=True)
+    rows = setup.config.micro_batch * setup.config.gradient_accumulation_steps
+    names = [_name(number) for number in range(len(candidates))]
+    return build_lanes(setup.engine, setup.model, names, setup.config, step_tokens=sum(lengths[:rows]))
+
+
+def _name(number: int) -> str:
+    """Return PEFT's name of a candidate's adapter."""
+    return "default" if number == 0 else f"candidate{number}"
+
+
+@dataclass
+class _Sweep:
+    """Candidates under way, side by side."""
+
+    setup: Setup
+    lanes: LaneEngine
+    candidates: list[Candidate]
+    run_folder: Path
+    identity: str
+    step: int = 0
+    resumed_from_step: int | None = None
+    peak_memory_bytes: int = 0
+    parameters: list[dict[str, nn.Parameter]] = field(default_factory=list)
+    optimizers: list[WholeOptimizer] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Make the optimizers, and go on from the newest checkpoint that all candidates have."""
+        trained = collect_trained(self.setup.model)
+        flats = self.lanes.bind_gradients()
+        for number, (candidate, flat) in enumerate(zip(self.candidates, flats, strict=True)):
+            own = {name: value for name, value in trained.items() if f".{_name(number)}." in name}
+            optimizer = build_adamw(list(own.values()), candidate.config)
+            self.lanes.attach_to(optimizer)
+            self.parameters.append(own)
+            self.optimizers.append(WholeOptimizer(own, optimizer, candidate.config.max_grad_norm, flat))
+        found = [
+            find_checkpoint(self._folder(candidate), self._identify(candidate))[0] for candidate in self.candidates
+        ]
+        steps = [int(path.name.removeprefix("step-")) for path in found if path is not None]
+        common = min(steps) if len(steps) == len(found) else None
+        if common is not None:
+            for candidate, own, adamw in zip(self.candidates, self.parameters, self.optimizers, strict=True):
+                path = name_checkpoint(self._folder(candidate), common)
+                if not path.is_dir():
+                    raise CheckpointError(f"{path} is gone, and another candidate has it: delete {self.run_folder}")
+                candidate.progress = restore_checkpoint(path, parameters=own, optimizer=adamw.optimizer)
+            self.step = self.resumed_from_step = common
+            logger.info("Resuming from step %d of %d", common, self.setup.num_steps)
+        if self.setup.config.is_paired:
+            assert self.setup.eval_table is not None
+            tables = {"train": self.setup.table, "eval": self.setup.eval_table}
+            found_tables = find_reference(
+                self.run_folder, self.identity, tables, self.setup.model, self.setup.engine, self.setup.config,
+                has_begun=common is not None,
+            )  # fmt: skip
+            self.setup = replace(self.setup, table=found_tables["train"], eval_table=found_tables["eval"])
+
+    def train(
+        self,
+        on_step: Callable[[StepRecord], None],
+        on_eval: Callable[[EvalRecord], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Do the remaining steps.
+
+        Raises:
+            TrainingStopped: `should_stop` said so; a checkpoint was written.
+        """
+        setup = self.setup
+        streams = [self._iterate(candidate) for candidate in self.candidates]
+        while self.step < setup.num_steps:
+            if should_stop():
+                self._save()
+                raise TrainingStopped(f"stopped after step {self.step} of {setup.num_steps}")
+            reset_memory(setup.device)
+            started = time.perf_counter()
+            batches = [next(stream) for stream in streams]
+            told = self._descend(batches)
+            self.step += 1
+            on_step(self._record(batches, told, time.perf_counter() - started))
+            is_last = self.step == setup.num_steps
+            if self.step % setup.eval_every_steps == 0 or is_last:
+                on_eval(self._evaluate())
+            if self.step % setup.config.checkpoint_every_steps == 0 or is_last:
+                self._save()
+
+    def end(self) -> TrainingOutcome:
+        """Save the winner, and say what came of all."""
+        setup = self.setup
+        report = choose(self.candidates)
+        number = [candidate.name for candidate in self.candidates].index(report.winner)
+        winner = self.candidates[number]
+        folder = save_named(setup.model, _name(number), self.run_folder / "adapter")
+        logger.info(report.sentence)
+        tokens = sum(candidate.progress.num_tokens for candidate in self.candidates)
+        losses = winner.progress.losses
+        given_up = [f"{each.name} was given up: {each.failure}" for each in self.candidates if each.failure]
+        return TrainingOutcome(
+            adapter=folder,
+            num_steps=self.step,
+            final_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
+            best_eval_loss=min(record.loss for record in winner.progress.evaluations),
+            adapter_step=self.step,
+            resumed_from_step=self.resumed_from_step,
+            num_examples=len(setup.table.group_lengths),
+            num_packs=len(setup.rows),
+            packing_efficiency=1.0,
+            num_trained_tokens=winner.progress.num_trained_tokens,
+            num_trainable_parameters=sum(value.numel() for value in self.parameters[number].values()),
+            tokens_per_second=tokens / max(self.candidates[0].progress.train_seconds, 1e-9),
+            peak_memory_bytes=self.peak_memory_bytes,
+            adapted=setup.adapted,
+            warnings=(*setup.notes, *given_up),
+            engine=self.lanes.describe(),
+            device=name_device(),
+            flop_per_token=count_useful_flop(setup.model),
+            sweep=report,
+        )
+
+    def _iterate(self, candidate: Candidate) -> Iterator[list[Batch]]:
+        """Give the batches of a candidate's remaining steps, as it would have them by itself."""
+        return iterate_steps(
+            self.setup.table, self.setup.rows, candidate.config, seed=candidate.seed, first=self.step,
+            last=self.setup.num_steps, form_step=partial(self.lanes.form_step),
+        )  # fmt: skip
+
+    def _descend(self, batches: list[list[Batch]]) -> list[tuple[float, float]]:
+        """Do a step of every candidate that is not given up; return loss and gradient norm of each."""
+        objective = self.setup.objective
+        live = [[] if each.failure else own for each, own in zip(self.candidates, batches, strict=True)]
+        sizes = [sum(objective.count(batch) for batch in own) or 1.0 for own in live]
+        sums = [torch.zeros((), device=self.setup.device) for _ in live]
+        for parts in zip_longest(*live):
+            log_probs = self.lanes.compute_log_probs(parts)
+            losses = [
+                None if batch is None else objective.sum_losses(own, batch)
+                for own, batch in zip(log_probs, parts, strict=True)
+            ]
+            terms = [loss / size for loss, size in zip(losses, sizes, strict=True) if loss is not None]
+            torch.stack(terms).sum().backward()
+            sums = [total if loss is None else total + loss.detach() for total, loss in zip(sums, losses, strict=True)]
+        norms: list[Tensor] = []
+        for candidate, own, adamw, total in zip(self.candidates, live, self.optimizers, sums, strict=True):
+            if not own:
+                norms.append(torch.zeros((), device=self.setup.device))
+                continue
+            adamw.sum(total)
+            norms.append(adamw.clip())
+            rate = compute_learning_rate(self.step, self.setup.num_steps, candidate.config)
+            adamw.move(rate, torch.isfinite(total) & torch.isfinite(norms[-1]))
+        found = torch.stack([torch.stack(sums), torch.stack(norms)]).tolist()
+        told = [(total / size, norm) for total, norm, size in zip(*found, sizes, strict=True)]
+        for candidate, own, (loss, norm) in zip(self.candidates, live, told, strict=True):
+            if own and not (math.isfinite(loss) and math.isfinite(norm)):
+                self._give_up(candidate, f"step {self.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}")
+        return told
+
+    def _give_up(self, candidate: Candidate, why: str) -> None:
+        """Train a candidate no further.
+
+        Raises:
+            TrainingError: it was the last one.
+        """
+        candidate.failure = why
+        logger.warning("%s is given up: %s", candidate.name, why)
+        if all(each.failure for each in self.candidates):
+            raise TrainingError(
+                f"every candidate of the sweep was given up, the last one at {why}: lower the rates, or set "
+                "training.precision to fp32"
+            )
+
+    def _record(self, batches: list[list[Batch]], told: list[tuple[float, float]], seconds: float) -> StepRecord:
+        """Count a step, and return it with each candidate's curves."""
+        figures: dict[str, float] = {}
+        num_tokens = num_trained = 0
+        for candidate, own, (loss, norm) in zip(self.candidates, batches, told, strict=True):
+            if candidate.failure:
+                continue
+            progress = candidate.progress
+            progress.step = self.step
+            progress.losses.append(loss)
+            progress.num_tokens += sum(batch.num_tokens for batch in own)
+            progress.num_trained_tokens += sum(batch.num_trained_tokens for batch in own)
+            num_tokens += sum(batch.num_tokens for batch in own)
+            num_trained += sum(batch.num_trained_tokens for batch in own)
+            rate = compute_learning_rate(self.step - 1, self.setup.num_steps, candidate.config)
+            figures |= {
+                f"{candidate.name}/loss": loss,
+                f"{candidate.name}/grad_norm": norm,
+                f"{candidate.name}/learning_rate": rate,
+            }
+        for candidate in self.candidates:
+            candidate.progress.train_seconds += seconds
+        live = [pair for each, pair in zip(self.candidates, told, strict=True) if not each.failure]
+        memory = read_memory(self.setup.device)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
+        return StepRecord(
+            step=self.step,
+            num_steps=self.setup.num_steps,
+            epoch=self.step / self.setup.steps_per_epoch,
+            loss=min(loss for loss, _ in live),
+            learning_rate=compute_learning_rate(self.step - 1, self.setup.num_steps, self.setup.config),
+            grad_norm=max(norm for _, norm in live),
+            num_tokens=num_tokens,
+            num_trained_tokens=num_trained,
+            tokens_per_second=num_tokens / max(seconds, 1e-9),
+            memory_bytes=memory,
+            figures=figures,
+        )
+
+    def _evaluate(self) -> EvalRecord:
+        """Compute each candidate's held-out loss; return the smallest, and all as figures."""
+        table = self.setup.eval_table
+        assert table is not None
+        live = [candidate for candidate in self.candidates if not candidate.failure]
+        found = self._compute_held_out(table)
+        for candidate in live:
+            candidate.losses = found[candidate.name]
+            total, count = candidate.losses.sum(axis=0)
+            progress = candidate.progress
+            since = progress.losses[progress.evaluations[-1].step if progress.evaluations else 0 :]
+            progress.evaluations.append(
+                EvalRecord(
+                    self.step,
+                    self.setup.num_steps,
+                    self.step / self.setup.steps_per_epoch,
+                    float(total / count),
+                    sum(since) / len(since),
+                    is_best=all(total / count < earlier.loss for earlier in progress.evaluations),
+                )
+            )
+            if not math.isfinite(total):
+                self._give_up(candidate, f"step {self.step}: held-out loss {total / count:.4g}")
+        best = min(self.candidates, key=lambda candidate: candidate.eval_loss)
+        record = best.progress.evaluations[-1]
+        figures = {f"{each.name}/loss": each.progress.evaluations[-1].loss for each in live if not each.failure}
+        return replace(record, figures=figures)
+
+    @torch.no_grad()
+    def _compute_held_out(self, table: TokenTable) -> dict[str, NDArray[np.float64]]:
+        """Return loss and divisor of each held-out example, or pair, of each candidate."""
+        objective = self.setup.objective
+        sums = {each.name: np.zeros((len(table.group_lengths), 2)) for each in self.candidates if not each.failure}
+        model = self.setup.model
+        was_training = model.training
+        model.eval()
+        for batch in self.lanes.form_evaluation(table):
+            log_probs = self.lanes.compute_log_probs([None if each.failure else batch for each in self.candidates])
+            for candidate, own in zip(self.candidates, log_probs, strict=True):
+                if not candidate.failure:
+                    np.add.at(sums[candidate.name], *_list_losses(objective, own, batch, table.group))
+        model.train(was_training)
+        return sums
+
+    def _save(self) -> None:
+        """Write a checkpoint of each candidate."""
+        for candidate, own, adamw in zip(self.candidates, self.parameters, self.optimizers, strict=True):
+            snapshot = take_snapshot(
+                parameters=own, optimizer=adamw.optimizer, progress=replace(candidate.progress, step=self.step),
+                identity=self._identify(candidate),
+            )  # fmt: skip
+            if snapshot is not None:
+                write_snapshot(snapshot, self._folder(candidate), keep=candidate.config.keep_checkpoints)
+
+    def _folder(self, candidate: Candidate) -> Path:
+        return self.run_folder / "candidates" / candidate.name / "checkpoints"
+
+    def _identify(self, candidate: Candidate) -> str:
+        return f"{self.identity} {candidate.name}"
+
+
+def _list_losses(
+    objective: Objective, log_probs: Tensor, batch: Batch, group: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the numbers of a batch's examples, or pairs, and loss and divisor of each [., 2]."""
+    numbers = np.array(batch.indices[::group]) // group
+    if objective.list_losses is not None:
+        losses = objective.list_losses(log_probs, batch).double().cpu().numpy()
+        return numbers, np.stack([losses, np.ones_like(losses)], axis=1)
+    assert batch.segments is not None
+    assert batch.trained is not None
+    # The last segment may be padding, of which nothing is trained.
+    owners = np.repeat(np.arange(len(batch.segments.lengths)), batch.segments.lengths)[batch.trained.numpy()]
+    is_trained = batch.choose(batch.targets).numpy() != IGNORE_INDEX
+    values = np.stack([-log_probs.double().cpu().numpy(), np.ones(len(owners))], axis=1)[is_trained]
+    sums = np.zeros((len(batch.segments.lengths), 2))
+    np.add.at(sums, owners[is_trained], values)
+    return numbers, sums[: len(numbers)]
+
+
+def _train_in_turn(
+    base_model: Path,
+    tokens: Path,
+    run_folder: Path,
+    candidates: list[Candidate],
+    train: Train,
+    arguments: dict[str, Any],
+    listeners: dict[str, Callable[[Any], None]],
+) -> TrainingOutcome:
+    """Train the candidates one after the other; return the winner's outcome with a report on all."""
+    outcomes: dict[str, TrainingOutcome] = {}
+    for candidate in candidates:
+
+        def tell(listener: Callable[[Any], None], name: str, record: Any) -> None:
+            kept = ("loss", "grad_norm", "learning_rate")
+            figures = {f"{name}/{key}": getattr(record, key) for key in kept if hasattr(record, key)}
+            listener(replace(record, figures=figures))
+
+        def note(record: EvalRecord, own: Candidate = candidate) -> None:
+            own.progress.evaluations.append(record)
+            tell(listeners["on_eval"], own.name, record)
+
+        try:
+            outcomes[candidate.name] = train(
+                base_model, tokens, run_folder / "candidates" / candidate.name, candidate.config, seed=candidate.seed,
+                **{**arguments, "identity": f"{arguments['identity']} {candidate.name}"},
+                on_step=partial(tell, listeners["on_step"], candidate.name), on_eval=note,
+            )  # fmt: skip
+        except CheckpointError:
+            raise
+        except TrainingError as error:
+            candidate.failure = str(error)
+            logger.warning("%s is given up: %s", candidate.name, error)
+            continue
+        best = outcomes[candidate.name].best_eval_loss
+        if best is None:
+            raise TrainingError(
+                "training.sweep chooses by held-out loss, and there are no held-out examples: set data.eval_fraction"
+            )
+    if not outcomes:
+        raise TrainingError(f"every candidate of the sweep was given up, the last one with: {candidates[-1].failure}")
+    report = choose(candidates)
+    logger.info(report.sentence)
+    return replace(outcomes[report.winner], sweep=report)
+
+
+def choose(candidates: Sequence[Candidate]) -> SweepReport:
+    """Return which candidate has the smallest held-out loss, and what is left of it after it was chosen."""
+    winner = min(candidates, key=lambda candidate: candidate.eval_loss)
+    live = [candidate for candidate in candidates if not candidate.failure]
+    corrected = None
+    if all(len(candidate.losses) for candidate in live):
+        corrected = winner.eval_loss + estimate_optimism(np.stack([candidate.losses for candidate in live]))
+    return SweepReport(
+        winner=winner.name,
+        loss=winner.eval_loss,
+        corrected_loss=corrected,
+        candidates=tuple(
+            CandidateReport(
+                name=each.name,
+                learning_rate=each.config.learning_rate,
+                rank=each.config.rank,
+                seed=each.seed,
+                loss=None if each.failure else each.eval_loss,
+                failure=each.failure,
+            )
+            for each in candidates
+        ),
+    )
+
+
+def estimate_optimism(losses: NDArray[np.float64], *, seed: int = 0) -> float:
+    """Return by how much the smallest of several held-out losses is expected to be too small, for being the smallest.
+
+    In each resample of the examples the best candidate is chosen again; its loss there is too small by what it has more
+    on all examples. The mean over the resamples estimates the same of the choice that was made.
+
+    Args:
+        losses: of candidates and examples: sum and divisor, [K, E, 2].
+        seed: of the resamples.
+
+    Returns:
+        0 for one candidate, and never below.
+    """
+    num_candidates, num_examples, _ = losses.shape
+    if num_candidates < 2 or num_examples < 2:
+        return 0.0
+    whole = losses[:, :, 0].sum(axis=1) / losses[:, :, 1].sum(axis=1)
+    generator = np.random.default_rng(seed)
+    gaps = np.empty(_NUM_RESAMPLES)
+    for number in range(_NUM_RESAMPLES):
+        counts = np.bincount(generator.integers(num_examples, size=num_examples), minlength=num_examples)
+        drawn = (losses[:, :, 0] @ counts) / (losses[:, :, 1] @ counts)
+        best = int(drawn.argmin())
+        gaps[number] = whole[best] - drawn[best]
+    return max(0.0, float(gaps.mean()))

@@ -1,0 +1,136 @@
+"""Candidates of a sweep end as they would by themselves, and the best of them is taken without pretending."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from schemas.config import SweepConfig, TrainingConfig
+from tasks.training.candidates import list_settings
+from tasks.training.loop import train_adapter
+from tasks.training.process.messages import describe_outcome, read_outcome
+from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
+from tasks.training.sweep import Candidate, choose, estimate_optimism
+from tests.tasks.training.conftest import write_tokens
+from tests.tasks.training.families import build_family
+from tests.tasks.training.test_preferences import write_pairs
+
+SWEEP = SweepConfig(learning_rates=(5e-3, 1e-2), ranks=(2, 4))
+
+
+def train(folder: Path, base_model: Path, tokens: Path, config: TrainingConfig, seed: int = 3, **more: Any) -> Any:
+    """Train, and return the outcome with the records of steps and evaluations."""
+    steps: list[StepRecord] = []
+    evals: list[EvalRecord] = []
+    outcome = train_adapter(
+        base_model, tokens, folder, config, seed=seed, identity="x",
+        **{"on_step": steps.append, "on_eval": evals.append, **more},
+    )  # fmt: skip
+    return outcome, steps, evals
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_each_candidate_ends_as_it_would_by_itself(tmp_path: Path, objective: Any) -> None:
+    base_model = build_family(tmp_path / "model", "llama")
+    tokens = write_tokens(tmp_path / "tokens", num_train=14) if objective == "sft" else write_pairs(tmp_path / "tokens")
+    config = TrainingConfig(
+        objective=objective,
+        rank=4,
+        alpha=8,
+        micro_batch=4,
+        num_epochs=2,
+        engine="fused",
+        sweep=SWEEP,
+        eval_every_steps=4,
+    )
+    outcome, steps, evals = train(tmp_path / "sweep", base_model, tokens, config)
+    assert outcome.sweep is not None
+    assert "side by side" in outcome.engine
+    losses = {}
+    for name, own, seed in list_settings(config, 3):
+        alone, own_steps, own_evals = train(tmp_path / name, base_model, tokens, own, seed)
+        losses[name] = own_evals[-1].loss
+        assert [record.figures[f"{name}/loss"] for record in steps] == pytest.approx(
+            [record.loss for record in own_steps], rel=1e-5
+        )
+        assert [record.figures[f"{name}/learning_rate"] for record in steps] == [r.learning_rate for r in own_steps]
+        assert [record.figures[f"{name}/loss"] for record in evals] == pytest.approx(
+            [record.loss for record in own_evals], rel=1e-5
+        )
+        if name == outcome.sweep.winner:
+            mine, theirs = (load_file(each.adapter / "adapter_model.safetensors") for each in (outcome, alone))
+            assert mine.keys() == theirs.keys()
+            for key, value in theirs.items():
+                assert float((mine[key] - value).norm()) <= 1e-5 * float(value.norm())
+            configs = [(each.adapter / "adapter_config.json").read_text() for each in (outcome, alone)]
+            assert configs[0] == configs[1]
+    assert outcome.sweep.winner == min(losses, key=lambda name: losses[name])
+    assert len(set(losses.values())) == 4
+    assert outcome.sweep.corrected_loss >= outcome.sweep.loss
+    assert read_outcome(describe_outcome(outcome)) == outcome
+
+
+def test_interrupted_sweep_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    base_model, tokens = build_family(tmp_path / "model", "llama"), write_tokens(tmp_path / "tokens", num_train=12)
+    config = TrainingConfig(
+        rank=4, alpha=8, micro_batch=4, num_epochs=3, engine="fused", checkpoint_every_steps=2,
+        sweep=SweepConfig(learning_rates=(1e-3, 1e-2), seeds=(0, 1)),
+    )  # fmt: skip
+    whole, steps, _ = train(tmp_path / "whole", base_model, tokens, config)
+    seen: list[StepRecord] = []
+    with pytest.raises(TrainingStopped):
+        train(tmp_path / "cut", base_model, tokens, config, on_step=seen.append, should_stop=lambda: len(seen) >= 5)
+    rest, later, _ = train(tmp_path / "cut", base_model, tokens, config)
+    assert rest.resumed_from_step == 5
+    assert [record.figures for record in seen + later] == [record.figures for record in steps]
+    assert rest.sweep == whole.sweep
+    assert (rest.adapter / "adapter_model.safetensors").read_bytes() == (
+        whole.adapter / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_what_has_no_lanes_is_trained_in_turn_with_the_same_report(tmp_path: Path) -> None:
+    base_model, tokens = build_family(tmp_path / "model", "llama"), write_tokens(tmp_path / "tokens", num_train=8)
+    config = TrainingConfig(
+        rank=4, alpha=8, micro_batch=4, max_steps=3, engine="general", sweep=SweepConfig(learning_rates=(1e-3, 1e-2))
+    )
+    outcome, steps, evals = train(tmp_path / "sweep", base_model, tokens, config)
+    assert outcome.sweep is not None
+    assert [each.learning_rate for each in outcome.sweep.candidates] == [1e-3, 1e-2]
+    assert outcome.sweep.corrected_loss is None
+    assert outcome.adapter.parent.name == outcome.sweep.winner
+    assert {name for record in steps for name in record.figures} >= {"lr-0.001-rank-4-seed-3/loss"}
+    assert len(evals) >= 2
+    (tokens / "eval.parquet").unlink()
+    for engine in ("general", "fused"):
+        with pytest.raises(TrainingError, match="chooses by held-out loss"):
+            train(tmp_path / engine, base_model, tokens, config.model_copy(update={"engine": engine}))
+
+
+def test_the_smallest_of_equal_candidates_is_corrected_upwards() -> None:
+    generator = np.random.default_rng(0)
+    gaps, optimism = [], []
+    for _ in range(40):
+        noise = generator.normal(1.0, 0.5, (8, 60))
+        losses = np.stack([noise, np.ones_like(noise)], axis=2)
+        gaps.append(1.0 - noise.mean(axis=1).min())
+        optimism.append(estimate_optimism(losses))
+    assert np.mean(gaps) > 0.08  # the best of eight equal ones looks better than it is
+    assert 0.5 * np.mean(gaps) < np.mean(optimism) < 1.6 * np.mean(gaps)
+    assert estimate_optimism(losses[:1]) == 0.0
+
+
+def test_choice_is_said_in_words() -> None:
+    settings = list_settings(TrainingConfig(sweep=SWEEP), 0)
+    candidates = [Candidate(*each) for each in settings]
+    for number, candidate in enumerate(candidates):
+        record = EvalRecord(1, 1, 1.0, 2.0 - 0.1 * number, 1.0, is_best=True)
+        candidate.progress = replace(candidate.progress, evaluations=[record])
+    candidates[3].failure = "step 2: loss nan"
+    report = choose(candidates)
+    assert report.winner == "lr-0.01-rank-2-seed-0"
+    assert report.sentence == "lr-0.01-rank-2-seed-0 has the smallest held-out loss of 4 candidates: 1.8000"
+    assert settings[1][1].alpha / settings[1][1].rank == TrainingConfig().alpha / TrainingConfig().rank
