@@ -14,7 +14,6 @@ from rich.console import Console
 from flows.environment import run_defaults
 from schemas.config import RunConfig
 from schemas.loading import ConfigError, load_config, override_config, quote_text
-from tasks.lean_imports import shorten_imports
 from tasks.storage import HomeError, make_home
 from tasks.visible_text import make_visible
 
@@ -65,7 +64,6 @@ def _try_to_write(path: Path) -> None:
 
 def prepare_environment(*, cache: bool) -> None:
     """Set what Prefect and the model libraries read at import; what the user has set stays."""
-    shorten_imports()
     with suppress(OSError, HomeError):  # a command that writes nothing can do without; the others say it
         (make_home() / "prefect").mkdir(exist_ok=True)
     # FastAPI's words about Prefect's own API, which nobody here can act upon.

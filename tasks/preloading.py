@@ -6,11 +6,12 @@ takes longer than everything else here; workers run no model.
 
 import os
 
-from tasks.lean_imports import leave_torch_out
+from tasks.lean_imports import leave_torch_out, shorten_imports
 
 _ONE_CORE = ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 os.environ.update(dict.fromkeys(_ONE_CORE, "1"), TOKENIZERS_PARALLELISM="false")
+shorten_imports()
 leave_torch_out()
 
 import tasks.ingestion.shard_runner  # noqa: E402

@@ -9,8 +9,6 @@ import socket
 import sys
 import threading
 
-from tasks.lean_imports import shorten_imports
-
 _END_SECONDS = 10.0
 # No pages, and no kinds of blocks for them: to find these, Prefect imports every package that brings some.
 _ENVIRONMENT = {
@@ -24,7 +22,6 @@ def main(descriptor: int) -> None:
     """Serve until the run ends, or a signal says so."""
     threading.Thread(target=_end_with_run, daemon=True).start()
     os.environ.update(_ENVIRONMENT)
-    shorten_imports()
     import uvicorn
     from prefect.server.api.server import create_app
 

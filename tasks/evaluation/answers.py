@@ -9,7 +9,12 @@ from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any
 
-from sacrebleu.metrics.chrf import CHRF
+from tasks.lean_imports import hidden
+
+# nltk tells words apart and reports on classifiers, portalocker locks across machines: none of it is used here.
+with hidden("portalocker.redis", "scipy.stats", "sklearn"):
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.chrf import CHRF
 
 REPETITION_ORDER = 4
 """Tokens of an n-gram that counts as repeated; as seq-rep-4 in Welleck et al. 2020, arXiv:1908.04319."""
@@ -73,8 +78,6 @@ class _Words:
 
 @cache
 def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # not at the top: it imports nltk, which takes seconds
-
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 

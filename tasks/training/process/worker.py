@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import garbage
+from tasks.lean_imports import shorten_imports
 from tasks.training.process.connection import LogSender, WorkerConnection, connect_worker
 from tasks.training.process.elastic import start_ranks
 from tasks.training.process.messages import (
@@ -115,4 +116,5 @@ def wait_for_job() -> None:
 
 
 if __name__ == "__main__":
+    shorten_imports()
     main(Path(sys.argv[1])) if sys.argv[1:] else wait_for_job()
