@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flows.console import escape
 from flows.exporting import find_tokenizer, name_base, opening_adapter
 from flows.targets import fetch_version, find_base_of, is_trained_folder, only_champion
 from schemas.config import ModelConfig
@@ -173,7 +174,7 @@ def answer_once(sessions: list[ChatSession], question: str, sampling: SamplingCo
     """Print the answer and nothing else; with two models, each under its name."""
     for session in sessions:
         if len(sessions) > 1:
-            print(f"## {session.label}")  # noqa: T201
+            print(f"## {make_visible(session.label)}")  # noqa: T201
         for piece in answer(session, question, sampling):
             print(piece, end="", flush=True)  # noqa: T201
         print()  # noqa: T201
@@ -182,7 +183,8 @@ def answer_once(sessions: list[ChatSession], question: str, sampling: SamplingCo
 def converse(sessions: list[ChatSession], sampling: SamplingConfig, console: Console) -> None:
     """Ask and answer until Ctrl-D."""
     how = f"temperature {sampling.temperature:g}" if sampling.temperature > 0 else "greedy"
-    console.print(f"[bold]{' and '.join(session.label for session in sessions)}[/], {how}. [dim]{HELP}.[/]")
+    labels = escape(" and ".join(session.label for session in sessions))
+    console.print(f"[bold]{labels}[/], {how}. [dim]{HELP}.[/]")
     while True:
         try:
             question = console.input("[bold cyan]you ›[/] ").strip()
@@ -201,13 +203,13 @@ def converse(sessions: list[ChatSession], sampling: SamplingConfig, console: Con
             except KeyboardInterrupt:
                 console.print("[dim]Stopped; the question is forgotten.[/]")
             except ChatError as error:
-                console.print(f"[red]{error}[/]", markup=True)
+                console.print(f"[red]{escape(str(error))}[/]", markup=True)
 
 
 def _show_answers(sessions: list[ChatSession], question: str, sampling: SamplingConfig, console: Console) -> None:
     """Show the answers as they grow: one below the question, or two side by side."""
     if len(sessions) == 1:
-        console.print(f"[bold green]{sessions[0].label} ›[/] ", end="")
+        console.print(f"[bold green]{escape(sessions[0].label)} ›[/] ", end="")
         for piece in answer(sessions[0], question, sampling):
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         console.print()
@@ -223,7 +225,7 @@ def _show_answers(sessions: list[ChatSession], question: str, sampling: Sampling
 def _put_side_by_side(sessions: list[ChatSession], texts: list[str], width: int) -> RenderableType:
     half = width // len(sessions) - 1
     panels = [
-        Panel(Text(text), title=session.label, width=half, border_style="dim" if place == 0 else "green")
+        Panel(Text(text), title=escape(session.label), width=half, border_style="dim" if place == 0 else "green")
         for place, (session, text) in enumerate(zip(sessions, texts, strict=True))
     ]
     return Group(Columns(panels, padding=0))

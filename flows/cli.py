@@ -121,7 +121,7 @@ def run(
         from flows.exporting import copy_model
 
         copy_model(outcome.mlflow_run_id, output)
-        console.print(f"Merged model in {output}: sft chat {output}", soft_wrap=True)
+        console.print(escape(f"Merged model in {output}: sft chat {output}"), soft_wrap=True)
 
 
 def _fail_run(error: Exception, report: Path | None) -> NoReturn:
@@ -190,13 +190,15 @@ def merge(
 
     try:
         if is_version(adapter):
-            console.print(f"{copy_version(adapter, folder)} is merged and proven already: copied into {folder}")
+            console.print(escape(f"{copy_version(adapter, folder)} is merged and proven already: copied into {folder}"))
             return
         check = export_merged(base_model, adapter, folder, max_shard_size=max_shard_size)
     except ValueError as error:
         fail(error)
     agreement = f"{check.greedy_agreement:.1%} of the greedy tokens agree"
-    console.print(f"Merged into {folder}: {agreement}, largest logit difference {check.max_abs_logit_diff:.2g}")
+    console.print(
+        f"Merged into {escape(str(folder))}: {agreement}, largest logit difference {check.max_abs_logit_diff:.2g}"
+    )
 
 
 @app.command("import")

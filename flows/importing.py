@@ -18,6 +18,7 @@ from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
 from schemas.llamafactory.training import is_there
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
+from tasks.visible_text import make_visible
 
 _MAX_SHOWN = 200
 """Characters of a value."""
@@ -45,8 +46,8 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
     config = override_config(_in_order(translation.values), tuple(set_), str(path))
     num_lines = {kind: len(translation.list_lines(kind)) for kind in ("becomes", "implied")}
     console.print(
-        f"{path.name} is {translation.program}'s: {num_lines['becomes']} settings translated, "
-        f"{num_lines['implied']} hold anyway. The table: sft import {path}",
+        f"{make_visible(path.name)} is {translation.program}'s: {num_lines['becomes']} settings translated, "
+        f"{num_lines['implied']} hold anyway. The table: sft import {make_visible(str(path))}",
         markup=False,
     )
     for line in translation.list_lines("not done"):
@@ -148,15 +149,15 @@ def show_translation(translation: Translation) -> None:
 
 def print_config(translation: Translation, path: Path) -> None:
     """Print the config of ours, or the command that takes the place of one."""
-    lines = [f"# {_word(line)}: not done" for line in translation.list_lines("not done")]
+    lines = [_comment(f"{_word(line)}: not done") for line in translation.list_lines("not done")]
     if translation.kind == "train":
         config = _in_order(translation.values)
         override_config(config, (), str(path))
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        lines = [f"# From {path.name} of {translation.program}.", *lines, text.rstrip()]
+        lines = [_comment(f"From {path.name} of {translation.program}."), *lines, text.rstrip()]
     else:
         command = "run" if translation.kind == "export" else "chat"
-        lines = [f"# sft {command} {path}", *lines]
+        lines = [_comment(f"sft {command} {path}"), *lines]
     typer.echo("\n".join(lines))
 
 
@@ -168,6 +169,11 @@ def _in_order(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict):
             ordered[name] = {key: section[key] for key in kind.model_fields if key in section}
     return ordered
+
+
+def _comment(text: str) -> str:
+    """Return a comment of YAML: one line, whatever names and keys hold."""
+    return f"# {' '.join(make_visible(text).split())}"
 
 
 def _word(line: KeyLine) -> str:

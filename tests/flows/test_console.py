@@ -1,10 +1,13 @@
 """What rows and messages say reaches the terminal as text: a terminal never acts on it."""
 
+import io
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -61,3 +64,15 @@ def test_log_lines_show_escapes() -> None:
     record = logging.LogRecord("x", logging.WARNING, "f.py", 1, "row %s", (CLEAR,), None)
     assert _show_controls(record)
     assert record.getMessage() == "row \\x1b[2J"
+
+
+def test_a_model_s_name_is_no_markup_and_no_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.chatting import ChatSession, SamplingConfig, converse
+
+    unused: Any = None
+    session = ChatSession(f"a[/b]{CLEAR}[red]c", unused, unused, frozenset(), unused)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # Ctrl-D
+    out = io.StringIO()
+    converse([session], SamplingConfig(), Console(file=out, width=200))
+    assert "a[/b]\\x1b[2J[red]c, greedy" in out.getvalue()
+    assert "\x1b" not in out.getvalue()

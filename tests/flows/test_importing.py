@@ -38,6 +38,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_the_name_of_a_file_adds_no_line_to_the_config(place: Path) -> None:
+    file = place / "a\nseed: 1\x1b[2J.yaml"
+    file.write_text(TRAIN)
+    said = CliRunner().invoke(app, ["import", str(file)])
+    assert said.exit_code == 0, said.output
+    assert "\x1b" not in said.output
+    assert yaml.safe_load(said.stdout)["seed"] == 42
+    assert [line for line in said.stdout.splitlines() if line.startswith("seed: 1")] == []
+
+
 @pytest.fixture
 def models(place: Path) -> tuple[Path, Path]:
     """A tiny base model with the demo's tokenizer, and an adapter on it in PEFT's format."""
