@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.decoder.grouped_products import multiply_grouped
+from tasks.decoder.rooms import make_room
 
 _ALIGNMENT = 8
 
@@ -131,11 +132,11 @@ class GroupedProjection:
 
     def allocate_input(self, num_rows: int) -> Tensor:
         """Return room for x~ [S, H + C]; x goes to its first H columns."""
-        return self.adapters.matrices.new_empty(num_rows, self.num_in + self.num_further)
+        return make_room(self.adapters.matrices, num_rows, self.num_in + self.num_further)
 
     def allocate_grad(self, num_rows: int) -> Tensor:
         """Return room for g~ [S, O + C]; g goes to its first O columns."""
-        return self.adapters.matrices.new_empty(num_rows, self.num_out + self.num_further)
+        return make_room(self.adapters.matrices, num_rows, self.num_out + self.num_further)
 
     def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
         """Fill in the last columns of x~, and return a copy of them [S, C].

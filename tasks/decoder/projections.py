@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tasks.decoder.adapters import AdapterGroup, Part, join_biases, lay_out
 from tasks.decoder.elementwise import Quantized
+from tasks.decoder.rooms import make_room
 from tasks.decoder.weights import TrainedWeights, WeightGroup
 
 
@@ -117,13 +118,13 @@ class Projection:
 
     def allocate_input(self, num_tokens: int, *, drops: bool = False) -> Input:
         """Return room for x~."""
-        joint = self.matrix.new_empty(num_tokens, self.matrix.shape[1])
+        joint = make_room(self.matrix, num_tokens, self.matrix.shape[1])
         dropped = joint.new_empty(num_tokens, self.num_in) if drops and self.adapters.joint_a.shape[0] else None
         return Input(joint, joint[:, : self.num_in], joint[:, self.num_in :], None, dropped)
 
     def allocate_grad(self, num_tokens: int) -> tuple[Tensor, None]:
         """Return the first columns of room for g~."""
-        return self.matrix.new_empty(num_tokens, self.matrix.shape[0])[:, : self.num_out], None
+        return make_room(self.matrix, num_tokens, self.matrix.shape[0])[:, : self.num_out], None
 
     def forget_grad(self) -> None:
         """Do nothing: no float8 copy is ever asked for here."""
@@ -165,7 +166,7 @@ class Projection:
         end = (grad.storage_offset() + num_tokens * width) * grad.element_size()
         if grad.stride() == (width, 1) and grad.untyped_storage().nbytes() >= end:
             return grad.as_strided((num_tokens, width), (width, 1))
-        joint = grad.new_empty(num_tokens, width)
+        joint = make_room(grad, num_tokens, width)
         joint[:, : self.num_out].copy_(grad)
         return joint
 

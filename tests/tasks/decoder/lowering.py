@@ -25,7 +25,7 @@ from tasks.decoder.elementwise import Quantized
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
-from tests.tasks.decoder import test_fused, test_own_weights
+from tests.tasks.decoder import small_models, test_own_weights
 
 _TARGET = GPUTarget("cuda", 90, 32)
 _FAMILIES = (
@@ -72,9 +72,9 @@ def main() -> None:
     driver.set_active(_Absent())
     JITFunction._do_compile = lower
     for family in _FAMILIES:
-        run(test_fused.build(family, torch.bfloat16))
+        run(small_models.build(family, torch.bfloat16))
     for family in _DROPPING:
-        run(test_fused.build(family, torch.bfloat16, dropout=0.1))
+        run(small_models.build(family, torch.bfloat16, dropout=0.1))
     for family in _OWN:
         run(test_own_weights.build(family), torch.bfloat16)
     run_float8()
@@ -99,7 +99,7 @@ def run(model: Any, dtype: torch.dtype | None = None) -> None:
     """Go through a decoder of kernels, there and back."""
     from tasks.decoder import kernels
 
-    batch = form_flat_batch(test_fused.draw_table(), [0, 1, 2])
+    batch = form_flat_batch(small_models.draw_table(), [0, 1, 2])
     decoder = replace(recognize_decoder(model, dtype), ops=kernels)
     engine = FusedEngine(decoder, torch.device("cpu"), 4096, 1, LOGITS_BYTES, 4096)
     if dtype is not None:

@@ -16,7 +16,7 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.self_check import dropping, try_model, verify
 from tasks.training.lora import collect_trained
 from tasks.training.reference import sum_losses
-from tests.tasks.decoder.test_fused import (
+from tests.tasks.decoder.small_models import (
     FAMILIES,
     build,
     compute_fused,

@@ -21,7 +21,7 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.self_check import try_model, verify
 from tasks.training.lora import attach_adapter
 from tests.tasks.decoder.kernel_device import assert_masked, draw, load_kernels, make
-from tests.tasks.decoder.test_fused import FAMILIES, build, compute_fused, draw_table, measure_difference
+from tests.tasks.decoder.small_models import FAMILIES, build, compute_fused, draw_table, measure_difference
 
 pytestmark = [
     pytest.mark.gpu,

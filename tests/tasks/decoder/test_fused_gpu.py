@@ -20,7 +20,7 @@ from tasks.training.engines.memory_fit import fit_memory
 from tasks.training.loop import train_adapter
 from tasks.training.lora import collect_trained
 from tests.tasks.decoder.kernel_device import assert_same, draw, load_kernels
-from tests.tasks.decoder.test_fused import (
+from tests.tasks.decoder.small_models import (
     EXPERTS,
     FAMILIES,
     LIMITS,

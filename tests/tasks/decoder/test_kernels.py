@@ -36,7 +36,7 @@ from tests.tasks.decoder.kernel_device import (
     needs_kernels,
     rooms,
 )
-from tests.tasks.decoder.test_fused import (
+from tests.tasks.decoder.small_models import (
     build,
     draw_table,
     measure_difference,

@@ -16,7 +16,7 @@ from tasks.decoder.delta_rule import UnitLength, run_plain_rule
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.decoder.wide_attention import attend_in_batches, form_batches
 from tasks.training.batches import form_flat_batch
-from tests.tasks.decoder.test_fused import build, compute_fused, compute_reference, draw_table
+from tests.tasks.decoder.small_models import build, compute_fused, compute_reference, draw_table
 
 LENGTHS = (70, 1, 130, 3, 64, 5)
 

@@ -14,7 +14,7 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import collect_trained
 from tasks.training.own_weights import choose_weights
 from tasks.training.reference import sum_losses
-from tests.tasks.decoder.test_fused import (
+from tests.tasks.decoder.small_models import (
     EXPERTS,
     FAMILIES,
     draw_table,

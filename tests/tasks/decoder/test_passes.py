@@ -16,7 +16,7 @@ from tasks.decoder.passes import MOST_TOKENS, FlatBatch, Shape, _lay_out, choose
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.lora import collect_trained
-from tests.tasks.decoder.test_fused import build, draw_table
+from tests.tasks.decoder.small_models import build, draw_table
 
 
 def flatten(lengths: tuple[int, ...]) -> FlatBatch:

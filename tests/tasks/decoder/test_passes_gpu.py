@@ -12,7 +12,7 @@ from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import collect_trained
-from tests.tasks.decoder.test_fused import build, draw_table
+from tests.tasks.decoder.small_models import build, draw_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES: dict[str, Any] = {"rank": 16}
