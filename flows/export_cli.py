@@ -23,7 +23,10 @@ def export(
         str, typer.Argument(help="NAME (its champion), NAME/VERSION or NAME@alias. Default: the only champion.")
     ] = "",
     form: Annotated[
-        str, typer.Option("--format", help="gguf-q8_0, gguf-q4_0, gguf-f16, gguf-bf16 or gguf-f32; gguf is gguf-q8_0.")
+        str,
+        typer.Option(
+            "--format", help="gguf-q8_0, -q4_0, -f16, -bf16 or -f32 (gguf is gguf-q8_0); int8 or int4 for vLLM."
+        ),
     ] = "gguf",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also leave the files in this folder, new or empty.")

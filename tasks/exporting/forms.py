@@ -47,12 +47,28 @@ def _unfold_gguf(parent: Path, folder: Path, target: Path) -> Path:
     return target
 
 
-def _need(package: str) -> None:
+def _need(package: str, extra: str = "export") -> None:
     """Raise ExportError where an extra is not installed."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise ExportError(f"this form needs the package {package}: pip install 'sft-pipeline[export]'")
+        raise ExportError(f"this form needs the package {package}: pip install 'sft-pipeline[{extra}]'")
+
+
+def _write_packed(bits: int) -> Write:
+    def write(parent: Path, folder: Path, name: str) -> tuple[str, ...]:
+        _need("compressed_tensors", "compressed")
+        from tasks.exporting.compressed import write_compressed
+
+        return write_compressed(parent, folder, bits)
+
+    return write
+
+
+def _unfold_packed(parent: Path, folder: Path, target: Path) -> Path:
+    from tasks.exporting.compressed import unfold_compressed
+
+    return unfold_compressed(folder, target)
 
 
 def _list_gguf() -> dict[str, Form]:
@@ -62,5 +78,10 @@ def _list_gguf() -> dict[str, Form]:
     }
 
 
-FORMS: dict[str, Form] = _list_gguf()
+def _list_packed() -> dict[str, Form]:
+    bits = {"int8": (8, 0.97), "int4": (4, 0.8)}
+    return {name: Form(name, least, _write_packed(bits), _unfold_packed) for name, (bits, least) in bits.items()}
+
+
+FORMS: dict[str, Form] = {**_list_gguf(), **_list_packed()}
 """By name. A further one is a row here."""

@@ -82,6 +82,7 @@ INLINE: dict[str, str] = {
     ".venv/bin/pip install 'sft-pipeline[liger]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[linear]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[export]'": _EXTRAS,
+    ".venv/bin/pip install 'sft-pipeline[compressed]'": _EXTRAS,
     ".venv/bin/pip install 'sft-pipeline[deepspeed]'": _EXTRAS,
 }
 """Commands in sentences and tables. `make TARGET` and `sft COMMAND --option` need no entry: they are looked up."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_an_export_is_a_version_of_its_own_with_its_proof(
     assert (entry.tags[PARENT_TAG], entry.tags[FORM_TAG]) == ("exported/1", "gguf-q8_0")
     assert entry.tags[RUN_TAG] == report.mlflow_run_id
     assert tracking.get_run(str(entry.run_id)).data.metrics["export/agreement"] == made["proof"]["agreement"]
+
+    if find_spec("compressed_tensors") is not None:
+        packed = export("exported/1", "--format", "int8")
+        assert packed["version"] == "exported-int8/1"
+        assert packed["proof"]["acceptance"] >= 0.97
+        assert packed["num_bytes"] < 0.6 * packed["parent_bytes"]
+        assert (Path(packed["folder"]) / "tokenizer.json").is_file()
 
     assert find_champions() == champions
     assert read_alias("exported-gguf-q8_0", CHAMPION) is None
