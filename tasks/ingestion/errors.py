@@ -2,6 +2,7 @@
 
 REASONS: dict[str, str] = {
     "broken_json": "the line is not JSON",
+    "too_large": "the row has more text than is read of one",
     "not_an_object": "the row is JSON, but not an object with named fields",
     "wrong_column_count": "the CSV row has more or fewer values than the header",
     "missing_field": "a required field is absent",

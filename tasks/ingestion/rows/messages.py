@@ -16,6 +16,8 @@ from tasks.ingestion.rows.toolcalls import read_function_call_text, read_tool_ca
 
 Message = dict[str, Any]
 FUNCTION_CALL = "function_call"
+MOST_CHARACTERS = 64 << 20
+"""Of a conversation; see MOST_LINE_BYTES."""
 ROLES: dict[str, str] = {
     "system": "system",
     "developer": "system",
@@ -223,6 +225,8 @@ def check_messages(messages: list[Message]) -> None:
     """
     if not messages:
         raise RowError("empty_conversation", "the list of messages is empty")
+    if (size := sum(len(message["content"]) for message in messages)) > MOST_CHARACTERS:
+        raise RowError("too_large", f"the messages have {size:,} characters, and {MOST_CHARACTERS:,} are read at most")
     before = None
     for number, message in enumerate(messages, start=1):
         role = message["role"]

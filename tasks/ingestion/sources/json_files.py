@@ -14,6 +14,9 @@ from tasks.jsontext import NotFast, parse_fast
 
 PARSED_WHOLE_BYTES = 16 << 20
 """A JSON file above this is read some rows at a time, which takes longer."""
+MOST_LINE_BYTES = 256 << 20
+"""Of a row: no model reads so much, and parsers die where no memory is left for a longer one."""
+_SHOWN_BYTES = 1000
 
 
 def read_json(path: Path) -> Iterator[RawRow]:
@@ -134,15 +137,20 @@ def read_json_lines(path: Path, span: FileSpan) -> Iterator[RawRow]:
 
 def _read_lines(handle: BinaryIO, path: Path, span: FileSpan) -> Iterator[RawRow]:
     offset, num_rows, num_broken, first = span.start, 0, 0, ""
-    for line, data in enumerate(handle, start=span.first_row):
+    for line, (data, num_bytes) in enumerate(_list_lines(handle), start=span.first_row):
         if span.stop is not None and offset >= span.stop:
             break
         start = offset
-        offset += len(data)
+        offset += num_bytes
         if start == 0:
             check_start(path, data[:64])
             start += len(UTF8_BOM) if data.startswith(UTF8_BOM) else 0
             data = data.removeprefix(UTF8_BOM)
+        if num_bytes > MOST_LINE_BYTES and b"\0" not in data:
+            num_rows += 1
+            told = f"line {line} has {num_bytes:,} bytes, and {MOST_LINE_BYTES:,} are read at most: cut the row up"
+            yield RawRow(line, data[:_SHOWN_BYTES].decode("utf-8", "replace"), RowError("too_large", told))
+            continue
         try:
             yield RawRow(line, parse_fast(data))
             num_rows += 1
@@ -163,6 +171,17 @@ def _read_lines(handle: BinaryIO, path: Path, span: FileSpan) -> Iterator[RawRow
             yield RawRow(line, text, RowError("broken_json", f"broken JSON on line {line}, {where}"))
     if span == WHOLE and num_rows and num_broken == num_rows:
         raise_no_json(path, first)
+
+
+def _list_lines(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Give each line with its size in bytes; of one that is longer than is read, its beginning."""
+    while data := handle.readline(MOST_LINE_BYTES):
+        num_bytes = len(data)
+        while num_bytes >= MOST_LINE_BYTES and not data.endswith(b"\n") and (rest := handle.readline(READ_BYTES)):
+            num_bytes += len(rest)
+            if rest.endswith(b"\n"):
+                break
+        yield data, num_bytes
 
 
 def raise_no_json(path: Path, first: str) -> NoReturn:

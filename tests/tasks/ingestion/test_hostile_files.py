@@ -1,5 +1,6 @@
 """One row, one value or one file never gives a traceback, a hang or a dead process: a reject, or an error by name."""
 
+import gzip
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
@@ -17,6 +19,8 @@ import pytest
 from schemas.config import DataConfig
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows import messages
+from tasks.ingestion.sources import json_files
 from tasks.ingestion.sources.files import SourceFile
 from tasks.ingestion.sources.readers import read_rows
 from tasks.ingestion.sources.sources import find_sources
@@ -31,6 +35,34 @@ def reject(tmp_path: Path, source: Path) -> dict[str, int]:
     counts = build_dataset(config, seed=0, folder=tmp_path / "out")
     assert counts.rows_train + counts.rows_eval == len(GOOD)
     return counts.rows_rejected
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_line_longer_than_is_read_is_one_rows_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(json_files, "MOST_LINE_BYTES", 2000)
+    monkeypatch.setattr(json_files, "READ_BYTES", 700)
+    long = [json.dumps({"prompt": "x" * size, "completion": "y"}) for size in (1940, 2000, 2700, 9000, 30_000)]
+    exact = json.dumps({"prompt": "x" * 1966, "completion": "y"})
+    assert len(exact) == 2000 - len("\n")
+    lines = [json.dumps(GOOD[0]), long[1], json.dumps(GOOD[1]), *long[2:4], json.dumps(GOOD[2]), exact, long[4]]
+    text = "\n".join([*lines[:-1], "", json.dumps(GOOD[3]), lines[-1]]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    config = DataConfig(source=str(tmp_path / name), max_rejected_fraction=1.0)
+    counts = build_dataset(config, seed=0, folder=tmp_path / "out")
+    assert counts.rows_rejected == {"too_large": 4}
+    assert (counts.rows_in, counts.rows_train + counts.rows_eval) == (9, 5)
+    rejects = pl.concat([pl.read_parquet(file) for file in (tmp_path / "out").glob("*reject*.parquet")])
+    assert sorted(rejects["line"].to_list()) == [2, 4, 5, 10]
+
+
+def test_a_conversation_longer_than_is_read_is_one_rows_reject(
+    tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "MOST_CHARACTERS", 1000)
+    long = {"prompt": "x" * 600, "completion": "y" * 600}
+    assert reject(tmp_path, write_lines("rows.jsonl", [*map(json.dumps, GOOD), json.dumps(long)])) == {"too_large": 1}
 
 
 @pytest.mark.parametrize("depth", [500, 985, 1000, 100_000])
@@ -111,6 +143,8 @@ import tempfile
 import time
 from pathlib import Path
 from tasks.ingestion.errors import DataError
+from tasks.ingestion.rows import messages
+from tasks.ingestion.sources import json_files
 from tasks.ingestion.sources.files import SourceFile
 from tasks.ingestion.sources.readers import read_rows
 for path in map(Path, sys.argv[1:]):
