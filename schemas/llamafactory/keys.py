@@ -197,7 +197,6 @@ NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
 """Not done unless the value is one of these, with the same training all the same: why."""
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "stage": (("sft",), "supervised fine-tuning is done here, and no other stage"),
     "adapter_name_or_path": (
         (),
         "a training begins with the base model: merge the adapter first, and train the result",

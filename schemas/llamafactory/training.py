@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from schemas.llamafactory.lines import NOT_GIVEN, Work, find_default, to_flag, to_names, to_number, to_whole
+from schemas.llamafactory.preferences import read_objective
 from schemas.llamafactory.settings import LORA, SETTINGS, TEMPLATES, Setting
 
 INDEX = "dataset_info.json"
@@ -23,6 +24,7 @@ def read_training(work: Work, folder: Path, num_processes: int) -> None:
         num_processes: devices that train.
     """
     read_name(work)
+    read_objective(work)
     _read_settings(work)
     _read_datasets(work, folder)
     _read_held_out(work)

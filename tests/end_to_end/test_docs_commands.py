@@ -23,6 +23,7 @@ _PAGES = (
     "docs/data.md",
     "docs/registry.md",
     "docs/tutorials/llamafactory.md",
+    "docs/preferences.md",
 )
 """In an order in which each finds what those before it left."""
 _QUESTIONS = [

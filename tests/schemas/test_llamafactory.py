@@ -259,6 +259,16 @@ def test_constant_schedule_has_no_warm_up_there_and_none_here(folder: Path) -> N
     assert find(translation, "warmup_ratio")[0] == "becomes"
 
 
+def test_stage_dpo_learns_preferences(folder: Path) -> None:
+    translation = translate(change(stage="dpo", pref_beta=0.2, pref_loss="hinge", pref_ftx=0.0))
+    config = parse_config(translation.values)
+    assert config.training.objective == "dpo"
+    assert (config.training.dpo.beta, config.training.dpo.loss) == (0.2, "hinge")
+    assert config.registry.gate.metric == "preference_loss"
+    assert find(translation, "pref_ftx")[0] == "implied"
+    assert find(translate(change(pref_beta=0.2)), "pref_beta") == ("implied", "it has no effect in this stage")
+
+
 def test_batches_are_meant_per_device(folder: Path) -> None:
     training = translate(change(), num_processes=4).values["training"]
     assert (training["micro_batch"], training["gradient_accumulation_steps"], training["num_processes"]) == (1, 32, 4)
@@ -268,7 +278,9 @@ def test_batches_are_meant_per_device(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "key", "words"),
     [
-        ({"stage": "dpo"}, "stage", "supervised fine-tuning"),
+        ({"stage": "kto"}, "stage", "and no other stage"),
+        ({"stage": "dpo", "pref_loss": "simpo"}, "pref_loss", "there are sigmoid, hinge, ipo"),
+        ({"stage": "dpo", "pref_ftx": 0.5}, "pref_ftx", "set it to 0"),
         ({"finetuning_type": "oft"}, "finetuning_type", "there are lora, full and freeze"),
         (
             {"finetuning_type": "freeze", "freeze_trainable_modules": "mlp"},
