@@ -40,6 +40,15 @@ def _read_remote(file: SourceFile, remote: RemoteFile, span: FileSpan) -> Iterat
 
 
 def _read(path: Path, kind: str, span: FileSpan) -> Iterator[RawRow]:
+    try:
+        yield from _choose(path, kind, span)
+    except MemoryError:
+        raise DataError(
+            f"{path}: no memory is left for its rows: cut the largest ones up, or give this process more memory"
+        ) from None
+
+
+def _choose(path: Path, kind: str, span: FileSpan) -> Iterator[RawRow]:
     match kind:
         case "json":
             return read_json(path)

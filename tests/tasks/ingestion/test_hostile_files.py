@@ -65,6 +65,17 @@ def test_a_conversation_longer_than_is_read_is_one_rows_reject(
     assert reject(tmp_path, write_lines("rows.jsonl", [*map(json.dumps, GOOD), json.dumps(long)])) == {"too_large": 1}
 
 
+def test_rows_that_no_memory_is_left_for_are_an_error_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), tmp_path / "rows.parquet")
+
+    def exhaust(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", exhaust)
+    with pytest.raises(DataError, match=r"rows\.parquet: no memory is left for its rows"):
+        list(read_rows(SourceFile(tmp_path / "rows.parquet", "rows.parquet", "parquet")))
+
+
 @pytest.mark.parametrize("depth", [500, 985, 1000, 100_000])
 def test_nesting_is_one_rows_reject(tmp_path: Path, write_lines: WriteLines, depth: int) -> None:
     deep = '{"messages": ' + "[" * depth + "]" * depth + "}"
