@@ -20,6 +20,7 @@ from tests.end_to_end.service import (
     running_postgres,
     service_environment,
 )
+from tests.prefect_server import prefect_server
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_MODEL = ROOT / "deploy" / "demo" / "base_model"
@@ -41,8 +42,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def run_pipeline(home: Path) -> Iterator[RunPipeline]:
     """Give a function that runs the flow with nested settings over a small default config."""
-    from prefect.testing.utilities import prefect_test_harness
-
     from flows.pipeline import sft_pipeline
 
     def run(settings: dict[str, Any], **options: Any) -> RunReport:
@@ -54,7 +53,7 @@ def run_pipeline(home: Path) -> Iterator[RunPipeline]:
         }
         return sft_pipeline(parse_config(values), **options)
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_server(home / "prefect"):
         yield run
 
 

@@ -23,6 +23,7 @@ from tasks.tokenization import shards
 from tasks.tokenization.examples import TokenizationError, tokenize_dataset
 from tasks.tokenization.shards import plan_shards, work_on_shard
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
+from tests.prefect_server import prefect_server
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import say
 from tests.tasks.tokenization.test_examples import write
@@ -152,7 +153,6 @@ def test_finished_shards_are_found_again_after_the_whole_has_failed(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import flow
-    from prefect.testing.utilities import prefect_test_harness
 
     from tasks import tracking
     from tasks.tokenization.task import tokenize
@@ -185,7 +185,7 @@ def test_finished_shards_are_found_again_after_the_whole_has_failed(
         tokenize(data, base_model, config, chat_template=None, template_file_digest=None, parent_run_id=run_id)
 
     try:
-        with prefect_test_harness(server_startup_timeout=120):
+        with prefect_server(tmp_path / "home" / "prefect"):
             for _ in range(2):
                 with pytest.raises(TokenizationError, match=r"1 of 18 training examples"):
                     tokenize_all()
