@@ -385,7 +385,7 @@ def read_home(bench: Bench, home: Path) -> Outcome:
     assert done.returncode == 0, done.stderr[-2000:]
     values = json.loads(done.stdout.splitlines()[-1])
     outcome = Outcome(set(values["adapters"]), values["accounting"], values["statuses"], values["versions"])
-    outcome.leftovers = [f"file {path}" for path in _find_leftovers(home)] + _describe(_find_processes(home))
+    outcome.leftovers = [f"file {path}" for path in _find_leftovers(home)] + describe_processes(_find_processes(home))
     return outcome
 
 
@@ -410,7 +410,7 @@ def _find_processes(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _describe(processes: list[psutil.Process]) -> list[str]:
+def describe_processes(processes: list[psutil.Process]) -> list[str]:
     """Return what is known of processes; one that ends meanwhile is none that is left behind."""
     lines = []
     for process in processes:

@@ -1,14 +1,27 @@
 """A few faults of a new seed, which is printed: runs recover, and the undisturbed result comes out."""
 
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 
-from tests.laboratory.crashes import CLOCK, FAULTS, LOST, Draw, Outcome, compare, draw_fault, prepared, run_draw
+from tests.laboratory.crashes import (
+    CLOCK,
+    FAULTS,
+    LOST,
+    Draw,
+    Outcome,
+    compare,
+    describe_processes,
+    draw_fault,
+    prepared,
+    run_draw,
+)
 
 pytestmark = pytest.mark.slow
 _FAULTS = os.environ.get("SFT_SERVICE_TESTS", "") in ("faults", "all")
@@ -38,6 +51,14 @@ def test_a_clock_that_is_set_in_mid_run_changes_nothing(tmp_path: Path) -> None:
         for seed in (0, 1):  # of the draws: a day forward, an hour back
             drawn = Draw("change_clock", seconds * 0.6, Random(seed))
             assert run_draw(bench, template, expected, drawn) == [], seed
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_not_left_behind() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = psutil.Process(child.pid)
+        assert describe_processes([process]) == [f"process {child.pid} ['sleep', '60']"]
+        child.kill()
+    assert describe_processes([process]) == []
 
 
 def test_every_fault_is_drawn_and_a_seed_draws_the_same_again() -> None:
