@@ -101,6 +101,7 @@ def load_model(
     import torch
 
     from tasks.families.classes import FamilyError, choose_class, read_config
+    from tasks.kernel_forms import offer_kernel_forms
 
     place = device or torch.device("cpu")
     options: dict[str, Any] = {}
@@ -110,6 +111,7 @@ def load_model(
         options["quantization_config"] = quantization
     try:
         config = read_config(folder)
+        offer_kernel_forms(config)
         kind: Any = choose_class(config, folder)
         check_weights(folder)
         if is_packed := _is_mxfp4(config) and quantization is None:

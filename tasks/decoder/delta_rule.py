@@ -11,11 +11,9 @@ sizes, `C` tokens of a chunk, `N` chunks.
 """
 
 import logging
-import os
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -28,12 +26,6 @@ from tasks.decoder.attention import Segments
 _CHUNK = 64
 _LENGTH_EPS = 1e-6
 _FLA_DTYPES = (torch.bfloat16, torch.float16)
-# The forms of flash-linear-attention's kernels that were fastest on an H200 for heads of this size
-# (`python -m tests.gpu.delta_rule_configs`). They do not depend on how many heads there are, or tokens.
-_FORMS = Path(__file__).with_name("delta_rule_forms")
-_FORMS_CAPABILITY = (9, 0)
-_FORMS_HEAD = 128
-_FORMS_SETTINGS = ("FLA_CACHE_MODE", "FLA_CONFIG_DIR")
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +73,6 @@ def run_fla_rule(
 
     function = _find_fla()
     assert function is not None
-    _offer_forms(queries.shape[-1], values.shape[-1])
     outputs, _ = function(
         UnitLength.apply(queries, kernels)[None],
         UnitLength.apply(keys, kernels)[None],
@@ -122,14 +113,6 @@ class UnitLength(torch.autograd.Function):
 
 
 @cache
-def _offer_forms(key_size: int, value_size: int) -> None:
-    """Spare flash-linear-attention the trials of its kernels' forms, two minutes of them, where the best are known."""
-    is_known = torch.cuda.get_device_capability() == _FORMS_CAPABILITY and key_size == value_size == _FORMS_HEAD
-    if is_known and os.environ.get("FLA_CACHE_MODE") == "fuzzy":
-        os.environ.setdefault("FLA_CONFIG_DIR", str(_FORMS))
-
-
-@cache
 def _find_fla() -> Any | None:
     """Return the chunked rule of flash-linear-attention; None where it does not import, or is not sound."""
     if find_spec("fla") is not None and _is_miscompiled(torch.cuda.get_device_capability(), _read_triton_version()):
@@ -139,8 +122,6 @@ def _find_fla() -> Any | None:
             "(pip install tilelang), changes that"
         )
         return None
-    if not any(name in os.environ for name in _FORMS_SETTINGS):
-        os.environ["FLA_CACHE_MODE"] = "fuzzy"  # it is read while the package imports
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except Exception as error:  # it looks for a device and a compiler while it imports, and raises what it likes

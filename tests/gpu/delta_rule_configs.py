@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# Heads of keys and of values: Qwen3.5 to 2B, 4B and 9B with Qwen3-Next, 27B.
-_HEADS = ((16, 32), (16, 16), (16, 48))
+# Heads of keys and of values of Qwen3.5-4B: forms do not depend on how many there are.
+_NUM_KEYS, _NUM_VALUES = 16, 32
 _HEAD_SIZE = 128
 _LENGTHS = (900, 140, 64, 2000, 300, 692)
 
@@ -24,36 +24,37 @@ def main() -> None:
     """Run forward and backward passes, and write what was found."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for heads in _HEADS:
+    for is_ours in (True, False):
         for name in ("first", "second"):
             started = time.perf_counter()
-            run(*heads)
+            run(is_ours=is_ours)
             torch.cuda.synchronize()
-            print(f"{heads}: {name} pass {time.perf_counter() - started:.2f} s", flush=True)
+            print(f"ours: {is_ours}, {name} pass {time.perf_counter() - started:.2f} s", flush=True)
     for kernel, found in collect().items():
         (folder / f"{kernel}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(kernel, found["autotune_entries"], flush=True)
 
 
-def run(num_keys: int, num_values: int) -> None:
-    """Run the delta rule on a pack of examples, there and back."""
+def run(*, is_ours: bool) -> None:
+    """Run the delta rule there and back: as our decoder calls it, on a pack, or as transformers does, on rows alike."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    total = sum(_LENGTHS)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-    queries, keys = (
-        torch.nn.functional.normalize(draw(1, total, num_keys, _HEAD_SIZE), dim=-1).requires_grad_() for _ in range(2)
-    )
-    values = draw(1, total, num_values, _HEAD_SIZE).requires_grad_()
-    decay = -torch.rand(1, total, num_values, device="cuda")
-    beta = torch.rand(1, total, num_values, device="cuda")
     host = torch.tensor([0, *_LENGTHS]).cumsum(0)
+    shape = (1, sum(_LENGTHS)) if is_ours else (4, 1024)
+    further: dict[str, Any] = {"cu_seqlens": host.cuda(), "cu_seqlens_cpu": host} if is_ours else {}
+
+    def draw(*rest: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, *rest, device="cuda", dtype=dtype)
+
+    queries, keys = (torch.nn.functional.normalize(draw(_NUM_KEYS, _HEAD_SIZE), dim=-1) for _ in range(2))
+    values = draw(_NUM_VALUES, _HEAD_SIZE)
+    decay = -draw(_NUM_VALUES, dtype=torch.float32).abs()
+    beta = draw(_NUM_VALUES, dtype=torch.float32 if is_ours else torch.bfloat16).sigmoid()
+    inputs = [tensor.detach().requires_grad_() for tensor in (queries, keys, values, decay, beta)]
+    queries, keys, values, decay, beta = inputs
     out, _ = chunk_gated_delta_rule(
-        queries, keys, values, g=decay.requires_grad_(), beta=beta.requires_grad_(), scale=_HEAD_SIZE**-0.5,
-        cu_seqlens=host.cuda(), cu_seqlens_cpu=host,
+        queries, keys, values, g=decay, beta=beta, scale=_HEAD_SIZE**-0.5, use_qk_l2norm_in_kernel=not is_ours,
+        output_final_state=not is_ours, **further,
     )  # fmt: skip
     out.sum().backward()
 

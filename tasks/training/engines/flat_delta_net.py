@@ -5,8 +5,10 @@ gives the layout in the mask's place, and a layer that gets one mixes each examp
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from tasks.decoder.module_reading import UnknownDecoderError
 from tasks.training.engines.flat_attention import FlatLayout, find_layout
 
 _MASK_FUNCTION = "create_recurrent_attention_mask"
+_RULE = "torch_chunk_gated_delta_rule"
 
 
 def find_delta_nets(base: nn.Module) -> list[Any]:
@@ -61,6 +64,23 @@ def use_flat_delta_nets(nets: list[Any], *, is_plain: bool) -> Callable[[], None
                 net.forward = own_forward
 
     return give_back
+
+
+@contextmanager
+def ruled_plainly(base: nn.Module) -> Iterator[None]:
+    """Have a model's own forward pass run the delta rule as transformers defines it, whatever kernels are installed.
+
+    flash-linear-attention would try forms of its kernels, for minutes, on a few tokens.
+    """
+    families = {sys.modules[type(net).__module__] for net in find_delta_nets(base)}
+    own = {family: getattr(family, _RULE) for family in families if hasattr(family, _RULE)}
+    for family, function in own.items():
+        setattr(family, _RULE, unwrap(function))
+    try:
+        yield
+    finally:
+        for family, function in own.items():
+            setattr(family, _RULE, function)
 
 
 def _make_mask(own_function: Callable[..., Any], **arguments: Any) -> Any:

@@ -25,6 +25,7 @@ from tasks.decoder.mixers import find_flash_size, has_sinks, list_attentions
 from tasks.decoder.recognition import UnknownDecoderError
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
+from tasks.training.engines.flat_delta_net import ruled_plainly
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, prepare_recomputation
 from tasks.training.engines.loss import cut_trial, sum_token_losses
@@ -69,7 +70,7 @@ def try_model(
     dropout = Dropout(_DROPPED_SHARE, torch.full((1,), flat.dropout_key, dtype=torch.int64, device=device))
     recorder = RouteRecorder()
     model.eval()
-    with _made_up(parameters), _recomputing_experts(model), torch.enable_grad():
+    with _made_up(parameters), _recomputing_experts(model), ruled_plainly(find_base(model)), torch.enable_grad():
         loss = torch.zeros((), device=device)
         context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
         with context:

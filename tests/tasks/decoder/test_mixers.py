@@ -1,8 +1,5 @@
 """The parts of further mixers, each against a slow and simple oracle."""
 
-import hashlib
-import json
-import os
 from itertools import accumulate
 from typing import Any
 
@@ -179,34 +176,3 @@ def test_kernels_that_a_compiler_spoils_are_left_out(
     delta_rule._find_fla.cache_clear()
     assert rules == (run_plain_rule,)  # fla is not installed here, so it does not import where it is not refused
     assert ("Triton 3.7.1" in caplog.text) == refused
-
-
-@pytest.mark.parametrize(
-    ("capability", "size", "mode", "offered"),
-    [((9, 0), 128, "fuzzy", True), ((10, 0), 128, "fuzzy", False), ((9, 0), 64, "fuzzy", False),
-     ((9, 0), 128, "strict", False)],
-)  # fmt: skip
-def test_known_forms_are_offered_where_they_were_found(
-    capability: tuple[int, int], size: int, mode: str, offered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setenv("FLA_CACHE_MODE", mode)
-    monkeypatch.setenv("FLA_CONFIG_DIR", "")
-    monkeypatch.delenv("FLA_CONFIG_DIR")
-    delta_rule._offer_forms.cache_clear()
-    delta_rule._offer_forms(size, size)
-    delta_rule._offer_forms.cache_clear()
-    assert ("FLA_CONFIG_DIR" in os.environ) == offered
-
-
-def test_known_forms_are_filed_as_the_library_looks_for_them() -> None:
-    """By the digest of what a kernel's form depends on: one that is not found costs seconds in each first training."""
-    files = sorted(delta_rule._FORMS.glob("*.json"))
-    assert len(files) == 9
-    for file in files:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        assert found["kernel_name"] == file.stem
-        for digest, entry in found["autotune_entries"].items():
-            key = json.dumps(entry["autotune_key"], separators=(",", ":"), sort_keys=True)
-            assert hashlib.md5(key.encode()).hexdigest() == digest
-            assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
