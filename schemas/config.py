@@ -553,6 +553,8 @@ class EvaluationConfig(Section):
     """Rows evaluated, from the front of the held-out part."""
     batch_size: Literal["auto"] | int = Field(default="auto", title="Batch")
     """Prompts generated at once. auto: as many as the free memory of a GPU holds, up to 256; 16 on a CPU."""
+    num_processes: int = Field(default=1, ge=1, le=1024, title="Processes")
+    """On this machine, one a GPU; each loads the model and answers its share of the rows."""
     max_new_tokens: int = Field(default=128, ge=1, le=32768, title="Longest answer (tokens)")
     """Greedy decoding stops here at the latest."""
     questions: tuple[str, ...] = Field(default=(), title="Free questions")

@@ -21,6 +21,7 @@ from tasks.progress import Tell
 
 _BLOCK_BYTES = 32 << 20
 _CALLS_A_CORE = 2
+_WITH_MODELS = {"SFT_RUNS_MODELS": "1"}
 _MAX_LOST = 5
 """How often a call is made again after its worker was lost."""
 
@@ -31,7 +32,12 @@ Sent = tuple[Path, str, list[tuple[str, int, Blocks]]]
 
 
 def map(
-    function: Callable[..., Any], calls: Sequence[Sequence[Any]], parcel: Callable[..., Parcel], tell: Tell
+    function: Callable[..., Any],
+    calls: Sequence[Sequence[Any]],
+    parcel: Callable[..., Parcel],
+    tell: Tell,
+    *,
+    device: str | None = None,
 ) -> list[Any]:
     """Run a function on each tuple of arguments; return the results in the order of the calls.
 
@@ -40,19 +46,20 @@ def map(
         calls: its arguments.
         parcel: given a call's arguments, says what it reads and makes.
         tell: of calls that have ended.
+        device: cuda or cpu, of functions that run models; their processes are apart from those of other calls.
 
     Raises:
         ClusterError: see there.
         Exception: what the first call in order that fails raises; calls that wait are then not started.
     """
     ray = connect()
-    send = _prepare(ray, function, parcel)
+    send = _prepare(ray, function, parcel, device)
     waiting, running = list(range(len(calls)))[::-1], dict[Any, int]()
     places = dict[int, Path | None]()
     results, failures = [None] * len(calls), dict[int, Exception]()
     try:
         while waiting or running:
-            while waiting and not failures and len(running) < _count_places(ray):
+            while waiting and not failures and len(running) < _count_places(ray, device):
                 number = waiting.pop()
                 reference, places[number] = send(calls[number])
                 running[reference] = number
@@ -73,13 +80,26 @@ def map(
     return results
 
 
-def _count_places(ray: Any) -> int:
+def count_devices(kind: str) -> int:
+    """Return how many calls that run models the cluster does at a time on its GPUs (cuda) or its cores (cpu).
+
+    Raises:
+        ClusterError: nothing answers.
+    """
+    return int(connect().cluster_resources().get("GPU" if kind == "cuda" else "CPU", 0))
+
+
+def _count_places(ray: Any, device: str | None) -> int:
     """Return how many calls may be under way; machines come and go.
 
     Raises:
-        ClusterError: there is no core.
+        ClusterError: there is no core, or no GPU where one is wanted.
     """
-    cores = int(ray.cluster_resources().get("CPU", 0))
+    if device == "cuda" and not count_devices(device):
+        raise ClusterError(
+            f"{ADDRESS} = {os.environ[ADDRESS]}: the cluster has lost all of its GPUs: start the run again"
+        )
+    cores = count_devices(device or "cpu")
     if not cores:
         raise ClusterError(
             f"{ADDRESS} = {os.environ[ADDRESS]}: no machine of the cluster has a core for calls: join one by "
@@ -89,7 +109,7 @@ def _count_places(ray: Any) -> int:
 
 
 def _prepare(
-    ray: Any, function: Callable[..., Any], parcel: Callable[..., Parcel]
+    ray: Any, function: Callable[..., Any], parcel: Callable[..., Parcel], device: str | None
 ) -> Callable[[Sequence[Any]], tuple[Any, Path | None]]:
     """Return what sends a call, and gives the reference to its outcome, and the folder that it makes."""
 
@@ -105,7 +125,9 @@ def _prepare(
 
     module = function.__module__
     wanted = {"code": digest_files(module), **list_libraries(module)}
-    task = ray.remote(num_cpus=1, max_retries=_MAX_LOST)(work)
+    # Other variables, other processes: those that read data have made themselves ready for nothing else.
+    apart = {} if device is None else {"num_gpus": int(device == "cuda"), "runtime_env": {"env_vars": _WITH_MODELS}}
+    task = ray.remote(num_cpus=1, max_retries=_MAX_LOST, **apart)(work)
     common: dict[Path, Sent] = {}
 
     def send(arguments: Sequence[Any]) -> tuple[Any, Path | None]:
@@ -116,7 +138,7 @@ def _prepare(
         reads = [common.get(enclosure.path) or _pack(ray, enclosure) for enclosure in own.reads]
         limits = {name: os.environ.get(name) for name in (LIMITED, ROOTS)}  # for where web servers redirect to
         order = pickle.dumps((function, tuple(arguments), limits))
-        return task.remote(module, wanted, order, reads, own.makes), own.makes
+        return task.remote(module, wanted, order, reads, own.makes, device is not None), own.makes
 
     return send
 

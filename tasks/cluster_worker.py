@@ -29,7 +29,14 @@ class VersionError(ValueError):
     """A worker has another version of the product, or of a library, than the one that sends calls."""
 
 
-def work(module: str, wanted: Mapping[str, str], order: bytes, reads: Sequence[Any], makes: Path | None) -> Outcome:
+def work(
+    module: str,
+    wanted: Mapping[str, str],
+    order: bytes,
+    reads: Sequence[Any],
+    makes: Path | None,
+    runs_models: bool = False,
+) -> Outcome:
     """Make a call.
 
     Args:
@@ -39,10 +46,12 @@ def work(module: str, wanted: Mapping[str, str], order: bytes, reads: Sequence[A
             before the versions were compared.
         reads: what was sent with it (`cluster.Sent`).
         makes: the folder that it makes, by its path with the sender.
+        runs_models: it wants torch, which what is preloaded for other calls goes without.
     """
     try:
         _compare(wanted, _fingerprint(module))
-        importlib.import_module(_PRELOADED)  # it keeps a worker to one thread, and is where all imports are
+        if not runs_models:
+            importlib.import_module(_PRELOADED)  # it keeps a worker to one thread, and is where all imports are
         function, arguments, limits = pickle.loads(order)
         _take_over(limits)
         with storage.new_folder() as folder, unpacked(_unpack(reads, folder) | _place(makes, folder)):

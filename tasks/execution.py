@@ -14,14 +14,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from tasks import cluster, cluster_connection
 from tasks.parcels import Parcel
 from tasks.progress import Tell
 
 _PRELOADED = ["tasks.preloading"]
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_MAX_LOST = 2
+"""How often calls with models are made again after one of their processes was lost."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,6 +93,110 @@ def map(
         for future in futures:
             future.cancel()
     return results
+
+
+class MapModels(Protocol):
+    """As `map`, for functions that run models."""
+
+    def __call__(
+        self, function: Callable[..., R], calls: Sequence[Sequence[Any]], *, parcel: Callable[..., Parcel], tell: Tell
+    ) -> list[R]:
+        """Run a function on each tuple of arguments; return the results in the order of the calls."""
+        ...
+
+
+def count_model_places(kind: str) -> int:
+    """Return how many calls with a model a named cluster runs at a time on such a device; 0 where none is named.
+
+    Args:
+        kind: cuda or cpu.
+
+    Raises:
+        ClusterError: it cannot be used.
+    """
+    return cluster.count_devices(kind) if cluster_connection.is_named() else 0
+
+
+def list_devices() -> list[str]:
+    """Return the GPUs that the environment shows, by the names that it has for them; none where it shows all."""
+    return [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+
+
+@contextmanager
+def model_workers(devices: Sequence[str] | None, *, kind: str) -> Iterator[MapModels]:
+    """Give a `map` for functions that run models, in processes that last as long as the body.
+
+    Args:
+        devices: of each process of this machine, as CUDA_VISIBLE_DEVICES names it; empty for the CPU. None: the
+            processes are the cluster's.
+        kind: cuda or cpu.
+    """
+    if devices is None:
+        yield partial(cluster.map, device=kind)
+        return
+    workers = _ModelWorkers(devices)
+    try:
+        yield workers.map
+    finally:
+        workers.end()
+
+
+class _ModelWorkers:
+    """Processes that are not forked: a device's library would not survive it."""
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._devices = devices
+        self._start()
+
+    def map(
+        self, function: Callable[..., R], calls: Sequence[Sequence[Any]], *, parcel: Callable[..., Parcel], tell: Tell
+    ) -> list[R]:
+        """As `map`; where a process is lost, calls without a result are made again by new ones."""
+        results: dict[int, R] = {}
+        for attempt in range(_MAX_LOST + 1):
+            with _hidden_main():
+                waiting = [number for number in range(len(calls)) if number not in results]
+                futures = {number: self._pool.submit(function, *calls[number]) for number in waiting}
+            try:
+                for number, future in futures.items():
+                    results[number] = future.result()
+                    tell(len(results), len(calls))
+                break
+            except BrokenProcessPool:
+                if attempt == _MAX_LOST:
+                    raise
+                self.end()
+                self._start()
+        return [results[number] for number in range(len(calls))]
+
+    def end(self) -> None:
+        """End the processes, whatever they are at."""
+        self._line.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        end, self._line = context.Pipe(duplex=False)  # no lock that a killed process could hold
+        seats = context.SimpleQueue()
+        for device in self._devices:
+            seats.put(device)
+        given = (seats, end, max(1, count_cores() // len(self._devices)))
+        self._pool = ProcessPoolExecutor(len(self._devices), context, initializer=_take_seat, initargs=given)
+
+
+def _take_seat(seats: Any, end: Any, num_threads: int) -> None:
+    """Take a device before anything that uses it is imported; end when the parent closes the line, or dies."""
+    device = seats.get()
+    if device:
+        os.environ[_VISIBLE] = device
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    threading.Thread(target=_end_with_line, args=(end,), daemon=True).start()
+
+
+def _end_with_line(end: Any) -> None:
+    with suppress(OSError, EOFError):
+        end.recv()
+    os._exit(0)
 
 
 def _prepare_context() -> Any:

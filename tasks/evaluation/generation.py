@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.evaluation.flat import UnsupportedModelError
 from tasks.evaluation.memory import shrink_until_it_fits
@@ -129,7 +129,12 @@ def decode_in_batches(
 
 def context_length(model: PreTrainedModel) -> int:
     """Return the most tokens that the model's config allows in one sequence; very large where it names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return read_limit(model.config)
+
+
+def read_limit(config: PretrainedConfig) -> int:
+    """Return the most tokens of one sequence that a config allows; very large where it names no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import pandera.polars as pa
 import polars as pl
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from schemas.config import EvaluationConfig
 from schemas.records import EvaluationRows, PairRows, columns_of
-from tasks.evaluation.generation import context_length, decode, find_stop_ids, generate_greedy, render_questions
-from tasks.evaluation.likelihood import score_targets
+from tasks.evaluation.answering import Answer, Asked, Terms, answering, collect_ends
+from tasks.evaluation.generation import decode, read_limit, render_questions
 from tasks.evaluation.metrics import METRICS, ScoredAnswer, average_rows, measured_columns
 from tasks.evaluation.preferences import Runs, find_runs
-from tasks.models import choose_device, choose_dtype, load_model, load_tokenizer
+from tasks.families.classes import FamilyError, read_config
+from tasks.models import load_tokenizer
 from tasks.prompts import load_settings
 from tasks.tokenization.labels import IGNORE_INDEX
 
@@ -119,11 +119,15 @@ def evaluate_sets(
     questions = render_questions(config.questions, tokenizer, settings, system=config.system_message)
     if not everything and not questions:  # there is nothing to ask
         return Evaluation(rows=score_rows([], [], [], tokenizer), answers=[], probes={})
-    device = choose_device()
-    model = load_model(model_folder, dtype=choose_dtype(precision, device), device=device)
-    _check_context(model, everything)
-    ids = (row for example in everything for row in (example.prompt, example.target))
-    _make_room_for_ids(model, 1 + max(max(row) for row in (*ids, *questions)))
+    _check_context(model_folder, everything)
+    rejected = (side.input_ids for example in everything for side in example.pair or ())
+    ids = (*(row for example in everything for row in (example.prompt, example.target)), *rejected)
+    terms = Terms(
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        precision=precision,
+        num_ids=1 + max(max(row) for row in (*ids, *questions)),
+    )
     num_done, num_all = 0, 2 * len(everything) + len(questions)
 
     def advance(num_rows: int) -> None:
@@ -131,32 +135,33 @@ def evaluate_sets(
         num_done += num_rows
         on_progress(num_done, num_all)
 
-    def answer(examples: list[HeldOut], further: list[list[int]]) -> tuple[pl.DataFrame, list[list[int]]]:
-        prompts, targets = [example.prompt for example in examples], [example.target for example in examples]
-        # Free questions go with the rows: a batch of their own would cost as much as a full one.
-        answers = generate_greedy(
-            model,
-            prompts + further,
-            stop_ids=find_stop_ids((model.generation_config, _shipped_config(tokens)), tokenizer, targets),
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            on_progress=advance,
+    with answering(
+        model_folder,
+        tokens / "tokenizer",
+        terms,
+        num_processes=config.num_processes,
+        num_rows=len(everything),
+        advance=advance,
+    ) as answer:
+
+        def answer_set(examples: list[HeldOut], further: list[list[int]]) -> tuple[pl.DataFrame, list[list[int]]]:
+            prompts, targets = [example.prompt for example in examples], [example.target for example in examples]
+            # Free questions go with the rows: a batch of their own would cost as much as a full one.
+            answers, nll_sums = answer(Asked(prompts + further, targets, collect_ends(targets)))
+            rows = score_rows(examples, answers[: len(examples)], nll_sums, tokenizer)
+            if any(example.pair is not None for example in examples):
+                rows = rows.hstack(_score_pairs(answer, examples))
+            return rows, answers[len(examples) :]
+
+        rows, free = answer_set(held_out, questions)
+        return Evaluation(
+            rows=rows,
+            answers=[(q, decode(tokenizer, ids)) for q, ids in zip(config.questions, free, strict=True)],
+            probes={name: answer_set(examples, [])[0] for name, examples in sets.items()},
         )
-        nll_sums = score_targets(model, prompts, targets, batch_size=config.batch_size, on_progress=advance)
-        rows = score_rows(examples, answers[: len(examples)], nll_sums, tokenizer)
-        if any(example.pair is not None for example in examples):
-            rows = rows.hstack(_score_pairs(model, examples, config))
-        return rows, answers[len(examples) :]
-
-    rows, free = answer(held_out, questions)
-    return Evaluation(
-        rows=rows,
-        answers=[(q, decode(tokenizer, ids)) for q, ids in zip(config.questions, free, strict=True)],
-        probes={name: answer(examples, [])[0] for name, examples in sets.items()},
-    )
 
 
-def _score_pairs(model: PreTrainedModel, examples: Sequence[HeldOut], config: EvaluationConfig) -> pl.DataFrame:
+def _score_pairs(answer: Answer, examples: Sequence[HeldOut]) -> pl.DataFrame:
     """Return the likelihoods of both answers of each pair (PairRows).
 
     Raises:
@@ -165,14 +170,8 @@ def _score_pairs(model: PreTrainedModel, examples: Sequence[HeldOut], config: Ev
     sides = [side for example in examples if example.pair is not None for side in example.pair]
     assert len(sides) == 2 * len(examples), "a part of the held-out rows are pairs"
     runs = [(side.input_ids, start, end) for side in sides for start, end in side.runs]
-    found = iter(
-        score_targets(
-            model,
-            [ids[:start] for ids, start, _ in runs],
-            [ids[start:end] for ids, start, end in runs],
-            batch_size=config.batch_size,
-        )
-    )
+    prompts, targets = [ids[:start] for ids, start, _ in runs], [ids[start:end] for ids, start, end in runs]
+    found = iter(answer(Asked(prompts, targets, [], is_answered=False))[1])
     sums = [math.fsum(next(found) for _ in side.runs) for side in sides]
     tokens = [sum(end - start for start, end in side.runs) for side in sides]
     for number, nll_sum in enumerate(sums):
@@ -247,13 +246,6 @@ def _read_pair(row: dict[str, Any]) -> tuple[Side, Side] | None:
     return chosen, rejected
 
 
-def _shipped_config(tokens: Path) -> GenerationConfig | None:
-    """Return the generation config that ships with the tokenizer, when there is one."""
-    folder = tokens / "tokenizer"
-    exists = (folder / "generation_config.json").exists()
-    return GenerationConfig.from_pretrained(str(folder), local_files_only=True) if exists else None
-
-
 def find_last_run(labels: Sequence[int]) -> tuple[int, int] | None:
     """Return start and end of the last unbroken run of labels other than -100; None without any."""
     end = len(labels)
@@ -317,31 +309,18 @@ def _schema() -> dict[str, Any]:
     )
 
 
-def _check_context(model: PreTrainedModel, examples: Sequence[HeldOut]) -> None:
+def _check_context(model: Path, examples: Sequence[HeldOut]) -> None:
     """Refuse an example that does not fit into the model's context."""
     if not examples:
         return
     longest = max(examples, key=lambda example: len(example.prompt) + len(example.target))
-    num_tokens, limit = len(longest.prompt) + len(longest.target), context_length(model)
+    try:
+        limit = read_limit(read_config(model))
+    except FamilyError:  # which loading the model says better
+        return
+    num_tokens = len(longest.prompt) + len(longest.target)
     if num_tokens > limit:
         raise EvaluationError(
             f"example_id {longest.example_id} has {num_tokens} tokens, but the model's context is {limit} "
             f"(max_position_embeddings): set tokenization.max_length to at most {limit}"
         )
-
-
-def _make_room_for_ids(model: PreTrainedModel, num_ids: int) -> None:
-    """Give ids that the model does not have yet the mean embedding, in memory only.
-
-    A base model lacks the tokens that were added for its chat template; it must still be evaluated with them.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    num_known = embeddings.weight.shape[0]
-    if num_ids <= num_known:
-        return
-    logger.warning("the model has %d embeddings, the tokens need %d: the new ones get the mean", num_known, num_ids)
-    model.resize_token_embeddings(num_ids, mean_resizing=False)
-    layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
-    with torch.no_grad():
-        for layer in layers:
-            layer.weight[num_known:] = layer.weight[:num_known].mean(dim=0)

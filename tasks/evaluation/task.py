@@ -92,7 +92,9 @@ def evaluate(
 
 def describe_effort(config: EvaluationConfig) -> str:
     """Return the settings that decide how long a row's answer takes."""
-    return speeds.write_settings(config.model_dump(mode="json", include={"batch_size", "max_new_tokens"}))
+    return speeds.write_settings(
+        config.model_dump(mode="json", include={"batch_size", "max_new_tokens", "num_processes"})
+    )
 
 
 def _find_files(probes: ProbesRef | None) -> dict[str, Path]:

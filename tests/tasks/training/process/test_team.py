@@ -36,9 +36,11 @@ from tests.tasks.training.test_distributed import CONFIG as SHORT
 from tests.tasks.training.test_distributed import Curves, farthest
 
 # Machines on a busy one may be silent for longer than a second.
-# Long enough that a machine comes back while it is trained: 96 steps.
-CONFIG = SHORT.model_copy(update={"num_epochs": 12, "eval_every_steps": 24, "checkpoint_every_steps": 3})
-NUM_STEPS = 96
+# Long enough that a machine comes back while it is trained, however busy this one is.
+CONFIG = SHORT.model_copy(
+    update={"num_epochs": 40, "learning_rate": 1e-3, "eval_every_steps": 80, "checkpoint_every_steps": 10}
+)
+NUM_STEPS = 320
 _CONF = "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=3"
 is_long = pytest.mark.skipif(os.environ.get("SFT_TEAM_TESTS") != "all", reason="SFT_TEAM_TESTS=all brings it")
 
@@ -69,6 +71,9 @@ class Team:
         self.evaluations: dict[int, float] = {}
         self.lines: list[str] = []
         self.guests: list[subprocess.Popen[bytes]] = []
+        self.own_ranks: list[psutil.Process] = []
+        """Of the run's machine, known before they train: a training is over sooner than they are looked for."""
+        self._is_over = threading.Event()
         self._answers: dict[str, Callable[[], None]] = {}
         self._acts: list[tuple[Callable[[StepRecord], bool], Callable[[], None]]] = []
 
@@ -104,6 +109,7 @@ class Team:
 
     def train(self) -> TrainingOutcome:
         """Train on the run's machine; the others end by themselves then."""
+        threading.Thread(target=self._watch_ranks, daemon=True).start()
         try:
             return run_training(
                 self.job,
@@ -113,6 +119,7 @@ class Team:
                 silence_seconds=600,  # of processes that a test has stopped
             )
         finally:
+            self._is_over.set()
             for guest in self.guests:
                 try:
                     guest.wait(timeout=60)
@@ -122,6 +129,11 @@ class Team:
     def find_guest_processes(self) -> list[psutil.Process]:
         """Return ranks and agents of other machines than the run's."""
         return [each for guest in self.guests for each in psutil.Process(guest.pid).children(recursive=True)]
+
+    def _watch_ranks(self) -> None:
+        while not self._is_over.wait(0.3):
+            below = psutil.Process().children(recursive=True)
+            self.own_ranks = [process for process in below if is_rank_of(self.job, process)]
 
     def _note(self, record: StepRecord) -> None:
         self.losses[record.step] = record.loss  # a step that is done again has the same loss, or the test fails
@@ -182,6 +194,7 @@ def check_curve(team: Team, outcome: TrainingOutcome, alone: Curves) -> None:
 
 def hold_until_told_to_stop(processes: list[psutil.Process]) -> None:
     """Stop ranks where they are until their agent has sent them SIGTERM: somebody else has come."""
+    assert processes, "no rank is known"
     for process in processes:
         process.suspend()
 
@@ -204,14 +217,17 @@ def has_pending(pid: int, number: signal.Signals) -> bool:
     return bool(mask >> (number - 1) & 1)
 
 
-def find_own_ranks(job: TrainingJob) -> list[psutil.Process]:
-    """Return the run's machine's ranks: children of its agent."""
-    return [process for process in find_processes(job) if "RANK" in process.environ()]
+def is_rank_of(job: TrainingJob, process: psutil.Process) -> bool:
+    """Say whether a process is a rank of the run's machine, and no agent."""
+    try:
+        return str(job.run_folder / "job.json") in process.cmdline() and "RANK" in process.environ()
+    except psutil.Error:
+        return False
 
 
 def bring_guest(team: Team) -> None:
     """Let a machine come, which the run's machine waits for in the middle of its training."""
-    hold_until_told_to_stop(find_own_ranks(team.job))
+    hold_until_told_to_stop(team.own_ranks)
     team.add_guest()
 
 
@@ -219,7 +235,7 @@ def bring_guest(team: Team) -> None:
 def test_a_machine_that_comes_grows_the_team_and_a_lost_one_shrinks_it(
     base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = random.SystemRandom().randint(2, 60)
+    step = random.SystemRandom().randint(2, 200)
     with shared("bucket", tmp_path) as place:
         monkeypatch.setenv("SFT_TEAM", place)
         team = make_team(base_model, many_tokens, tmp_path)
@@ -250,7 +266,7 @@ def test_four_ranks_on_two_machines_survive_any_loss(
     loss: str,
     record_property: Callable[[str, Any], None],
 ) -> None:
-    step = random.SystemRandom().randint(2, 80)
+    step = random.SystemRandom().randint(2, 250)
     with shared(kind, tmp_path) as place:
         monkeypatch.setenv("SFT_TEAM", place)
         team = make_team(base_model, many_tokens, tmp_path, num_processes=2)
@@ -287,7 +303,7 @@ def test_a_lost_machine_comes_back_and_torchrun_itself_joins(
     team.when_told("Training on 1 machine", lambda: bring_guest(team))
 
     def bring_torchrun() -> None:
-        hold_until_told_to_stop(find_own_ranks(team.job))
+        hold_until_told_to_stop(team.own_ranks)
         threading.Thread(target=team.add_torchrun).start()
 
     def lose_guest() -> None:
