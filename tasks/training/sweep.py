@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from schemas.artifacts import CandidateReport, SweepReport
 from schemas.config import TrainingConfig
 from tasks.speeds import name_device
 from tasks.tokenization.labels import IGNORE_INDEX
@@ -32,15 +31,16 @@ from tasks.training.batches import Batch, iterate_steps
 from tasks.training.candidates import list_settings
 from tasks.training.checkpoints import (
     CheckpointError,
-    Progress,
     find_checkpoint,
     name_checkpoint,
     restore_checkpoint,
     take_snapshot,
     write_snapshot,
 )
+from tasks.training.choosing import Candidate, choose
 from tasks.training.distributed import world_size
 from tasks.training.engines.side_by_side import LaneEngine, UnknownDecoderError, build_lanes
+from tasks.training.in_turn import train_in_turn
 from tasks.training.lora import attach_further, collect_trained, save_named
 from tasks.training.memory import read_memory, reset_memory
 from tasks.training.objective import Objective
@@ -55,28 +55,6 @@ from tasks.training.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
 
-_NUM_RESAMPLES = 2000
-Train = Callable[..., TrainingOutcome]
-
-
-@dataclass
-class Candidate:
-    """One of the trainings of a sweep."""
-
-    name: str
-    config: TrainingConfig
-    seed: int
-    progress: Progress = field(default_factory=Progress)
-    failure: str = ""
-    """Why it was given up."""
-    losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
-    """Loss and what it is divided by of each held-out example, [E, 2], of the last evaluation."""
-
-    @property
-    def eval_loss(self) -> float:
-        """Of the last evaluation; infinite where it was given up."""
-        return math.inf if self.failure or not self.progress.evaluations else self.progress.evaluations[-1].loss
-
 
 def train_sweep(
     base_model: Path,
@@ -86,7 +64,7 @@ def train_sweep(
     *,
     seed: int,
     identity: str,
-    train: Train,
+    train: Callable[..., TrainingOutcome],
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_eval: Callable[[EvalRecord], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -126,7 +104,7 @@ def train_sweep(
         del setup
         arguments: dict[str, Any] = {"identity": identity, "should_stop": should_stop}
         listeners: dict[str, Callable[[Any], None]] = {"on_step": on_step, "on_eval": on_eval}
-        return _train_in_turn(base_model, tokens, run_folder, candidates, train, arguments, listeners)
+        return train_in_turn(base_model, tokens, run_folder, candidates, train, arguments, listeners)
     logger.info("Training with the %s", lanes.describe())
     run = _Sweep(setup, lanes, candidates, run_folder, identity)
     run.begin()
@@ -434,101 +412,3 @@ def _list_losses(
     sums = np.zeros((len(batch.segments.lengths), 2))
     np.add.at(sums, owners[is_trained], values)
     return numbers, sums[: len(numbers)]
-
-
-def _train_in_turn(
-    base_model: Path,
-    tokens: Path,
-    run_folder: Path,
-    candidates: list[Candidate],
-    train: Train,
-    arguments: dict[str, Any],
-    listeners: dict[str, Callable[[Any], None]],
-) -> TrainingOutcome:
-    """Train the candidates one after the other; return the winner's outcome with a report on all."""
-    outcomes: dict[str, TrainingOutcome] = {}
-    for candidate in candidates:
-
-        def tell(listener: Callable[[Any], None], name: str, record: Any) -> None:
-            kept = ("loss", "grad_norm", "learning_rate")
-            figures = {f"{name}/{key}": getattr(record, key) for key in kept if hasattr(record, key)}
-            listener(replace(record, figures=figures))
-
-        def note(record: EvalRecord, own: Candidate = candidate) -> None:
-            own.progress.evaluations.append(record)
-            tell(listeners["on_eval"], own.name, record)
-
-        try:
-            outcomes[candidate.name] = train(
-                base_model, tokens, run_folder / "candidates" / candidate.name, candidate.config, seed=candidate.seed,
-                **{**arguments, "identity": f"{arguments['identity']} {candidate.name}"},
-                on_step=partial(tell, listeners["on_step"], candidate.name), on_eval=note,
-            )  # fmt: skip
-        except CheckpointError:
-            raise
-        except TrainingError as error:
-            candidate.failure = str(error)
-            logger.warning("%s is given up: %s", candidate.name, error)
-            continue
-        best = outcomes[candidate.name].best_eval_loss
-        if best is None:
-            raise TrainingError(
-                "training.sweep chooses by held-out loss, and there are no held-out examples: set data.eval_fraction"
-            )
-    if not outcomes:
-        raise TrainingError(f"every candidate of the sweep was given up, the last one with: {candidates[-1].failure}")
-    report = choose(candidates)
-    logger.info(report.sentence)
-    return replace(outcomes[report.winner], sweep=report)
-
-
-def choose(candidates: Sequence[Candidate]) -> SweepReport:
-    """Return which candidate has the smallest held-out loss, and what is left of it after it was chosen."""
-    winner = min(candidates, key=lambda candidate: candidate.eval_loss)
-    live = [candidate for candidate in candidates if not candidate.failure]
-    corrected = None
-    if all(len(candidate.losses) for candidate in live):
-        corrected = winner.eval_loss + estimate_optimism(np.stack([candidate.losses for candidate in live]))
-    return SweepReport(
-        winner=winner.name,
-        loss=winner.eval_loss,
-        corrected_loss=corrected,
-        candidates=tuple(
-            CandidateReport(
-                name=each.name,
-                learning_rate=each.config.learning_rate,
-                rank=each.config.rank,
-                seed=each.seed,
-                loss=None if each.failure else each.eval_loss,
-                failure=each.failure,
-            )
-            for each in candidates
-        ),
-    )
-
-
-def estimate_optimism(losses: NDArray[np.float64], *, seed: int = 0) -> float:
-    """Return by how much the smallest of several held-out losses is expected to be too small, for being the smallest.
-
-    In each resample of the examples the best candidate is chosen again; its loss there is too small by what it has more
-    on all examples. The mean over the resamples estimates the same of the choice that was made.
-
-    Args:
-        losses: of candidates and examples: sum and divisor, [K, E, 2].
-        seed: of the resamples.
-
-    Returns:
-        0 for one candidate, and never below.
-    """
-    num_candidates, num_examples, _ = losses.shape
-    if num_candidates < 2 or num_examples < 2:
-        return 0.0
-    whole = losses[:, :, 0].sum(axis=1) / losses[:, :, 1].sum(axis=1)
-    generator = np.random.default_rng(seed)
-    gaps = np.empty(_NUM_RESAMPLES)
-    for number in range(_NUM_RESAMPLES):
-        counts = np.bincount(generator.integers(num_examples, size=num_examples), minlength=num_examples)
-        drawn = (losses[:, :, 0] @ counts) / (losses[:, :, 1] @ counts)
-        best = int(drawn.argmin())
-        gaps[number] = whole[best] - drawn[best]
-    return max(0.0, float(gaps.mean()))

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from schemas.config import SweepConfig, TrainingConfig
 from tasks.training.candidates import list_settings
+from tasks.training.choosing import Candidate, choose, estimate_optimism
 from tasks.training.loop import train_adapter
 from tasks.training.process.messages import describe_outcome, read_outcome
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
-from tasks.training.sweep import Candidate, choose, estimate_optimism
 from tests.tasks.training.conftest import write_tokens
 from tests.tasks.training.families import build_family
 from tests.tasks.training.test_preferences import write_pairs
