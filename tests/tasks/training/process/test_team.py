@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Team:
         self.guests: list[subprocess.Popen[bytes]] = []
         self.own_ranks: list[psutil.Process] = []
         """Of the run's machine, known before they train: a training is over sooner than they are looked for."""
+        self.guest_processes: list[psutil.Process] = []
+        """Of the others, with their agents and ranks."""
         self._is_over = threading.Event()
         self._answers: dict[str, Callable[[], None]] = {}
         self._acts: list[tuple[Callable[[StepRecord], bool], Callable[[], None]]] = []
@@ -127,13 +129,21 @@ class Team:
                     kill_tree(guest.pid)
 
     def find_guest_processes(self) -> list[psutil.Process]:
-        """Return ranks and agents of other machines than the run's."""
-        return [each for guest in self.guests for each in psutil.Process(guest.pid).children(recursive=True)]
+        """Return ranks, agents and commands of other machines than the run's."""
+        living = [psutil.Process(guest.pid) for guest in self.guests if guest.poll() is None]
+        return [each for guest in living for each in (guest, *guest.children(recursive=True))]
+
+    def lose_guests(self) -> None:
+        """Kill them with all that they have started, at once, as a machine takes it along that loses its power."""
+        for process in self.guest_processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _watch_ranks(self) -> None:
         while not self._is_over.wait(0.3):
             below = psutil.Process().children(recursive=True)
             self.own_ranks = [process for process in below if is_rank_of(self.job, process)]
+            self.guest_processes = self.find_guest_processes()
 
     def _note(self, record: StepRecord) -> None:
         self.losses[record.step] = record.loss  # a step that is done again has the same loss, or the test fails
@@ -235,14 +245,14 @@ def bring_guest(team: Team) -> None:
 def test_a_machine_that_comes_grows_the_team_and_a_lost_one_shrinks_it(
     base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = random.SystemRandom().randint(2, 200)
+    step = random.SystemRandom().randint(2, 60)
     with shared("bucket", tmp_path) as place:
         monkeypatch.setenv("SFT_TEAM", place)
         team = make_team(base_model, many_tokens, tmp_path)
         team.when_told("Training on 1 machine", lambda: bring_guest(team))
         team.when_told(
             "came after step",
-            lambda: team.when(lambda record: record.step >= step, lambda: kill_tree(team.guests[0].pid)),
+            lambda: team.when(lambda record: record.step >= step, team.lose_guests),
         )
         outcome = team.train()
     check_curve(team, outcome, alone)
@@ -266,7 +276,7 @@ def test_four_ranks_on_two_machines_survive_any_loss(
     loss: str,
     record_property: Callable[[str, Any], None],
 ) -> None:
-    step = random.SystemRandom().randint(2, 250)
+    step = random.SystemRandom().randint(2, 60)
     with shared(kind, tmp_path) as place:
         monkeypatch.setenv("SFT_TEAM", place)
         team = make_team(base_model, many_tokens, tmp_path, num_processes=2)
@@ -274,9 +284,9 @@ def test_four_ranks_on_two_machines_survive_any_loss(
 
         def act() -> None:
             if loss == "machine":
-                kill_tree(team.guests[0].pid)
+                team.lose_guests()
             elif loss == "rank":
-                random.choice([p for p in team.find_guest_processes() if "RANK" in p.environ()]).kill()
+                random.choice([p for p in team.guest_processes if "RANK" in p.environ()]).kill()
             elif loss == "pre-empted":
                 team.guests[0].terminate()
             else:
@@ -308,7 +318,7 @@ def test_a_lost_machine_comes_back_and_torchrun_itself_joins(
 
     def lose_guest() -> None:
         team.when_told("Lost", bring_torchrun)
-        team.when(lambda record: record.step >= 10, lambda: kill_tree(team.guests[0].pid))
+        team.when(lambda record: record.step >= 10, team.lose_guests)
 
     team.when_told("came after step", lose_guest)
     outcome = team.train()
