@@ -94,7 +94,7 @@ def routed_as(choices: Sequence[Tensor], batch: Batch) -> Iterator[None]:
         yield
 
 
-class _Place(NamedTuple):
+class _Seen(NamedTuple):
     """Where tokens of the pieces are among the rows that a router may see."""
 
     num_rows: int
@@ -104,14 +104,14 @@ class _Place(NamedTuple):
     """[N]: which token each of them is."""
 
 
-def _place_tokens(batch: Batch) -> list[_Place]:
+def _place_tokens(batch: Batch) -> list[_Seen]:
     """Return what a router may see: all of the batch, or the rows that the last layer of a flat one goes on with."""
     device, width = batch.input_ids.device, batch.input_ids.shape[1]
     own = [number * width + place for number, length in enumerate(batch.row_lengths) for place in range(length)]
-    places = [_Place(batch.input_ids.numel(), torch.tensor(own, device=device), torch.arange(len(own), device=device))]
+    places = [_Seen(batch.input_ids.numel(), torch.tensor(own, device=device), torch.arange(len(own), device=device))]
     if batch.trained is not None:
         inside = (batch.trained < batch.num_tokens).nonzero()[:, 0]
-        places.append(_Place(len(batch.trained), inside, batch.trained[inside]))
+        places.append(_Seen(len(batch.trained), inside, batch.trained[inside]))
     return places
 
 
