@@ -33,7 +33,7 @@ class Packing:
 
     def make_scheme(self) -> Any:
         """Return the library's own words for it."""
-        from compressed_tensors.quantization import (  # type: ignore[import-not-found,unused-ignore]
+        from compressed_tensors.quantization import (
             QuantizationArgs,
             QuantizationScheme,
         )
@@ -90,7 +90,7 @@ def unfold_compressed(export: Path, target: Path) -> Path:
     Raises:
         ExportError: a packed weight lacks a part.
     """
-    from compressed_tensors.compressors.pack_quantized.base import (  # type: ignore[import-not-found,unused-ignore]
+    from compressed_tensors.compressors.pack_quantized.base import (
         PackedQuantizationCompressor,
     )
     from compressed_tensors.quantization import QuantizationConfig
@@ -148,7 +148,7 @@ def _pack(name: str, weight: Tensor, packing: Packing, scheme: Any) -> dict[str,
         ExportError: read again, a value is more than a step away.
     """
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    from compressed_tensors.quantization.utils import (  # type: ignore[import-not-found,unused-ignore]
+    from compressed_tensors.quantization.utils import (
         calculate_qparams,
     )
 
