@@ -93,7 +93,7 @@ def test_import_writes_a_config_of_ours_and_the_table_beside_it(place: Path) -> 
 
 
 def test_import_names_all_that_cannot_be_and_writes_nothing(place: Path) -> None:
-    result = call("import", "my_sft.yaml", "stage=dpo", "neftune_noise_alpha=5")
+    result = call("import", "my_sft.yaml", "stage=ppo", "neftune_noise_alpha=5")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "2 key(s) of LLaMA-Factory's that cannot be translated" in result.stderr
     ours = call("import", Path(__file__).resolve().parents[2] / "deploy" / "configs" / "demo.yaml")

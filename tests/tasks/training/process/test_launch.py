@@ -406,7 +406,7 @@ def test_beats_keep_a_busy_process_alive_at_any_age(tmp_path: Path, monkeypatch:
 # An outcome, and the end of the line: what comes after it is the process's own ending.
 OUTCOME = (
     "connection.send('outcome', adapter='adapter', num_steps=3, final_loss=0.5, best_eval_loss=None, adapter_step=3, "
-    "resumed_from_step=None, num_examples=4, num_packs=4, packing_efficiency=1.0, num_trained_tokens=5, "
+    "sweep=None, resumed_from_step=None, num_examples=4, num_packs=4, packing_efficiency=1.0, num_trained_tokens=5, "
     "num_trainable_parameters=6, tokens_per_second=7.0, peak_memory_bytes=8, adapted=[], warnings=[])"
 )
 
