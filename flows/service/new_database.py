@@ -43,6 +43,7 @@ def copy_prepared(path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
+        new.touch(mode=0o600)
         shutil.copyfile(_prepared(), new)
         new.rename(path)
     finally:

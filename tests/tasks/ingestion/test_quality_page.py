@@ -25,6 +25,8 @@ MARKUP = "<script>alert('x')</script><img src=x onerror=y>"
 # As tokenization writes it, for 18 training conversations of which 2 were rejected, and 2 held-out ones.
 HISTOGRAM = {"counts": {"16-31": 4, "64-127": 12}, "min": 20, "median": 80.0, "p90": 100.0, "max": 120}
 SIDE: dict[str, Any] = {
+    "rejected_samples": [],
+    "num_pairs": 0,
     "num_conversations": 18,
     "num_examples": 16,
     "num_truncated": 1,
