@@ -25,11 +25,13 @@ def open_store(scheme: str, bucket: str) -> Any:
         from pyarrow import fs  # type: ignore[import-untyped]
 
         region = fs.resolve_s3_region(bucket)
-    return _open_client("S3FileSystem", region=region, endpoint_override=endpoint)
+    # pyarrow gives up after 3 seconds; a store that lists ten thousand names, or is busy, takes longer.
+    seconds: dict[str, Any] = {"request_timeout": 60, "connect_timeout": 20}
+    return _open_client("S3FileSystem", region=region, endpoint_override=endpoint, **seconds)
 
 
 @cache
-def _open_client(name: str, **options: str | None) -> Any:
+def _open_client(name: str, **options: Any) -> Any:
     """Return a client of pyarrow's; a process keeps it."""
     from pyarrow import fs
 
