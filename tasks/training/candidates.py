@@ -15,7 +15,7 @@ def list_settings(config: TrainingConfig, seed: int) -> list[tuple[str, Training
     found = []
     for rate, rank, own_seed in product(rates, ranks, sweep.seeds or (seed,)):
         own = {"learning_rate": rate, "rank": rank, "alpha": config.alpha * rank / config.rank, "sweep": SweepConfig()}
-        found.append((f"lr-{rate:g}-rank-{rank}-seed-{own_seed}", config.model_copy(update=own), own_seed))
+        found.append((f"lr-{rate!r}-rank-{rank}-seed-{own_seed}", config.model_copy(update=own), own_seed))
     return found
 
 

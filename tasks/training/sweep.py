@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -247,7 +246,7 @@ class _Sweep:
         """Give the batches of a candidate's remaining steps, as it would have them by itself."""
         return iterate_steps(
             self.setup.table, self.setup.rows, candidate.config, seed=candidate.seed, first=self.step,
-            last=self.setup.num_steps, form_step=partial(self.lanes.form_step),
+            last=self.setup.num_steps, form_step=self.lanes.form_step,
         )  # fmt: skip
 
     def _descend(self, batches: list[list[Batch]]) -> list[tuple[float, float]]:

@@ -79,8 +79,9 @@ def routed_as(choices: Sequence[Tensor], batch: Batch) -> Iterator[None]:
         if not left:
             return found
         wanted = left.pop().unflatten(0, (batch.num_tokens, -1))
-        rows = found[1].reshape(-1, *wanted.shape[1:]) if found[1].numel() % wanted[0].numel() == 0 else found[1][:0]
-        fitting = [place for place in places if place.num_rows == len(rows)]
+        num_rows, rest = divmod(found[1].numel(), wanted[0].numel())
+        fitting = [] if rest else [place for place in places if place.num_rows == num_rows]
+        rows = found[1].reshape(num_rows, *wanted.shape[1:]) if fitting else found[1]
         shares = [_share_alike(rows[place.own], wanted[place.tokens]) for place in fitting]
         if not shares or max(shares) < _LEAST_ALIKE:
             left.clear()  # it goes another way: from here on it chooses by itself
