@@ -157,8 +157,7 @@ def compare_models(
         return done
     with tracking.stage_run(parent_run_id, "compare", gate) as run_id, storage.new_folder() as folder:
         folders = tracking.resolve(before), tracking.resolve(after)
-        base, tuned = (pl.read_parquet(place / _ROWS) for place in folders)
-        rows_before, rows_after = (_with_rewards(rows, base, dpo) for rows in (base, tuned))
+        rows_before, rows_after, theirs = _read_rows(before, after, champion_evaluation, dpo)
         common: dict[str, Any] = {
             "seed": seed,
             "judged": gate.metrics,
@@ -169,17 +168,13 @@ def compare_models(
             if rows_before.is_empty() and rows_after.is_empty()
             else compare(rows_before, rows_after, config, **common)
         )
-        theirs = None if champion_evaluation is None else pl.read_parquet(tracking.resolve(champion_evaluation) / _ROWS)
-        theirs = None if theirs is None else _with_rewards(theirs, base, dpo)
         rival = _compare_with(champion, champion_evaluation, theirs, rows_after, config, **common) if champion else None
         against = rival.report if rival else None
         found = tuple(compare_probe(probe, *folders, config, seed=seed) for probe in config.probes)
         decision = judge(comparison.delta, gate, against, num_conversations=comparison.num_conversations, probes=found)
         warnings = tuple(dict.fromkeys((*warnings, *list_caveats(comparison), *warn_of_probes(found))))
         table = add_answers(comparison.table, rival)
-        base_answers, tuned_answers = (json.loads((place / _QUESTIONS).read_text("utf-8")) for place in folders)
-        questions = [(q, base, tuned) for (q, base), (_, tuned) in zip(base_answers, tuned_answers, strict=True)]
-        answers = [{"question": q, "base": base, "tuned": tuned} for q, base, tuned in questions]
+        questions = _pair_questions(*folders)
         page = write_report(
             folder / "comparison",
             comparison,
@@ -193,8 +188,7 @@ def compare_models(
             probes=found,
         )
         table.write_parquet(folder / "comparison" / "table.parquet")
-        text = json.dumps(answers, ensure_ascii=False, indent=1)
-        (folder / "comparison" / _QUESTIONS).write_text(text, encoding="utf-8")
+        _write_questions(folder / "comparison" / _QUESTIONS, questions)
         tracking.log_table(parent_run_id, table, "side_by_side.json")
         tracking.log_folder(parent_run_id, page.parent, "report")
         _log_metrics(parent_run_id, comparison, rival, found)
@@ -217,6 +211,27 @@ def compare_models(
         tracking.remember(run_id, ref)
     _show_tables(ref, title)
     return ref
+
+
+def _read_rows(
+    before: EvalReport, after: EvalReport, champion: EvalReport | None, dpo: DpoConfig
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame | None]:
+    """Return what base, merged model and champion gave for each row; preferences are measured from the base."""
+    base, tuned = (pl.read_parquet(tracking.resolve(each) / _ROWS) for each in (before, after))
+    theirs = None if champion is None else pl.read_parquet(tracking.resolve(champion) / _ROWS)
+    held = None if theirs is None else _with_rewards(theirs, base, dpo)
+    return _with_rewards(base, base, dpo), _with_rewards(tuned, base, dpo), held
+
+
+def _pair_questions(before: Path, after: Path) -> list[tuple[str, str, str]]:
+    """Return each question of the config with the answers of base and merged model."""
+    base, tuned = (json.loads((place / _QUESTIONS).read_text("utf-8")) for place in (before, after))
+    return [(question, one, other) for (question, one), (_, other) in zip(base, tuned, strict=True)]
+
+
+def _write_questions(path: Path, questions: Sequence[tuple[str, str, str]]) -> None:
+    answers = [{"question": question, "base": base, "tuned": tuned} for question, base, tuned in questions]
+    path.write_text(json.dumps(answers, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _with_rewards(rows: pl.DataFrame, base: pl.DataFrame, dpo: DpoConfig) -> pl.DataFrame:

@@ -3,6 +3,7 @@
 MLflow, which holds the published ones, is imported where a config names one: to read files it is not needed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from schemas.config import DataConfig
@@ -15,19 +16,20 @@ def pin_sources(config: DataConfig) -> DataConfig:
     Raises:
         PublicationError: it is not published.
     """
-    update: dict[str, Any] = {"source": _pin(config.source)}
-    if config.eval_source is not None:
-        update["eval_source"] = _pin(config.eval_source)
-    update["mixture"] = tuple(part.model_copy(update={"source": _pin(part.source)}) for part in config.mixture)
-    return config.model_copy(update=update)
+    return _change_sources(config, _pin)
 
 
 def bring_sources(config: DataConfig) -> DataConfig:
     """Put local paths in the place of published datasets, downloading what this machine does not have."""
-    update: dict[str, Any] = {"source": _bring(config.source)}
+    return _change_sources(config, _bring)
+
+
+def _change_sources(config: DataConfig, change: Callable[[str], str]) -> DataConfig:
+    """Return the config with each of its sources changed."""
+    update: dict[str, Any] = {"source": change(config.source)}
     if config.eval_source is not None:
-        update["eval_source"] = _bring(config.eval_source)
-    update["mixture"] = tuple(part.model_copy(update={"source": _bring(part.source)}) for part in config.mixture)
+        update["eval_source"] = change(config.eval_source)
+    update["mixture"] = tuple(part.model_copy(update={"source": change(part.source)}) for part in config.mixture)
     return config.model_copy(update=update)
 
 

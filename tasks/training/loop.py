@@ -109,13 +109,7 @@ def train_adapter(
     with _naming_shortage(base_model, config):
         examples = run_folder / f"examples-{machine()}"
         setup = prepare_training(base_model, tokens, examples, config, seed=seed, objective=objective)
-    logger.info("Training with the %s", setup.engine.describe())
-    for sentence in setup.notes:  # among the warnings at the end, but an hour earlier
-        logger.info(sentence)
-    for sentence in describe_costs(config, setup.parameters, setup.engine.describe().partition(",")[0], setup.dtype):
-        logger.info(sentence)
-    for sentence in describe_trained(setup.adapted, config):
-        logger.info(sentence)
+    _tell(setup)
     run = Run(setup, Progress(), identity, [*passed_over, *warnings], peak_memory_bytes=read_memory(setup.device))
     run.tokens_per_second_at_peak = _estimate_peak(setup)
     seed_per_rank(seed, 0)
@@ -142,6 +136,15 @@ def train_adapter(
     return _describe(
         run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
     )
+
+
+def _tell(setup: Setup) -> None:
+    """Say with what is trained, and what of it is slow; the warnings at the end have it too, an hour later."""
+    config, engine = setup.config, setup.engine.describe()
+    logger.info("Training with the %s", engine)
+    costs = describe_costs(config, setup.parameters, engine.partition(",")[0], setup.dtype)
+    for sentence in (*setup.notes, *costs, *describe_trained(setup.adapted, config)):
+        logger.info(sentence)
 
 
 def _with_reference(setup: Setup, run_folder: Path, identity: str, *, has_begun: bool) -> Setup:
