@@ -1,5 +1,6 @@
 """What a person sees in the terminal: log lines of the stages, and the outcome as tables."""
 
+import importlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ _COLOURS = {"better": "green", "worse": "red", "unclear": "dim", "changed": "def
 
 def quiet_prefect() -> None:
     """Keep the stages' own lines on the console and drop the engine's; Prefect's server gets all of them."""
+    importlib.import_module("prefect.main")  # makes the console's handlers, once, whoever imports it first
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_ours)
         handler.addFilter(_show_controls)
