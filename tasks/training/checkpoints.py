@@ -47,6 +47,8 @@ class Progress:
     num_tokens: int = 0
     num_trained_tokens: int = 0
     train_seconds: float = 0.0
+    failure: str = ""
+    """Why a candidate of a sweep was given up; it has no steps since."""
 
     @property
     def best_step(self) -> int | None:

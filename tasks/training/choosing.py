@@ -25,10 +25,13 @@ class Candidate:
     config: TrainingConfig
     seed: int
     progress: Progress = field(default_factory=Progress)
-    failure: str = ""
-    """Why it was given up."""
     losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
     """Loss and what it is divided by of each held-out example, [E, 2], of the last evaluation."""
+
+    @property
+    def failure(self) -> str:
+        """Why it was given up."""
+        return self.progress.failure
 
     @property
     def eval_loss(self) -> float:

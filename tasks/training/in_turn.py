@@ -47,7 +47,7 @@ def train_in_turn(
         except CheckpointError:
             raise
         except TrainingError as error:
-            candidate.failure = str(error)
+            candidate.progress.failure = str(error)
             logger.warning("%s is given up: %s", candidate.name, error)
             continue
         best = outcomes[candidate.name].best_eval_loss

@@ -19,12 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.config import TrainingConfig
 from tasks.speeds import name_device
-from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.adamw import build_adamw
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.candidates import list_settings
@@ -39,10 +37,10 @@ from tasks.training.checkpoints import (
 from tasks.training.choosing import Candidate, choose
 from tasks.training.distributed import world_size
 from tasks.training.engines.side_by_side import LaneEngine, UnknownDecoderError, build_lanes
+from tasks.training.held_out_losses import compute_held_out
 from tasks.training.in_turn import train_in_turn
 from tasks.training.lora import attach_further, collect_trained, save_named
 from tasks.training.memory import read_memory, reset_memory
-from tasks.training.objective import Objective
 from tasks.training.optimizers import WholeOptimizer
 from tasks.training.preferences import find_reference
 from tasks.training.preparation import Setup, prepare_training
@@ -50,7 +48,6 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingError, Traini
 from tasks.training.schedule import compute_learning_rate
 from tasks.training.sharding import is_sharded
 from tasks.training.throughput import count_useful_flop
-from tasks.training.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +209,8 @@ class _Sweep:
     def end(self) -> TrainingOutcome:
         """Save the winner, and say what came of all."""
         setup = self.setup
+        if self.resumed_from_step == self.step:  # all steps were done before, and their losses were not kept
+            self._compute_held_out()
         report = choose(self.candidates)
         number = [candidate.name for candidate in self.candidates].index(report.winner)
         winner = self.candidates[number]
@@ -286,7 +285,7 @@ class _Sweep:
         Raises:
             TrainingError: it was the last one.
         """
-        candidate.failure = why
+        candidate.progress.failure = why
         logger.warning("%s is given up: %s", candidate.name, why)
         if all(each.failure for each in self.candidates):
             raise TrainingError(
@@ -335,12 +334,9 @@ class _Sweep:
 
     def _evaluate(self) -> EvalRecord:
         """Compute each candidate's held-out loss; return the smallest, and all as figures."""
-        table = self.setup.eval_table
-        assert table is not None
         live = [candidate for candidate in self.candidates if not candidate.failure]
-        found = self._compute_held_out(table)
+        self._compute_held_out()
         for candidate in live:
-            candidate.losses = found[candidate.name]
             total, count = candidate.losses.sum(axis=0)
             progress = candidate.progress
             since = progress.losses[progress.evaluations[-1].step if progress.evaluations else 0 :]
@@ -361,21 +357,14 @@ class _Sweep:
         figures = {f"{each.name}/loss": each.progress.evaluations[-1].loss for each in live if not each.failure}
         return replace(record, figures=figures)
 
-    @torch.no_grad()
-    def _compute_held_out(self, table: TokenTable) -> dict[str, NDArray[np.float64]]:
-        """Return loss and divisor of each held-out example, or pair, of each candidate."""
-        objective = self.setup.objective
-        sums = {each.name: np.zeros((len(table.group_lengths), 2)) for each in self.candidates if not each.failure}
-        model = self.setup.model
-        was_training = model.training
-        model.eval()
-        for batch in self.lanes.form_evaluation(table):
-            log_probs = self.lanes.compute_log_probs([None if each.failure else batch for each in self.candidates])
-            for candidate, own in zip(self.candidates, log_probs, strict=True):
-                if not candidate.failure:
-                    np.add.at(sums[candidate.name], *_list_losses(objective, own, batch, table.group))
-        model.train(was_training)
-        return sums
+    def _compute_held_out(self) -> None:
+        """Compute the candidates' losses of the held-out examples."""
+        assert self.setup.eval_table is not None
+        is_live = [not candidate.failure for candidate in self.candidates]
+        found = compute_held_out(self.setup.model, self.lanes, self.setup.objective, self.setup.eval_table, is_live)
+        for candidate, losses in zip(self.candidates, found, strict=True):
+            if losses is not None:
+                candidate.losses = losses
 
     def _save(self) -> None:
         """Write a checkpoint of each candidate."""
@@ -392,22 +381,3 @@ class _Sweep:
 
     def _identify(self, candidate: Candidate) -> str:
         return f"{self.identity} {candidate.name}"
-
-
-def _list_losses(
-    objective: Objective, log_probs: Tensor, batch: Batch, group: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the numbers of a batch's examples, or pairs, and loss and divisor of each [., 2]."""
-    numbers = np.array(batch.indices[::group]) // group
-    if objective.list_losses is not None:
-        losses = objective.list_losses(log_probs, batch).double().cpu().numpy()
-        return numbers, np.stack([losses, np.ones_like(losses)], axis=1)
-    assert batch.segments is not None
-    assert batch.trained is not None
-    # The last segment may be padding, of which nothing is trained.
-    owners = np.repeat(np.arange(len(batch.segments.lengths)), batch.segments.lengths)[batch.trained.numpy()]
-    is_trained = batch.choose(batch.targets).numpy() != IGNORE_INDEX
-    values = np.stack([-log_probs.double().cpu().numpy(), np.ones(len(owners))], axis=1)[is_trained]
-    sums = np.zeros((len(batch.segments.lengths), 2))
-    np.add.at(sums, owners[is_trained], values)
-    return numbers, sums[: len(numbers)]

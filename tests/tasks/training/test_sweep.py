@@ -9,11 +9,13 @@ import pytest
 from safetensors.torch import load_file
 
 from schemas.config import SweepConfig, TrainingConfig
+from tasks.training import sweep
 from tasks.training.candidates import list_settings
 from tasks.training.choosing import Candidate, choose, estimate_optimism
 from tasks.training.loop import train_adapter
 from tasks.training.process.messages import describe_outcome, read_outcome
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
+from tasks.training.schedule import compute_learning_rate
 from tests.tasks.training.conftest import write_tokens
 from tests.tasks.training.families import build_family
 from tests.tasks.training.test_preferences import write_pairs
@@ -92,6 +94,52 @@ def test_interrupted_sweep_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.parametrize(("eval_every_steps", "why"), [(9, "step 2: loss nan, "), (1, "step 1: held-out loss nan")])
+def test_a_candidate_that_breaks_is_given_up_for_good_and_the_others_are_as_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_every_steps: int, why: str
+) -> None:
+    def break_it(step: int, num_steps: int, config: TrainingConfig) -> float:
+        return compute_learning_rate(step, num_steps, config) * (1e30 if config.learning_rate == 1 else 1)
+
+    monkeypatch.setattr(sweep, "compute_learning_rate", break_it)
+    base_model, tokens = build_family(tmp_path / "model", "llama"), write_tokens(tmp_path / "tokens", num_train=12)
+    config = TrainingConfig(
+        rank=4, alpha=8, micro_batch=4, num_epochs=3, engine="fused", checkpoint_every_steps=2,
+        eval_every_steps=eval_every_steps, sweep=SweepConfig(learning_rates=(1e-2, 1.0)),
+    )  # fmt: skip
+    seen: list[StepRecord] = []
+    with pytest.raises(TrainingStopped):
+        train(tmp_path / "cut", base_model, tokens, config, on_step=seen.append, should_stop=lambda: len(seen) >= 5)
+    rest, later, evals = train(tmp_path / "cut", base_model, tokens, config)
+    assert rest.resumed_from_step == 5
+    good, broken = rest.sweep.candidates
+    assert rest.sweep.winner == good.name
+    assert broken.loss is None
+    assert broken.failure.startswith(why)
+    assert rest.warnings[-1] == f"{broken.name} was given up: {broken.failure}"
+    name, own, seed = list_settings(config, 3)[0]
+    own_steps = train(tmp_path / name, base_model, tokens, own, seed)[1]
+    assert [record.figures[f"{name}/loss"] for record in seen + later] == pytest.approx(
+        [record.loss for record in own_steps], rel=1e-5
+    )
+    assert not [key for record in [*later, *evals] for key in record.figures if key.startswith(broken.name)]
+    hopeless = config.model_copy(update={"sweep": SweepConfig(learning_rates=(1.0,), seeds=(0, 1))})
+    with pytest.raises(TrainingError, match="every candidate of the sweep was given up"):
+        train(tmp_path / "hopeless", base_model, tokens, hopeless)
+
+
+def test_a_finished_sweep_that_was_not_told_is_told_whole(tmp_path: Path) -> None:
+    base_model, tokens = build_family(tmp_path / "model", "llama"), write_tokens(tmp_path / "tokens", num_train=12)
+    config = TrainingConfig(
+        rank=4, alpha=8, micro_batch=4, num_epochs=1, engine="fused", sweep=SweepConfig(learning_rates=(1e-3, 1e-2))
+    )
+    whole, _, _ = train(tmp_path / "run", base_model, tokens, config)
+    again, steps, _ = train(tmp_path / "run", base_model, tokens, config)
+    assert steps == []
+    assert again.sweep == whole.sweep
+    assert again.sweep.corrected_loss is not None
+
+
 def test_what_has_no_lanes_is_trained_in_turn_with_the_same_report(tmp_path: Path) -> None:
     base_model, tokens = build_family(tmp_path / "model", "llama"), write_tokens(tmp_path / "tokens", num_train=8)
     config = TrainingConfig(
@@ -129,7 +177,7 @@ def test_choice_is_said_in_words() -> None:
     for number, candidate in enumerate(candidates):
         record = EvalRecord(1, 1, 1.0, 2.0 - 0.1 * number, 1.0, is_best=True)
         candidate.progress = replace(candidate.progress, evaluations=[record])
-    candidates[3].failure = "step 2: loss nan"
+    candidates[3].progress.failure = "step 2: loss nan"
     report = choose(candidates)
     assert report.winner == "lr-0.01-rank-2-seed-0"
     assert report.sentence == "lr-0.01-rank-2-seed-0 has the smallest held-out loss of 4 candidates: 1.8000"
