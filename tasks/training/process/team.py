@@ -46,7 +46,8 @@ class Offer:
     base_model: str
     """Name of its folder in the place, like the next one."""
     tokens: str
-    config: TrainingConfig
+    config: dict[str, Any]
+    """Of the training; as it was written: another version of the product may have other settings."""
     seed: int
     identity: str
     endpoint: str
@@ -145,15 +146,23 @@ def write_offer(job: TrainingJob, base_model: str, tokens: str) -> None:
 
 
 def find_offer(place: Place) -> Offer | None:
-    """Return the training that was offered last, if there is any."""
+    """Return the training that was offered last, if there is any.
+
+    Raises:
+        TrainingError: what is written there is no offer of ours.
+    """
     offers = []
     for file in place.list_names(_JOBS):
         text = place.read_text(f"{_JOBS}/{file}") if file.endswith(_ENDING) else None
         if text is None:  # deleted meanwhile
             continue
-        values: dict[str, Any] = json.loads(text)
-        config = TrainingConfig.model_validate(values.pop("config"))
-        offers.append(Offer(name=file.removesuffix(_ENDING), config=config, **values))
+        try:
+            offers.append(Offer(name=file.removesuffix(_ENDING), **json.loads(text)))
+        except (ValueError, TypeError) as error:
+            raise TrainingError(
+                f"{place.address}/{_JOBS}/{file} is no offer that this version of the product can read ({error}): "
+                "install the version of the run's machine here, or delete the file where no run wants it"
+            ) from None
     return max(offers, key=lambda offer: offer.written, default=None)
 
 
@@ -179,7 +188,7 @@ def take_offer(place: Place, offer: Offer, folder: Path) -> TrainingJob:
         base_model=folder / _FOLDERS / offer.base_model,
         tokens=folder / _FOLDERS / offer.tokens,
         run_folder=folder / _TRAININGS / offer.name,
-        config=offer.config,
+        config=TrainingConfig.model_validate(offer.config),
         seed=offer.seed,
         identity=offer.identity,
         place=place.below(f"{_TRAININGS}/{offer.name}").address,

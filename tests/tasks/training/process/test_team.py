@@ -410,10 +410,20 @@ def test_a_machine_with_another_version_is_refused(
         known = ("config", "seed", "identity", "place", "endpoint", "round_id")
         assert [getattr(taken, name) for name in known] == [getattr(job, name) for name in known]
         other = replace(offer, fingerprint={**offer.fingerprint, "torch": "1.0", "code": "f" * 64})
-        with pytest.raises(TrainingError, match=r"code \w{12} here and f{12} there, torch .* here and 1.0 there"):
-            take_offer(place, other, tmp_path / "mine")
+        newer = replace(other, config={**offer.config, "setting_of_tomorrow": 1})
+        for each in (other, newer):
+            with pytest.raises(TrainingError, match=r"code \w{12} here and f{12} there, torch .* here and 1.0 there"):
+                take_offer(place, each, tmp_path / "mine")
     assert find_offer(place) is None
     assert not answers(offer)
+
+
+@pytest.mark.parametrize("text", ["{", '{"seed": 1}', "[]"])
+def test_what_is_no_offer_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "x.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"jobs/x.json is no offer that this version of the product can read"):
+        find_offer(open_place(str(tmp_path)))
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
