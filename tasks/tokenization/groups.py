@@ -171,7 +171,10 @@ def _make_pairs(
         if isinstance(rejected, MaskError):
             outcomes.append(MaskError(rejected.reason, f"in the rejected answer: {rejected}"))
             continue
-        outcomes.append(_pair(chosen.examples, rejected.examples, config))
+        pair = _pair(chosen.examples, rejected.examples, config)
+        outcomes.append(pair)
+        if isinstance(pair, MaskError):
+            continue
         for masked in (chosen, rejected):
             report.num_literals += masked.num_literals
             report.dropped.update(masked.dropped)
@@ -197,7 +200,18 @@ def _pair(chosen: list[Example], rejected: list[Example], config: TokenizationCo
             f"to fit into tokenization.max_length = {config.max_length} its two prompts were cut at different places: "
             "raise it, or shorten the row",
         )
+    if chosen[0].ids == rejected[0].ids:
+        return MaskError("same_answers", _explain_sameness(chosen[0].truncated or rejected[0].truncated, config))
     return [chosen[0], rejected[0]]
+
+
+def _explain_sameness(is_cut: bool, config: TokenizationConfig) -> str:
+    """Say why two answers that differ as text became the same tokens: such a pair has no gradient."""
+    if is_cut:
+        return f"cut to tokenization.max_length = {config.max_length}, both answers are the same: raise it"
+    return (
+        "the chat template writes both answers alike: they differ only in what it leaves out, such as spaces at the end"
+    )
 
 
 def _is_checked(row: Row, report: MaskReport) -> bool:

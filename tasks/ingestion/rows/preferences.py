@@ -36,6 +36,11 @@ def convert_side(field_name: str) -> Converter:
         elif value is None:
             raise RowError("null_content", f"{layout.columns[field_name]} is null")
         else:
+            if not isinstance(value, dict | list):
+                raise RowError(
+                    "bad_message",
+                    f"{layout.columns[field_name]} is of type {type(value).__name__}: a text or messages are wanted",
+                )
             parts = [value] if isinstance(value, dict) else value
             answer = read_messages(parts, tags=layout.tags, schemas=schemas, unused=unused)
         if not answer or answer[0]["role"] == "assistant":

@@ -111,6 +111,7 @@ def test_answers_of_several_turns_begin_where_they_differ() -> None:
         ({"prompt": "hi", "chosen": "a", "rejected": "a"}, "same_answers", "both are 'a'"),
         ({"prompt": "hi", "chosen": "a", "rejected": " "}, "empty_answer", "message 2"),
         ({"prompt": "hi", "chosen": None, "rejected": "a"}, "null_content", "chosen is null"),
+        ({"prompt": "hi", "chosen": 4, "rejected": 5}, "bad_message", "chosen is of type int: a text or messages"),
         ({"prompt": "hi", "chosen": "a"}, "missing_field", "no rejected"),
         ({"chosen": "a", "rejected": "b"}, "missing_field", "chosen is a text without its prompt"),
         ({"chosen": say("u:a", "a:b"), "rejected": say("u:x", "a:b")}, "different_prompts", "from message 1 on"),

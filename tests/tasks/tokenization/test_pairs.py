@@ -81,3 +81,19 @@ def test_a_pair_is_refused_with_either_answer_and_never_cut_to_two_prompts(
     strict = config.model_copy(update={"max_truncated_fraction": 0.1})
     with pytest.raises(TokenizationError, match=r"1 of 2 training examples \(50\.0%\) had to be cut or rejected"):
         tokenize_dataset(dataset, prepared, tmp_path / "again", strict)
+
+
+def test_a_pair_whose_answers_become_the_same_tokens_is_refused(tmp_path: Path) -> None:
+    make_tokenizer(CHATML.replace("m.content", "m.content.strip()")).save_pretrained(str(tmp_path / "model"))
+    prepared = prepare_tokenizer(tmp_path / "model", None)
+    good = say("u:Hello", "a:Hi"), say("u:Hello", "a:No")
+    spaced = say("u:Hello", "a:Hi"), say("u:Hello", "a:Hi  ")
+    late = tuple(say("u:Hello", "a:" + " ".join(["no"] * 60) + end) for end in (" yes", " never"))
+    dataset = write(tmp_path / "data", [good, spaced, (late[0], late[1])])
+    config = TokenizationConfig(max_length=64, truncation="cut_answer", max_truncated_fraction=1)
+    counts = tokenize_dataset(dataset, prepared, tmp_path / "tokens", config)
+    assert (counts.rows_train, counts.num_examples) == (1, 1)
+    assert counts.rows_rejected == {"same_answers": 4}
+    details = pl.read_parquet(tmp_path / "tokens" / "rejects.parquet")["detail"].to_list()
+    assert details[0].startswith("the chat template writes both answers alike")
+    assert details[1] == "cut to tokenization.max_length = 64, both answers are the same: raise it"
