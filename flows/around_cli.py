@@ -19,7 +19,7 @@ _JSON = typer.Option("--json", help="Print JSON.")
 @app.command()
 def init(
     data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset.")],
-    model: Annotated[str, typer.Argument(help="Folder or hub name of the base model.")],
+    model: Annotated[str, typer.Argument(help="Folder, hub name or registered version (models:/NAME@ALIAS).")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, a new one. Default: print it.")
     ] = None,

@@ -10,8 +10,9 @@ import yaml
 from flows.checking import Check, check_dataset
 from schemas.config import DataConfig, ModelConfig, RunConfig, TokenizationConfig
 from schemas.loading import parse_config, quote_text
-from tasks.base_model import locate_tokenizer
+from tasks.ingestion.errors import DataError
 from tasks.models import read_context_length
+from tasks.registry.bases import find_tokenizer_folder
 from tasks.visible_text import make_visible
 
 _FEWEST_HELD_OUT, _MOST_HELD_OUT = 30, 500
@@ -36,20 +37,36 @@ def make_config(data: str, base_model: str) -> FirstConfig:
     """Return a config for a dataset and a model.
 
     Args:
-        data: file, folder or hub name.
-        base_model: folder or hub name.
+        data: file, folder or hub name; of conversations, or of pairs of answers.
+        base_model: folder, hub name or version of the registry.
 
     Raises:
         ValueError: the dataset or the tokenizer cannot be read.
     """
     model = ModelConfig(base_model=base_model)
-    place = locate_tokenizer(model)
+    place = find_tokenizer_folder(model)
     context = (read_context_length(place) if (place / "config.json").is_file() else None) or _LONGEST
     length = TokenizationConfig(max_length=min(context, _LONGEST))
-    found = check_dataset(DataConfig(source=data), model, length, seed=RunConfig.model_fields["seed"].default)
+    found = _check(DataConfig(source=data), model, length)
     text = _write(data, base_model, context, found)
     parse_config(yaml.safe_load(text))
     return FirstConfig(text, found)
+
+
+def _check(data: DataConfig, model: ModelConfig, length: TokenizationConfig) -> Check:
+    """Check the rows as conversations; where they are none, as pairs of answers.
+
+    Raises:
+        ValueError: as `make_config`; of rows that are neither, what they lack to be conversations.
+    """
+    seed = RunConfig.model_fields["seed"].default
+    try:
+        return check_dataset(data, model, length, seed=seed)
+    except DataError as error:
+        try:
+            return check_dataset(data.as_pairs(), model, length, seed=seed)
+        except DataError:
+            raise error from None
 
 
 def choose_fraction(num_rows: int) -> float:
@@ -74,9 +91,14 @@ def _write(data: str, base_model: str, context: int, found: Check) -> str:
     epochs = next((count for most, count in _EPOCHS if num_kept <= most), 1)
     is_short = answers["p90"] <= _SHORT_ANSWER_TOKENS
     name = re.sub(r"[^a-z0-9.]+", "-", f"{Path(base_model).name}-{Path(data).stem}".lower()).strip("-.")
+    is_paired = bool(found.masks["num_pairs"])
     metric, gain = ("exact_match", 0.02) if is_short else ("nll", 0.01)
     too_few = "" if num_held_out >= _FEWEST_HELD_OUT else ", too few for a champion (gate.min_conversations)"
     why = f"answers of {answers['median']:.0f} tokens are right or wrong as a whole" if is_short else "for free text"
+    if is_paired:
+        metric, gain, why = "reward_accuracy", 0.05, "part of the pairs whose chosen answer it prefers"
+    objective = "objective: dpo             # pairs of answers: docs/preferences.md\n  " if is_paired else ""
+    rate = "1.0e-5" if is_paired else "1.0e-4"
     longest = f"{lengths['max']:,}" + (": the model has positions for no more" if lengths["max"] >= context else "")
     shown = " ".join(make_visible(shlex.quote(data)).splitlines())
     return f"""# Made from {found.rows["rows in"]:,} rows: {_list_rows(found)}.
@@ -95,9 +117,9 @@ tokenization:
   max_length: {length}
 
 training:
-  rank: 64
+  {objective}rank: 64
   alpha: 128
-  learning_rate: 1.0e-4
+  learning_rate: {rate}
   num_epochs: {epochs:<10}     # fewer where there are more rows; an over-fitting model is told
   # dropout: 0.05            # LoRA's
   # packing: true            # packs of tokens in place of a number of examples a step
@@ -105,7 +127,7 @@ training:
 registry:
   name: {name}
   gate:
-    metric: {metric:<12}     # {why}
+    metric: {metric:<15}  # {why}
     min_gain: {gain}
 """
 

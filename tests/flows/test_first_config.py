@@ -48,6 +48,25 @@ def test_the_config_loads_and_says_what_was_found(tmp_path: Path, answer: str, m
     assert "is there already" in again.output
 
 
+def test_pairs_of_answers_get_a_config_that_trains_the_preference(tmp_path: Path) -> None:
+    data, config = tmp_path / "pairs.jsonl", tmp_path / "mine.yaml"
+    rows = [{"prompt": f"q {number}", "chosen": f"good {number}", "rejected": f"bad {number}"} for number in range(200)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = CliRunner().invoke(app, ["init", str(data), str(MODEL), "--output", str(config)])
+    assert result.exit_code == 0, result.output
+    loaded = load_config(config)
+    assert (loaded.training.objective, loaded.training.learning_rate) == ("dpo", 1e-5)
+    assert loaded.registry.gate.metric == "reward_accuracy"
+
+
+def test_rows_that_are_neither_conversations_nor_pairs_are_told_as_conversations(tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "Once upon a time"}\n' * 50)
+    result = CliRunner().invoke(app, ["init", str(data), str(MODEL)])
+    assert result.exit_code == 1
+    assert "rows of plain text (continued pretraining) hold no answer" in result.output
+
+
 def test_data_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["init", str(tmp_path / "nowhere.jsonl"), str(MODEL)])
     assert result.exit_code == 1
