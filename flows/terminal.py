@@ -19,7 +19,7 @@ from rich.table import Table
 from flows.check_tables import shorten
 from flows.console import escape
 from flows.environment import DATABASE_VARIABLE, run_defaults
-from schemas.artifacts import ComparisonReport, Delta, RunReport
+from schemas.artifacts import ComparisonReport, Delta, RunReport, SweepReport
 from tasks import storage, tracking
 from tasks.evaluation.verdict import judge
 from tasks.sqlite_files import find_path, make_address
@@ -75,6 +75,9 @@ def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
     """
     console = Console(highlight=False)
     console.print()
+    if report.training.sweep is not None:
+        console.print(make_candidates_table(report.training.sweep))
+        console.print(escape(report.training.sweep.sentence))
     for table in _metrics_tables(report):
         console.print(table)
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
@@ -137,6 +140,18 @@ def _metrics_tables(report: RunReport) -> Iterator[Table]:
         rows = f"on {champion.num_examples} held-out rows ({'; '.join(champion.notes)})"
         title = f"Champion (version {champion.version}) and fine-tuned model {rows}"
         yield make_metrics_table(title, "champion", champion.metrics, champion.delta)
+
+
+def make_candidates_table(sweep: SweepReport) -> Table:
+    """Return a table of a sweep's candidates, the one with the smallest held-out loss first."""
+    table = Table(title=f"{len(sweep.candidates)} candidates on the held-out rows")
+    for column in ("learning rate", "rank", "seed", "loss"):
+        table.add_column(column, justify="right")
+    for each in sorted(sweep.candidates, key=lambda one: (one.loss is None, one.loss)):
+        loss = "given up, " + escape(each.failure) if each.loss is None else f"{each.loss:.4f}"
+        style = "bold" if each.name == sweep.winner else "dim" if each.loss is None else None
+        table.add_row(f"{each.learning_rate:g}", str(each.rank), str(each.seed), loss, style=style)
+    return table
 
 
 def make_metrics_table(
