@@ -90,7 +90,7 @@ def _write(data: str, base_model: str, context: int, found: Check) -> str:
     length = choose_length(int(lengths["max"]), context)
     epochs = next((count for most, count in _EPOCHS if num_kept <= most), 1)
     is_short = answers["p90"] <= _SHORT_ANSWER_TOKENS
-    name = re.sub(r"[^a-z0-9.]+", "-", f"{Path(base_model).name}-{Path(data).stem}".lower()).strip("-.")
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{Path(base_model).name}-{_shorten(data)}".lower()).strip("-.")
     is_paired = bool(found.masks["num_pairs"])
     metric, gain = ("exact_match", 0.02) if is_short else ("nll", 0.01)
     too_few = "" if num_held_out >= _FEWEST_HELD_OUT else ", too few for a champion (gate.min_conversations)"
@@ -130,6 +130,11 @@ registry:
     metric: {metric:<15}  # {why}
     min_gain: {gain}
 """
+
+
+def _shorten(data: str) -> str:
+    """Return a dataset's own name: of an index of LLaMA-Factory's that of its entries, else the file's."""
+    return data.partition("#")[2] or Path(data).stem
 
 
 def _list_rows(found: Check) -> str:

@@ -60,6 +60,7 @@ class Service:
             f"Prefect [bold]{self.prefect_page}[/]  runs, schedules, the form to start a run",
             f"MLflow  [bold]{self.mlflow_page}/#/experiments?workflowType=machine_learning[/]  results, artifacts, "
             "the model registry",
+            "        Click [bold]Model training[/] on its left once: MLflow begins with its pages for traces",
             *(login if self.user is not None else []),
             f"Shell   set -a; . {client}; set +a   points the commands here at these servers",
             f"Logs    {self.folder / 'logs'}",

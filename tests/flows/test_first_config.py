@@ -59,6 +59,16 @@ def test_pairs_of_answers_get_a_config_that_trains_the_preference(tmp_path: Path
     assert loaded.registry.gate.metric == "reward_accuracy"
 
 
+def test_entries_of_an_index_give_the_name(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", 50, "Yes")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"my_rows": {"file_name": "a.jsonl"}}))
+    config = tmp_path / "mine.yaml"
+    command = ["init", f"{tmp_path}/dataset_info.json#my_rows", str(MODEL), "--output", str(config)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert load_config(config).registry.name == "base-model-my-rows"
+
+
 def test_rows_that_are_neither_conversations_nor_pairs_are_told_as_conversations(tmp_path: Path) -> None:
     data = tmp_path / "text.jsonl"
     data.write_text('{"text": "Once upon a time"}\n' * 50)
