@@ -61,7 +61,9 @@ def test_pairs_of_answers_get_a_config_that_trains_the_preference(tmp_path: Path
 
 def test_entries_of_an_index_give_the_name(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", 50, "Yes")
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"my_rows": {"file_name": "a.jsonl"}}))
+    columns = {"prompt": "instruction", "response": "output"}
+    index = {"my_rows": {"file_name": "a.jsonl", "columns": columns}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(index))
     config = tmp_path / "mine.yaml"
     command = ["init", f"{tmp_path}/dataset_info.json#my_rows", str(MODEL), "--output", str(config)]
     result = CliRunner().invoke(app, command)
