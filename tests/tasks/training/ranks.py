@@ -1,6 +1,7 @@
 """Two ranks on this machine, each a process of its own, forked from one that has imported the libraries once."""
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -17,11 +18,14 @@ _SECONDS = 120
 _Job = tuple[Callable[..., Any], tuple[Any, ...], int, Path]
 
 
-def on_two_ranks(work: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
-    """Do something on two ranks; return what each of them returned or raised."""
+def on_two_ranks(work: Callable[..., Any], *arguments: Any, folder: Path, library: str | None = None) -> list[Any]:
+    """Do something on two ranks; return what each of them returned or raised.
+
+    A library that the work imports late is named, so that not every rank takes seconds to import it anew.
+    """
     folder.mkdir()
     parent = _parent()
-    parent.send((work, arguments, find_port(), folder))
+    parent.send((library, (work, arguments, find_port(), folder)))
     assert parent.recv() == "done"
     return [pickle.loads((folder / f"rank-{number}").read_bytes()) for number in range(2)]
 
@@ -56,9 +60,12 @@ def _raise_ranks(line: Connection) -> None:
     context = multiprocessing.get_context("fork")
     while True:
         try:
-            job: _Job = line.recv()  # unpickled: imports the module that the work is from
+            job: _Job
+            library, job = line.recv()  # unpickled: imports the module that the work is from
         except EOFError:
             return
+        if library is not None:
+            importlib.import_module(library)
         ranks = [context.Process(target=_live, args=(*job, number)) for number in range(2)]
         for process in ranks:
             process.start()

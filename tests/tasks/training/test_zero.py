@@ -64,7 +64,8 @@ def test_one_process_zero2_and_zero3_go_on_from_each_other_along_one_curve(base_
     # All 18656 frozen weights are divided by zero3 alone; see test_distributed.
     for strategy, recomputes, last, num_held in (("zero2", False, 7, 0), ("zero3", True, 12, 9328)):
         changes = {"strategy": strategy, "gradient_checkpointing": recomputes}
-        told = on_two_ranks(train_part, base_model, tokens, folder, changes, last, folder=tmp_path / strategy)
+        given = (base_model, tokens, folder, changes, last)
+        told = on_two_ranks(train_part, *given, folder=tmp_path / strategy, library="deepspeed")
         for steps, evaluations, held in told:
             assert held == num_held
             assert [record.step for record in steps] == list(range(first + 1, last + 1))
