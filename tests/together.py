@@ -32,10 +32,10 @@ GROUPS = {
     "service": [str(path) for path in SERVICE],
     "stages": [*(f"--ignore={path}" for path in (_RUNS, *_TRAINING)), str(_FOLDER)],
     "training": [str(path) for path in _TRAINING],
-    "pages": [str(path) for path in _PAGES],
     "pipelines": [str(path) for path in _PIPELINES],
-    "kernels": [str(path) for path in KERNELS],
+    "pages": [str(path) for path in _PAGES],
     "commands": [str(path) for path in _COMMANDS],
+    "kernels": [str(path) for path in KERNELS],
 }
 _NUM_PLACES = 3
 _FAILED, _NONE_CHOSEN = 1, 5  # pytest's exit codes: some tests failed; there was none to run
@@ -105,9 +105,13 @@ def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], bega
 
 
 def _environment(group: str) -> dict[str, str]:
-    """Return what a group runs with: the service's short tests are asked for, and each group has its share of cores."""
+    """Return what a group runs with: the service's short tests are asked for, and each group has its share of cores.
+
+    Hundreds of interpreters are started: our modules are compiled once, and not by each of them.
+    """
     share = max(1, (os.cpu_count() or 1) // 2)
     values = {"SFT_SERVICE_TESTS": "1", "OMP_NUM_THREADS": str(share), **os.environ}
+    values.pop("PYTHONDONTWRITEBYTECODE", None)
     if group == "kernels":
         path = os.pathsep.join(filter(None, (str(_TRITON), values.get("PYTHONPATH"))))
         values |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
