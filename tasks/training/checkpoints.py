@@ -172,19 +172,45 @@ def restore_checkpoint(
     path: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Put back what is trained, the optimizer's moments and the random states; return the progress."""
-    trained = read_trained(path)
+    trained, moments, state = read_checkpoint(path)
     assert parameters.keys() == trained.keys(), sorted(parameters.keys() ^ trained.keys())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(trained[name])
-    _write_optimizer(parameters, optimizer, load_file(path / OPTIMIZER))
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    restore_part(trained, moments, parameters=parameters, optimizer=optimizer)
     values: dict[str, Any] = state["progress"]
     if rank() < len(state["generators"]):
         states = {name.removeprefix(f"{rank()}|"): tensor for name, tensor in load_file(path / RANDOM).items()}
         write_random_states(states, state["generators"][rank()])
     else:  # written by fewer ranks
         seed_per_rank(0, values["step"])
+    return read_progress(values)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Return what is trained, the optimizer's tensors, and what the JSON holds.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return read_trained(path), load_file(path / OPTIMIZER), state
+
+
+def restore_part(
+    trained: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put back those of a checkpoint's tensors that belong to some parameters."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trained[name])
+    own = {name: tensor for name, tensor in moments.items() if name.partition("|")[0] in parameters}
+    _write_optimizer(parameters, optimizer, own)
+
+
+def read_progress(values: dict[str, Any]) -> Progress:
+    """Return a progress that was written as JSON."""
     return Progress(**{**values, "evaluations": [EvalRecord(**record) for record in values["evaluations"]]})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks.training.checkpoints import CheckpointError
 from tasks.training.choosing import Candidate, choose
+from tasks.training.place import Place
 from tasks.training.records import EvalRecord, TrainingError, TrainingOutcome
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ def train_in_turn(
     train: Train,
     arguments: dict[str, Any],
     listeners: dict[str, Callable[[Any], None]],
+    place: Place | None = None,
 ) -> TrainingOutcome:
     """Train the candidates one after the other; return the winner's outcome with a report on all."""
     outcomes: dict[str, TrainingOutcome] = {}
@@ -43,6 +45,7 @@ def train_in_turn(
                 base_model, tokens, run_folder / "candidates" / candidate.name, candidate.config, seed=candidate.seed,
                 **{**arguments, "identity": f"{arguments['identity']} {candidate.name}"},
                 on_step=partial(tell, listeners["on_step"], candidate.name), on_eval=note,
+                place=None if place is None else place.below(f"candidates/{candidate.name}"),
             )  # fmt: skip
         except CheckpointError:
             raise

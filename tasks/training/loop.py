@@ -100,7 +100,7 @@ def train_adapter(
     if config.sweep.is_on:
         return train_sweep(
             base_model, tokens, run_folder, config, seed=seed, identity=identity, train=train_adapter,
-            on_step=on_step, on_eval=on_eval, should_stop=should_stop,
+            on_step=on_step, on_eval=on_eval, should_stop=should_stop, place=place,
         )  # fmt: skip
     saved = run_folder / "checkpoints"
     passed_over = bring_checkpoints(place, saved, with_best=config.keeps_best) if place is not None else []
@@ -119,7 +119,7 @@ def train_adapter(
     with _naming_shortage(base_model, config):
         run.setup = _divide(setup)
         if config.is_paired:
-            run.setup = _with_reference(run.setup, run_folder, identity, has_begun=checkpoint is not None)
+            run.setup = _with_reference(run.setup, run_folder, identity, place, has_begun=checkpoint is not None)
 
     with_tensorboard = "tensorboard" in config.report_to and (is_rank0() if tells is None else tells)
     with (
@@ -147,10 +147,12 @@ def _tell(setup: Setup) -> None:
         logger.info(sentence)
 
 
-def _with_reference(setup: Setup, run_folder: Path, identity: str, *, has_begun: bool) -> Setup:
+def _with_reference(setup: Setup, run_folder: Path, identity: str, place: Place | None, *, has_begun: bool) -> Setup:
     """Return the training with what the model that it begins with makes of its pairs."""
     tables = {"train": setup.table} | ({} if setup.eval_table is None else {"eval": setup.eval_table})
-    found = find_reference(run_folder, identity, tables, setup.model, setup.engine, setup.config, has_begun=has_begun)
+    found = find_reference(
+        run_folder, identity, tables, setup.model, setup.engine, setup.config, has_begun=has_begun, place=place
+    )
     return replace(setup, table=found["train"], eval_table=found.get("eval"))
 
 

@@ -7,6 +7,7 @@ Dimensions: `N` chosen positions of a micro batch, `E` its examples (chosen and 
 `K` figures.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,11 +28,14 @@ from tasks.training.checkpoints import CheckpointError
 from tasks.training.distributed import gather, run_on_rank0, share_examples
 from tasks.training.engines.engine import Engine
 from tasks.training.objective import SFT, Objective
+from tasks.training.place import DamageError, Place
 from tasks.training.token_table import TokenTable
+
+logger = logging.getLogger(__name__)
 
 FIGURES = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 """Means over pairs: part with a positive margin, the margin, and what it is the difference of."""
-_FILE = "reference.safetensors"
+_FOLDER, _FILE = "reference", "reference.safetensors"
 
 Reference = dict[str, NDArray[np.float32]]
 """Of each split, the log-probability of each example's answer; for ipo, of a token of it."""
@@ -97,6 +101,7 @@ def find_reference(
     config: TrainingConfig,
     *,
     has_begun: bool,
+    place: Place | None = None,
 ) -> dict[str, TokenTable]:
     """Return the tables with the log-probabilities of the model that the training begins with.
 
@@ -108,21 +113,22 @@ def find_reference(
         engine: that computes with it.
         config: the training section.
         has_begun: whether there is a checkpoint, so that the model is another one by now.
+        place: that machines share: another one may go on with the training.
 
     Raises:
         CheckpointError: weights of the model itself are trained, the training has begun, and they are gone.
     """
-    kept = run_on_rank0(lambda: _read(folder / _FILE, identity, tables))
+    kept = run_on_rank0(lambda: _find(folder / _FOLDER, identity, tables, place))
     if kept is None and has_begun and not (config.is_lora and not config.use_dora and not config.modules_to_save):
         raise CheckpointError(
-            f"{folder / _FILE}: the log-probabilities of the model that this training began with are gone or damaged: "
-            f"delete {folder / 'checkpoints'}, and the run begins anew"
+            f"{folder / _FOLDER / _FILE}: the log-probabilities of the model that this training began with are gone or "
+            f"damaged: delete {folder / 'checkpoints'}, and the run begins anew"
         )
     if kept is None:
         is_mean = config.dpo.loss == "ipo"
         with _switched_off(model):
             made = {split: compute_reference(table, model, engine, is_mean=is_mean) for split, table in tables.items()}
-        run_on_rank0(lambda: _write(folder / _FILE, identity, made))
+        run_on_rank0(lambda: _keep(folder / _FOLDER, identity, made, place))
         kept = made
     return {split: replace(table, reference=kept[split]) for split, table in tables.items()}
 
@@ -157,6 +163,26 @@ def compute_reference(table: TokenTable, model: nn.Module, engine: Engine, *, is
     for share in gather(values):
         values = np.where(np.isnan(values), share, values)
     return values
+
+
+def _find(folder: Path, identity: str, tables: dict[str, TokenTable], place: Place | None) -> Reference | None:
+    """Return what an earlier attempt of the same run has kept, here or in the place; None where it has not."""
+    found = _read(folder / _FILE, identity, tables)
+    if found is not None or place is None or place.list_files(_FOLDER) is None:
+        return found
+    try:
+        place.fetch_folder(_FOLDER, folder)
+    except DamageError as error:
+        logger.warning("%s", error)
+        return None
+    return _read(folder / _FILE, identity, tables)
+
+
+def _keep(folder: Path, identity: str, reference: Reference, place: Place | None) -> None:
+    """Keep them here, and in the place."""
+    _write(folder / _FILE, identity, reference)
+    if place is not None:
+        place.put_folder(folder, _FOLDER)
 
 
 def _read(path: Path, identity: str, tables: dict[str, TokenTable]) -> Reference | None:

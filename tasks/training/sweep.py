@@ -26,14 +26,7 @@ from tasks.speeds import name_device
 from tasks.training.adamw import build_adamw
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.candidates import list_settings
-from tasks.training.checkpoints import (
-    CheckpointError,
-    find_checkpoint,
-    name_checkpoint,
-    restore_checkpoint,
-    take_snapshot,
-    write_snapshot,
-)
+from tasks.training.checkpoints import Snapshot, find_checkpoint
 from tasks.training.choosing import Candidate, choose
 from tasks.training.distributed import world_size
 from tasks.training.engines.side_by_side import LaneEngine, UnknownDecoderError, build_lanes
@@ -42,12 +35,16 @@ from tasks.training.in_turn import train_in_turn
 from tasks.training.lora import attach_further, collect_trained, save_named
 from tasks.training.memory import read_memory, reset_memory
 from tasks.training.optimizers import WholeOptimizer
+from tasks.training.place import Place
 from tasks.training.preferences import find_reference
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
 from tasks.training.schedule import compute_learning_rate
 from tasks.training.sharding import is_sharded
+from tasks.training.shared_checkpoints import bring_checkpoints
+from tasks.training.sweep_checkpoints import restore_sweep, take_sweep
 from tasks.training.throughput import count_useful_flop
+from tasks.training.writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +61,15 @@ def train_sweep(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_eval: Callable[[EvalRecord], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    place: Place | None = None,
 ) -> TrainingOutcome:
-    """Train all candidates of a config, going on from their newest common checkpoint, and keep the best adapter.
+    """Train all candidates of a config, going on from their newest checkpoint, and keep the best adapter.
 
     Args:
         base_model: as in `train_adapter`, like all that is not named here.
         tokens: see there.
-        run_folder: gets adapter/ of the winner, and candidates/ with their checkpoints.
+        run_folder: gets adapter/ of the winner, and checkpoints/ of all together, or candidates/ with the folder of
+            each where they are trained one after the other.
         config: with a sweep.
         seed: of candidates, where the sweep names none.
         identity: see there.
@@ -78,6 +77,7 @@ def train_sweep(
         on_step: called once a step; its figures are the candidates', as name/curve.
         on_eval: the same.
         should_stop: see there.
+        place: see there.
 
     Raises:
         TrainingError: as there; there is no held-out example, or every candidate was given up.
@@ -100,11 +100,12 @@ def train_sweep(
         del setup
         arguments: dict[str, Any] = {"identity": identity, "should_stop": should_stop}
         listeners: dict[str, Callable[[Any], None]] = {"on_step": on_step, "on_eval": on_eval}
-        return train_in_turn(base_model, tokens, run_folder, candidates, train, arguments, listeners)
+        return train_in_turn(base_model, tokens, run_folder, candidates, train, arguments, listeners, place)
     logger.info("Training with the %s", lanes.describe())
-    run = _Sweep(setup, lanes, candidates, run_folder, identity)
+    run = _Sweep(setup, lanes, candidates, run_folder, identity, place)
     run.begin()
-    run.train(on_step, on_eval, should_stop)
+    with CheckpointWriter(run.saved, keep=config.keep_checkpoints, place=place) as writer:
+        run.train(writer, on_step, on_eval, should_stop)
     return run.end()
 
 
@@ -139,14 +140,22 @@ class _Sweep:
     candidates: list[Candidate]
     run_folder: Path
     identity: str
+    place: Place | None = None
     step: int = 0
     resumed_from_step: int | None = None
     peak_memory_bytes: int = 0
     parameters: list[dict[str, nn.Parameter]] = field(default_factory=list)
     optimizers: list[WholeOptimizer] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    """Damaged checkpoints."""
+
+    @property
+    def saved(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.run_folder / "checkpoints"
 
     def begin(self) -> None:
-        """Make the optimizers, and go on from the newest checkpoint that all candidates have."""
+        """Make the optimizers, and go on from the newest checkpoint."""
         trained = collect_trained(self.setup.model)
         flats = self.lanes.bind_gradients()
         for number, (candidate, flat) in enumerate(zip(self.candidates, flats, strict=True)):
@@ -155,30 +164,25 @@ class _Sweep:
             self.lanes.attach_to(optimizer)
             self.parameters.append(own)
             self.optimizers.append(WholeOptimizer(own, optimizer, candidate.config.max_grad_norm, flat))
-        found = [
-            find_checkpoint(self._folder(candidate), self._identify(candidate))[0] for candidate in self.candidates
-        ]
-        steps = [int(path.name.removeprefix("step-")) for path in found if path is not None]
-        common = min(steps) if len(steps) == len(found) else None
-        if common is not None:
-            for candidate, own, adamw in zip(self.candidates, self.parameters, self.optimizers, strict=True):
-                path = name_checkpoint(self._folder(candidate), common)
-                if not path.is_dir():
-                    raise CheckpointError(f"{path} is gone, and another candidate has it: delete {self.run_folder}")
-                candidate.progress = restore_checkpoint(path, parameters=own, optimizer=adamw.optimizer)
-            self.step = self.resumed_from_step = common
-            logger.info("Resuming from step %d of %d", common, self.setup.num_steps)
+        brought = bring_checkpoints(self.place, self.saved, with_best=False) if self.place is not None else []
+        checkpoint, warnings = find_checkpoint(self.saved, self.identity)
+        self.passed_over = [*brought, *warnings]
+        if checkpoint is not None:
+            self.step = restore_sweep(checkpoint, self.candidates, self.parameters, self.optimizers)
+            self.resumed_from_step = self.step
+            logger.info("Resuming from step %d of %d", self.step, self.setup.num_steps)
         if self.setup.config.is_paired:
             assert self.setup.eval_table is not None
             tables = {"train": self.setup.table, "eval": self.setup.eval_table}
             found_tables = find_reference(
                 self.run_folder, self.identity, tables, self.setup.model, self.setup.engine, self.setup.config,
-                has_begun=common is not None,
+                has_begun=checkpoint is not None, place=self.place,
             )  # fmt: skip
             self.setup = replace(self.setup, table=found_tables["train"], eval_table=found_tables["eval"])
 
     def train(
         self,
+        writer: CheckpointWriter,
         on_step: Callable[[StepRecord], None],
         on_eval: Callable[[EvalRecord], None],
         should_stop: Callable[[], bool],
@@ -192,7 +196,7 @@ class _Sweep:
         streams = [self._iterate(candidate) for candidate in self.candidates]
         while self.step < setup.num_steps:
             if should_stop():
-                self._save()
+                writer.write(self._take_snapshot())
                 raise TrainingStopped(f"stopped after step {self.step} of {setup.num_steps}")
             reset_memory(setup.device)
             started = time.perf_counter()
@@ -204,7 +208,8 @@ class _Sweep:
             if self.step % setup.eval_every_steps == 0 or is_last:
                 on_eval(self._evaluate())
             if self.step % setup.config.checkpoint_every_steps == 0 or is_last:
-                self._save()
+                writer.write(self._take_snapshot())
+            writer.check()
 
     def end(self) -> TrainingOutcome:
         """Save the winner, and say what came of all."""
@@ -234,7 +239,7 @@ class _Sweep:
             tokens_per_second=tokens / max(self.candidates[0].progress.train_seconds, 1e-9),
             peak_memory_bytes=self.peak_memory_bytes,
             adapted=setup.adapted,
-            warnings=(*setup.notes, *given_up),
+            warnings=(*self.passed_over, *setup.notes, *given_up),
             engine=self.lanes.describe(),
             device=name_device(),
             flop_per_token=count_useful_flop(setup.model),
@@ -366,18 +371,6 @@ class _Sweep:
             if losses is not None:
                 candidate.losses = losses
 
-    def _save(self) -> None:
-        """Write a checkpoint of each candidate."""
-        for candidate, own, adamw in zip(self.candidates, self.parameters, self.optimizers, strict=True):
-            snapshot = take_snapshot(
-                parameters=own, optimizer=adamw.optimizer, progress=replace(candidate.progress, step=self.step),
-                identity=self._identify(candidate),
-            )  # fmt: skip
-            if snapshot is not None:
-                write_snapshot(snapshot, self._folder(candidate), keep=candidate.config.keep_checkpoints)
-
-    def _folder(self, candidate: Candidate) -> Path:
-        return self.run_folder / "candidates" / candidate.name / "checkpoints"
-
-    def _identify(self, candidate: Candidate) -> str:
-        return f"{self.identity} {candidate.name}"
+    def _take_snapshot(self) -> Snapshot:
+        """Copy what a checkpoint of all candidates holds."""
+        return take_sweep(self.step, self.identity, self.candidates, self.parameters, self.optimizers)

@@ -20,6 +20,7 @@ from tasks.training.engines.loss import compute_token_losses
 from tasks.training.loop import train_adapter
 from tasks.training.optimization import descend
 from tasks.training.optimizers import WholeOptimizer
+from tasks.training.place import open_place
 from tasks.training.preferences import FIGURES, find_reference
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
@@ -200,7 +201,7 @@ def test_whole_training_learns_the_preference_and_goes_on_where_it_was(tmp_path:
     assert evals[-1].figures.keys() == set(FIGURES)
 
     first, _, _ = train("cut", stop_after=7)
-    reference = tmp_path / "cut" / "reference.safetensors"
+    reference = tmp_path / "cut" / "reference" / "reference.safetensors"
     kept = reference.read_bytes()
     rest, later, resumed = train("cut")
     assert [record.loss for record in first + rest] == [record.loss for record in steps]
@@ -218,9 +219,29 @@ def test_weights_of_the_model_itself_that_have_moved_give_no_reference(tmp_path:
     config = TrainingConfig(objective="dpo", method="full", micro_batch=4, max_steps=2, checkpoint_every_steps=1)
     arguments: dict[str, Any] = {"seed": 0, "identity": "x"}
     train_adapter(base_model, tokens, tmp_path / "run", config, **arguments)
-    (tmp_path / "run" / "reference.safetensors").unlink()
+    (tmp_path / "run" / "reference" / "reference.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"reference\.safetensors: .* are gone or damaged: delete .*checkpoints"):
         train_adapter(base_model, tokens, tmp_path / "run", config, **arguments)
+
+
+def test_another_machine_goes_on_with_what_the_model_began_as(tmp_path: Path) -> None:
+    base_model, tokens = build_family(tmp_path / "model", "llama"), write_pairs(tmp_path / "tokens")
+    config = TrainingConfig(objective="dpo", method="full", micro_batch=4, max_steps=4, learning_rate=1e-3)
+    arguments: dict[str, Any] = {"seed": 0, "identity": "x"}
+    whole: list[StepRecord] = []
+    train_adapter(base_model, tokens, tmp_path / "whole", config, on_step=whole.append, **arguments)
+    place = open_place(str(tmp_path / "shared"))
+    seen: list[StepRecord] = []
+    with pytest.raises(TrainingStopped):
+        train_adapter(
+            base_model, tokens, tmp_path / "one", config, on_step=seen.append, place=place,
+            should_stop=lambda: len(seen) >= 2, **arguments,
+        )  # fmt: skip
+    outcome = train_adapter(base_model, tokens, tmp_path / "two", config, on_step=seen.append, place=place, **arguments)
+    assert outcome.resumed_from_step == 2
+    assert [record.loss for record in seen] == [record.loss for record in whole]
+    kept = [tmp_path / name / "reference" / "reference.safetensors" for name in ("one", "two", "whole")]
+    assert len({path.read_bytes() for path in kept}) == 1
 
 
 def test_rows_without_a_rejected_answer_are_named(tmp_path: Path) -> None:

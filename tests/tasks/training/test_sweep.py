@@ -13,6 +13,7 @@ from tasks.training import sweep
 from tasks.training.candidates import list_settings
 from tasks.training.choosing import Candidate, choose, estimate_optimism
 from tasks.training.loop import train_adapter
+from tasks.training.place import open_place
 from tasks.training.process.messages import describe_outcome, read_outcome
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingStopped
 from tasks.training.schedule import compute_learning_rate
@@ -92,6 +93,29 @@ def test_interrupted_sweep_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert (rest.adapter / "adapter_model.safetensors").read_bytes() == (
         whole.adapter / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_another_machine_goes_on_and_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    base_model, tokens = build_family(tmp_path / "model", "llama"), write_tokens(tmp_path / "tokens", num_train=12)
+    config = TrainingConfig(
+        rank=4, alpha=8, micro_batch=4, num_epochs=3, engine="fused", checkpoint_every_steps=2,
+        sweep=SweepConfig(learning_rates=(1e-3, 1e-2)),
+    )  # fmt: skip
+    whole, steps, _ = train(tmp_path / "whole", base_model, tokens, config)
+    place = open_place(str(tmp_path / "shared"))
+    seen: list[StepRecord] = []
+    with pytest.raises(TrainingStopped):
+        train(
+            tmp_path / "one", base_model, tokens, config, on_step=seen.append, should_stop=lambda: len(seen) >= 5,
+            place=place,
+        )  # fmt: skip
+    newest = place.below("checkpoints/step-000005")
+    newest.write_text("trained.safetensors", "damaged")
+    rest, later, _ = train(tmp_path / "two", base_model, tokens, config, place=place)
+    assert rest.resumed_from_step == 4
+    assert "checkpoint step-000005 is damaged" in rest.warnings[0]
+    assert [record.figures for record in seen[:4] + later] == [record.figures for record in steps]
+    assert rest.sweep == whole.sweep
 
 
 @pytest.mark.parametrize(("eval_every_steps", "why"), [(9, "step 2: loss nan, "), (1, "step 1: held-out loss nan")])
