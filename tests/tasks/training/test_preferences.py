@@ -133,7 +133,8 @@ def test_pairs_are_learned_as_the_formula_says(tmp_path: Path, engine: str, dpo:
     wanted = compute_plainly(setup, dpo, 8)
     found = take_gradient(setup, 8)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-    assert found[2] == pytest.approx(wanted[2], rel=1e-4, abs=1e-6)
+    # Sums over answers of about a hundred nats, in fp32: their differences are rounded to some 1e-6.
+    assert found[2] == pytest.approx(wanted[2], rel=1e-4, abs=1e-5)
     assert wanted[2]["reward_margin"] != 0
     assert float((found[1] - wanted[1]).norm() / wanted[1].norm()) < 1e-4
 
