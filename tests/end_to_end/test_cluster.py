@@ -1,6 +1,5 @@
 """The demo from a bucket through a Ray cluster ends with the adapter of the demo from files on this machine's cores."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL
 
+from flows.pipeline import sft_pipeline
+from schemas.artifacts import AdapterRef, RunReport
+from schemas.loading import load_config
+from tasks import tracking
+from tasks.ingestion import tables
+from tasks.ingestion import task as ingestion
+from tasks.storage import digest_folder
+from tasks.tokenization import shards
 from tests.end_to_end.conftest import ROOT
 from tests.object_store import serve_bucket
 
@@ -18,53 +26,79 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="the ray extra is not installed"),
 ]
 # Shards and row groups of a dataset of the demo's size, so that there is something to spread.
-PROGRAM = """
-import sys
+SHARD_BYTES, GROUP_ROWS, ROWS_PER_SHARD = 20_000, 200, 200
+PROGRAM = f"""
 from flows.session import prepare_session
 prepare_session()
 from tasks.ingestion import tables
 from tasks.ingestion import task as ingestion
 from tasks.tokenization import shards
-ingestion.SHARD_BYTES, tables.GROUP_ROWS, shards.FEWEST_ROWS_PER_SHARD = 20_000, 200, 200
+ingestion.SHARD_BYTES, tables.GROUP_ROWS, shards.FEWEST_ROWS_PER_SHARD = {SHARD_BYTES}, {GROUP_ROWS}, {ROWS_PER_SHARD}
 from flows.cli import main
 main()
 """
-_PATIENCE = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600"}
-SETTINGS = (
-    *("training.num_epochs=1", "evaluation.max_examples=20", "evaluation.max_new_tokens=8"),
+DEMO = ROOT / "deploy" / "configs" / "demo.yaml"
+SETTINGS = (  # a few steps: what all rows came to is compared by the digests of rows and tokens
+    *("training.max_steps=8", "training.eval_every_steps=8"),
+    *("evaluation.max_examples=20", "evaluation.max_new_tokens=8"),
     *("evaluation.questions=[]", "evaluation.probes=[]", "registry.gate.min_gain=0.0"),
 )
 
 
-def run(folder: Path, *settings: str, **variables: str) -> tuple[str, dict[str, int]]:
-    """Run the demo in a home of its own, and return the adapter's digest and where the rows went."""
+def find_digests(report: RunReport) -> list[str]:
+    """Return the digests of a run's rows, tokens and adapter; SFT_HOME is the run's."""
+    experiment = tracking.get_run(report.mlflow_run_id).info.experiment_id
+    query = f"tags.`{tracking.PARENT_TAG}` = '{report.mlflow_run_id}' AND tags.`{tracking.STAGE_TAG}` = 'tokenize'"
+    (run,) = tracking.client().search_runs([experiment], query)
+    tokens = Path(tracking.client().download_artifacts(run.info.run_id, "tokens"))
+    adapter = tracking.recall(report.mlflow_run_id, "train", AdapterRef)
+    assert adapter is not None
+    return [report.dataset.digest, digest_folder(tokens), adapter.digest]
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> RunReport:
+    """Run the demo in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ingestion, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(tables, "GROUP_ROWS", GROUP_ROWS)
+    monkeypatch.setattr(shards, "FEWEST_ROWS_PER_SHARD", ROWS_PER_SHARD)
+    return sft_pipeline(load_config(DEMO, SETTINGS))
+
+
+def run_there(home: Path, ray: str, *settings: str) -> RunReport:
+    """Run the demo by the command, through Ray, in a home of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "SFT_"))}
-    environment = {**kept, "SFT_HOME": str(folder), "PYTHONPATH": str(ROOT), **_PATIENCE, **variables}
+    # The session's Prefect server spares the command the start of one of its own.
+    server = {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    environment = {**kept, **server, "SFT_HOME": str(home), "SFT_RAY_ADDRESS": "local", "RAY_TMPDIR": ray}
     options = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
-    report = folder.with_suffix(".json")
-    command = ["run", "deploy/configs/demo.yaml", *options, "--report", str(report)]
+    report = home.with_suffix(".json")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *command],
+        [sys.executable, "-c", PROGRAM, "run", str(DEMO), *options, "--report", str(report)],
         cwd=ROOT,
-        env=environment,
+        env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())
-    (adapter,) = {path.parent for path in folder.rglob("adapter_model.safetensors") if "cache" in path.parts}
-    return adapter.name, found["dataset"] | found["tokens"]
+    return RunReport.model_validate_json(report.read_text())
 
 
-def test_the_demo_from_a_bucket_through_ray_has_the_same_adapter(tmp_path: Path) -> None:
-    expected = run(tmp_path / "here")
+@pytest.mark.usefixtures("run_pipeline")
+def test_the_demo_from_a_bucket_through_ray_has_the_same_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run_here(monkeypatch)
+    expected = find_digests(here)
     # A short path: the sockets in it may have a hundred characters.
     with serve_bucket("demo") as client, tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as ray:
         for name in ("train.jsonl", "heldout.jsonl"):
             client.upload_file(str(ROOT / "deploy" / "demo" / "data" / name), "demo", f"data/{name}")
         sources = ("data.source=s3://demo/data/train.jsonl", "data.eval_source=s3://demo/data/heldout.jsonl")
-        found = run(tmp_path / "there", *sources, SFT_RAY_ADDRESS="local", RAY_TMPDIR=ray)
+        there = run_there(tmp_path / "there", ray, *sources)
         assert list(Path(ray).glob("ray/session_*/logs/worker-*")), "nothing was done by a worker of Ray's"
-    assert found == expected
-    assert found[1]["rows_in"] == 1103
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / "there"))
+    assert find_digests(there) == expected
+    assert (there.dataset, there.tokens) == (here.dataset, here.tokens)
+    assert there.dataset.rows_in == 1103
