@@ -11,7 +11,7 @@ from tasks import execution
 from tasks.ingestion.intake import read_shard
 from tasks.ingestion.pieces import SUMMARY_NAME
 from tasks.ingestion.shards import SHARD_BYTES, Shard, ShardPart, join_parts, plan_parts, plan_shards
-from tasks.ingestion.sources.columnar import WHOLE
+from tasks.ingestion.sources.columnar import BYTE_KINDS, WHOLE
 from tasks.ingestion.sources.files import Source
 from tasks.parcels import Enclosure, Parcel, list_bytes
 from tasks.progress import Tell
@@ -73,10 +73,10 @@ def _enclose(path: Path, parts: Sequence[ShardPart]) -> Enclosure:
     spans = [part.span for part in parts]
     if WHOLE in spans:
         return Enclosure(path)
-    first, stop = spans[0].start, spans[-1].stop
-    match parts[0].file.kind:
-        case "jsonl":
-            return Enclosure(path, ((first, path.stat().st_size if stop is None else stop),))
+    first, stop, kind = spans[0].start, spans[-1].stop, parts[0].file.kind
+    if kind in BYTE_KINDS:
+        return Enclosure(path, spans[0]._replace(stop=stop).list_bytes(path.stat().st_size))
+    match kind:
         case "parquet":
             with path.open("rb") as file:
                 return Enclosure(path, list_bytes(file, first, stop))

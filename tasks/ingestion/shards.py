@@ -1,7 +1,7 @@
 """Shards: the parts of a dataset's files that are read independently, each by any process or machine.
 
-A shard is about 16 MB of consecutive rows: a range of bytes of a JSONL file that ends with a line, row groups of a
-Parquet file, record batches of an Arrow file, or whole files (spans.py). JSON lists and CSV files are never divided.
+A shard is about 16 MB of consecutive rows: a range of bytes of a JSONL file, a JSON list or a CSV file that ends with a
+row, row groups of a Parquet file, record batches of an Arrow file, or whole files (spans.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,10 +1,12 @@
-"""Divides files into spans that can be read apart: lines, row groups and record batches.
+"""Divides files into spans that can be read apart: lines, elements of a list, rows of CSV, row groups, record batches.
 
-A remote file is not read for it, but for the lines of one that is larger than a shard, which workers count.
+A remote file is not read for it, but where it is larger than a shard: workers count the lines of JSONL, and JSON lists
+and CSV are looked through here, a block at a time.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,11 +14,15 @@ from tasks import execution
 from tasks.ingestion.sources import stores
 from tasks.ingestion.sources.columnar import FileSpan
 from tasks.ingestion.sources.files import SourceFile
-from tasks.ingestion.sources.remote import survey_lines
+from tasks.ingestion.sources.json_files import begins_list
+from tasks.ingestion.sources.json_lists import READ_BYTES as LIST_BYTES
+from tasks.ingestion.sources.remote import read_range, survey_lines
 from tasks.ingestion.sources.remote_files import RemoteFile
+from tasks.ingestion.sources.separators import Start, find_csv_starts, find_list_starts
 from tasks.parcels import Parcel
 
 READ_BYTES = 1 << 20
+_SCANNED_BYTES = 4 << 20
 
 Spans = list[tuple[FileSpan, int]]
 """Each with its bytes."""
@@ -127,5 +133,72 @@ def _join_spans(pieces: Sequence[tuple[int, int]], shard_bytes: int) -> Spans:
     return [*spans, (FileSpan(start, len(pieces), first_row), size)]
 
 
-_OF_FILES = {"jsonl": _divide_lines, "parquet": _divide_row_groups, "arrow": _divide_batches}
-_OF_REMOTE_FILES = {"jsonl": _divide_remote_lines, "parquet": _divide_remote_row_groups}
+def _read_file(path: Path) -> tuple[int, Iterator[bytes]]:
+    """Return a file's size, and its blocks."""
+
+    def read() -> Iterator[bytes]:
+        with path.open("rb") as handle:
+            while block := handle.read(_SCANNED_BYTES):
+                yield block
+
+    return path.stat().st_size, read()
+
+
+def _read_remote(remote: RemoteFile) -> tuple[int, Iterator[bytes]]:
+    assert remote.size is not None, remote
+    return remote.size, read_range(remote, 0, remote.size)
+
+
+def _divide_list(file: tuple[int, Iterator[bytes]], shard_bytes: int) -> Spans:
+    """Divide a JSON list between its elements; what is no list is not divided."""
+    size, blocks = file
+    head = next(blocks, b"")
+    if not begins_list(head[:LIST_BYTES]):
+        return []
+    return _cut_at(find_list_starts(chain([head], blocks), _set_targets(size, shard_bytes), size), size)
+
+
+def _divide_csv(file: tuple[int, Iterator[bytes]], shard_bytes: int, delimiter: str) -> Spans:
+    """Divide a CSV file between rows that do not share a line."""
+    size, blocks = file
+    return _cut_at(find_csv_starts(blocks, _set_targets(size, shard_bytes), size, delimiter), size)
+
+
+def _set_targets(size: int, shard_bytes: int) -> list[int]:
+    num_parts = -(-size // shard_bytes)
+    return [size * number // num_parts for number in range(1, num_parts)]
+
+
+def _cut_at(starts: Sequence[Start], size: int) -> Spans:
+    """Return the spans between the starts, the front of the file and its end."""
+    fronts = [Start(0, 1, 1, 1), *starts]
+    stops = [start.place for start in starts]
+    return [
+        (FileSpan(front.place, stop, *front[1:]), (size if stop is None else stop) - front.place)
+        for front, stop in zip(fronts, [*stops, None], strict=True)
+    ]
+
+
+_Divide = Callable[[Any, int], Spans]
+_SCANNED: dict[str, _Divide] = {
+    "json": _divide_list,
+    "csv": partial(_divide_csv, delimiter=","),
+    "tsv": partial(_divide_csv, delimiter="\t"),
+}
+
+
+def _scan(read: Callable[[Any], tuple[int, Iterator[bytes]]], kind: str) -> _Divide:
+    return lambda file, shard_bytes: _SCANNED[kind](read(file), shard_bytes)
+
+
+_OF_FILES: dict[str, _Divide] = {
+    "jsonl": _divide_lines,
+    "parquet": _divide_row_groups,
+    "arrow": _divide_batches,
+    **{kind: _scan(_read_file, kind) for kind in _SCANNED},
+}
+_OF_REMOTE_FILES: dict[str, _Divide] = {
+    "jsonl": _divide_remote_lines,
+    "parquet": _divide_remote_row_groups,
+    **{kind: _scan(_read_remote, kind) for kind in _SCANNED},
+}

@@ -19,12 +19,13 @@ from tasks.cluster_connection import ADDRESS, ClusterError
 from tasks.ingestion import shard_runner, tables
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
-from tasks.ingestion.shards import name_sources
+from tasks.ingestion.shards import name_sources, plan_shards
 from tasks.parcels import Enclosure, Parcel
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 from tests.tasks.cluster_calls import double, read_limit
 from tests.tasks.cluster_nodes import Nodes, start_nodes
+from tests.tasks.ingestion.test_shards import write_long_file
 
 # Not by importing it: Ray reads its settings then.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the ray extra is not installed")
@@ -95,6 +96,20 @@ def test_a_dataset_is_the_same_bit_by_bit(nodes: Nodes, tmp_path: Path, whole: l
     source = tmp_path / "rows.jsonl"
     (tmp_path / "read").mkdir()
     assert read_tables(source, tmp_path / "cluster", 20_000) == whole
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_of_a_list_and_of_csv_each_worker_is_sent_its_part(nodes: Nodes, tmp_path: Path, kind: str) -> None:
+    path = write_long_file(tmp_path / f"rows.{kind}")
+    config = DataConfig(source=str(path))
+    *_, last = plan_shards(config, name_sources(config), 4000)
+    (sent,) = shard_runner.enclose(last, tmp_path / "made").reads
+    assert sent.spans is not None
+    assert sum(stop - start for start, stop in sent.spans) < 6000
+    for folder, shard_bytes in (("whole", 1 << 20), ("cluster", 4000)):
+        build_dataset(config, seed=0, folder=tmp_path / folder, shard_bytes=shard_bytes)
+    for name in NAMES:
+        assert (tmp_path / "cluster" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_worker_that_is_killed_changes_nothing(

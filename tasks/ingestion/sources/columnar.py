@@ -18,16 +18,28 @@ class RawRow(NamedTuple):
 
 
 class FileSpan(NamedTuple):
-    """A part of a file: bytes of a JSONL file, row groups or record batches; of other files only the whole."""
+    """A part of a file: bytes of JSONL, of a JSON list or of CSV, row groups or record batches."""
 
     start: int = 0
     stop: int | None = None
     """None: to the end."""
     first_row: int = 1
     """Number of its first line or row."""
+    first_line: int = 1
+    """Of a part of a JSON list or of CSV: line and column of its first character."""
+    first_column: int = 1
+    header_bytes: int = 0
+    """Of a part of CSV: those at the front of the file that have the header."""
+
+    def list_bytes(self, size: int) -> tuple[tuple[int, int], ...]:
+        """Return which bytes of a file of this size are read, for spans that are bytes."""
+        own = (self.start, size if self.stop is None else self.stop)
+        return ((0, self.header_bytes), own) if self.header_bytes else (own,)
 
 
 WHOLE = FileSpan()
+BYTE_KINDS = frozenset({"json", "jsonl", "csv", "tsv"})
+"""Whose spans are bytes."""
 
 
 def read_parquet(path: Path, span: FileSpan) -> Iterator[RawRow]:

@@ -5,6 +5,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
+from tasks.ingestion.sources.columnar import WHOLE, FileSpan
+from tasks.ingestion.sources.encodings import UTF8_BOM
+from tasks.jsontext import NotFast, parse_fast
+
 READ_BYTES = 1 << 20
 _SPACE = " \t\r\n"
 # Where a value is cut off, json finds that out so near to the end, or within a string that does not end.
@@ -21,20 +25,39 @@ class ListError(ValueError):
         self.what, self.line, self.column, self.near = what, line, column, near
 
 
-def read_list(file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn]) -> Iterator[Any]:
+def parse_part(data: bytes, *, is_first: bool, is_last: bool) -> list[Any] | None:
+    """Return the elements of a part of a list as `read_list` would give them; None where only that can tell.
+
+    Args:
+        data: one that is not the first begins behind a comma, and one that is not the last ends with one.
+        is_first: it has the beginning of the list.
+        is_last: it has the end.
+    """
+    front = data.removeprefix(UTF8_BOM) if is_first else b"[" + data
+    try:
+        values = parse_fast(front if is_last else front.removesuffix(b",") + b"]")
+    except NotFast:
+        return None
+    # A part of none would be one between two commas, or behind the last one.
+    return values if isinstance(values, list) and values else None
+
+
+def read_list(file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn], part: FileSpan = WHOLE) -> Iterator[Any]:
     """Yield the elements as json.loads would give them.
 
     Args:
-        file: UTF-8 that begins with a list, after a byte order mark or none.
+        file: UTF-8 that begins with a list, after a byte order mark or none; or with a part of one.
         decode: raises the error of bytes that are not UTF-8, with their offset in the file and their line.
+        part: which one; one that is not the first begins behind a comma, and one that is not the last ends with one.
 
     Raises:
         ListError: it is no JSON, or something comes after the list.
         RecursionError: an element is nested too deeply.
     """
-    window = _Window(file, decode)
-    window.expect("[")
-    if window.peek() == "]":
+    window = _Window(file, decode, part)
+    if part.start == 0:
+        window.expect("[")
+    if part.start == 0 and window.peek() == "]":
         window.expect("]")
     else:
         while True:
@@ -43,6 +66,8 @@ def read_list(file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn]) -> 
                 window.expect("]", "Expecting ',' delimiter")
                 break
             window.expect(",")
+            if part.stop is not None and not window.peek():
+                break
     if window.peek():
         window.fail("Extra data", window.place)
 
@@ -50,15 +75,15 @@ def read_list(file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn]) -> 
 class _Window:
     """The part of the text that is being looked at."""
 
-    def __init__(self, file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn]) -> None:
+    def __init__(self, file: BinaryIO, decode: Callable[[bytes, int, int], NoReturn], part: FileSpan) -> None:
         self.place = 0
         self._file = file
         self._explain = decode
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = codecs.getincrementaldecoder("utf-8" if part.start else "utf-8-sig")()
         self._scan = json.JSONDecoder().raw_decode
         self._text = ""
-        self._line, self._column = 1, 1
-        self._offset = 0
+        self._line, self._column = part.first_line, part.first_column
+        self._offset = part.start
 
     def peek(self) -> str:
         """Go to the next character that is no space, and return it; nothing at the end."""

@@ -13,7 +13,7 @@ from tasks.addresses import check_address
 from tasks.allowed_roots import check_allowed_address
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.sources import stores, web
-from tasks.ingestion.sources.columnar import WHOLE, FileSpan
+from tasks.ingestion.sources.columnar import BYTE_KINDS, WHOLE, FileSpan
 from tasks.ingestion.sources.files import (
     KNOWN,
     METADATA_NAMES,
@@ -77,8 +77,9 @@ def _list_ranges(remote: RemoteFile, kind: str, span: FileSpan) -> Sequence[tupl
     """Return which bytes a span of a file reads."""
     if span == WHOLE:
         return ((0, remote.size),)
-    if kind == "jsonl":
-        return ((span.start, remote.size if span.stop is None else span.stop),)
+    if kind in BYTE_KINDS:
+        assert remote.size is not None, remote
+        return span.list_bytes(remote.size)
     assert kind == "parquet", kind
     with stores.open_file(remote) as file:
         return list_bytes(file, span.start, span.stop)

@@ -24,6 +24,7 @@ from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources, plan_shards
 from tasks.ingestion.sources.sources import check_unchanged, digest_source, find_sources
 from tests.object_store import serve_bucket
+from tests.tasks.ingestion.test_shards import write_long_file
 
 NAMES = ("train.parquet", "eval.parquet", "rejects.parquet", "quality.json")
 
@@ -91,6 +92,17 @@ def test_lines_in_a_bucket_give_the_bytes_of_a_file_divided_or_not(bucket: Any, 
     assert build_with_workers("s3://data/lines/rows.jsonl", tmp_path / "divided", 20_000) == expected
     rejects = pl.read_parquet(tmp_path / "divided" / "rejects.parquet")
     assert rejects.select("source", "line").rows() == [("rows.jsonl", 1498)]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_list_and_csv_in_a_bucket_are_divided(bucket: Any, tmp_path: Path, kind: str) -> None:
+    path = write_long_file(tmp_path / f"rows.{kind}")
+    bucket.upload_file(str(path), "data", f"long/rows.{kind}")
+    expected = build(path, tmp_path / "local")
+    assert build(f"s3://data/long/rows.{kind}", tmp_path / "whole") == expected
+    config = DataConfig(source=f"s3://data/long/rows.{kind}")
+    assert len(list(plan_shards(config, name_sources(config), 4000))) > 3
+    assert build_with_workers(config.source, tmp_path / "divided", 4000) == expected
 
 
 def test_row_groups_are_fetched_apart(bucket: Any, tmp_path: Path) -> None:

@@ -67,6 +67,30 @@ def test_row_groups_and_record_batches_read_in_shards_give_the_same_bytes(tmp_pa
     assert read_all(tmp_path / "shards") == read_all(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_list_and_csv_read_in_shards_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    path = write_long_file(tmp_path / f"rows.{kind}")
+    assert [count_shards(path, size) for size in (1 << 20, 4000)] == [1, -(-path.stat().st_size // 4000)]
+    counts = build(path, tmp_path / "whole", 1 << 20)
+    assert counts == DatasetCounts(400, 357, 40, {"empty_answer": 1}, 2, 0)
+    for size in (4000, 300):
+        assert build(path, tmp_path / str(size), size) == counts
+        assert read_all(tmp_path / str(size)) == read_all(tmp_path / "whole")
+    lines = pl.read_parquet(tmp_path / "300" / "rejects.parquet").select("source", "line").rows()
+    assert lines == [(path.name, 212)]
+
+
+def write_long_file(path: Path) -> Path:
+    """Write the rows, texts with quotes and ends of lines among them, as one list or as CSV."""
+    rows = [{**row, "prompt": f'{row["prompt"]}\n"a", [{{\\'} if isinstance(row, dict) else ROWS[0] for row in ROWS]
+    rows[11] = {"prompt": "eleven", "completion": "x"}
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    else:
+        pl.DataFrame(rows).write_csv(path, include_bom=True, line_terminator="\r\n")
+    return path
+
+
 def test_mixture_with_weights_in_shards_gives_the_same_bytes(tmp_path: Path, write_lines: WriteLines) -> None:
     a = write_lines("a/rows.jsonl", ROWS)
     b = write_lines("b/rows.jsonl", [{"prompt": f"b {number}", "completion": "c"} for number in range(300)])
