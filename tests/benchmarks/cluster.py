@@ -131,10 +131,11 @@ def measure(
         assert process.stdout is not None
         losing = _start_losing(nodes, home) if lose and nodes is not None else nullcontext()
         with store, losing:
-            line = process.stdout.readline()
+            # Before it Ray tells of the workers that it lost.
+            line = next((line for line in process.stdout if line.startswith("{")), "")
         used = 0.0 if lose else count_cpu_seconds([*families, psutil.Process(process.pid)]) - before
         process.communicate("\n")
-        if process.returncode:
+        if process.returncode or not line:
             raise SystemExit(f"{way} failed")
     figures = {"way": way, "lost": lose, "cpu_seconds": round(used, 1), **json.loads(line)}
     figures |= {"peak_store_bytes": store.peak, "requests": dict(requests.counts)}
@@ -231,12 +232,13 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     steps: dict[str, Callable[[], Any]] = {
         "ingestion": lambda: build_dataset(data, seed=0, folder=home / "dataset"),
         "tokenization": lambda: tokenize_dataset(home / "dataset", prepared, home / "tokens", config),
-        "upload": lambda: [upload(home / name) for name in ("dataset", "tokens")],
+        "upload": lambda: upload(home, ("dataset", "tokens")),
     }
-    seconds, memory, results = {}, {}, {}
+    seconds, memory, own, results = {}, {}, {}, {}
     for name, step in list(steps.items())[: 1 if options.ingest_only else None]:
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         results[name] = step()
+        own[name] = round(time.process_time() - used, 2)
         seconds[name] = round(time.perf_counter() - begin, 2)
         memory[name] = read_peak_bytes()
         print(name, seconds[name], memory[name], file=sys.stderr, flush=True)
@@ -247,19 +249,20 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     digests = [storage.digest_folder(home / name) for name in ("dataset", "tokens") if (home / name).is_dir()]
     return {
         "seconds": {**seconds, "all": round(sum(seconds.values()), 2)},
+        "own_cpu_seconds": own,
         "peak_rss_bytes": memory,
         "moved_bytes": sum(file.stat().st_size for file in home.glob("[dt]*s*/*") if file.is_file()),
         "digests": digests,
     }
 
 
-def upload(folder: Path) -> None:
-    """Put the files of a folder into the bucket, as MLflow's store for S3 does it."""
-    import boto3
+def upload(home: Path, names: Sequence[str]) -> None:
+    """Put the files of folders into the bucket, as MLflow's store for S3 does it."""
+    import boto3  # type: ignore[import-untyped]
 
     client = boto3.client("s3")
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        client.upload_file(str(file), BUCKET, f"out/{folder.name}/{file.relative_to(folder).as_posix()}")
+    for file in sorted(path for name in names for path in (home / name).rglob("*") if path.is_file()):
+        client.upload_file(str(file), BUCKET, f"out/{file.relative_to(home).as_posix()}")
 
 
 def read_peak_bytes() -> int:
