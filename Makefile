@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := .triton
+LLAMA := .llama
 
-.PHONY: help install demo docs serve stop test test-kernels test-gpu check format bench-data bench-gpu bench-run bench-service lock audit sbom release clean
+.PHONY: help install demo docs serve stop test test-kernels test-llama test-gpu check format bench-data bench-gpu bench-run bench-service lock audit sbom release clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,8 +39,17 @@ $(TRITON)/.installed:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.9.0
 	@touch $@
 
+$(LLAMA)/.installed: tests/tasks/exporting/llama_cpp/package-lock.json
+	@echo "Installing llama.cpp (node-llama-cpp) into $(LLAMA), for the tests of GGUF exports"
+	@mkdir -p $(LLAMA) && cp tests/tasks/exporting/llama_cpp/package*.json $(LLAMA)/
+	@cd $(LLAMA) && npm ci --ignore-scripts --omit=optional --no-audit --no-fund --loglevel=error
+	@touch $@
+
 test-kernels: $(INSTALLED) $(TRITON)/.installed ## Test the GPU kernels without a GPU, in Triton's interpreter
 	@TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/tasks/decoder/test_*kernels.py $(ARGS)
+
+test-llama: $(INSTALLED) $(LLAMA)/.installed ## Let llama.cpp read GGUF exports (node-llama-cpp, from npm, on Linux x86_64)
+	@$(BIN)/python -m pytest -q tests/tasks/exporting/test_llama_cpp.py tests/end_to_end/test_exporting.py $(ARGS)
 
 test-gpu: $(INSTALLED) ## Use the whole product on this machine's GPU, story after story (ARGS="--at-once 3")
 	@$(BIN)/python -m tests.gpu.acceptance $(ARGS)
@@ -90,4 +100,4 @@ release: sbom ## Build the wheel into dist, with the locks, the bill of material
 	@cd dist && sha256sum *.whl *.lock sbom.cdx.json > SHA256SUMS && cat SHA256SUMS
 
 clean: ## Remove the environment and what runs left here
-	rm -rf $(VENV) $(TRITON) .sft
+	rm -rf $(VENV) $(TRITON) $(LLAMA) .sft

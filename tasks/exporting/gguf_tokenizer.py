@@ -29,7 +29,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, num_rows: int, stops
         stops: ids that end a generation, the end of a turn first.
 
     Raises:
-        ExportError: the tokenizer is of another kind.
+        ExportError: the tokenizer is of another kind, or there are more ends than places.
     """
     values = _read(folder)
     model = values["model"]
@@ -47,9 +47,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, *, num_rows: int, stops
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    writer.add_eos_token_id(stops[0])
-    if len(stops) > 1:
-        writer.add_eot_token_id(stops[1])
+    ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    if len(stops) > len(ends):
+        raise ExportError(
+            f"{folder}: generation_config.json names {len(stops)} tokens that end an answer; a GGUF file has places "
+            f"for {len(ends)}, and llama.cpp would talk on after the others"
+        )
+    for add, stop in zip(ends, stops, strict=False):
+        add(stop)
     _add_settings(writer, folder, {text: number for number, (text, _) in names.items()})
 
 

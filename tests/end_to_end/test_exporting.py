@@ -6,15 +6,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.targets import TargetError, fetch_version
+from schemas.artifacts import ComparisonReport, MergedRef
 from tasks import tracking
+from tasks.models import load_tokenizer
 from tasks.registry.exports import FORM_TAG, PARENT_TAG
 from tasks.registry.versions import CHAMPION, RUN_TAG, find_champions, get_version, read_alias
 from tests.end_to_end.conftest import BASE_MODEL, RunPipeline
+from tests.llama_cpp import Question, ask_llama_cpp, why_missing
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +28,23 @@ def export(*words: str) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     values: dict[str, Any] = json.loads(result.stdout)
     return values
+
+
+def compare_answers(run_id: str, file: Path, folder: Path) -> None:
+    """llama.cpp gives what the evaluation of the version was given, and ends where it ended."""
+    comparison = tracking.recall(run_id, "compare", ComparisonReport)
+    assert comparison is not None
+    table = pl.read_parquet(tracking.resolve(comparison) / "table.parquet")
+    merged = tracking.recall(run_id, "merge", MergedRef)
+    assert merged is not None
+    tokenizer = load_tokenizer(tracking.resolve(merged))
+    questions = [[{"role": "user", "content": question}] for question in table["question"]]
+    prompts = [tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for turns in questions]
+    reading = ask_llama_cpp([Question(str(file), (), (), prompts)], folder, num_tokens=len(tokenizer))[0]
+    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in reading.answers]
+    same = sum(one.strip() == other.strip() for one, other in zip(answers, table["answer_after"], strict=True))
+    assert same >= 0.8 * len(answers), list(zip(answers, table["answer_after"], strict=True))
+    assert sum(reading.have_ended) >= 0.8 * len(answers)
 
 
 def test_an_export_is_a_version_of_its_own_with_its_proof(
@@ -54,6 +75,8 @@ def test_an_export_is_a_version_of_its_own_with_its_proof(
         "Modelfile",
         "proof.json",
     }
+    if not why_missing():
+        compare_answers(report.mlflow_run_id, tmp_path / "files" / "exported-1-q8_0.gguf", tmp_path)
     entry = get_version("exported-gguf-q8_0", "1")
     assert (entry.tags[PARENT_TAG], entry.tags[FORM_TAG]) == ("exported/1", "gguf-q8_0")
     assert entry.tags[RUN_TAG] == report.mlflow_run_id

@@ -120,6 +120,18 @@ def test_what_would_be_another_model_is_refused(tmp_path: Path, change: dict[str
         write_gguf(folder, tmp_path / "x.gguf", "q8_0", name="x")
 
 
+def test_an_end_that_has_no_place_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2047, 2044, 100]}))
+    write_gguf(folder, tmp_path / "x.gguf", "f32", name="x")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert [fields[f"tokenizer.ggml.{end}_token_id"].contents() for end in ("eos", "eot", "eom")] == [2047, 2044, 100]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2047, 2044, 100, 101]}))
+    with pytest.raises(ExportError, match="names 4 tokens that end an answer; a GGUF file has places for 3"):
+        write_gguf(folder, tmp_path / "y.gguf", "f32", name="x")
+
+
 def test_a_tokenizer_that_llama_cpp_cannot_name_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(DEMO, folder)
