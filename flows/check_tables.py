@@ -16,6 +16,8 @@ _NUM_SHOWN = 3
 _MAX_CELL_CHARS = 120
 _MAX_RUN_CHARS = 600
 _BAR_WIDTH = 24
+_BEGIN, _END = "⟦", "⟧"
+"""Around what is trained: without colours, as in a file, it is told apart by them."""
 
 
 def show_check(check: Check, source: str) -> None:
@@ -38,8 +40,8 @@ def show_check(check: Check, source: str) -> None:
     for number, runs in enumerate(check.masks["samples"][:_NUM_SHOWN], start=1):
         of_pair = rejected[number - 1 : number]
         for name, shown in zip((", chosen" if of_pair else "", ", rejected"), (runs, *of_pair), strict=False):
-            title = f"example {number}{name}: [green]trained[/], [dim]not trained[/]"
-            console.print(Panel(_color_mask(shown), title=title, title_align="left", border_style="bright_black"))
+            title = f"example {number}{name}: [green]{_BEGIN}trained{_END}[/], [dim]not trained[/]"
+            console.print(Panel(_mark_trained(shown), title=title, title_align="left", border_style="bright_black"))
 
 
 def _rows_table(check: Check) -> Table:
@@ -94,14 +96,18 @@ def _draw_bar(share: float) -> str:
     return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
 
 
-def _color_mask(runs: list[dict[str, Any]]) -> Text:
-    """Return an example's text, trained parts green, long untrained parts shortened in the middle."""
+def _mark_trained(runs: list[dict[str, Any]]) -> Text:
+    """Return an example's text, trained parts green and between marks, long parts shortened in the middle."""
     text = Text()
     for run in runs:
         shown = run["text"]
         if len(shown) > _MAX_RUN_CHARS:
             shown = f"{shown[: _MAX_RUN_CHARS // 2]} […] {shown[-_MAX_RUN_CHARS // 2 :]}"
-        text.append(make_visible(shown), style="green" if run["trained"] else "dim")
+        shown = make_visible(shown)
+        if run["trained"]:
+            text.append(f"{_BEGIN}{shown}{_END}", style="green")
+        else:
+            text.append(shown, style="dim")
     return text
 
 

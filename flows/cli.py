@@ -73,11 +73,14 @@ def run(
     ] = None,
     full_answers: Annotated[bool, typer.Option("--full-answers", help="Do not shorten answers in the table.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log lines too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings, errors and the verdict alone.")] = False,
 ) -> None:
     """Run the pipeline: dataset and base model in, registered and evaluated model out.
 
     A training or an export of LLaMA-Factory's is taken as it is; `sft import` shows what becomes of its keys.
     """
+    if verbose and quiet:
+        fail(ConfigError("--verbose and --quiet: one asks for more lines, the other for fewer: give one of them"))
     loaded = _load(config, overrides, set_)
     prepare_environment(cache=cache)
     if isinstance(loaded, Translation):
@@ -98,7 +101,7 @@ def run(
     except ServerStartError as error:
         fail(error)
     if not verbose:
-        quiet_prefect()
+        quiet_prefect(only_warnings=quiet)
 
     end_with_run()
     try:
@@ -115,7 +118,7 @@ def run(
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(outcome.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    show_outcome(outcome, full_answers=full_answers)
+    show_outcome(outcome, full_answers=full_answers, only_verdict=quiet)
     note_rest(outcome, lived_seconds())
     if output is not None:
         from flows.exporting import copy_model

@@ -36,11 +36,17 @@ _NUM_SHOWN = 3
 _COLOURS = {"better": "green", "worse": "red", "unclear": "dim", "changed": "default"}
 
 
-def quiet_prefect() -> None:
-    """Keep the stages' own lines on the console and drop the engine's; Prefect's server gets all of them."""
+def quiet_prefect(*, only_warnings: bool = False) -> None:
+    """Keep the stages' own lines on the console and drop the engine's; Prefect's server gets all of them.
+
+    Args:
+        only_warnings: of the stages' own lines, keep warnings and errors alone.
+    """
     importlib.import_module("prefect.main")  # makes the console's handlers, once, whoever imports it first
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_ours)
+        if only_warnings:
+            handler.addFilter(_is_warning)
         handler.addFilter(_show_controls)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
 
@@ -51,6 +57,10 @@ def _is_ours(record: logging.LogRecord) -> bool:
     # The engine logs a failed stage with its whole trace and its state; the command prints the error itself, once.
     is_failure = record.exc_info is not None or (record.name == _STAGES and record.levelno >= logging.ERROR)
     return record.levelno >= logging.WARNING and not is_failure
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def _show_controls(record: logging.LogRecord) -> bool:
@@ -66,14 +76,18 @@ def write_failure(path: Path, error: Exception) -> None:
     path.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
+def show_outcome(report: RunReport, *, full_answers: bool = False, only_verdict: bool = False) -> None:
     """Print the comparison, a few answers side by side, the gate's verdict and where to look further.
 
     Args:
         report: of the run.
         full_answers: do not shorten questions and answers.
+        only_verdict: print the verdict with its reasons and the warnings, and nothing else.
     """
     console = Console(highlight=False)
+    if only_verdict:
+        _show_verdict(console, report)
+        return
     console.print()
     if report.training.sweep is not None:
         console.print(make_candidates_table(report.training.sweep))
@@ -83,6 +97,14 @@ def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
     if comparison is not None and (answers := _answers_table(tracking.resolve(comparison), full=full_answers)).rows:
         console.print(answers)
+    _show_verdict(console, report)
+    stages = sum(report.durations_seconds.values())
+    console.print(f"Took {lived_seconds():.0f} s, {stages:.0f} s of them in the stages. To look further:")
+    console.print(f"  MLflow   {_mlflow_command(report.mlflow_run_id)}", soft_wrap=True)
+    console.print(f"  Prefect  {_prefect_command(report.prefect_flow_run_id)}", soft_wrap=True)
+
+
+def _show_verdict(console: Console, report: RunReport) -> None:
     console.print(escape(report.evaluation.sentence))
     entry = report.registry
     colour = "green" if entry.verdict == "promoted" else "yellow"
@@ -97,10 +119,6 @@ def show_outcome(report: RunReport, *, full_answers: bool = False) -> None:
             console.print(f"  {escape(check.finding)}", style="dim")
     for warning in report.evaluation.warnings:
         console.print(f"  [yellow]warning:[/] {escape(warning)}")
-    stages = sum(report.durations_seconds.values())
-    console.print(f"Took {lived_seconds():.0f} s, {stages:.0f} s of them in the stages. To look further:")
-    console.print(f"  MLflow   {_mlflow_command(report.mlflow_run_id)}", soft_wrap=True)
-    console.print(f"  Prefect  {_prefect_command(report.prefect_flow_run_id)}", soft_wrap=True)
 
 
 def lived_seconds() -> float:

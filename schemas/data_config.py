@@ -64,6 +64,8 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """The dataset and its checks."""
 
+    shown_first = ("source", "eval_source", "eval_fraction", "format", "max_rows")
+
     source: str = Field(min_length=1, title="Dataset")
     """File, folder or address (s3://…) of JSON, JSONL, CSV, Parquet or Arrow, the name of a dataset on the hub,
     or entries of a LLaMA-Factory dataset_info.json as path/dataset_info.json#name1,name2."""

@@ -61,6 +61,10 @@ class SweepConfig(Section):
 class TrainingConfig(Section):
     """What is trained, and how."""
 
+    shown_first = (
+        *("num_epochs", "learning_rate", "rank", "alpha", "micro_batch", "gradient_accumulation_steps"),
+        *("max_steps", "method", "objective"),
+    )
     objective: Literal["sft", "dpo"] = Field(default="sft", title="Objective")
     """sft: the answers are learned; dpo: of two answers to a prompt (rows with chosen and rejected) the chosen one is
     preferred more than the base model does, which is usually a model after sft."""

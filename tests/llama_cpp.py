@@ -63,8 +63,12 @@ def ask_llama_cpp(questions: Sequence[Question], folder: Path, *, num_tokens: in
         folder: for the job and the answers.
         num_tokens: of the vocabulary.
     """
-    job = {"packages": str(_INSTALLED.parent / "node_modules"), "output": str(folder / "answers.json")}
-    job |= {"num_tokens": num_tokens, "files": [asdict(question) for question in questions]}
+    job = {
+        "packages": str(_INSTALLED.parent / "node_modules"),
+        "output": str(folder / "answers.json"),
+        "num_tokens": num_tokens,
+        "files": [asdict(question) for question in questions],
+    }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     command = ["node", str(_PROGRAM), str(folder / "job.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -42,7 +42,8 @@ def prepare_probes(
 ) -> ProbesRef:
     """Make the examples of each probe. The digests are there for the cache: a file may change under its name."""
     warnings: list[str] = []
-    with tracking.stage_run(parent_run_id, "probes") as run_id, storage.new_folder() as folder:
+    settings = {"probes": {probe.name: probe.model_dump(mode="json") for probe in probes}}
+    with tracking.stage_run(parent_run_id, "probes", settings) as run_id, storage.new_folder() as folder:
         model_folder: Path = tracking.resolve(base_model)
         prepared = prepare_tokenizer(model_folder, chat_template)
         config, _ = limit_length(config, model_folder, base_model.name)

@@ -148,7 +148,11 @@ def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
 
 @contextmanager
 def stage_run(
-    parent_run_id: str, stage: str, settings: BaseModel | None = None, *, system_metrics: bool = False
+    parent_run_id: str,
+    stage: str,
+    settings: BaseModel | Mapping[str, Any] | None = None,
+    *,
+    system_metrics: bool = False,
 ) -> Iterator[str]:
     """Open the stage's child run, or reopen the one an interrupted attempt left, and end it rightly.
 
@@ -169,7 +173,7 @@ def stage_run(
         tags = {PARENT_TAG: parent_run_id, STAGE_TAG: stage}
         run_id = str(client().create_run(experiment, run_name=stage, tags=tags).info.run_id)
         if settings is not None:
-            _log_params(run_id, settings.model_dump(mode="json"))
+            _log_params(run_id, settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings)
     monitor = SystemMetricsMonitor(run_id, resume_logging=earlier is not None) if system_metrics else None
     if monitor is not None:
         monitor.start()

@@ -37,7 +37,7 @@ def compare_answers(run_id: str, file: Path, folder: Path) -> None:
     table = pl.read_parquet(tracking.resolve(comparison) / "table.parquet")
     merged = tracking.recall(run_id, "merge", MergedRef)
     assert merged is not None
-    tokenizer = load_tokenizer(tracking.resolve(merged))
+    tokenizer: Any = load_tokenizer(tracking.resolve(merged))
     questions = [[{"role": "user", "content": question}] for question in table["question"]]
     prompts = [tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for turns in questions]
     reading = ask_llama_cpp([Question(str(file), (), (), prompts)], folder, num_tokens=len(tokenizer))[0]

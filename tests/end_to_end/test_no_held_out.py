@@ -60,6 +60,10 @@ def test_every_row_is_trained_and_the_version_stays_challenger(
     asked = json.loads((folder / "questions.json").read_text())
     assert [entry["question"] for entry in asked] == (["Say 7."] if asks else [])
     assert [probe.num_conversations for probe in comparison.probes] == ([35] if asks else [])
+    of_probes = f"tags.`sft.stage` = 'probes' and tags.`mlflow.parentRunId` = '{report.mlflow_run_id}'"
+    experiment = str(tracking.get_run(report.mlflow_run_id).info.experiment_id)
+    found = tracking.client().search_runs([experiment], of_probes)
+    assert [run.data.params["probes.counting.max_loss"] for run in found] == (["1000.0"] if asks else [])
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "No row was held out" in page
     assert "All measures" not in page
@@ -68,6 +72,11 @@ def test_every_row_is_trained_and_the_version_stays_challenger(
     assert "No row was held out" in shown
     assert "held-out rows" not in shown
     assert ("The same questions to both" in shown) == asks
+    show_outcome(report, only_verdict=True)
+    verdict = capsys.readouterr().out
+    assert "in the registry: refused" in verdict
+    assert "warning:" in verdict
+    assert "Took" not in verdict
 
 
 def test_a_second_version_does_not_replace_a_champion_without_held_out_rows(

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def test_check_shows_the_mask_and_passes(tmp_path: Path) -> None:
         "leaked": 0,
         "rejected": 0,
     }
+    assert re.search(r"assistant\W+⟦The number \d+\.<\|im_end\|>⟧", result.output)  # readable without colours
     runs = found["masks"]["samples"][0]
     assert [run["trained"] for run in runs] == [False, True]
     assert runs[1]["text"].endswith("<|im_end|>")

@@ -1,5 +1,6 @@
 """What rows and messages say reaches the terminal as text: a terminal never acts on it."""
 
+import importlib
 import io
 import json
 import logging
@@ -56,6 +57,22 @@ def test_engines_line_of_a_failed_stage_is_not_shown_and_other_warnings_are(tmp_
     assert not shows("prefect.flow_runs", logging.ERROR, engine, ValueError("x"))
     assert shows("prefect.flow_runs", logging.WARNING, engine)
     assert shows("prefect.events.clients", logging.ERROR, engine)
+
+
+def test_a_quiet_run_shows_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.terminal import quiet_prefect
+
+    importlib.import_module("prefect.main")  # which makes handlers of its own, once
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    quiet_prefect(only_warnings=True)
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        handler.handle(logging.LogRecord("sft", level, "f.py", 1, logging.getLevelName(level), None, None))
+    assert [line.split()[-1] for line in lines.getvalue().splitlines()] == ["WARNING", "ERROR"]
+    both = CliRunner().invoke(app, ["run", "x.yaml", "--quiet", "--verbose"])
+    assert both.exit_code == 1
+    assert "--verbose and --quiet" in both.output
 
 
 def test_log_lines_show_escapes() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from schemas.config import RunConfig
+from schemas.config import ModelConfig, RunConfig, TrainingConfig
 from schemas.loading import ConfigError, load_config, parse_config
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
@@ -173,10 +173,24 @@ def _sections(schema: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_field_of_the_form_has_a_title_a_help_text_and_a_place() -> None:
     for section in _sections(RunConfig.model_json_schema()):
         properties = section["properties"]
-        assert [field["position"] for field in properties.values()] == list(range(len(properties)))
+        assert sorted(field["position"] for field in properties.values()) == list(range(len(properties)))
         for name, field in properties.items():
             assert field.get("title") or "$ref" in field, name
             assert field.get("description") or "$ref" in field, name
+
+
+def test_the_form_begins_with_what_most_people_change_and_keeps_the_rest_in_order() -> None:
+    schemas = RunConfig.model_json_schema()["$defs"]
+
+    def order(section: str) -> list[str]:
+        properties = schemas[section]["properties"]
+        return sorted(properties, key=lambda name: int(properties[name]["position"]))
+
+    assert order("TrainingConfig")[:4] == ["num_epochs", "learning_rate", "rank", "alpha"]
+    assert order("DataConfig")[:3] == ["source", "eval_source", "eval_fraction"]
+    assert order("ModelConfig") == [*ModelConfig.model_fields]
+    rest = [name for name in TrainingConfig.model_fields if name not in TrainingConfig.shown_first]
+    assert order("TrainingConfig") == [*TrainingConfig.shown_first, *rest]
 
 
 def test_config_and_command_line_import_without_torch() -> None:
