@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,17 @@ def measure(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        losing = _start_losing(nodes, home) if lose and nodes is not None else nullcontext()
-        with store, losing:
+        losing: AbstractContextManager[list[str]] = nullcontext([])
+        if lose and nodes is not None:
+            losing = _start_losing(nodes, home)
+        with store, losing as killed:
             # Before it Ray tells of the workers that it lost.
             line = next((line for line in process.stdout if line.startswith("{")), "")
         used = 0.0 if lose else count_cpu_seconds([*families, psutil.Process(process.pid)]) - before
         process.communicate("\n")
         if process.returncode or not line:
             raise SystemExit(f"{way} failed")
-    figures = {"way": way, "lost": lose, "cpu_seconds": round(used, 1), **json.loads(line)}
+    figures = {"way": way, "killed": killed, "cpu_seconds": round(used, 1), **json.loads(line)}
     figures |= {"peak_store_bytes": store.peak, "requests": dict(requests.counts)}
     print(figures, flush=True)
     shutil.rmtree(home)
@@ -158,22 +160,24 @@ def _started(way: str, environment: dict[str, str]) -> Iterator[Nodes | None]:
 
 
 @contextmanager
-def _start_losing(nodes: Nodes, home: Path) -> Iterator[None]:
+def _start_losing(nodes: Nodes, home: Path) -> Iterator[list[str]]:
     """Kill a worker when some shards are read, and a machine when as many again are."""
     last = nodes.join()
-    done = threading.Event()
+    done, killed = threading.Event(), list[str]()
 
     def lose() -> None:
-        for wanted, kill in ((3, lambda: _kill_worker(last)), (6, lambda: nodes.kill(last))):
+        losses = ((3, "worker", lambda: _kill_worker(last)), (6, "machine", lambda: nodes.kill(last)))
+        for wanted, name, kill in losses:
             while len(list(home.glob("dataset/shards/*/summary.json"))) < wanted:
                 if done.wait(0.1):
                     return
             kill()
+            killed.append(name)
 
     thread = threading.Thread(target=lose)
     thread.start()
     try:
-        yield
+        yield killed
     finally:
         done.set()
         thread.join()
@@ -276,7 +280,7 @@ def summarize(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the ratios of the medians of the undisturbed runs, Ray's to the local pool's."""
     ways: dict[str, list[dict[str, Any]]] = {"local": [], "ray": []}
     for figure in figures:
-        if not figure["lost"]:
+        if not figure["killed"]:
             ways[figure["way"]].append(figure)
     if not all(ways.values()):
         return {}
