@@ -1,5 +1,6 @@
 """Turns the errors of a training's processes into the one error that the launcher raises."""
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 from tasks.training.records import TrainingCrash, TrainingError
 
 _TAIL_LINES = 20
+_MAX_CHARACTERS = 200
+_PLACE = re.compile(r"^\[[^\s\]]*:\d+\]\s*")
+"""A file and line in a library's sources, with which gloo and NCCL begin what they say."""
 
 
 def choose_error(errors: Sequence[Mapping[str, str]], log: Path) -> Exception:
@@ -23,6 +27,13 @@ def choose_error(errors: Sequence[Mapping[str, str]], log: Path) -> Exception:
     return TrainingCrash(
         f"the training failed with {error['type']}: {error['message']}\n{error['traceback']}(log: {log})"
     )
+
+
+def shorten_message(message: str) -> str:
+    """Return the first sentence of an error's message, without the place in a library's sources, to stand in a line."""
+    line = next(iter(message.strip().splitlines()), "")
+    sentence = _PLACE.sub("", line).split(". ")[0].removesuffix(".")
+    return sentence if len(sentence) <= _MAX_CHARACTERS else sentence[:_MAX_CHARACTERS].rsplit(" ", 1)[0] + " …"
 
 
 def is_known(error: Mapping[str, str]) -> bool:

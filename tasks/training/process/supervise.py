@@ -23,7 +23,7 @@ import psutil
 
 from tasks.training.process.ahead import choose_environment, give_job
 from tasks.training.process.attendance import Attendance
-from tasks.training.process.failures import choose_error, is_known, name_end, read_tail
+from tasks.training.process.failures import choose_error, is_known, name_end, read_tail, shorten_message
 from tasks.training.process.messages import ADDRESS_VARIABLE, STOP, read_evaluation, read_outcome, read_step
 from tasks.training.records import (
     EvalRecord,
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.2
 _START_SECONDS = 120.0  # until a process has said its first word
 _EXIT_SECONDS = 20.0  # from the outcome to the end of the processes
-_MAX_CAUSE = 200
 _PEERS_SECONDS = 1.5  # after an error, for the process that knows the cause to say it too
 
 
@@ -272,8 +271,7 @@ class Supervisor:
         elif kind == "error":
             self._errors.append(values)
             if self._attendance is not None:
-                first = next(iter(values["message"].strip().splitlines()), "")
-                self._attendance.note_failure(f"{values['type']}: {first}"[:_MAX_CAUSE])
+                self._attendance.note_failure(f"{values['type']}: {shorten_message(values['message'])}")
 
     def _send_stop(self, connection: _Connection) -> None:
         with suppress(OSError):

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from tasks.training.process.attendance import Attendance
+from tasks.training.process.failures import shorten_message
 from tasks.training.records import TrainingCrash
 
 Lines = list[tuple[int, str]]
@@ -53,3 +54,20 @@ def test_losses_without_a_step_between_them_come_to_an_end() -> None:
     team.note_failure("RuntimeError: out of order")
     with pytest.raises(TrainingCrash, match=r"began 3 times from step 1 .* RuntimeError: out of order"):
         team.note_round(["a"], 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (
+            "[/__w/pytorch/third_party/gloo/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:47794. "
+            "This is typically caused by a remote worker crashing. Check the logs",
+            "Connection closed by peer [127.0.0.1]:47794",
+        ),
+        ("out of order\nat step 3", "out of order"),
+        ("", ""),
+        ("word " * 50, " ".join(["word"] * 40) + " …"),
+    ],
+)
+def test_an_error_of_a_process_is_told_by_its_first_sentence(message: str, shown: str) -> None:
+    assert shorten_message(message) == shown
