@@ -34,10 +34,10 @@ def test_questions_of_contributing_are_answered_in_at_most_three_files_and_these
 
 def test_each_promise_of_the_readme_is_linked_to_the_tests_that_hold_it() -> None:
     text = (_ROOT / "README.md").read_text(encoding="utf-8")
-    promises = " ".join(text[text.index("What it will not do") :].split("\n\n")[0].split())
+    promises = " ".join(text[text.index("What it will not do") : text.index("**For whom.**")].split())
     links = re.findall(r"\[([^]]+)\]\((tests/[^)]+)\)", promises)
     assert [words for words, _ in links] == [
         *("lose a row", "why", "learn your prompts", "forget the end of turn", "register a merged model that differs"),
-        *("call a model better", "an interval"),
+        *("call a model better", "a confidence interval"),
     ]
     assert all("\ndef test_" in (_ROOT / path).read_text(encoding="utf-8") for _, path in links)
