@@ -58,11 +58,13 @@ def run_pipeline(home: Path) -> Iterator[RunPipeline]:
 
 
 @pytest.fixture(scope="session")
-def reader(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def reader(run_pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     """Somebody who types what the pages say; a command that one test has typed is done for all of them."""
     from prefect.settings import PREFECT_API_URL
 
-    return make_reader(tmp_path_factory.mktemp("clone"), str(PREFECT_API_URL.value()))
+    reader = make_reader(tmp_path_factory.mktemp("clone"), str(PREFECT_API_URL.value()))
+    yield reader
+    reader.close()
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""Somebody who types what README and docs print, in one copy of the repository; each command is run once."""
+"""Somebody who types what README and docs print, in one copy of the repository; each command is run once.
+
+The first of each kind is typed at a shell. What follows of the same kind is forked from a process that has done the
+imports already.
+"""
 
 import os
 import shutil
@@ -13,11 +17,16 @@ import httpx
 
 from tests.docs.commands import ROOT, Block, find_blocks
 from tests.end_to_end.service import free_port
+from tests.end_to_end.warm import WarmProcess
 
 _SECONDS = 1500
 _SERVERS = (".venv/bin/mlflow ui",)
 """Commands that stay: they are started, asked for their page, and ended."""
 _TYPED_IN = "What does the quamrin eat?\n"
+_SFT = ".venv/bin/sft "
+_FOR_A_SHELL = set("|&;<>$`*(){}[]\\\n")
+_BARE = ("check", "init", "import")
+"""They do without the libraries that the others have imported."""
 
 
 @dataclass
@@ -30,6 +39,14 @@ class Reader:
     """Prefect's, which spares every command but `make demo` the start of one of its own."""
     said: dict[str, str] = field(default_factory=dict)
     """The output of each command, by its text."""
+    kinds: set[str] = field(default_factory=set)
+    """The commands of `sft` that were typed at a shell."""
+    warm: WarmProcess | None = None
+
+    def close(self) -> None:
+        """Leave."""
+        if self.warm is not None:
+            self.warm.close()
 
     def type(self, command: str) -> str:
         """Run a command as it is printed, once, and return what it printed."""
@@ -58,23 +75,31 @@ class Reader:
             _save_adapter(self.folder / "saves/mine/lora/sft")
 
     def _run(self, command: str) -> str:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=self.folder,
-            env=self.environment if command == "make demo" else {**self.environment, "PREFECT_API_URL": self.server},
-            input=_TYPED_IN,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
+        environment = {**self.environment, "PREFECT_API_URL": self.server}
+        kind = command.removeprefix(_SFT).partition(" ")[0] if command.startswith(_SFT) else None
+        if kind in self.kinds and kind not in _BARE and not _FOR_A_SHELL & set(command):
+            self.warm = self.warm or WarmProcess(self.folder, environment)
+            done = self.warm.run(command, typed_in=_TYPED_IN, seconds=_SECONDS)
+        else:
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=self.folder,
+                env=self.environment if command == "make demo" else environment,
+                input=_TYPED_IN,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        if kind is not None:
+            self.kinds.add(kind)
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout + done.stderr
 
     def _open(self, command: str) -> str:
         port = free_port()
         server = subprocess.Popen(
-            ["bash", "-c", f"exec {command} --port {port}"],
+            ["bash", "-c", f"exec {command} --port {port} --workers 1"],  # in place of four
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.DEVNULL,
