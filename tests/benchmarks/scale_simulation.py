@@ -164,14 +164,14 @@ class Measured:
 
     row_bytes: float = 547
     shard_bytes: float = 16 << 20
-    worker_seconds: float = 106e-6
-    """Processor time of workers for a row, read and tokenized: from 100,000 to 1,000,000 rows 137 microseconds more for
-    each, less the run's own process's."""
-    head_seconds: float = 31.2e-6
-    """Of the run's own process: index, split and tables 14.6 microseconds, tokens 9.5, the way to the store 7.1."""
+    worker_seconds: float = 105e-6
+    """Processor time of workers for a row, read and tokenized: 126.5 seconds for a million, less the run's own
+    process's."""
+    head_seconds: float = 21.4e-6
+    """Of the run's own process: index, split and tables 13.4 microseconds, tokens 6.7, the way to the store 1.3."""
     made_bytes: float = 470
     """Of a row in the tables and the tokens."""
-    base_bytes: float = 882e6
+    base_bytes: float = 946e6
     """Memory of the run's own process with few rows."""
     index_bytes: float = 30
     """And for each row more."""
