@@ -67,6 +67,8 @@ def train(
                 on_log=_line_reporter(progress),
             )
         pace.note(outcome, job)
+        if outcome.resumed_from_step is not None:
+            logger.info("Went on from the checkpoint of step %d", outcome.resumed_from_step)
         for warning in outcome.warnings:
             logger.warning(warning)
         tracking.log_table(run_id, _tabulate(outcome.adapted), "adapted_weights.json")

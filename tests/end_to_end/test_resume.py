@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def _report(environment: dict[str, str], config: Path) -> dict[str, Any]:
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS
     )
     assert done.returncode == 0, done.stderr
+    assert re.search(r"Went on from the checkpoint of step \d+$", done.stderr, re.MULTILINE)
     values: dict[str, Any] = json.loads(path.read_text())
     return values
 

@@ -184,7 +184,6 @@ def test_second_signal_in_place_does_not_wait(base_model: Path, tokens: Path, tm
 PARENT = """
 import sys, time
 from pathlib import Path
-from tasks.training.process.ahead import choose_environment, start_waiting, take_waiting
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import read_job
 
