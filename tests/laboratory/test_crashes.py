@@ -54,9 +54,13 @@ def test_a_clock_that_is_set_in_mid_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_not_left_behind() -> None:
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        print("begun", file=child.stdin, flush=True)
+        assert child.stdout.readline() == "begun\n"  # a moment before, it has no command line yet
         process = psutil.Process(child.pid)
-        assert describe_processes([process]) == [f"process {child.pid} ['sleep', '60']"]
+        assert describe_processes([process]) == [f"process {child.pid} ['cat']"]
         child.kill()
     assert describe_processes([process]) == []
 
