@@ -125,13 +125,14 @@ class TrainingConfig(Section):
     """Token budget of a pack and of a forward pass, at least tokenization.max_length. auto: packs by the dataset's
     size, up to 16,384 tokens; forward passes by the free memory."""
     engine: Literal["auto", "fused", "general"] = Field(default="auto", title="Engine")
-    """fused: kernels of our own for the dense families that docs/models.md names, whatever the method; general: any
+    """fused: kernels of our own for the families that docs/models.md names, whatever the method; general: any
     model of transformers; auto: fused where the model and the method allow it, and a line that says why where not."""
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", title="Precision")
     """auto: bf16 on a GPU that has it, fp32 on a CPU."""
     base_weights: Literal["full", "fp8", "nf4"] = Field(default="full", title="Frozen weights")
-    """How the frozen base lies in memory: in the precision above; in 8 bits (faster, H100 or later, fused engine); or
-    in 4 bits (QLoRA, for small cards, needs bitsandbytes). The merge takes the full weights in any case."""
+    """How the frozen base lies in memory: in the precision above; in 8 bits (faster, H100 or later, fused engine;
+    routed experts take half the memory, dense layers as much as in 16 bits); or in 4 bits (QLoRA, for small cards,
+    needs bitsandbytes). The merge takes the full weights in any case."""
     gradient_checkpointing: bool | None = Field(default=None, title="Gradient checkpointing")
     """Recompute activations in the backward pass: less memory, slower. Empty: where the memory asks for it."""
     eval_every_steps: int | None = Field(default=None, ge=1, title="Steps between evaluation losses")

@@ -19,7 +19,7 @@ from torch import Tensor
 from tasks.decoder import expert_elementwise
 from tasks.decoder.blocks import is_last_output_unused
 from tasks.decoder.expert_elementwise import Gate
-from tasks.decoder.grouped import ExpertAdapters, GroupedProjection
+from tasks.decoder.grouped import AnyGrouped, ExpertAdapters
 from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
@@ -32,9 +32,9 @@ class ExpertLayer:
 
     route: Route
     """[T, H] -> logits, weights [T, K] and experts [T, K]"""
-    gate_up: GroupedProjection
+    gate_up: AnyGrouped
     gate: Gate
-    down: GroupedProjection
+    down: AnyGrouped
     num_chosen: int
     """K"""
     shared_gate: Callable[[Tensor], Tensor] | None = None
@@ -90,7 +90,7 @@ def run_experts(layer: ExpertLayer, hidden: Tensor, ops: ModuleType, *, routed_b
         routed_by: [T, H]: what the router sees, where it is something else.
     """
     _, weights, chosen = layer.route(hidden if routed_by is None else routed_by)
-    order = sort_rows(chosen, layer.gate_up.adapters.matrices.shape[0])
+    order = sort_rows(chosen, layer.gate_up.num_experts)
     parameters = [parameter for adapters in layer.adapters for parameter in adapters.parameters]
     result: Tensor = RouteRows.apply(hidden, weights, order, layer, choose_expert_operations(ops), *parameters)
     return result
@@ -123,7 +123,7 @@ class RouteRows(torch.autograd.Function):
         joint = layer.gate_up.allocate_input(num_rows)
         ops.gather_rows(hidden, order.tokens, joint[:, : layer.gate_up.num_in])
         small = layer.gate_up.project_small(joint, order.ends, None)
-        gate_up = layer.gate_up.forward(joint, order.ends)
+        gate_up = layer.gate_up.forward(joint, small, order.ends)
         del joint
         joint = layer.down.allocate_input(num_rows)
         ops.gate_weighted(gate_up, row_weights, layer.gate, joint[:, : layer.down.num_in])
@@ -131,7 +131,7 @@ class RouteRows(torch.autograd.Function):
         if is_last_output_unused():
             result = torch.empty_like(hidden)
         else:
-            result = ops.sum_rows(layer.down.forward(joint, order.ends), order.places)
+            result = ops.sum_rows(layer.down.forward(joint, down_small, order.ends), order.places)
         ctx.save_for_backward(hidden, gate_up, small, down_small, row_weights, *order)
         ctx.settings = layer, ops, weights.dtype
         return result
@@ -167,7 +167,7 @@ class RouteRows(torch.autograd.Function):
 
 
 def _compute_grads(
-    projection: GroupedProjection, grads: tuple[Tensor, Tensor, Tensor], inputs: Tensor, ends: Tensor, ops: ModuleType
+    projection: AnyGrouped, grads: tuple[Tensor, Tensor, Tensor], inputs: Tensor, ends: Tensor, ops: ModuleType
 ) -> list[Tensor | None]:
     """Return the gradients of a projection's adapter.
 

@@ -4,18 +4,25 @@ from dataclasses import replace
 
 from tasks.decoder.adapters import AdapterGroup
 from tasks.decoder.decoder import Decoder
+from tasks.decoder.experts import ExpertLayer
+from tasks.decoder.grouped import AnyGrouped, GroupedProjection
 from tasks.decoder.latent_attention import LatentAttention
 from tasks.decoder.mixers import Mixer, list_inner
+from tasks.decoder.module_reading import UnknownDecoderError
 from tasks.decoder.projections import AnyProjection, Projection
+from tasks.out_of_memory import is_out_of_memory
 
 # Of both sides of a weight: what the float8 products of cuBLASLt take, which quantized.py calls.
 _SIZE_STEP = 16
+# Of two ways to multiply the same float8 numbers, with results in 16 bits.
+_MOST_OFF = 0.01
 
 
 def quantize_decoder(decoder: Decoder) -> Decoder:
     """Return a decoder with the layers' weights in float8; the given one, and the model, are left without theirs.
 
-    A product whose sizes float8 does not allow stays as it is: see `has_float8_sizes`.
+    One layer after the other: nothing lies twice but one layer's weights. A product whose sizes float8 does not allow
+    stays as it is: see `has_float8_sizes`; those of routed experts take all sizes. Routers stay.
     """
     layers = []
     for layer in decoder.layers:
@@ -27,6 +34,7 @@ def quantize_decoder(decoder: Decoder) -> Decoder:
                 output=_quantize(layer.output),
                 gate_up=None if layer.gate_up is None else _quantize(layer.gate_up),
                 down=None if layer.down is None else _quantize(layer.down),
+                experts=None if layer.experts is None else _quantize_experts(layer.experts),
             )
         )
     quantized = replace(decoder, layers=tuple(layers))
@@ -34,15 +42,58 @@ def quantize_decoder(decoder: Decoder) -> Decoder:
     return quantized
 
 
+def check_expert_products(decoder: Decoder) -> None:
+    """Compare the float8 products of the first routed experts with those in plain PyTorch, on the decoder's device.
+
+    Raises:
+        UnknownDecoderError: they differ by more than 16 bits round.
+    """
+    from tasks.decoder.quantized_experts import measure_products
+
+    experts = next((layer.experts for layer in decoder.layers if layer.experts is not None), None)
+    for projection in _list(experts):
+        assert isinstance(projection, GroupedProjection)
+        try:
+            off = measure_products(projection)
+        except Exception as error:  # a kernel that does not compile here raises what it likes
+            if is_out_of_memory(error):
+                raise
+            raise UnknownDecoderError(
+                f"its routed experts cannot be multiplied in FP8 here: {str(error).partition(chr(10))[0]}"
+            ) from error
+        if not off <= _MOST_OFF:
+            raise UnknownDecoderError(f"FP8 products of its routed experts are off by {off:.2g} (limit {_MOST_OFF:g})")
+
+
 def count_unquantized(decoder: Decoder) -> tuple[int, int]:
     """Return how many of the layers' products are not in float8, and how many there are."""
     groups = [
         group
         for layer in decoder.layers
-        for group in (layer.qkv, *list_inner(layer.mixer), layer.output, layer.gate_up, layer.down)
+        for group in (
+            layer.qkv,
+            *list_inner(layer.mixer),
+            layer.output,
+            layer.gate_up,
+            layer.down,
+            *_list(layer.experts),
+        )
         if group is not None
     ]
-    return sum(isinstance(group, Projection) for group in groups), len(groups)
+    return sum(isinstance(group, Projection | GroupedProjection) for group in groups), len(groups)
+
+
+def _list(experts: ExpertLayer | None) -> tuple[AnyGrouped, ...]:
+    return () if experts is None else (experts.gate_up, experts.down)
+
+
+def _quantize_experts(experts: ExpertLayer) -> ExpertLayer:
+    """Return routed experts with float8 weights; the given ones are left without theirs."""
+    from tasks.decoder.quantized_experts import quantize_experts
+
+    assert isinstance(experts.gate_up, GroupedProjection)
+    assert isinstance(experts.down, GroupedProjection)
+    return replace(experts, gate_up=quantize_experts(experts.gate_up), down=quantize_experts(experts.down))
 
 
 def _quantize_mixer(mixer: Mixer) -> Mixer:

@@ -15,7 +15,7 @@ PEFT keeps an adapted parameter's matrices as A [E R, H] and B [O, R E]; the joi
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,10 @@ class ExpertAdapters:
     """The adapter of one such parameter, and its working copies in the joint matrices."""
 
     part: ExpertPart
-    matrices: Tensor
-    """M"""
-    num_in: int
-    num_out: int
-    rank: int
-    """R; 0 without an adapter."""
+    joint_a: Tensor
+    """[E, R, H]; R is 0 without an adapter."""
+    joint_b: Tensor
+    """[E, O, R], of s B'."""
     versions: list[int] = field(default_factory=list)
     """Of the trained matrices when they were last copied."""
     is_bound: bool = False
@@ -66,7 +64,12 @@ class ExpertAdapters:
     @property
     def dtype(self) -> torch.dtype:
         """Of the working copies."""
-        return self.matrices.dtype
+        return self.joint_a.dtype
+
+    @property
+    def rank(self) -> int:
+        """Return R."""
+        return self.joint_a.shape[1]
 
     def invalidate(self) -> None:
         """Say that the trained matrices have changed."""
@@ -76,11 +79,10 @@ class ExpertAdapters:
     def copy(self) -> None:
         """Bring the working copies up to date."""
         if self.part.lora_a is not None and self.part.lora_b is not None:
-            num_experts, rank = self.matrices.shape[0], self.rank
-            first, last = slice(self.num_out, self.num_out + rank), slice(self.num_in, self.num_in + rank)
-            self.matrices[:, first, : self.num_in].copy_(self.part.lora_a.view(num_experts, rank, -1))
+            num_experts, rank, _ = self.joint_a.shape
+            self.joint_a.copy_(self.part.lora_a.view(num_experts, rank, -1))
             turned = self.part.lora_b.view(-1, rank, num_experts).permute(2, 0, 1)
-            self.matrices[:, : self.num_out, last].copy_(turned * self.part.scale)
+            self.joint_b.copy_(turned * self.part.scale)
 
     def bind(self, flat: Tensor, start: int) -> int:
         """Take the gradients' place in one vector of zeros, from `start` on; return its end."""
@@ -108,66 +110,130 @@ class ExpertAdapters:
         return [grad_a.flatten(0, 1), (turned * self.part.scale).flatten(1)]
 
 
-@dataclass
-class GroupedProjection:
-    """The matrices of all experts; see the module's text."""
+class AnyGrouped(Protocol):
+    """What `GroupedProjection` and `quantized_experts.QuantizedExperts` have in common."""
 
-    adapters: ExpertAdapters
-    has_bias: bool
+    @property
+    def adapters(self) -> ExpertAdapters:
+        """What is trained."""
+        ...
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a column further on has a bias."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """Return E."""
+        ...
 
     @property
     def num_in(self) -> int:
         """Return H."""
-        return self.adapters.num_in
+        ...
 
     @property
     def num_out(self) -> int:
         """Return O."""
-        return self.adapters.num_out
+        ...
+
+    def allocate_input(self, num_rows: int) -> Tensor:
+        """Return room whose first H columns are x [S, H]."""
+        ...
+
+    def allocate_grad(self, num_rows: int) -> Tensor:
+        """Return room whose first O columns are g [S, O]."""
+        ...
+
+    def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
+        """Return x A' and w [S, C] of x with its room.
+
+        Args:
+            joint: from `allocate_input`, with x in it.
+            ends: [E] int32, where each expert's rows end.
+            weights: w [S], which the bias is multiplied with; one each where None.
+        """
+        ...
+
+    def forward(self, joint: Tensor, small: Tensor, ends: Tensor) -> Tensor:
+        """Return y [S, O] of x with its room and what `project_small` gave."""
+        ...
+
+    def backward(self, joint: Tensor, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+        """Return g B and g b [S, C], and the gradient of x [S, H], of g with its room."""
+        ...
+
+
+@dataclass
+class GroupedProjection:
+    """The matrices of all experts in their own dtype; see the module's text."""
+
+    matrices: Tensor
+    """M"""
+    adapters: ExpertAdapters
+    num_in: int
+    """H"""
+    num_out: int
+    """O"""
+    has_bias: bool
+
+    @property
+    def num_experts(self) -> int:
+        """Return E."""
+        return self.matrices.shape[0]
 
     @property
     def num_further(self) -> int:
         """Return C."""
-        return self.adapters.matrices.shape[2] - self.num_in
+        return self.matrices.shape[2] - self.num_in
+
+    def release(self) -> None:
+        """Let go of the weights; the projection is of no use after it."""
+        self.matrices = self.matrices.new_empty(0)
+        self.adapters.joint_a = self.adapters.joint_b = self.matrices
+        self.adapters.part.weight.data = self.matrices
 
     def allocate_input(self, num_rows: int) -> Tensor:
         """Return room for x~ [S, H + C]; x goes to its first H columns."""
-        return make_room(self.adapters.matrices, num_rows, self.num_in + self.num_further)
+        return make_room(self.matrices, num_rows, self.num_in + self.num_further)
 
     def allocate_grad(self, num_rows: int) -> Tensor:
         """Return room for g~ [S, O + C]; g goes to its first O columns."""
-        return make_room(self.adapters.matrices, num_rows, self.num_out + self.num_further)
+        return make_room(self.matrices, num_rows, self.num_out + self.num_further)
 
     def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
-        """Fill in the last columns of x~, and return a copy of them [S, C].
-
-        Args:
-            joint: x~, with x in it.
-            ends: [E] int32, where each expert's rows end.
-            weights: w [S], which the bias is multiplied with; one each where None.
-        """
+        """Fill in the last columns of x~, and return a copy of them [S, C]; see `AnyGrouped`."""
         if not self.num_further:
             return joint[:, self.num_in :]
-        matrices = self.adapters.matrices
-        small = multiply_grouped(joint[:, : self.num_in], matrices[:, self.num_out :, : self.num_in].mT, ends)
+        inner = self.matrices[:, self.num_out :, : self.num_in]
+        small = multiply_grouped(joint[:, : self.num_in], inner.mT, ends)
         if self.has_bias:
             small[:, self.adapters.rank] = 1.0 if weights is None else weights.to(small.dtype)
         joint[:, self.num_in :].copy_(small)
         return small
 
-    def forward(self, joint: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, joint: Tensor, small: Tensor, ends: Tensor) -> Tensor:
         """Return y [S, O] of x~."""
-        return multiply_grouped(joint, self.adapters.matrices[:, : self.num_out].mT, ends)
+        return multiply_grouped(joint, self.matrices[:, : self.num_out].mT, ends)
 
     def backward(self, joint: Tensor, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
         """Fill in the last columns of g~; return them [S, C] and the gradient of x [S, H]."""
-        matrices, small = self.adapters.matrices, joint[:, self.num_out :]
+        small = joint[:, self.num_out :]
         if self.num_further:
-            small = multiply_grouped(joint[:, : self.num_out], matrices[:, : self.num_out, self.num_in :], ends)
+            outer = self.matrices[:, : self.num_out, self.num_in :]
+            small = multiply_grouped(joint[:, : self.num_out], outer, ends)
             joint[:, self.num_out :].copy_(small)
         if not needs_input:
             return small, None
-        return small, multiply_grouped(joint, matrices[:, :, : self.num_in], ends)
+        return small, multiply_grouped(joint, self.matrices[:, :, : self.num_in], ends)
+
+
+def count_further(part: ExpertPart) -> int:
+    """Return C of a parameter: its rank, one more with a bias, rounded up."""
+    num_experts = part.weight.shape[0]
+    wanted = (0 if part.lora_a is None else part.lora_a.shape[0] // num_experts) + (part.bias is not None)
+    return -(-wanted // _ALIGNMENT) * _ALIGNMENT
 
 
 def build_grouped_projection(part: ExpertPart) -> GroupedProjection:
@@ -175,14 +241,16 @@ def build_grouped_projection(part: ExpertPart) -> GroupedProjection:
     weight = part.weight.data.mT if part.is_turned else part.weight.data
     num_experts, num_out, num_in = weight.shape
     rank = 0 if part.lora_a is None else part.lora_a.shape[0] // num_experts
-    wanted = rank + (part.bias is not None)
-    further = -(-wanted // _ALIGNMENT) * _ALIGNMENT
-    if not further:
-        return GroupedProjection(ExpertAdapters(part, weight, num_in, num_out, 0), has_bias=False)
-    matrices = weight.new_zeros(num_experts, num_out + further, num_in + further)
-    inside = matrices[:, :num_out, :num_in]
-    inside.copy_(weight)
-    part.weight.data = inside.mT if part.is_turned else inside
+    further = count_further(part)
+    matrices = weight
+    if further:
+        matrices = weight.new_zeros(num_experts, num_out + further, num_in + further)
+        inside = matrices[:, :num_out, :num_in]
+        inside.copy_(weight)
+        part.weight.data = inside.mT if part.is_turned else inside
     if part.bias is not None:
         matrices[:, :num_out, num_in + rank].copy_(part.bias)
-    return GroupedProjection(ExpertAdapters(part, matrices, num_in, num_out, rank), has_bias=part.bias is not None)
+    joint_a = matrices[:, num_out : num_out + rank, :num_in]
+    joint_b = matrices[:, :num_out, num_in : num_in + rank]
+    adapters = ExpertAdapters(part, joint_a, joint_b)
+    return GroupedProjection(matrices, adapters, num_in, num_out, has_bias=part.bias is not None)

@@ -14,6 +14,8 @@ import psutil
 import torch
 
 from schemas.config import TrainingConfig
+from tasks.decoder.float8 import has_float8_sizes
+from tasks.families.adaptation import CONVOLUTIONS, EMBEDDINGS, HEAD, OUTSIDE, ROUTED, ROUTER, AdaptationPlan, Weight
 from tasks.merging.changes import build_skeleton
 from tasks.training.adamw import EIGHT_BITS, count_moment_bytes
 from tasks.training.lora import plan_adapter
@@ -26,6 +28,8 @@ _NF4_BYTES = 0.5 + 0.127 / 8
 """A value of NF4 with its scales quantized twice (Dettmers et al., 2023, section 3): 4.127 bits."""
 _FP32 = 4
 _SMALLEST_LOGITS = 1 << 28
+# What FP8 leaves as it is.
+_OUTSIDE_LAYERS = (ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class MemoryNeed:
     least_pass_bytes: int
     """The smallest forward pass: the layers' inputs of one example, and some logits. A lower bound."""
     num_trained: int
+    loaded_bytes: int = 0
+    """The base as it is loaded, where the training makes another form of it on the device (FP8)."""
 
     @property
     def fixed_bytes(self) -> int:
@@ -47,8 +53,8 @@ class MemoryNeed:
 
     @property
     def least_bytes(self) -> int:
-        """With the smallest pass."""
-        return self.fixed_bytes + self.least_pass_bytes
+        """With the smallest pass, and before it, while the base lies there as it was loaded."""
+        return max(self.fixed_bytes + self.least_pass_bytes, self.loaded_bytes)
 
 
 @dataclass(frozen=True)
@@ -149,9 +155,7 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
         num_trained = sum(_count_adapter(weight.shape, config.rank) for weight in plan.adapted)
         saved = [name for name in values if any(f".{part}." in f".{name}" for part in config.modules_to_save)]
         num_trained += sum(values[name] for name in saved)
-        packed = sum(weight.num_values for weight in plan.adapted) if config.base_weights != "full" else 0
-        per_packed = _NF4_BYTES if config.base_weights == "nf4" else 1.0
-        weights = int(packed * per_packed + (total - packed) * dtype.itemsize)
+        weights = int(total * dtype.itemsize - _count_saved(plan, config, dtype))
     else:
         num_trained = sum(weight.num_values for weight in plan_weights(skeleton, config) if not weight.skipped)
         # Trained values are fp32 and counted below; the fused engine holds a 16-bit copy of each.
@@ -164,7 +168,41 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
     layers, hidden = int(sizes.num_hidden_layers), int(sizes.hidden_size)
     vocabulary = int(sizes.vocab_size)
     logits = min(_SMALLEST_LOGITS, longest * vocabulary * _FP32)
-    return MemoryNeed(weights, trained, layers * hidden * longest * dtype.itemsize + logits, num_trained)
+    least_pass = layers * hidden * longest * dtype.itemsize + logits
+    loaded = 0
+    if config.base_weights == "fp8":
+        loaded = total * dtype.itemsize + num_trained * _FP32
+        # The backward pass transposes the experts of one product at a time.
+        least_pass += max((weight.num_values for weight in plan.weights if _is_expert_stack(weight)), default=0)
+    return MemoryNeed(weights, trained, least_pass, num_trained, loaded)
+
+
+def _count_saved(plan: AdaptationPlan, config: TrainingConfig, dtype: torch.dtype) -> float:
+    """Return by how many bytes the base is smaller than in its own precision.
+
+    FP8: every linear layer, adapted or not, twice, with a scale a row; experts that lie in one parameter once. NF4: the
+    linear layers that are adapted; such experts stay as they are.
+    """
+    if config.base_weights == "nf4":
+        packed = sum(weight.num_values for weight in plan.adapted if not weight.is_parameter)
+        return packed * (dtype.itemsize - _NF4_BYTES)
+    if config.base_weights != "fp8":
+        return 0.0
+    saved = 0
+    for weight in plan.weights:
+        if _is_expert_stack(weight):
+            quantized = weight.num_values + _FP32 * weight.shape[0] * max(weight.shape[1:])
+        elif len(weight.shape) == 2 and weight.kind not in _OUTSIDE_LAYERS and has_float8_sizes(*weight.shape):
+            quantized = 2 * weight.num_values + _FP32 * sum(weight.shape)
+        else:
+            continue
+        saved += weight.num_values * dtype.itemsize - quantized
+    return saved
+
+
+def _is_expert_stack(weight: Weight) -> bool:
+    """Say whether a weight holds a matrix of each routed expert."""
+    return weight.is_parameter and weight.kind == ROUTED and len(weight.shape) == 3
 
 
 def _count_adapter(shape: tuple[int, ...], rank: int) -> int:

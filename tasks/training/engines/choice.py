@@ -14,7 +14,7 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
-from tasks.decoder.float8 import count_unquantized, quantize_decoder
+from tasks.decoder.float8 import check_expert_products, count_unquantized, quantize_decoder
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.out_of_memory import is_out_of_memory
@@ -91,14 +91,13 @@ def _build_fused(
     decoder = recognize_decoder(model, None if config.is_lora else dtype)
     if not config.is_lora:
         decoder.bind_gradients()  # where they are going to be: the trial does as the training
-    if config.base_weights == "fp8" and any(layer.experts for layer in decoder.layers):
-        raise UnknownDecoderError("its routed experts have no FP8 form here")
     router_loss = find_router_loss(find_base(model), config)
     most_tokens = _count_step_tokens(table, rows, config)
     with _comparing(model, config):
         decoder, notes = verify(model, decoder, table, expected, device, dtype)
     engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS, router_loss=router_loss)
     if config.base_weights == "fp8":
+        check_expert_products(decoder)
         engine = replace(engine, decoder=quantize_decoder(decoder))
         num_kept, num_products = count_unquantized(engine.decoder)
         if num_kept:

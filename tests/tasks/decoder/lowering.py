@@ -109,14 +109,23 @@ def run(model: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def run_float8() -> None:
-    """Launch what makes float8 copies, whose products no CPU has."""
-    from tasks.decoder import kernels
+    """Launch what makes float8 copies, and the products of experts; no CPU has the others'."""
+    from tasks.decoder import expert_float8_kernels, kernels
 
     gate_up, grad = torch.randn(3, 96, dtype=torch.bfloat16), torch.randn(3, 48, dtype=torch.bfloat16)
     narrow, wide = (Quantized(torch.zeros(3, width).to(torch.float8_e4m3fn), torch.zeros(3, 1)) for width in (48, 96))
     kernels.gate(gate_up, "silu", torch.empty_like(grad), narrow)
     kernels.gate_backward(grad, gate_up, "silu", torch.empty_like(gate_up), wide)
     kernels.quantize_rows(gate_up)
+    ends = torch.tensor([1, 3], dtype=torch.int32)
+    weights = expert_float8_kernels.quantize_matrices(torch.randn(2, 48, 96, dtype=torch.bfloat16))
+    rows = expert_float8_kernels.quantize_expert_rows(gate_up, None, ends)
+    for num_further in (0, 8):
+        small, further = gate_up[:, :num_further], torch.zeros(2, 48, num_further, dtype=torch.bfloat16)
+        expert_float8_kernels.multiply_quantized(rows, *weights, small, further, ends)
+    back = expert_float8_kernels.quantize_expert_rows(grad, torch.ones(2, 48), ends)
+    turned, nothing = expert_float8_kernels.turn_matrices(weights.values), torch.zeros(2, 96, 0, dtype=torch.bfloat16)
+    expert_float8_kernels.multiply_quantized(back, turned, None, grad[:, :0], nothing, ends)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.grouped import GroupedProjection
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.training.batches import form_flat_batch, form_flat_step
 from tasks.training.engines.fused import FusedEngine
@@ -91,8 +92,10 @@ def test_weights_of_experts_lie_once_and_answer_as_before() -> None:
     decoder = recognize_decoder(model)
     torch.testing.assert_close(model(input_ids=input_ids).logits, before, rtol=1e-5, atol=1e-6)
     experts = next(layer.experts for layer in decoder.layers if layer.experts is not None)
-    for group in experts.adapters:
-        assert group.part.weight.untyped_storage().data_ptr() == group.matrices.untyped_storage().data_ptr()
+    for group in (experts.gate_up, experts.down):
+        assert isinstance(group, GroupedProjection)
+        weight = group.adapters.part.weight
+        assert weight.untyped_storage().data_ptr() == group.matrices.untyped_storage().data_ptr()
 
 
 def test_gradients_of_experts_are_added_in_place() -> None:

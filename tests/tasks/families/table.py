@@ -16,7 +16,9 @@ random weights (`target_modules: all-linear`), merges it, and compares the merge
 It loads the merged model again and compares it with base + adapter (fp32, on a CPU). Families are named as in
 `model_type` of `config.json`.
 
-- **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) need the fused engine.
+- **Engine**: fused, or the model's own forward pass (general). FP8 weights (`base_weights: fp8`) need the fused engine:
+  attention and gated layers, shared and routed experts are in 8 bits, routers in 16. Routed experts lie in memory once,
+  in half the bytes; the others twice, once for each direction.
   NF4 packs linear layers; experts that lie in one parameter stay in 16 bits. A run of the general engine says why it is
   that one: Gemma 2 caps its attention's scores, Gemma 3n has several
   streams.

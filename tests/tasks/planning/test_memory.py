@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from schemas.config import TrainingConfig
 from tasks.models import load_model
@@ -45,3 +46,25 @@ def test_what_would_make_it_fit_does_fit_and_the_config_itself_does_not() -> Non
     assert "training.optimizer adamw_8bit" in [option.settings for option in options]
     assert all(option.least_bytes <= 0.9 * capacity for option in options)
     assert list_options(MODEL, config, capacity_bytes=1000, **whole) == ()
+
+
+def test_experts_in_8_bits_are_counted_to_the_byte(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+        "num_experts": 6, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "vocab_size": 128, "tie_word_embeddings": False,
+    }  # fmt: skip
+    AutoConfig.for_model("qwen3_moe", **shape).save_pretrained(tmp_path)
+    whole: dict[str, Any] = {"dtype": torch.bfloat16, "longest": 10}
+    full = count_need(tmp_path, TrainingConfig(), **whole)
+    need = count_need(tmp_path, TrainingConfig(base_weights="fp8"), **whole)
+    experts, rows = 2 * 6 * 3 * 24 * 64, 2 * 6 * (64 + 64)  # a row's scale: of gate_up [48, 64] at most 64, of down 64
+    # Queries and outputs [64, 64], keys and values [32, 64]: a byte each way, and a scale for each row and column.
+    scales = 2 * 2 * ((64 + 64) + (32 + 64))
+    assert full.weights_bytes - need.weights_bytes == experts - 4 * rows - 4 * scales
+    assert full.loaded_bytes == 0
+    assert need.loaded_bytes == full.weights_bytes + 4 * need.num_trained
+    assert need.least_pass_bytes == full.least_pass_bytes + 6 * 48 * 64
+    packed = count_need(tmp_path, TrainingConfig(base_weights="nf4"), **whole)
+    attention = 2 * 2 * (64 * 64 + 32 * 64)
+    assert full.weights_bytes - packed.weights_bytes == pytest.approx(attention * (2 - 0.515875), abs=1)

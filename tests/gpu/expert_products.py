@@ -1,0 +1,221 @@
+"""Times the products of routed experts in bf16 and in float8 on this GPU, at real sizes, and a whole layer's kernels.
+
+    python -m tests.gpu.expert_products [--only products|layers] [--shape qwen3-30b-a3b gpt-oss-20b]
+
+The first part times what a product is made of, with several ways of cutting it into tiles, beside PyTorch's own grouped
+products, and compares each with products in fp32. The second times passes through a few layers of a model, forward,
+again, and backward, and lists the kernels that take the most time.
+"""
+
+import argparse
+import gc
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
+from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
+
+from schemas.config import TrainingConfig
+from tasks.decoder import expert_float8
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.experts import sort_rows
+from tasks.decoder.float8 import quantize_decoder
+from tasks.decoder.recognition import recognize_decoder
+from tasks.training.batches import form_flat_batch
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.lora import attach_adapter
+from tests.benchmarks.shapes import SHAPES
+from tests.tasks.decoder.small_models import draw_table
+
+_TOKENS = 16384
+_RANK = 16
+_LENGTH = 350
+_NUM_LAYERS = 4
+_REPEATS = 10
+# experts, chosen, hidden, intermediate
+_SIZES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "gpt-oss-20b": (32, 4, 2880, 2880)}
+_TILES = [
+    (128, 128, 128, 4, 3),
+    (128, 128, 128, 4, 4),
+    (128, 128, 128, 8, 3),
+    (128, 256, 128, 8, 3),
+    (128, 256, 64, 8, 4),
+    (64, 256, 128, 4, 3),
+    (128, 128, 64, 4, 5),
+]
+
+
+def main() -> None:
+    """Print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("products", "layers"))
+    parser.add_argument("--shape", nargs="+", default=list(_SIZES))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    for shape in options.shape:
+        if options.only != "layers":
+            time_products(shape)
+        if options.only != "products":
+            for is_quantized in (False, True):
+                time_layers(shape, is_quantized=is_quantized)
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+def time_products(shape: str) -> None:
+    """Time both products of a layer's experts, each way."""
+    num_experts, num_chosen, hidden, intermediate = _SIZES[shape]
+    chosen = torch.rand(_TOKENS, num_experts, device="cuda").topk(num_chosen).indices
+    ends = sort_rows(chosen, num_experts).ends
+    num_rows = _TOKENS * num_chosen
+    for name, width, num_outputs in (
+        ("gate_up", hidden, 2 * intermediate),
+        ("down", intermediate, hidden),
+        ("of gate_up's input", 2 * intermediate, hidden),
+        ("of down's input", hidden, intermediate),
+    ):
+        print(f"\n{shape}, {name}: {num_rows} rows of {width}, {num_outputs} outputs", flush=True)
+        _time_product(num_rows, num_experts, width, num_outputs, ends, is_backward=name.startswith("of"))
+
+
+def _time_product(
+    num_rows: int, num_experts: int, width: int, num_outputs: int, ends: Tensor, *, is_backward: bool
+) -> None:
+    from tasks.decoder import expert_float8_kernels as kernels
+
+    flop = 2.0 * num_rows * width * num_outputs
+    rows = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
+    weights = torch.randn(num_experts, num_outputs, width, device="cuda", dtype=torch.bfloat16) * 0.02
+    small = torch.randn(num_rows, _RANK, device="cuda", dtype=torch.bfloat16)
+    further = torch.randn(num_experts, num_outputs, _RANK, device="cuda", dtype=torch.bfloat16) * 0.02
+    joint, matrices = torch.cat([rows, small], 1), torch.cat([weights, further], 2)
+    exact = _multiply_exactly(joint, matrices, ends)
+
+    def tell(name: str, call: Callable[[], Any], *, is_product: bool = True) -> Any:
+        try:
+            result, seconds = call(), _time(call)
+        except Exception as error:  # whatever a kernel that does not compile here raises
+            print(f"  {name:44} fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:150]}", flush=True)
+            return None
+        rate = f"{flop / seconds / 1e12:7.0f} TFLOP/s" if is_product else ""
+        off = ""
+        if is_product:
+            picked = result[:: max(1, num_rows // len(exact))][: len(exact)].float()
+            off = f", off by {float((picked - exact).norm() / exact.norm()):.4f}"
+        print(f"  {name:44} {seconds * 1e3:7.3f} ms {rate}{off}", flush=True)
+        return result
+
+    turned = matrices.mT.contiguous().mT if is_backward else matrices  # as the joint matrices lie
+    tell("bf16, F.grouped_mm, adapter within", lambda: F.grouped_mm(joint, turned.mT, offs=ends))
+    quantized = tell("rows to float8", lambda: kernels.quantize_expert_rows(rows, None, ends), is_product=False)
+    scaled = kernels.quantize_matrices(weights)
+    tell(
+        "rows to float8, with factors",
+        lambda: kernels.quantize_expert_rows(rows, torch.ones(num_experts, width, device="cuda"), ends),
+        is_product=False,
+    )
+    tell("matrices to float8", lambda: kernels.quantize_matrices(weights), is_product=False)
+    tell("matrices turned", lambda: kernels.turn_matrices(scaled.values), is_product=False)
+    given = quantized, scaled.values, scaled.scales, small, further, ends
+    for tiles in _TILES:
+        way = partial(kernels.multiply_quantized, *given, kernels.Tiles(*tiles))
+        tell(f"float8, Triton, adapter within, {tiles}", way)
+    none, nothing = small[:, :0], further[:, :, :0]
+    tell(
+        "float8, Triton, no adapter",
+        lambda: kernels.multiply_quantized(quantized, scaled.values, scaled.scales, none, nothing, ends),
+    )
+    tell(
+        "float8, torch._scaled_grouped_mm, no adapter",
+        lambda: torch._scaled_grouped_mm(
+            quantized.values, scaled.values.mT, quantized.scales, scaled.scales, offs=ends, out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        ),
+    )  # fmt: skip
+    tell("adapter's own product, bf16, F.grouped_mm", lambda: F.grouped_mm(small, further.mT, offs=ends))
+    tell(
+        "small product, bf16, F.grouped_mm",
+        lambda: F.grouped_mm(rows, further.new_zeros(num_experts, width, _RANK), offs=ends),
+        is_product=False,
+    )
+    plain = expert_float8.quantize_expert_rows(rows, None, ends)
+    same = (plain.values.view(torch.uint8) == quantized.values.view(torch.uint8)).float().mean()
+    print(f"  {float(same):.6f} of the float8 numbers are those of plain PyTorch", flush=True)
+
+
+def _multiply_exactly(joint: Tensor, matrices: Tensor, ends: Tensor, *, most_rows: int = 512) -> Tensor:
+    """Return some rows, evenly spaced, times the transpose of their expert's matrix, in fp32."""
+    step = max(1, len(joint) // most_rows)
+    picked = torch.arange(0, len(joint), step, device=joint.device)[:most_rows]
+    experts = torch.searchsorted(ends, picked.to(torch.int32), right=True)
+    return torch.stack(
+        [matrices[expert].float() @ joint[row].float() for row, expert in zip(picked, experts, strict=True)]
+    )
+
+
+def _time(call: Callable[[], Any]) -> float:
+    """Return the median seconds of a call on the device."""
+    seconds = []
+    for number in range(_REPEATS + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if number >= 3:
+            seconds.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def time_layers(shape: str, *, is_quantized: bool) -> None:
+    """Time passes through a few layers whose layers all run again, and list their kernels."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {**SHAPES[shape], "num_hidden_layers": _NUM_LAYERS}
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    with torch.device("cuda"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    adapted = attach_adapter(model, TrainingConfig(rank=_RANK, alpha=2 * _RANK), seed=0)
+    decoder = recognize_decoder(adapted)
+    before = torch.cuda.memory_allocated()
+    if is_quantized:
+        decoder = quantize_decoder(decoder)
+    weights = torch.cuda.memory_allocated()
+    engine = FusedEngine(decoder, torch.device("cuda"), _TOKENS, _NUM_LAYERS, LOGITS_BYTES, _TOKENS)
+    engine.bind_gradients()
+    table = draw_table([_LENGTH] * (_TOKENS // _LENGTH))
+    batch = form_flat_batch(table, range(_TOKENS // _LENGTH))
+
+    def run() -> None:
+        engine.sum_losses(batch).backward()
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds = _time(run)
+    peak = torch.cuda.max_memory_allocated()
+    kind = "float8" if is_quantized else "bf16"
+    print(
+        f"\n{shape}, {_NUM_LAYERS} layers, {kind}: {seconds * 1e3:.1f} ms for a pass of "
+        f"{_TOKENS} tokens; weights {before / 2**30:.2f} GiB, then {weights / 2**30:.2f}, peak {peak / 2**30:.2f}",
+        flush=True,
+    )
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    rows: dict[str, tuple[float, int]] = {}
+    for event in profile.key_averages():
+        if event.device_type == DeviceType.CUDA:
+            rows[event.key] = event.self_device_time_total, event.count
+    whole = sum(time for time, _ in rows.values())
+    print(f"  kernels together {whole / 1e3:.1f} ms", flush=True)
+    for name, (time, count) in sorted(rows.items(), key=lambda row: -row[1][0])[:28]:
+        print(f"  {time / 1e3:8.2f} ms {count:5} x  {name[:110]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
