@@ -119,8 +119,8 @@ class Copy(NamedTuple):
 
 
 @torch.no_grad()
-def refresh(groups: Iterable[AnyAdapters], copy_all: Callable[[Sequence[Copy]], None] | None = None) -> None:
-    """Copy the trained matrices of all groups that are stale.
+def refresh(groups: Iterable[AnyAdapters], copy_all: Callable[[Sequence[Copy]], None] | None = None) -> bool:
+    """Copy the trained matrices of all groups that are stale; say whether there were any.
 
     Args:
         groups: of the decoder.
@@ -148,6 +148,7 @@ def refresh(groups: Iterable[AnyAdapters], copy_all: Callable[[Sequence[Copy]], 
         if isinstance(group, ExpertAdapters):
             group.copy()
         group.versions = read_versions(group.parameters)
+    return bool(changed)
 
 
 def read_versions(parameters: Iterable[Tensor]) -> list[int]:

@@ -22,6 +22,7 @@ from tasks.decoder.adapters import AdapterGroup, bind_gradients, refresh
 from tasks.decoder.attention import Attention, Segments
 from tasks.decoder.blocks import last_output_unused
 from tasks.decoder.delta_rule import DeltaRule, run_plain_rule
+from tasks.decoder.divided import DividedLayers, WayBack
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.forward import Forward
 from tasks.decoder.grouped import ExpertAdapters
@@ -59,6 +60,8 @@ class Decoder:
     """Of Gemma 4."""
     weights: TrainedWeights | None = None
     """The decoder's own, where those are trained and there is no adapter."""
+    divided: DividedLayers | None = None
+    """Gathers the layers' frozen weights, where ranks have divided these among them."""
 
     def invalidate(self) -> None:
         """Say that what is trained has changed."""
@@ -71,7 +74,8 @@ class Decoder:
         """Bring the working copies of what is trained up to date; cheap when nothing has changed."""
         if self.weights is not None:
             self.weights.refresh()
-        refresh(self._groups(), getattr(self.ops, "copy_matrices", None))
+        if refresh(self._groups(), getattr(self.ops, "copy_matrices", None)) and self.divided is not None:
+            self.divided.forget()
 
     def bind_gradients(self) -> Tensor | None:
         """Give what is trained gradients that stay where they are; see `adapters.bind_gradients`, `weights.bind`."""
@@ -153,6 +157,8 @@ def compute_losses(
         select = trained if number == len(decoder.layers) - 1 and not runs_all else None
         keeps, reads = name_shared(layer.mixer)
         run = partial(run_layer, layer, forward, select)
+        if decoder.divided is not None:
+            decoder.divided.hold_forward(number, num_recomputed)
         arguments = shared.get(reads), own_input
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
@@ -163,6 +169,8 @@ def compute_losses(
             )  # fmt: skip
         else:
             stream, delta, kept = run(*arguments, stream, delta, source, key)
+        if decoder.divided is not None:
+            stream, delta = WayBack.apply(decoder.divided, number, num_recomputed, stream, delta)
         shared |= {keeps: kept} if keeps else {}
         source = layer.last
     if runs_all:

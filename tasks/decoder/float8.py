@@ -1,12 +1,14 @@
 """A decoder's weights in float8, where their sizes allow it: what of it, and how many products are left."""
 
 from dataclasses import replace
+from functools import partial
 
 from tasks.decoder.adapters import AdapterGroup
 from tasks.decoder.decoder import Decoder
 from tasks.decoder.experts import ExpertLayer
 from tasks.decoder.grouped import AnyGrouped, GroupedProjection
 from tasks.decoder.latent_attention import LatentAttention
+from tasks.decoder.layer import Layer
 from tasks.decoder.mixers import Mixer, list_inner
 from tasks.decoder.module_reading import UnknownDecoderError
 from tasks.decoder.projections import AnyProjection, Projection
@@ -25,21 +27,27 @@ def quantize_decoder(decoder: Decoder) -> Decoder:
     stays as it is: see `has_float8_sizes`; those of routed experts take all sizes. Routers stay.
     """
     layers = []
-    for layer in decoder.layers:
-        layers.append(
-            replace(
-                layer,
-                qkv=_quantize(layer.qkv),
-                mixer=_quantize_mixer(layer.mixer),
-                output=_quantize(layer.output),
-                gate_up=None if layer.gate_up is None else _quantize(layer.gate_up),
-                down=None if layer.down is None else _quantize(layer.down),
-                experts=None if layer.experts is None else _quantize_experts(layer.experts),
-            )
-        )
+    for number, layer in enumerate(decoder.layers):
+        quantize = partial(quantize_layer, layer)
+        layers.append(quantize() if decoder.divided is None else decoder.divided.replace(number, quantize))
+    if decoder.divided is not None:
+        decoder.divided.finish()
     quantized = replace(decoder, layers=tuple(layers))
     quantized.refresh()
     return quantized
+
+
+def quantize_layer(layer: Layer) -> Layer:
+    """Return a layer with its weights in float8; the given one is left without."""
+    return replace(
+        layer,
+        qkv=_quantize(layer.qkv),
+        mixer=_quantize_mixer(layer.mixer),
+        output=_quantize(layer.output),
+        gate_up=None if layer.gate_up is None else _quantize(layer.gate_up),
+        down=None if layer.down is None else _quantize(layer.down),
+        experts=None if layer.experts is None else _quantize_experts(layer.experts),
+    )
 
 
 def check_expert_products(decoder: Decoder) -> None:
@@ -50,7 +58,10 @@ def check_expert_products(decoder: Decoder) -> None:
     """
     from tasks.decoder.quantized_experts import measure_products
 
-    experts = next((layer.experts for layer in decoder.layers if layer.experts is not None), None)
+    number = next((number for number, layer in enumerate(decoder.layers) if layer.experts is not None), 0)
+    experts = decoder.layers[number].experts
+    if experts is not None and decoder.divided is not None:
+        decoder.divided.hold(number)
     for projection in _list(experts):
         assert isinstance(projection, GroupedProjection)
         try:

@@ -1,6 +1,7 @@
 """Recognizes the models that the fused decoder can run, and builds its layers from their modules."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tasks.decoder.adapters import Part
 from tasks.decoder.attention import find_attentions
 from tasks.decoder.decoder import Decoder, choose_operations
 from tasks.decoder.delta_rule import find_delta_rules
+from tasks.decoder.divided import DividedLayers
 from tasks.decoder.dropout import Dropout, number_site
 from tasks.decoder.expert_recognition import find_shared, read_experts
 from tasks.decoder.head import Head
@@ -32,7 +34,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 _MAX_HIDDEN = 16384
 
 
-def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
+def recognize_decoder(model: Any, dtype: torch.dtype | None = None, *, divided: DividedLayers | None = None) -> Decoder:
     """Put a decoder together from a model's modules; their linear weights then lie in joint matrices.
 
     The model keeps working as before.
@@ -41,6 +43,8 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
         model: on its device, all frozen weights in one dtype: with an adapter, or with weights of its own that are
             trained.
         dtype: of the products; the frozen weights' where there is an adapter.
+        divided: takes the layers of a model with an adapter, which need not be on the device yet, one by one; all else
+            of the model goes to the device whole.
 
     Raises:
         UnknownDecoderError: something is not known; the model is then unchanged.
@@ -57,7 +61,7 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
     _check_settings(config)
     own_inputs = getattr(inner, "per_layer_model_projection", None)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    dtype, device = dtype or embedding.weight.dtype, embedding.weight.device
+    dtype, device = dtype or embedding.weight.dtype, embedding.weight.device if divided is None else divided.device
     weights = None if is_adapted else TrainedWeights(dtype)
     if is_adapted:
         _check_trained(model, [inner.layers] if own_inputs is None else [inner.layers, own_inputs])
@@ -67,7 +71,7 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
     plans = _plan_layers(layers, config, weights)  # all of them, before the first weight moves
     build_inputs = None if own_inputs is None else _read_layer_inputs(inner)
     embed = read_embedding(embedding, config, weights)
-    decoder_layers = tuple(plan() for plan in plans)
+    decoder_layers = tuple(plan() for plan in plans) if divided is None else _divide(model, layers, config, divided)
     known = KNOWN_LAYERS[type(layers[0]).__name__]
     attentions = list_attentions(layer.mixer for layer in decoder_layers)
     decoder = Decoder(
@@ -88,10 +92,30 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None) -> Decoder:
         delta_rule=find_delta_rules(device, dtype)[0],
         layer_inputs=None if build_inputs is None else build_inputs(),
         weights=weights,
+        divided=divided,
     )
     if weights is not None:
         weights.check(model)
     return decoder
+
+
+def _divide(model: nn.Module, layers: list[Any], config: Any, divided: DividedLayers) -> tuple[Layer, ...]:
+    """Bring a model to its device, of each layer this rank's share alone; return the layers."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(divided.device)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(divided.device))
+
+    def build(number: int) -> Layer:
+        # Planned anew: the first plan may hold what was in the host's memory.
+        return _read_layer(layers[number], number, _find_activation(config), None)()
+
+    built = tuple(divided.take(layer, partial(build, number)) for number, layer in enumerate(layers))
+    divided.finish()
+    return built
 
 
 def _check_settings(config: Any) -> None:
@@ -149,12 +173,16 @@ def _read_dropout(model: nn.Module) -> float:
 
 def _plan_layers(layers: list[Any], config: Any, weights: TrainedWeights | None) -> list[Callable[[], Layer]]:
     """Check all layers; return a function for each that builds it."""
-    activation = _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
+    activation = _find_activation(config)
     try:
         return [_read_layer(layer, number, activation, weights) for number, layer in enumerate(layers)]
     except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
         kind = type(layers[0]).__name__
         raise UnknownDecoderError(f"its {kind} is not made as is known ({type(error).__name__}: {error})") from error
+
+
+def _find_activation(config: Any) -> str:
+    return _ACTIVATIONS[getattr(config, "hidden_act", None) or config.hidden_activation]
 
 
 def _read_layer(layer: Any, number: int, activation: str, weights: TrainedWeights | None) -> Callable[[], Layer]:

@@ -83,6 +83,21 @@ def shard_batches(batches: Sequence[Batch], *, is_even: bool) -> list[tuple[Batc
     return mine + [(batches[-1], 0.0)] * (num_turns - len(mine))
 
 
+def keep_pace(batches: Iterable[Batch], *, is_even: bool) -> Iterator[tuple[Batch, bool]]:
+    """Give this rank's batches, and whether each counts; every rank gets as many where passes are collectives.
+
+    Args:
+        batches: at least one where another rank has one.
+        is_even: fill up with the last batch, which does not count again.
+    """
+    if not is_even:
+        yield from ((batch, True) for batch in batches)
+        return
+    mine = list(batches)
+    num_turns = max(gather(len(mine)))
+    yield from ((mine[min(turn, len(mine) - 1)], turn < len(mine)) for turn in range(num_turns))
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter], *figures: Tensor) -> list[Tensor]:
     """Sum gradients (in place) and scalar figures over the ranks; return the figures, in fp32.
 

@@ -30,6 +30,7 @@ from tasks.training.checkpoints import (
 from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
 from tasks.training.engines.choice import fit_general
+from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine
 from tasks.training.memory import read_memory
 from tasks.training.methods import describe_trained, name_trained_folder, save_trained
@@ -220,6 +221,8 @@ def _divide(setup: Setup) -> Setup:
 
         return divide(setup)
     if is_sharded(setup.config):
+        if isinstance(setup.engine, FusedEngine):
+            return setup  # it was divided while it was read
         if setup.config.is_lora:
             shard_base(setup.model, setup.device)
         else:

@@ -25,10 +25,11 @@ from tasks.preferences import compute_pair_losses
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch
 from tasks.training.checkpoints import CheckpointError
-from tasks.training.distributed import gather, run_on_rank0, share_examples
+from tasks.training.distributed import gather, keep_pace, run_on_rank0, share_examples
 from tasks.training.engines.engine import Engine
 from tasks.training.objective import SFT, Objective
 from tasks.training.place import DamageError, Place
+from tasks.training.sharding import is_sharded
 from tasks.training.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,10 @@ def find_reference(
     if kept is None:
         is_mean = config.dpo.loss == "ipo"
         with _switched_off(model):
-            made = {split: compute_reference(table, model, engine, is_mean=is_mean) for split, table in tables.items()}
+            made = {
+                split: compute_reference(table, model, engine, is_mean=is_mean, is_even=is_sharded(config))
+                for split, table in tables.items()
+            }
         run_on_rank0(lambda: _keep(folder / _FOLDER, identity, made, place))
         kept = made
     return {split: replace(table, reference=kept[split]) for split, table in tables.items()}
@@ -149,15 +153,25 @@ def _switched_off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute_reference(table: TokenTable, model: nn.Module, engine: Engine, *, is_mean: bool) -> NDArray[np.float32]:
-    """Return the log-probability of each example's answer; with several ranks, each computes its share."""
+def compute_reference(
+    table: TokenTable, model: nn.Module, engine: Engine, *, is_mean: bool, is_even: bool = False
+) -> NDArray[np.float32]:
+    """Return the log-probability of each example's answer; with several ranks, each computes its share.
+
+    Args:
+        table: the examples.
+        model: that the engine computes with.
+        engine: of the training.
+        is_mean: a mean over the answer's tokens is wanted.
+        is_even: every rank does as many passes; see `distributed.keep_pace`.
+    """
     values = np.full(len(table.example_ids), np.nan, np.float32)
     was_training = model.training
     model.eval()
     for part, indices, counts in share_examples(table):
-        for batch in engine.form_evaluation(part):
+        for batch, is_new in keep_pace(engine.form_evaluation(part), is_even=is_even):
             found = sum_answers(engine.compute_log_probs(batch), batch, is_mean=is_mean)
-            if counts:
+            if counts and is_new:
                 values[indices[list(batch.indices)]] = found.float().cpu().numpy()
     model.train(was_training)
     for share in gather(values):

@@ -199,10 +199,11 @@ def _average_held_out(run: Run) -> list[float]:
     sums, shortage = np.zeros(2 + len(setup.objective.figures)), None
     try:
         for table, counts in share_table(setup.eval_table):
-            found = sum_held_out(setup.model, setup.engine, table, setup.objective)
+            is_even = is_sharded(setup.config)
+            found = sum_held_out(setup.model, setup.engine, table, setup.objective, is_even=is_even)
             sums += found if counts else 0.0
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass
             raise
         shortage = str(error).partition("\n")[0]
     shares = gather((sums, shortage))

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tasks.training.distributed import keep_pace
 from tasks.training.engines.engine import Engine
 from tasks.training.objective import SFT, Objective
 from tasks.training.records import EvalRecord
@@ -29,25 +30,34 @@ def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable) -> fl
     return float(loss_sum) / float(num_trained_tokens)
 
 
-def sum_held_out(model: nn.Module, engine: Engine, table: TokenTable, objective: Objective) -> NDArray[np.float64]:
+def sum_held_out(
+    model: nn.Module, engine: Engine, table: TokenTable, objective: Objective, *, is_even: bool = False
+) -> NDArray[np.float64]:
     """Return the objective's sum over the held-out examples, what that is divided by, and the sums of its figures.
 
     Of an objective without figures these are -log p of the tokens, each alike, and their number.
+
+    Args:
+        model: that the engine computes with.
+        engine: of the training.
+        table: the examples, this rank's share of them.
+        objective: whose sums are wanted.
+        is_even: every rank does as many passes; see `distributed.keep_pace`.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(1 + len(objective.figures), dtype=torch.float64, device=engine.device)
     count = 0.0
     with torch.no_grad():
-        for batch in engine.form_evaluation(table):
+        for batch, counts in keep_pace(engine.form_evaluation(table), is_even=is_even):
             if objective.sum_figures is None:
-                sums[0] += engine.sum_losses(batch)
-                count += batch.num_trained_tokens
+                sums[0] += counts * engine.sum_losses(batch)
+                count += counts * batch.num_trained_tokens
                 continue
             log_probs = engine.compute_log_probs(batch)
-            sums[0] += objective.sum_losses(log_probs, batch)
-            sums[1:] += objective.sum_figures(log_probs, batch)
-            count += objective.count(batch)
+            sums[0] += counts * objective.sum_losses(log_probs, batch)
+            sums[1:] += counts * objective.sum_figures(log_probs, batch)
+            count += counts * objective.count(batch)
     model.train(was_training)
     total, *figures = sums.tolist()
     return np.array([total, count, *figures])

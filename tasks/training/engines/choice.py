@@ -14,6 +14,7 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.divided import DividedLayers
 from tasks.decoder.float8 import check_expert_products, count_unquantized, quantize_decoder
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
@@ -50,15 +51,17 @@ def choose_engine(
     Raises:
         TrainingError: the config insists on the fused engine, which does not know this model or adapter.
     """
-    reason = "training.engine is general"
-    if is_sharded(config):
-        reason = f"training.strategy is {config.strategy}"
-    elif config.engine != "general":
+    reason = _exclude_fused(config)
+    if not reason:
+        divided = DividedLayers(device) if is_sharded(config) else None
         try:
-            return _build_fused(model, table, rows, config, device=device, dtype=dtype)
+            return _build_fused(model, table, rows, config, divided, device=device, dtype=dtype)
         except UnknownDecoderError as error:
             reason = str(error)
             forget_grads(model)
+            if divided is not None:  # the general engine divides what lies in the host's memory
+                divided.give_back()
+                model.to("cpu")
         except (RuntimeError, MemoryError) as error:
             if config.is_lora or not is_out_of_memory(error):
                 raise
@@ -72,23 +75,40 @@ def choose_engine(
     return _build_general(model, table, rows, config, reason, device=device, dtype=dtype)
 
 
+def _exclude_fused(config: TrainingConfig) -> str:
+    """Return why a config leaves no choice but the general engine; nothing where it does."""
+    if is_sharded(config) and config.strategy != "fsdp":
+        return f"training.strategy is {config.strategy}"
+    if is_sharded(config) and not config.is_lora:
+        return f"training.strategy is {config.strategy} and training.method {config.method}"
+    return "training.engine is general" if config.engine == "general" else ""
+
+
 def _build_fused(
     model: PeftModel,
     table: TokenTable,
     rows: Sequence[Sequence[int]],
     config: TrainingConfig,
+    divided: DividedLayers | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[FusedEngine, tuple[str, ...]]:
     """Recognize the model, try it out against the model's own forward pass, and fit it into the memory.
 
+    With divided weights the model's own forward pass gathers them as well: each layer was compared, bit by bit, with
+    what is gathered of it when it was divided.
+
     Raises:
         UnknownDecoderError: the model is not known, or does not do what was thought.
     """
-    with _comparing(model, config):
-        expected = try_model(model, table, device, dtype)
-    decoder = recognize_decoder(model, None if config.is_lora else dtype)
+    if divided is None:
+        with _comparing(model, config):
+            expected = try_model(model, table, device, dtype)
+        decoder = recognize_decoder(model, None if config.is_lora else dtype)
+    else:
+        decoder = recognize_decoder(model, divided=divided)
+        expected = try_model(model, table, device, dtype, divided=divided)
     if not config.is_lora:
         decoder.bind_gradients()  # where they are going to be: the trial does as the training
     router_loss = find_router_loss(find_base(model), config)
@@ -118,7 +138,9 @@ def _build_fused(
                 moment_bytes=count_moment_bytes(config),
             )
         )
-        if not engine.num_recomputed and router_loss is None and can_record(engine.decoder, device):
+        # A recorded pass would hold the matrices of the slots in which they lay when it was recorded.
+        may_record = divided is None and not engine.num_recomputed and router_loss is None
+        if may_record and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
             recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=engine.logits_bytes)
             engine = replace(engine, recorder=recorder)

@@ -140,5 +140,7 @@ class FusedEngine:
     def describe(self) -> str:
         """Say how it computes."""
         recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
-        attention = name_attention(self.decoder.attend)
-        return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}, {attention}"
+        how = name_attention(self.decoder.attend)
+        if self.decoder.divided is not None:
+            how += f", frozen layers divided among {self.decoder.divided.num_ranks} ranks"
+        return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}, {how}"

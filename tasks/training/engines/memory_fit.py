@@ -74,10 +74,11 @@ def fit_memory(
         reserved_bytes: left free.
     """
     num_parameters = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained)
-    free_bytes = _SHARE * (_read_free(engine.device) - moment_bytes * num_parameters) - reserved_bytes
+    # All ranks go the same way: a pass may be a collective.
+    free_bytes = min(gather(_SHARE * (_read_free(engine.device) - moment_bytes * num_parameters) - reserved_bytes))
     most_tokens = min(most_tokens, LARGEST_FORWARD)
     small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)
-    kept = _measure(engine, trained, longest) if recompute is not True or not engine.num_layers else None
+    kept = _measure_all(engine, trained, longest) if recompute is not True or not engine.num_layers else None
     fewest = max(longest, _TRIALS[0])
     logger.info("Free for a forward pass: %.1f GiB; everything kept: %s", free_bytes / 2**30, kept)
     if kept is not None:
@@ -86,7 +87,7 @@ def fit_memory(
             return _plan(engine, tokens, most_tokens)
     if recompute is False or not engine.num_layers:
         return _plan(engine, fewest, most_tokens)
-    lean = _measure(small, trained, longest)
+    lean = _measure_all(small, trained, longest)
     logger.info("Every layer recomputed: %s", lean)
     if lean is None:
         return _plan(small, fewest, most_tokens)
@@ -106,6 +107,13 @@ def fit_all_ranks(engine: AnyEngine) -> AnyEngine:
     needs = gather((engine.tokens_per_forward, -engine.num_recomputed, engine.logits_bytes, engine.room_tokens))
     tokens, kept, logits_bytes, room = (min(values) for values in zip(*needs, strict=True))
     return replace(engine, tokens_per_forward=tokens, num_recomputed=-kept, logits_bytes=logits_bytes, room_tokens=room)
+
+
+def _measure_all(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -> Need | None:
+    """Return what a pass takes on the rank on which it takes most; None where it does not fit on one."""
+    needs = gather(_measure(engine, trained, longest))
+    found = [need for need in needs if need is not None]
+    return Need(*map(max, zip(*found, strict=True))) if len(found) == len(needs) else None
 
 
 def _measure(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int) -> Need | None:

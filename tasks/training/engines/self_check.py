@@ -5,7 +5,7 @@ sides draw the same masks, of half of all columns: a wrong one would change the 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from tasks.decoder.attention import LARGEST_HEAD, find_attentions, name_attention, warm_up
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.delta_rule import find_delta_rules, name_delta_rule
+from tasks.decoder.divided import DividedLayers
 from tasks.decoder.dropout import BEFORE_MIXING, SITES, Dropout, Mask, draw_kept, number_site
 from tasks.decoder.mixers import find_flash_size, has_sinks, list_attentions
 from tasks.decoder.recognition import UnknownDecoderError
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, form_batch, form_flat_batch
+from tasks.training.distributed import gather
 from tasks.training.engines.flat_delta_net import ruled_plainly
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, prepare_recomputation
@@ -53,7 +55,13 @@ class Trial(NamedTuple):
 
 
 def try_model(
-    model: PeftModel, table: TokenTable, device: torch.device, dtype: torch.dtype, *, drops: bool = True
+    model: PeftModel,
+    table: TokenTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    drops: bool = True,
+    divided: DividedLayers | None = None,
 ) -> Trial:
     """Return loss and gradients of two short pieces by the model's own forward pass, with a made-up adapter.
 
@@ -63,6 +71,10 @@ def try_model(
         device: of the trial.
         dtype: of its products.
         drops: whether the adapter drops what the fused decoder would.
+        divided: gathers each layer's weights, where ranks have divided them among them.
+
+    Raises:
+        UnknownDecoderError: weights are divided, and some layer cannot run again for its gradient.
     """
     parameters = collect_trained(model)
     trial = cut_trial(table, count=2)
@@ -70,7 +82,9 @@ def try_model(
     dropout = Dropout(_DROPPED_SHARE, torch.full((1,), flat.dropout_key, dtype=torch.int64, device=device))
     recorder = RouteRecorder()
     model.eval()
-    with _made_up(parameters), _recomputing_experts(model), ruled_plainly(find_base(model)), torch.enable_grad():
+    lent = nullcontext() if divided is None else divided.lent()
+    recomputing = _recomputing_layers(model, () if divided is None else divided.modules)
+    with _made_up(parameters), recomputing, lent, ruled_plainly(find_base(model)), torch.enable_grad():
         loss = torch.zeros((), device=device)
         context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
         with context:
@@ -100,6 +114,7 @@ def verify(
         UnknownDecoderError: none does.
     """
     notes: list[str] = []
+    is_divided = decoder.divided is not None
     mixers = [layer.mixer for layer in decoder.layers]
     attentions = list_attentions(mixers)
     kinds = find_attentions(device, dtype, find_flash_size(attentions))
@@ -107,6 +122,7 @@ def verify(
     ways = [(rule, kind) for rule in rules for kind in kinds]
     for rule, kind in ways:
         candidate = replace(decoder, attend=kind, delta_rule=rule)
+        failure: Exception | None = None
         try:
             for heads, windows in attentions.items():
                 if heads.size <= LARGEST_HEAD:
@@ -116,18 +132,22 @@ def verify(
         except Exception as error:  # a kernel that does not compile here raises what it likes
             if is_out_of_memory(error):
                 raise
-            if decoder.has_bound_gradients():
-                decoder.clear_gradients()
-            else:
-                forget_grads(model)
-            if (rule, kind) == ways[-1]:
-                if isinstance(error, UnknownDecoderError):
-                    raise
-                raise UnknownDecoderError(f"a trial of it fails: {str(error).partition(chr(10))[0]}") from error
-            name = " with ".join([*([name_delta_rule(rule)] if decoder.has_delta_nets else []), name_attention(kind)])
-            notes.append(f"{name} is not used: {str(error).partition(chr(10))[0]}")
-        else:
+            failure = error
+        reason = "" if failure is None else str(failure).partition("\n")[0] or type(failure).__name__
+        if is_divided:  # all ranks have to go the same way
+            reason = next(filter(None, gather(reason)), "")
+        if not reason:
             return candidate, notes
+        if decoder.has_bound_gradients():
+            decoder.clear_gradients()
+        else:
+            forget_grads(model)
+        if (rule, kind) == ways[-1]:
+            if isinstance(failure, UnknownDecoderError):
+                raise failure
+            raise UnknownDecoderError(f"a trial of it fails: {reason}") from failure
+        name = " with ".join([*([name_delta_rule(rule)] if decoder.has_delta_nets else []), name_attention(kind)])
+        notes.append(f"{name} is not used: {reason}")
     raise AssertionError("there is always one kind of attention")
 
 
@@ -242,13 +262,22 @@ def _made_up(parameters: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputing_experts(model: PeftModel) -> Iterator[None]:
-    """Have layers run again in the backward pass where the model has adapted experts.
+def _recomputing_layers(model: PeftModel, wanted: Sequence[nn.Module]) -> Iterator[None]:
+    """Have layers run again in the backward pass where the model has adapted experts, or where some have to.
 
     PEFT adds an adapter to a copy of all experts' weights, which the backward pass would keep of every layer.
+
+    Args:
+        model: with the adapter.
+        wanted: layers that have to.
+
+    Raises:
+        UnknownDecoderError: one of these cannot.
     """
     has_experts = any(isinstance(module, ParamWrapper) for module in model.modules())
-    layers = prepare_recomputation(find_base(model)) if has_experts else ()
+    layers = prepare_recomputation(find_base(model)) if has_experts or wanted else ()
+    if not {id(module) for module in wanted} <= {id(layer) for layer in layers}:
+        raise UnknownDecoderError("its layers cannot run again for a gradient, so that divided weights cannot be tried")
     for layer in layers:
         layer.gradient_checkpointing = True  # type: ignore[assignment]
         layer.training = True  # of the layer itself alone: what drops is in its modules

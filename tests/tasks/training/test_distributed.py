@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from schemas.config import TrainingConfig
 from tasks.training.batches import form_batch
@@ -83,17 +84,17 @@ def farthest(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def train_together(
-    number: int, base_model: Path, tokens: Path, folder: Path, strategy: str
+    number: int, base_model: Path, tokens: Path, folder: Path, changes: dict[str, Any]
 ) -> tuple[list[StepRecord], list[EvalRecord], int]:
     """Train; return both curves, and how many of the base's weights this rank holds."""
-    config = CONFIG.model_copy(update={"strategy": strategy})
+    config = CONFIG.model_copy(update=changes)
     steps: list[StepRecord] = []
     evaluations: list[EvalRecord] = []
     setup = prepare_training(base_model, tokens, folder / "examples", config, seed=5)
-    if is_sharded(config):
+    if config.engine == "general" and is_sharded(config):
         shard_base(setup.model, setup.device)
     frozen: list[Any] = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
-    held = [parameter.to_local() if is_sharded(config) else parameter for parameter in frozen]
+    held = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in frozen]
     train_adapter(
         base_model, tokens, folder, config, seed=5, identity="x",
         on_step=steps.append, on_eval=evaluations.append,
@@ -101,15 +102,19 @@ def train_together(
     return steps, evaluations, sum(parameter.numel() for parameter in held)
 
 
+GENERAL_FSDP = {"strategy": "fsdp", "engine": "general"}
+
+
 @pytest.mark.parametrize(
-    ("strategy", "num_held"),
+    ("changes", "num_held"),
     # 2 layers of 7680 weights and 80 scales, an embedding of 97 * 32, 32 scales at the end; 97 rows are 49 and 48.
-    [("ddp", [18656, 18656]), ("fsdp", [9344, 9312])],
+    # The fused engine keeps the layers' shares itself: the model has scales and embedding.
+    [({}, [18656, 18656]), (GENERAL_FSDP, [9344, 9312]), ({"strategy": "fsdp"}, [3296, 3296])],
 )
 def test_two_ranks_have_the_curve_of_one(
-    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves, strategy: str, num_held: list[int]
+    base_model: Path, many_tokens: Path, tmp_path: Path, alone: Curves, changes: dict[str, Any], num_held: list[int]
 ) -> None:
-    told = on_two_ranks(train_together, base_model, many_tokens, tmp_path, strategy, folder=tmp_path / "ranks")
+    told = on_two_ranks(train_together, base_model, many_tokens, tmp_path, changes, folder=tmp_path / "ranks")
     for steps, evaluations, _ in told:
         assert [record.step for record in steps] == list(range(1, NUM_STEPS + 1))
         assert [record.num_trained_tokens for record in steps] == alone.tokens

@@ -1,0 +1,416 @@
+"""A decoder's frozen weights divided among ranks, each layer's whole for as long as it is used.
+
+Dimensions: `P` bytes of a layer's frozen weights, `n` ranks.
+
+Each rank keeps P / n bytes of a layer. While a layer is computed, the next one is gathered into the other of two slots,
+on a stream of its own: the one after it on the way forward, the one before it on the way back. The adapter is whole on
+every rank, and its working copies are put into the joint matrices once these are there.
+
+A layer that is not in a slot has matrices of NaN that take no memory: nothing can be computed with it by mistake.
+Gathering is a collective: every rank has to go through the same passes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tasks.decoder.adapters import AdapterGroup
+from tasks.decoder.elementwise import Quantized
+from tasks.decoder.grouped import GroupedProjection
+from tasks.decoder.layer import Layer
+from tasks.decoder.projections import Projection
+
+# Of the first byte of a matrix: what the fastest products want.
+_ALIGNMENT = 256
+# What a pass reads of a layer: matrices that both ways read, and those of one way alone.
+BOTH, FORWARD, BACKWARD = "both", "forward", "backward"
+_ALL = (BOTH, FORWARD, BACKWARD)
+
+
+class DividedWeightsError(RuntimeError):
+    """What was gathered is not what was divided."""
+
+
+class Matrix(NamedTuple):
+    """A frozen matrix, and what to do with its place in a slot."""
+
+    values: Tensor
+    """Whole."""
+    show: Callable[[Tensor], None]
+    """Have the layer use it there."""
+    hide: Callable[[], None]
+    """Have the layer use nothing."""
+    fill: Callable[[Tensor], None] | None = None
+    """Write what is trained into it."""
+
+
+class _Place(NamedTuple):
+    """Where a matrix lies in the gathered bytes of its part."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    matrix: Matrix
+
+
+@dataclass
+class _Part:
+    """What one way reads of a layer."""
+
+    share: Tensor
+    """[P / n] uint8: this rank's bytes."""
+    places: tuple[_Place, ...]
+    num_bytes: int
+    """P, rounded up."""
+
+
+@dataclass
+class _Slot:
+    """Room for one layer, whole."""
+
+    rooms: dict[str, Tensor] = field(default_factory=dict)
+    """uint8, of each part."""
+    number: int = -1
+    """Of the layer that lies there."""
+    parts: set[str] = field(default_factory=set)
+    """Of it, those that were gathered."""
+    shown: set[str] = field(default_factory=set)
+    """Of these, those that the layer uses."""
+    arrived: torch.cuda.Event | None = None
+
+
+class DividedLayers:
+    """The layers of a decoder, in the order in which they are computed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.modules: list[nn.Module] = []
+        """The model's own, layer by layer."""
+        self._layers: list[dict[str, _Part]] = []
+        self._slots = (_Slot(), _Slot())
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._is_exact = torch.ones((), dtype=torch.int32, device=device)
+
+    @property
+    def num_ranks(self) -> int:
+        """Return n."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the bytes of frozen weights that this rank holds: its shares, and the slots."""
+        shares = sum(part.share.numel() for layer in self._layers for part in layer.values())
+        return shares + sum(room.numel() for slot in self._slots for room in slot.rooms.values())
+
+    def take(self, module: nn.Module, build: Callable[[], Layer]) -> Layer:
+        """Bring the next layer to the device, build it, and keep this rank's share of it alone.
+
+        Args:
+            module: the model's own layer, wherever it is.
+            build: makes the decoder's layer of it.
+        """
+        module.to(self.device)
+        layer = build()
+        self.modules.append(module)
+        self._layers.append({})
+        self._divide(len(self._layers) - 1, layer)
+        return layer
+
+    def replace(self, number: int, change: Callable[[], Layer]) -> Layer:
+        """Have a layer made anew of its whole weights, and keep this rank's share of the new one."""
+        self.hold(number, _ALL)
+        layer = change()
+        # What the layer used there has become the new one's, or nothing's.
+        self._slots[number % 2].number, self._slots[number % 2].shown = -1, set()
+        self._divide(number, layer)
+        return layer
+
+    def finish(self) -> None:
+        """Keep no more room than the layers want, once all of them are there.
+
+        Raises:
+            DividedWeightsError: on all ranks, where on one of them a layer was not gathered as it had been.
+        """
+        for slot in self._slots:
+            self._empty(slot)
+            slot.rooms = {}
+        for name in _ALL:
+            sizes = [layer[name].num_bytes for layer in self._layers if name in layer]
+            for slot in self._slots if sizes else ():
+                slot.rooms[name] = self._allocate(max(sizes))
+        if self.num_ranks > 1:
+            dist.all_reduce(self._is_exact, op=dist.ReduceOp.MIN)
+        if not int(self._is_exact):
+            raise DividedWeightsError(
+                "the weights that were gathered from all ranks are not those that were read: the ranks have read "
+                "different files, or a device or the network between them errs"
+            )
+
+    def hold(
+        self, number: int, parts: Sequence[str] = (BOTH,), upcoming: tuple[int, Sequence[str]] | None = None
+    ) -> None:
+        """Have a layer's weights there for what is computed from now on; begin to gather others meanwhile.
+
+        Args:
+            number: of the layer.
+            parts: that are read.
+            upcoming: the layer that is wanted after it, and its parts.
+        """
+        slot = self._gather(number, parts)
+        if slot.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrived)
+        for name in slot.parts - slot.shown:
+            for place in self._layers[number][name].places:
+                place.matrix.show(_view(slot.rooms[name], place))
+        slot.shown |= slot.parts
+        if upcoming is not None and 0 <= upcoming[0] < len(self._layers):
+            self._gather(*upcoming)
+
+    def hold_forward(self, number: int, num_recomputed: int) -> None:
+        """Hold a layer on the way forward; the last one's weights for the way back come after it."""
+        upcoming: tuple[int, Sequence[str]] = number + 1, (BOTH, FORWARD)
+        if number == len(self._layers) - 1:
+            upcoming = number, _name_backward(number, num_recomputed)
+        is_wanted = torch.is_grad_enabled() or number + 1 < len(self._layers)
+        self.hold(number, (BOTH, FORWARD), upcoming if is_wanted else None)
+
+    def hold_backward(self, number: int, num_recomputed: int) -> None:
+        """Hold a layer on the way back."""
+        before = number - 1, _name_backward(number - 1, num_recomputed)
+        self.hold(number, _name_backward(number, num_recomputed), before)
+
+    def forget(self) -> None:
+        """Say that what is trained has changed: what lies in the slots has the old working copies."""
+        for slot in self._slots:
+            self._empty(slot)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Have the model's own layers compute with gathered weights, each when it is called.
+
+        They must run again for their gradient: a pass's weights are gone when the next layer is called.
+        """
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, number=number: self.hold(number, _ALL))
+            for number, module in enumerate(self.modules)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def give_back(self) -> None:
+        """Put the layers whole into the host's memory, where the model's own modules then have them."""
+        for number, module in enumerate(self.modules):
+            self.hold(number, _ALL)
+            held = {name: parameter.data.to("cpu", copy=True) for name, parameter in module.named_parameters()}
+            for slot in self._slots:
+                self._empty(slot)
+            for name, parameter in module.named_parameters():
+                parameter.data = held[name]
+            module.to("cpu")
+        self._layers, self._slots = [], (_Slot(), _Slot())
+
+    def _divide(self, number: int, layer: Layer) -> None:
+        """Keep this rank's share of a layer's matrices, and make sure that the whole can be had back."""
+        slot = self._slots[number % 2]
+        self._empty(slot)
+        self._layers[number] = {}
+        for name, matrices in _list_matrices(layer).items():
+            if matrices:
+                part, whole = self._cut(matrices)
+                self._layers[number][name] = part
+                if name not in slot.rooms or slot.rooms[name].numel() < part.num_bytes:
+                    slot.rooms[name] = self._allocate(part.num_bytes)
+                self._collect(part, slot.rooms[name])
+                if not torch.equal(slot.rooms[name][: part.num_bytes], whole):
+                    self._is_exact.zero_()
+            for matrix in matrices:
+                matrix.hide()
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def _cut(self, matrices: Sequence[Matrix]) -> tuple[_Part, Tensor]:
+        """Return this rank's share of some matrices, and all their bytes."""
+        places, end = [], 0
+        for matrix in matrices:
+            values = matrix.values
+            places.append(_Place(end, tuple(values.shape), values.dtype, matrix._replace(values=values.new_empty(0))))
+            end += _round_up(values.numel() * values.element_size(), _ALIGNMENT)
+        total = _round_up(end, _ALIGNMENT * self.num_ranks)
+        whole = torch.zeros(total, dtype=torch.uint8, device=self.device)
+        for place, matrix in zip(places, matrices, strict=True):
+            _view(whole, place).copy_(matrix.values)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return _Part(whole.view(self.num_ranks, -1)[rank].clone(), tuple(places), total), whole
+
+    def _gather(self, number: int, parts: Sequence[str]) -> _Slot:
+        """Begin to gather what of some parts of a layer is not there, and return their slot."""
+        slot = self._slots[number % 2]
+        if slot.number != number:
+            self._empty(slot)
+            slot.number = number
+        layer = self._layers[number]
+        missing = [name for name in _ALL if name in parts and name in layer and name not in slot.parts]
+        if missing and self._stream is not None:
+            # Behind all that was begun with what lay here, and with the working copies as they are now.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                self._bring(layer, slot, missing)
+                slot.arrived = torch.cuda.Event()
+                slot.arrived.record(self._stream)
+        elif missing:
+            self._bring(layer, slot, missing)
+        slot.parts.update(missing)
+        return slot
+
+    @torch.no_grad()
+    def _bring(self, layer: dict[str, _Part], slot: _Slot, names: Sequence[str]) -> None:
+        for name in names:
+            part, room = layer[name], slot.rooms[name]
+            self._collect(part, room)
+            for place in part.places:
+                if place.matrix.fill is not None:
+                    place.matrix.fill(_view(room, place))
+
+    def _collect(self, part: _Part, room: Tensor) -> None:
+        """Put all ranks' shares of a part into a room."""
+        if self.num_ranks > 1:
+            dist.all_gather_into_tensor(room[: part.num_bytes], part.share)
+        else:
+            room[: part.num_bytes].copy_(part.share)
+
+    def _empty(self, slot: _Slot) -> None:
+        """Have the layer that lies in a slot use nothing of it."""
+        for name in slot.shown:
+            for place in self._layers[slot.number][name].places:
+                place.matrix.hide()
+        slot.number, slot.parts, slot.shown = -1, set(), set()
+
+
+class WayBack(torch.autograd.Function):
+    """What a layer gives, as it is; before the layer's gradient is computed its weights are gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: DividedLayers, number: int, num_recomputed: int, stream: Tensor, delta: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Change nothing."""
+        ctx.set_materialize_grads(False)
+        ctx.settings = layers, number, num_recomputed
+        return stream, delta
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Hold the layer, whose own backward pass comes next."""
+        layers, number, num_recomputed = ctx.settings
+        layers.hold_backward(number, num_recomputed)
+        return None, None, None, *grads
+
+
+def _name_backward(number: int, num_recomputed: int) -> tuple[str, ...]:
+    """Return the parts that a layer's gradient reads; one that runs again reads all."""
+    return _ALL if number < num_recomputed else (BOTH, BACKWARD)
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _view(room: Tensor, place: _Place) -> Tensor:
+    """Return a matrix in the bytes of its part."""
+    count = 1
+    for size in place.shape:
+        count *= size
+    return room[place.start : place.start + count * place.dtype.itemsize].view(place.dtype).view(place.shape)
+
+
+def _list_matrices(layer: Layer) -> dict[str, list[Matrix]]:
+    """Return the frozen matrices of a layer's products, by the ways that read them.
+
+    What else is frozen in it (norms, routers, convolutions) is small, and stays whole.
+    """
+    found: dict[str, list[Matrix]] = {BOTH: [], FORWARD: [], BACKWARD: []}
+    for projection in layer.projections:
+        if isinstance(projection, Projection):
+            found[BOTH].append(_offer_projection(projection))
+        else:
+            for name, attribute in ((FORWARD, "weight"), (BACKWARD, "turned")):
+                found[name] += _offer_quantized(projection, attribute)
+    for experts in () if layer.experts is None else (layer.experts.gate_up, layer.experts.down):
+        if isinstance(experts, GroupedProjection):
+            found[BOTH].append(_offer_experts(experts))
+        else:
+            found[BOTH] += _offer_quantized(experts, "weight")
+    return found
+
+
+def _offer_projection(projection: Projection) -> Matrix:
+    """Give the adapter's working copies memory of their own, and return the joint matrix."""
+    group, num_in, num_out = projection.adapters, projection.num_in, projection.num_out
+    assert isinstance(group, AdapterGroup)
+    group.joint_a, group.joint_b = group.joint_a.clone(), group.joint_b.clone()
+    matrix = projection.matrix
+    absent = matrix.new_full((), torch.nan).expand(matrix.shape)
+
+    def show(whole: Tensor) -> None:
+        projection.matrix = whole
+        for part, out in zip(group.parts, group.outs, strict=True):
+            part.module.weight.data = whole[out, :num_in]
+
+    def hide() -> None:
+        projection.matrix = absent
+        for part in group.parts:
+            part.module.weight.data = absent.new_empty(0)
+
+    def fill(whole: Tensor) -> None:
+        whole[num_out:, :num_in].copy_(group.joint_a)
+        whole[:num_out, num_in:].copy_(group.joint_b)
+
+    return Matrix(matrix, show, hide, fill if group.joint_a.shape[0] else None)
+
+
+def _offer_quantized(projection: Any, attribute: str) -> list[Matrix]:
+    """Return the values and the scales of a matrix in float8, or of one of each expert."""
+    values, scales = getattr(projection, attribute)
+    absent = [values.new_zeros(()).expand(values.shape), scales.new_full((), torch.nan).expand(scales.shape)]
+
+    def put(number: int, tensor: Tensor) -> None:
+        held = list(getattr(projection, attribute))
+        held[number] = tensor
+        setattr(projection, attribute, Quantized(*held))
+
+    def offer(number: int, tensor: Tensor) -> Matrix:
+        return Matrix(tensor, lambda whole: put(number, whole), lambda: put(number, absent[number]))
+
+    return [offer(0, values), offer(1, scales)]
+
+
+def _offer_experts(projection: GroupedProjection) -> Matrix:
+    """Give the adapters' working copies memory of their own, and return the joint matrices of all experts."""
+    group, num_in, num_out = projection.adapters, projection.num_in, projection.num_out
+    group.joint_a, group.joint_b = group.joint_a.clone(), group.joint_b.clone()
+    matrices, rank, part = projection.matrices, group.rank, group.part
+    absent = matrices.new_full((), torch.nan).expand(matrices.shape)
+
+    def show(whole: Tensor) -> None:
+        projection.matrices = whole
+        inside = whole[:, :num_out, :num_in]
+        part.weight.data = inside.mT if part.is_turned else inside
+
+    def hide() -> None:
+        projection.matrices = absent
+        part.weight.data = absent.new_empty(0)
+
+    def fill(whole: Tensor) -> None:
+        whole[:, num_out : num_out + rank, :num_in].copy_(group.joint_a)
+        whole[:, :num_out, num_in : num_in + rank].copy_(group.joint_b)
+
+    return Matrix(matrices.contiguous(), show, hide, fill if rank else None)
