@@ -157,7 +157,7 @@ class TrainingConfig(Section):
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(default="ddp", title="Several processes")
     """ddp: each holds everything; fsdp: the weights are divided among them, with gradients and optimizer where the
     model's own weights are trained; zero2, zero3 (DeepSpeed, an extra): gradients and optimizer are divided, with zero3
-    all weights too. All but ddp train with the general engine."""
+    all weights too. The fused engine trains with ddp, and with LoRA with fsdp; the general one with all."""
 
     @property
     def keeps_best(self) -> bool:
@@ -258,14 +258,15 @@ class TrainingConfig(Section):
                 f"optimizer is adamw_8bit and strategy is {self.strategy}, which divides the optimizer: set optimizer "
                 "adamw, or strategy ddp"
             )
-        if self.base_weights != "full":
+        is_fused = self.strategy == "fsdp" and self.is_lora
+        if self.base_weights != "full" and not (is_fused and self.base_weights == "fp8"):
             raise ValueError(
                 f"base_weights is {self.base_weights} and strategy is {self.strategy}: packed weights are whole on "
                 "every process: set base_weights full, or strategy ddp"
             )
-        if self.engine == "fused":
+        if self.engine == "fused" and not is_fused:
             raise ValueError(
-                f"engine is fused and strategy is {self.strategy}, which only the general engine does: set engine "
-                "auto, or strategy ddp"
+                f"engine is fused and strategy is {self.strategy}, which only the general engine does"
+                f"{'' if self.is_lora else ' with weights of the model itself'}: set engine auto, or strategy ddp"
             )
         return self

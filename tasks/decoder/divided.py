@@ -49,7 +49,7 @@ class Matrix(NamedTuple):
     """Write what is trained into it."""
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """Where a matrix lies in the gathered bytes of its part."""
 
     start: int
@@ -64,7 +64,7 @@ class _Part:
 
     share: Tensor
     """[P / n] uint8: this rank's bytes."""
-    places: tuple[_Place, ...]
+    places: tuple[_Location, ...]
     num_bytes: int
     """P, rounded up."""
 
@@ -242,7 +242,9 @@ class DividedLayers:
         places, end = [], 0
         for matrix in matrices:
             values = matrix.values
-            places.append(_Place(end, tuple(values.shape), values.dtype, matrix._replace(values=values.new_empty(0))))
+            places.append(
+                _Location(end, tuple(values.shape), values.dtype, matrix._replace(values=values.new_empty(0)))
+            )
             end += _round_up(values.numel() * values.element_size(), _ALIGNMENT)
         total = _round_up(end, _ALIGNMENT * self.num_ranks)
         whole = torch.zeros(total, dtype=torch.uint8, device=self.device)
@@ -324,7 +326,7 @@ def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _view(room: Tensor, place: _Place) -> Tensor:
+def _view(room: Tensor, place: _Location) -> Tensor:
     """Return a matrix in the bytes of its part."""
     count = 1
     for size in place.shape:

@@ -40,6 +40,9 @@ _PEERS_EXPERTS = {"rank": 16, "batch": 4, "accumulation": 4}
 _DELTA_NET = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 _EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]
+# Two GPUs, as many tokens a step as the peers' 8 examples of 2,048 on each.
+_TWO = {**_PACKED, "tokens_per_pack": 16384, "micro_batch": 2, "num_processes": 2}
+_DIVIDED = {**_TWO, "strategy": "fsdp"}
 # What is run: who, shape, settings; steps in all.
 RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-7b": ("ours", "qwen2.5-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
@@ -98,6 +101,29 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         "qwen2.5-7b",
         {**_KEPT, "micro_batch": 2, "gradient_checkpointing": False, "num_processes": 2},
         13,
+    ),
+    # The same, each GPU with its part of the weights: what dividing a model costs that need not be divided.
+    "ours-7b-fsdp": (
+        "ours",
+        "qwen2.5-7b",
+        {**_KEPT, "micro_batch": 2, "gradient_checkpointing": False, "num_processes": 2, "strategy": "fsdp"},
+        13,
+    ),
+    "ours-70b-fsdp": ("ours", "llama3-70b-24-layers", _DIVIDED, 10),
+    "ours-70b-fsdp-lean": ("ours", "llama3-70b-24-layers", {**_DIVIDED, "gradient_checkpointing": True}, 9),
+    "ours-70b-fsdp-fp8": ("ours", "llama3-70b-24-layers", {**_DIVIDED, "base_weights": "fp8"}, 12),
+    "ours-70b-fsdp-general": ("ours", "llama3-70b-24-layers", {**_DIVIDED, "engine": "general"}, 7),
+    "trl-70b-fsdp": (
+        "trl",
+        "llama3-70b-24-layers",
+        {"checkpointing": True, "batch": 8, "accumulation": 1, "num_processes": 2},
+        7,
+    ),
+    "trl-70b-fsdp-kept": (
+        "trl",
+        "llama3-70b-24-layers",
+        {"checkpointing": False, "batch": 4, "accumulation": 2, "num_processes": 2},
+        7,
     ),
     "ours-0.6b-full": (
         "ours",
@@ -227,6 +253,12 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("0.6B, sweep of 8, beside one after the other", "ours-0.6b-sweep", "ours-0.6b-defaults", 1.8, None),
     ("0.6B, sweep of rates, ranks, seeds", "ours-0.6b-sweep-ranks", "ours-0.6b-defaults", 1.8, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
+    ("7B, bf16, two GPUs, weights divided", "ours-7b-fsdp", "ours-7b-two", 0.95, None),
+    ("70B's layers, two GPUs, weights divided", "ours-70b-fsdp", "trl-70b-fsdp", 1.5, None),
+    ("70B's layers, beside TRL without checkpointing", "ours-70b-fsdp", "trl-70b-fsdp-kept", 1.5, None),
+    ("70B's layers, checkpointing", "ours-70b-fsdp-lean", "trl-70b-fsdp", 1.2, None),
+    ("70B's layers, FP8 base", "ours-70b-fsdp-fp8", "trl-70b-fsdp", 2.0, None),
+    ("70B's layers, beside the general engine", "ours-70b-fsdp", "ours-70b-fsdp-general", 1.0, None),
     ("7B, bf16, beside TRL's best", "ours-7b", "trl-7b", 1.0, None),
     ("7B, bf16, checkpointing, beside TRL's best", "ours-7b-lean", "trl-7b-lean", 1.0, None),
     ("0.6B, all weights", "ours-0.6b-full", "trl-0.6b-full", 1.2, None),
@@ -250,7 +282,10 @@ def main() -> None:
         who, shape, settings, steps = RUNS[options.one]
         if shape in UNSAVED:
             load_at_random()
-        print("RESULT", json.dumps(getattr(trainers, f"run_{who}")(options.work / shape, settings, steps)), flush=True)
+        result = getattr(trainers, f"run_{who}")(options.work / shape, settings, steps)
+        if os.environ.get("RANK", "0") == "0":
+            print("RESULT", json.dumps(result), flush=True)
+        trainers.meet_other_ranks()
         os._exit(0)  # some trainers hang in their own endings
     paths = dict(entry.split("=", 1) for entry in options.peer)
     for shape in sorted({RUNS[name][1] for name in options.only}):
@@ -319,9 +354,15 @@ def call(name: str, work: Path, path: str | None, limit: int) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT), None if path else inherited]))
     log = work / f"{name}.log"
     started = time.perf_counter()
+    launcher: list[str] = []
+    who, shape, settings, _ = RUNS[name]
+    if settings.get("num_processes", 1) > 1 and (who != "ours" or shape in UNSAVED):  # the product starts its own
+        number = settings["num_processes"]
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the product's processes
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     with log.open("wb") as output, suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            [sys.executable, __file__, "--work", str(work), "--one", name],
+            [sys.executable, *launcher, __file__, "--work", str(work), "--one", name],
             env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=limit, check=False,
         )  # fmt: skip
     seconds = round(time.perf_counter() - started, 1)

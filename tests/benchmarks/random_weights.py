@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 # Too large for many a disk: the folder has config and tokenizer, and what loads from it gets weights made on the GPU.
-UNSAVED = ("qwen3-30b-a3b", "gpt-oss-20b", "moonlight-16b-a3b")
+UNSAVED = ("qwen3-30b-a3b", "gpt-oss-20b", "moonlight-16b-a3b", "llama3-70b-24-layers")
 
 
 def save_model(config: Any, folder: Path, shape: str) -> None:
@@ -38,7 +38,10 @@ def calm_attention(model: Any) -> None:
 
 
 def load_at_random() -> None:
-    """Have transformers, and with it every trainer, fill models with random weights in place of a folder's."""
+    """Have transformers, and with it every trainer, fill models with random weights in place of a folder's.
+
+    All ranks of a training draw the same: each on its own GPU, from the same seed.
+    """
     import torch
     from transformers import AutoConfig, PreTrainedModel
 
@@ -47,6 +50,7 @@ def load_at_random() -> None:
         options = (
             {"attn_implementation": settings["attn_implementation"]} if settings.get("attn_implementation") else {}
         )
+        torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = cls._from_config(config, dtype=torch.bfloat16, **options).eval()
         model.name_or_path = str(path)

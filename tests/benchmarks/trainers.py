@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -133,19 +134,23 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     is_left = settings.get("method", "lora") != "lora"
     config = TrainingConfig(**settings, max_steps=steps + is_left, checkpoint_every_steps=10_000)
     run = folder / "run"
-    shutil.rmtree(run, ignore_errors=True)
+    if "RANK" not in os.environ:
+        shutil.rmtree(run, ignore_errors=True)
     tokens = write_pairs(folder / "pairs") if config.is_paired else folder / "tokens"
     if config.sweep.is_on:
         tokens = hold_out(tokens, folder / "held-out")
     job = TrainingJob(folder / "model", tokens, run, config, seed=0, identity="benchmark")
     started = time.perf_counter()
     peak_bytes = 0
-    if is_left:
+    if "RANK" in os.environ:
+        _train_as_rank(job, note)
+    elif is_left:
         _train_and_leave(job, note, steps)
     else:
         outcome = run_training(job, on_step=note, in_place=config.num_processes == 1)
         peak_bytes, warnings = outcome.peak_memory_bytes, list(outcome.warnings)
-    shutil.rmtree(run, ignore_errors=True)
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(run, ignore_errors=True)
     return {
         **summarize(times, [record.num_tokens for record in records], max(2, steps // 4)),
         "peak_gib": round(max(peak_bytes, *(record.memory_bytes for record in records)) / 2**30, 1),
@@ -154,6 +159,32 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
         "engine": next((line for line in lines if line.startswith("Training with")), ""),
         "warnings": warnings,
     }
+
+
+def _train_as_rank(job: Any, note: Any) -> None:
+    """Train as one of the ranks that a launcher has started.
+
+    The memory at its highest is that of the steps: before them the weights, made on the GPU, are there whole, as those
+    that are read from a disk never are.
+    """
+    from tasks.training.distributed import gather, init_process_group, rank
+    from tasks.training.loop import train_adapter
+
+    with init_process_group():
+        if rank() == 0:
+            shutil.rmtree(job.run_folder, ignore_errors=True)
+        gather(None)
+        train_adapter(
+            job.base_model, job.tokens, job.run_folder, job.config, seed=job.seed, identity=job.identity, on_step=note
+        )
+
+
+def meet_other_ranks() -> None:
+    """Wait until all ranks have come here: the launcher ends the others when one leaves."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def _train_and_leave(job: Any, note: Any, steps: int) -> None:
@@ -172,7 +203,7 @@ def _train_and_leave(job: Any, note: Any, steps: int) -> None:
 
 
 def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Run TRL at its best: packing, Liger's kernels, FlashAttention; all weights in fp32, or LoRA."""
+    """Run TRL at its best: packing, Liger's kernels, FlashAttention; all weights in fp32, or LoRA; FSDP2 on ranks."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -180,8 +211,11 @@ def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any
     from trl import SFTConfig, SFTTrainer
 
     is_full = settings.get("full", False)
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place)
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32 if is_full else torch.bfloat16, device_map={"": 0},
+        folder / "model", dtype=torch.float32 if is_full else torch.bfloat16, device_map={"": place},
         attn_implementation=settings.get("attention", "flash_attention_2"),
     )  # fmt: skip
     rank = settings.get("rank", 64)
@@ -192,13 +226,30 @@ def run_trl(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any
     arguments = _trainer_settings(folder, settings, steps)
     if settings.get("dpo"):
         return _run_trl_dpo(folder, model, adapter, arguments, steps)
+    if settings.get("num_processes", 1) > 1:
+        arguments |= _divide_by_fsdp(model, settings)
     config = SFTConfig(**arguments, use_liger_kernel=True, bf16=True)
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(draw_rows(_read_vocabulary(folder))),
         peft_config=None if is_full else adapter,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )  # fmt: skip
-    return _time_trainer(trainer, steps)
+    result = _time_trainer(trainer, steps)
+    return {**result, "engine": f"{type(trainer.model_wrapped).__name__}, FSDP {bool(trainer.is_fsdp_enabled)}"}
+
+
+def _divide_by_fsdp(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what transformers' trainers are told to divide a model by FSDP2, and to run its layers again if wanted."""
+    return {
+        "gradient_checkpointing": False,  # FSDP's own does it
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": list(model._no_split_modules),
+            "activation_checkpointing": bool(settings["checkpointing"]),
+            "reshard_after_forward": True,
+        },
+    }
 
 
 def _run_trl_dpo(folder: Path, model: Any, adapter: Any, arguments: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -315,7 +366,7 @@ def _build_clock() -> Any:
         def on_step_end(self, *arguments: Any, **further: Any) -> None:
             torch.cuda.synchronize()
             self.times.append(time.perf_counter())
-            self.tokens.append(int(self.pending))
+            self.tokens.append(_sum_over_ranks(int(self.pending)))
             self.pending = 0
             print("step", len(self.times), self.tokens[-1], flush=True)
 
@@ -324,6 +375,18 @@ def _build_clock() -> Any:
             return {**summarize(self.times, self.tokens, max(3, steps // 4)), "first_step_seconds": first}
 
     return Clock()
+
+
+def _sum_over_ranks(number: int) -> int:
+    """Return the sum of all ranks' numbers."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return number
+    total = torch.tensor(number, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(total)
+    return int(total)
 
 
 def run_llamafactory(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers, DividedWeightsError
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
-from tasks.training.lora import collect_trained
+from tasks.training.lora import attach_adapter, collect_trained
 from tests.tasks.decoder.small_models import (
     FAMILIES,
     build,
@@ -100,9 +101,6 @@ def count_on_a_rank(number: int, num_layers: int) -> tuple[int, int]:
 
 
 def build_deep(num_layers: int) -> Any:
-    from schemas.config import TrainingConfig
-    from tasks.training.lora import attach_adapter
-
     return attach_adapter(make_model("llama", num_hidden_layers=num_layers), TrainingConfig(rank=1), seed=1)
 
 
@@ -117,7 +115,7 @@ def test_a_rank_holds_its_share_and_two_layers(tmp_path: Path) -> None:
 
 
 def read_other_weights(number: int) -> None:
-    model = build("llama", torch.float32)
+    model: Any = build("llama", torch.float32)
     if number == 1:
         model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[3, 5] += 1e-3
     recognize_decoder(model, divided=DividedLayers(CPU))
@@ -149,7 +147,7 @@ def has_weights(decoder: Decoder) -> list[bool]:
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe", "gpt_oss", "qwen3_5_text"])
 def test_what_is_given_back_is_the_model(family: str) -> None:
-    settings = {"target_modules": name_attention_modules(family)} if family == "gpt_oss" else {}
+    settings: dict[str, Any] = {"target_modules": name_attention_modules(family)} if family == "gpt_oss" else {}
     whole = {name: value.clone() for name, value in build(family, torch.float32, **settings).state_dict().items()}
     model = build(family, torch.float32, **settings)
     decoder = recognize_decoder(model, divided=DividedLayers(CPU))

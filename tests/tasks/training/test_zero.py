@@ -88,7 +88,7 @@ def test_without_deepspeed_no_process_starts(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 @pytest.mark.parametrize(("changes", "message"), [
     ({"base_weights": "nf4"}, "base_weights is nf4 and strategy is"),
     ({"base_weights": "fp8"}, "base_weights is fp8 and strategy is"),
@@ -98,3 +98,11 @@ def test_what_cannot_be_divided_is_refused(strategy: Any, changes: dict[str, Any
     with pytest.raises(ValueError, match=message):
         TrainingConfig(num_processes=2, strategy=strategy, **changes)
     assert TrainingConfig(strategy=strategy, **changes).strategy == strategy  # one process divides nothing
+
+
+def test_what_fsdp_divides_is_told_by_the_config() -> None:
+    with pytest.raises(ValueError, match="base_weights is nf4 and strategy is fsdp"):
+        TrainingConfig(num_processes=2, strategy="fsdp", base_weights="nf4")
+    with pytest.raises(ValueError, match=r"engine is fused and strategy is fsdp.*weights of the model itself"):
+        TrainingConfig(num_processes=2, strategy="fsdp", engine="fused", method="full")
+    assert TrainingConfig(num_processes=2, strategy="fsdp", engine="fused", base_weights="fp8").engine == "fused"
