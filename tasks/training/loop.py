@@ -30,7 +30,6 @@ from tasks.training.checkpoints import (
 from tasks.training.curves import open_tensorboard
 from tasks.training.distributed import any_rank, gather, is_rank0, machine, run_on_rank0, world_size
 from tasks.training.engines.choice import fit_general
-from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine
 from tasks.training.memory import read_memory
 from tasks.training.methods import describe_trained, name_trained_folder, save_trained
@@ -221,15 +220,14 @@ def _divide(setup: Setup) -> Setup:
 
         return divide(setup)
     if is_sharded(setup.config):
-        if isinstance(setup.engine, FusedEngine):
-            return setup  # it was divided while it was read
+        if not isinstance(setup.engine, GeneralEngine):
+            return setup  # the fused engine divides a model while it is read
         if setup.config.is_lora:
             shard_base(setup.model, setup.device)
         else:
             held = dict(setup.parameters)
             shard_weights(setup.model, setup.device, setup.dtype)
             setup = hand_over(setup, held)
-        assert isinstance(setup.engine, GeneralEngine)
         engine = fit_general(setup.engine, setup.table, setup.config, list(setup.parameters.values()))
         return replace(setup, engine=engine)
     return setup
