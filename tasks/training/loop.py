@@ -220,7 +220,8 @@ def _divide(setup: Setup) -> Setup:
 
         return divide(setup)
     if is_sharded(setup.config):
-        if not isinstance(setup.engine, GeneralEngine):
+        general = setup.engine
+        if not isinstance(general, GeneralEngine):
             return setup  # the fused engine divides a model while it is read
         if setup.config.is_lora:
             shard_base(setup.model, setup.device)
@@ -228,7 +229,7 @@ def _divide(setup: Setup) -> Setup:
             held = dict(setup.parameters)
             shard_weights(setup.model, setup.device, setup.dtype)
             setup = hand_over(setup, held)
-        engine = fit_general(setup.engine, setup.table, setup.config, list(setup.parameters.values()))
+        engine = fit_general(general, setup.table, setup.config, list(setup.parameters.values()))
         return replace(setup, engine=engine)
     return setup
 

@@ -10,6 +10,7 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers, DividedWeightsError
+from tasks.decoder.grouped import GroupedProjection
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
@@ -136,7 +137,9 @@ def test_a_layer_that_was_not_gathered_gives_nothing_but_nan() -> None:
     decoder.divided.hold(2)
     assert has_weights(decoder) == [False, True, True]
     assert decoder.layers[0].experts is not None
-    assert decoder.layers[0].experts.down.matrices.isnan().all()
+    down = decoder.layers[0].experts.down
+    assert isinstance(down, GroupedProjection)
+    assert down.matrices.isnan().all()
     decoder.divided.forget()
     assert has_weights(decoder) == [False, False, False]
 
