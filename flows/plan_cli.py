@@ -125,6 +125,9 @@ def _tell_device(plan: "RunPlan") -> str:
 def _tell_memory(plan: "RunPlan") -> str:
     memory, need = plan.memory, plan.memory.need
     seen = f"; an earlier training here took {_write_bytes(memory.seen_peak_bytes)}" if memory.seen_peak_bytes else ""
+    if (peak := memory.peak_bytes) is not None:
+        bar = f"{_write_bytes(int(peak.low))} to {_write_bytes(int(peak.high))}"
+        seen = f"; at its highest {_write_bytes(int(peak.value))} ({bar}), by earlier trainings of this model here"
     return (
         f"at least {_write_bytes(need.least_bytes)} of {_write_bytes(memory.capacity_bytes)}: weights "
         f"{_write_bytes(need.weights_bytes)}, {need.num_trained:,} trained values with gradient and optimizer "

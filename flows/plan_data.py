@@ -57,6 +57,8 @@ class Found:
     problems: tuple[str, ...]
     """What the run would refuse."""
     warnings: tuple[str, ...]
+    share: float = 1.0
+    """Part of all conversations that was tokenized."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _make(config: RunConfig, model_folder: Path, ingested: Ingested, place: Path
     share = most / total if is_part else 1.0
     sizes = measure_sizes(tokens / "train.parquet", config.training, share=share, num_sampled=most if is_part else None)
     num_eval = count_rows(tokens / "eval.parquet")
-    return Found(rows, ingested.rows_read, num_eval, sizes, tokens, tuple(problems), tuple(warnings))
+    return Found(rows, ingested.rows_read, num_eval, sizes, tokens, tuple(problems), tuple(warnings), share)
 
 
 def _tokenize(config: RunConfig, model_folder: Path, dataset: Path, place: Path) -> tuple[Path, list[str], list[str]]:

@@ -16,13 +16,14 @@ from tasks import speeds, storage, tracking
 from tasks.evaluation.task import describe_effort
 from tasks.models import choose_device, choose_dtype
 from tasks.planning.estimates import Estimate
-from tasks.planning.memory import MemoryNeed, Option, count_flop, count_need, fits, list_options, read_capacity
+from tasks.planning.memory import MemoryNeed, Option, count_need, fits, list_options, read_capacity
 from tasks.planning.sizes import Sizes
-from tasks.planning.times import StageTime, add_up, estimate_stage, estimate_steps
+from tasks.planning.times import StageTime, add_up, estimate_stage
+from tasks.planning.trainings import TrainingPlan, plan_training
 from tasks.planning.trial import measure_training
 from tasks.registry.bases import find_base_model
 from tasks.speeds import Speed
-from tasks.training.pace import AROUND, STEPS, describe_conditions
+from tasks.training.pace import STEPS, describe_conditions
 
 _CACHED = "in the cache"
 
@@ -37,6 +38,8 @@ class Memory:
     """For weights, optimizer and the smallest pass; the training fits larger ones into what is left."""
     options: tuple[Option, ...]
     """Changes with which it fits; empty where it does."""
+    peak_bytes: Estimate | None
+    """The highest use, by earlier trainings of this model here; None where there are none."""
     seen_peak_bytes: int | None
     """The highest use of an earlier training of this model with these settings here."""
 
@@ -116,7 +119,7 @@ def plan_run(
         if measures and not found.problems:
             on_phase("Training a few steps")
             measure_training(folder, found.tokens, place / "trial", config.training, seed=config.seed)
-    return _put_together(config, base_model, kept, found, advice, rate)
+        return _put_together(config, base_model, kept, found, advice, rate)
 
 
 def _put_together(
@@ -124,8 +127,17 @@ def _put_together(
 ) -> RunPlan:
     folder, device = tracking.resolve(base_model), choose_device()
     known = speeds.read_speeds()
-    times = tuple(_list_times(config, folder, kept, found, known))
-    memory = _plan_memory(config, folder, found.sizes, device, known)
+    training = plan_training(
+        folder,
+        found.tokens,
+        config.training,
+        seed=config.seed,
+        known=known,
+        seen_tokens=found.sizes.seen_tokens,
+        share=found.share,
+    )
+    times = tuple(_list_times(config, folder, kept, found, known, training))
+    memory = _plan_memory(config, folder, found.sizes, device, known, training.peak_bytes)
     problems = list(found.problems)
     if not memory.is_enough:
         problems.append(
@@ -153,7 +165,9 @@ def _put_together(
     )
 
 
-def _plan_memory(config: RunConfig, folder: Path, sizes: Sizes, device: torch.device, known: list[Speed]) -> Memory:
+def _plan_memory(
+    config: RunConfig, folder: Path, sizes: Sizes, device: torch.device, known: list[Speed], peak: Estimate | None
+) -> Memory:
     capacity = read_capacity(device)
     conditions: dict[str, Any] = {
         "dtype": choose_dtype(config.training.precision, device),
@@ -171,14 +185,17 @@ def _plan_memory(config: RunConfig, folder: Path, sizes: Sizes, device: torch.de
         capacity,
         fits(need, capacity),
         list_options(folder, config.training, capacity_bytes=capacity, **conditions),
+        peak,
         max(peaks, default=None),
     )
 
 
-def _list_times(config: RunConfig, folder: Path, kept: Kept, found: Found, known: list[Speed]) -> list[StageTime]:
+def _list_times(
+    config: RunConfig, folder: Path, kept: Kept, found: Found, known: list[Speed], training: TrainingPlan
+) -> list[StageTime]:
     """Return what is known of the time of each stage, in their order."""
     device, shape = speeds.name_device(), speeds.describe_shape(folder)
-    settings, effort = describe_conditions(config.training), describe_effort(config.evaluation)
+    effort = describe_effort(config.evaluation)
     of = {stage: [speed for speed in known if speed.stage == stage] for stage in {speed.stage for speed in known}}
 
     def here(speed: Speed) -> bool:
@@ -195,27 +212,13 @@ def _list_times(config: RunConfig, folder: Path, kept: Kept, found: Found, known
     num_asked = min(found.num_eval_examples, config.evaluation.max_examples)
     num_asked += sum(probe.max_examples for probe in config.evaluation.probes)
     asked: tuple[Callable[[Speed], bool], ...] = (lambda each: of_model(each) and each.settings == effort, of_model)
-    trained: tuple[Callable[[Speed], bool], ...] = (
-        lambda each: of_model(each) and each.settings == settings,
-        of_model,
-        here,
-    )
-    steps = estimate_steps(
-        of.get(STEPS, []),
-        tokens=found.sizes.seen_tokens,
-        device=device,
-        shape=shape,
-        settings=settings,
-        flop_per_token=count_flop(folder, config.training),
-    )
     evaluation = [time("evaluate base", num_asked, *asked, noted="evaluate")] if num_asked else []
     again = [time("evaluate merged", num_asked, *asked, noted="evaluate")] if num_asked else []
     return [
         time("ingest", max(1, found.rows_read), here),
         time("tokenize", found.sizes.total_tokens.value, here),
         *evaluation,
-        StageTime(STEPS, *steps),
-        time(AROUND, 1, *trained),
+        *training.times,
         time("merge", 1, of_model, here),
         *again,
         time(REST, 1, here),

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Speed:
     """Useful work; 0 where it is not known."""
     peak_memory_bytes: int = 0
     """Of a training."""
+    work: dict[str, float] = field(default_factory=dict)
+    """Of a training's steps, what their time goes by (`tasks.training.pace`); lines of earlier releases have none."""
 
 
 class Timing:
@@ -86,19 +88,23 @@ def note(speed: Speed) -> None:
 
 
 def read_speeds() -> list[Speed]:
-    """Return what is noted, the oldest first; lines of another release, or cut short, are passed over."""
+    """Return what is noted, the oldest first; lines that are cut short are passed over.
+
+    Lines of earlier releases have fewer fields, those of later ones may have more.
+    """
     path = storage.home() / FILE
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    known = {field.name for field in fields(Speed)}
+    known = {each.name for each in fields(Speed)}
+    needed = {each.name for each in fields(Speed) if each.default is MISSING and each.default_factory is MISSING}
     speeds = []
     for line in lines:
         try:
             values = json.loads(line)
-            if isinstance(values, dict) and set(values) == known and values["units"] > 0 and values["seconds"] > 0:
-                speeds.append(Speed(**values))
+            if isinstance(values, dict) and needed <= set(values) and values["units"] > 0 and values["seconds"] > 0:
+                speeds.append(Speed(**{name: value for name, value in values.items() if name in known}))
         except (ValueError, TypeError):
             continue
     return speeds

@@ -37,5 +37,5 @@ def measure_training(base_model: Path, tokens: Path, folder: Path, config: Train
     for name in ("train.parquet", "tokenizer"):
         (examples / name).symlink_to((tokens / name).absolute())
     job = TrainingJob(base_model, examples, folder / "run", trial, seed, identity="trial")
-    pace = PaceClock(num_warming=NUM_WARMING)
+    pace = PaceClock(num_warming=NUM_WARMING, is_trial=True)
     pace.note(run_training(job, on_step=pace.count), job)

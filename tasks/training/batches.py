@@ -68,6 +68,19 @@ class Batch:
     reference: Tensor | None = None
     """[examples] fp32, of pairs: see `TokenTable.reference`. Stays on the host."""
 
+    @property
+    def num_squares(self) -> int:
+        """Sum of the squares of its segments' lengths, or of its rows': what attention goes by."""
+        if self.segments is not None:
+            return sum(length * length for length in self.segments.lengths)
+        num_rows, longest = self.input_ids.shape
+        return int(num_rows * longest * longest)
+
+    @property
+    def num_head_rows(self) -> int:
+        """Positions whose logits are computed, where the head runs on the trained ones alone."""
+        return self.num_trained_tokens if self.trained is None else len(self.trained)
+
     def choose(self, values: Tensor) -> Tensor:
         """Return the values [N] of [B, S], on the host, at the positions whose log-probabilities an engine gives."""
         if self.trained is not None:
@@ -191,8 +204,22 @@ def form_padded_step(
         tokens_per_forward: most tokens of a batch of more than one row, padding included; None: any number.
     """
     lengths = np.array([table.lengths[list(row)].sum() for row in rows])
+    parts = cut_padded_step(lengths, micro_batch, tokens_per_forward)
+    return [form_batch(table, [rows[number] for number in part]) for part in parts]
+
+
+def cut_padded_step(
+    lengths: NDArray[Any], micro_batch: int, tokens_per_forward: int | None = None
+) -> list[NDArray[Any]]:
+    """Return the rows of each micro batch of a step, by their numbers; see `form_padded_step`.
+
+    Args:
+        lengths: tokens of each row.
+        micro_batch: most rows of a batch.
+        tokens_per_forward: most tokens of a batch of more than one row, padding included; None: any number.
+    """
     order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
+    parts, start = [], 0
     while start < len(order):
         longest = int(lengths[order[start]])
         most = micro_batch if tokens_per_forward is None else min(micro_batch, max(1, tokens_per_forward // longest))
@@ -201,9 +228,9 @@ def form_padded_step(
         short = np.flatnonzero(2 * lengths[order[start:stop]] < longest)
         if len(short) and short[0] * longest >= _LEAST_BUCKET_TOKENS:
             stop = start + int(short[0])
-        batches.append(form_batch(table, [rows[index] for index in order[start:stop]]))
+        parts.append(order[start:stop])
         start = stop
-    return batches
+    return parts
 
 
 def form_flat_step(
@@ -219,6 +246,15 @@ def form_flat_step(
         tokens_per_forward: budget; an example above it gets a batch of its own.
         num_parts: the number of batches is a multiple of this, where there are as many rows or examples.
     """
+    return [
+        form_flat_batch(table, part) for part in cut_flat_step(table, rows, tokens_per_forward, num_parts=num_parts)
+    ]
+
+
+def cut_flat_step(
+    table: TokenTable, rows: Sequence[Sequence[int]], tokens_per_forward: int, *, num_parts: int = 1
+) -> list[list[int]]:
+    """Return the examples of each flat batch of a step; see `form_flat_step`."""
     lengths = [int(table.lengths[list(row)].sum()) for row in rows]
     if max(lengths) > tokens_per_forward or len(rows) < num_parts:
         rows = divide_rows(table, rows)
@@ -235,7 +271,7 @@ def form_flat_step(
             parts[part].extend(rows[number])
             heappush(heap, (filled + lengths[number], part))
         if max(heap)[0] <= budget or count == len(rows):
-            return [form_flat_batch(table, part) for part in parts]
+            return parts
         count += 1
 
 

@@ -210,6 +210,9 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         engine=setup.engine.describe(),
         device=name_device(),
         flop_per_token=count_useful_flop(setup.model),
+        recomputed_part=setup.engine.recomputed_part,
+        is_flat=setup.engine.is_flat,
+        room_tokens=setup.engine.room_tokens,
     )
 
 

@@ -45,6 +45,8 @@ class StepRecord:
     """Part of the last second or less in which the GPU was at work, 0 to 1, as its driver counts; none on a CPU."""
     share_of_peak: float | None = None
     """Useful work a second over what large bf16 matrix products reach on this GPU (see throughput); none on a CPU."""
+    work: dict[str, int] = field(default_factory=dict)
+    """What the step went through the model as, over all ranks; see `steps.count_work`. Nothing of a sweep."""
     figures: dict[str, float] = field(default_factory=dict)
     """What the objective tells besides."""
 
@@ -104,5 +106,11 @@ class TrainingOutcome:
     """GPU's or CPU's name."""
     flop_per_token: float = 0.0
     """Useful work; see throughput."""
+    recomputed_part: float = 0.0
+    """Of the layers, those that ran again in the backward pass."""
+    is_flat: bool = True
+    """Whether examples lay end to end, without padding."""
+    room_tokens: int = 0
+    """Tokens of a pass that fit into the memory; 0 where nobody looked."""
     sweep: SweepReport | None = None
     """Of several candidates, of which this is the winner."""

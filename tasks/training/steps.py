@@ -4,7 +4,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -112,8 +112,23 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
         utilisation=read_utilisation(setup.device),
         share_of_peak=None if peak is None else tokens_per_second / peak,
         figures=figures,
+        work=count_work(batches),
     )
     return record, steps
+
+
+def count_work(batches: Sequence[Batch]) -> dict[str, int]:
+    """Return what a step's time goes by: passes, tokens with padding, rows of the head, squares of lengths.
+
+    And the tokens of its largest pass, by which its memory goes.
+    """
+    return {
+        "passes": len(batches),
+        "tokens": sum(batch.input_ids.numel() for batch in batches),
+        "head_rows": sum(batch.num_head_rows for batch in batches),
+        "squares": sum(batch.num_squares for batch in batches),
+        "largest_pass": max(batch.input_ids.numel() for batch in batches),
+    }
 
 
 def shrink(run: Run, shortage: str) -> None:

@@ -20,7 +20,7 @@ from schemas.config import TrainingConfig
 from tasks import storage, tracking
 from tasks.training.candidates import name_candidates
 from tasks.training.cards import complete_folder
-from tasks.training.pace import PaceClock
+from tasks.training.pace import PaceClock, count_tokens
 from tasks.training.process.launch import run_training
 from tasks.training.process.messages import TrainingJob
 from tasks.training.process.team import clear_training
@@ -59,14 +59,13 @@ def train(
             identity=_identity(base_model, tokens, config, seed),
         )
         with _candidate_logs(run_id, config, seed) as candidates:
-            pace = PaceClock(_step_reporter(log, candidates, progress))
-            outcome = run_training(
-                job,
-                on_step=pace.count,
-                on_eval=_eval_reporter(log, candidates, progress),
-                on_log=_line_reporter(progress),
+            pace = PaceClock(
+                _step_reporter(log, candidates, progress),
+                _eval_reporter(log, candidates, progress),
+                saves_every=config.checkpoint_every_steps,
             )
-        pace.note(outcome, job)
+            outcome = run_training(job, on_step=pace.count, on_eval=pace.judge, on_log=_line_reporter(progress))
+        pace.note(outcome, job, num_held_out=count_tokens(job.tokens / "eval.parquet"))
         if outcome.resumed_from_step is not None:
             logger.info("Went on from the checkpoint of step %d", outcome.resumed_from_step)
         for warning in outcome.warnings:

@@ -23,7 +23,7 @@ from tasks.training.adamw import count_moment_bytes
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
-from tasks.training.engines.memory_fit import SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
+from tasks.training.engines.memory_fit import LARGEST_FORWARD, SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
 from tasks.training.engines.router_loss import find_router_loss
 from tasks.training.engines.self_check import comparing_some, forget_grads, try_model, verify
 from tasks.training.engines.short_cuts import take_short_cuts
@@ -35,6 +35,8 @@ from tasks.training.token_table import TokenTable
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
+# On a GPU, where its memory takes them; with fewer than the full ones, layers are rather recomputed.
+GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
 
 
 def choose_engine(

@@ -22,6 +22,21 @@ class Engine(Protocol):
         """Where it computes."""
         ...
 
+    @property
+    def recomputed_part(self) -> float:
+        """Of the layers, those that run again in the backward pass."""
+        ...
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens whose forward and backward pass fits into the memory."""
+        ...
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether examples lie end to end, without padding."""
+        ...
+
     def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
         """Make a step's batches of its rows, a multiple of `num_parts` of them where there are enough examples."""
         ...

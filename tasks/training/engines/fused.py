@@ -31,6 +31,16 @@ class FusedEngine:
     router_loss: RouterLoss | None = None
     """Added to the loss where gradients are taken."""
 
+    @property
+    def recomputed_part(self) -> float:
+        """Of the layers, those that run again in the backward pass."""
+        return self.num_recomputed / max(1, self.num_layers)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether examples lie end to end."""
+        return True
+
     def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
         """Lay the step's examples end to end."""
         return form_flat_step(table, rows, self.tokens_per_forward, num_parts=num_parts)

@@ -74,6 +74,16 @@ class GeneralEngine:
         """Return how many layers can run again in the backward pass."""
         return len(self.layers)
 
+    @property
+    def recomputed_part(self) -> float:
+        """Of the layers, those that run again in the backward pass."""
+        return self.num_recomputed / max(1, self.num_layers)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether examples lie end to end."""
+        return self.attend is not None
+
     def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
         """Lay the step's examples end to end, or side by side."""
         return self._form(table, rows, self.tokens_per_forward, num_parts)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tasks.planning.estimates import Estimate
-from tasks.planning.times import StageTime, add_up, estimate_stage, estimate_steps
+from tasks.planning.times import PlannedTraining, StageTime, add_up, estimate_stage, estimate_steps
 from tasks.speeds import Speed
 
 TOKENS = Estimate(1000.0, 1000.0, 1000.0)
@@ -15,7 +15,10 @@ def speed(seconds: float, **more: Any) -> Speed:
 
 
 def ask(*speeds: Speed) -> tuple[Estimate | None, str]:
-    return estimate_steps(speeds, tokens=TOKENS, device="H", shape="a", settings="x", flop_per_token=10.0)
+    asked = PlannedTraining(
+        device="H", is_gpu=False, shape="a", settings="x", engine="", tokens=TOKENS, work={}, flop_per_token=10.0
+    )
+    return estimate_steps(speeds, asked)
 
 
 def test_the_nearest_kind_is_taken() -> None:

@@ -1,0 +1,106 @@
+"""The highest memory of a training, by what earlier ones of the same model took on this device.
+
+    bytes = what the process held before + what the training's libraries take + weights, trained values and optimizer
+            + tokens of the largest pass * (inputs of all layers + what the layers keep for the backward pass)
+
+A fit like that of the time (`tasks.planning.costs`). What is counted to the byte is taken as counted; what libraries
+take, and how much a layer keeps of a token, are measured. On a CPU a training is a part of the run's process, which
+holds more than a trial's: it has evaluated the base model. What earlier runs held before their trainings is noted.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from schemas.config import TrainingConfig
+from tasks.planning.costs import Floats, predict_sum
+from tasks.planning.estimates import Estimate
+
+_LIBRARIES = {"cpu": 1.2e8, "cuda": 3e8}
+"""Bytes that libraries take when they begin to compute; on a GPU, their work spaces, and logits."""
+_BEFORE_TRAINING_BYTES = 90e6
+"""That a run's process holds more than a trial's: of the demo, 92 MB, by Prefect's and MLflow's stores and the base
+model's evaluation. Once a run was done here, its own figure is taken."""
+_PRIORS = {
+    "cpu": np.array([0.02, 0.5, 0.5, 0.5, 0.5, 0.5]),  # an allocator keeps what loading a model took for a moment
+    "cuda": np.array([0.02, 0.5, 0.02, 0.5, 0.5, 0.5]),
+}
+_NOISE = {"cpu": 0.02, "cuda": 0.01}
+_FEW = 5
+_PARTS_KEPT = (10, 2)
+"""Values that a layer keeps of a token, of the hidden size and of the feed-forward's width: from what a
+training of the 7B shape took: 65,000 values."""
+_LEAST_PART = 0.05
+"""Of the bar: allocators round, and a process is never twice the same."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A training whose memory is known, or asked for."""
+
+    fixed_bytes: int
+    """Weights, trained values, gradient and optimizer."""
+    itemsize: int
+    """Bytes of a value in the forward pass."""
+    rank: int
+    """Of the adapter; 0 where there is none."""
+    work: Mapping[str, float]
+    """As `tasks.training.pace` notes it."""
+    peak_bytes: int = 0
+    """What was measured."""
+
+
+def foresee_resident(speeds: Sequence[Mapping[str, float]]) -> float:
+    """Return the bytes that a run's process will hold before its training.
+
+    Args:
+        speeds: works of earlier trainings on this device, of any model, as noted; the oldest first.
+    """
+    of_runs = [work["resident"] for work in speeds if not work["trial"]][-_FEW:]
+    if of_runs:
+        return statistics.median(of_runs)
+    of_trials = [work["resident"] for work in speeds][-_FEW:]
+    return statistics.median(of_trials) + _BEFORE_TRAINING_BYTES if of_trials else 0.0
+
+
+def predict_peak(seen: Sequence[Peak], asked: Peak, *, device: str) -> Estimate:
+    """Predict the bytes; nothing was seen, the bar is wide.
+
+    Args:
+        seen: earlier trainings of the same model on this device.
+        asked: the training to come.
+        device: cpu or cuda.
+    """
+    priors, noise = _PRIORS[device], _NOISE[device]
+    terms = np.array([_list_terms(each, device) for each in seen]).reshape(len(seen), len(priors))
+    totals = np.array([float(each.peak_bytes) for each in seen])
+    noises = np.full(len(seen), noise)
+    value, part = predict_sum(terms, totals, noises, _list_terms(asked, device), priors=priors, noise=noise)
+    part = max(part, _LEAST_PART)
+    return Estimate(value, value / (1 + part), value * (1 + part))
+
+
+def count_rank(config: TrainingConfig) -> int:
+    """Return the rank of the adapter; 0 without one."""
+    return config.rank if config.is_lora else 0
+
+
+def _list_terms(peak: Peak, device: str) -> Floats:
+    """Return the parts [K] of the memory, as they would usually be."""
+    work, size = peak.work, peak.itemsize
+    tokens, layers, hidden = work["largest_pass"], work["layers"], work["hidden"]
+    hidden_kept, width_kept = _PARTS_KEPT
+    a_layer = tokens * (hidden_kept * hidden + width_kept * work["width"]) * size
+    kept = layers * (1 - work["recomputed"])
+    return np.array(
+        [
+            work["resident"] if device == "cpu" else 0.0,
+            _LIBRARIES[device],
+            float(peak.fixed_bytes),
+            tokens * layers * hidden * size,
+            (kept + 1) * a_layer,
+            kept * tokens * 7 * peak.rank * size,
+        ]
+    )

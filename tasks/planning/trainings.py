@@ -1,0 +1,235 @@
+"""A training before it is done: what goes through the model, how long that takes, and the memory it needs."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schemas.config import TrainingConfig
+from tasks import speeds
+from tasks.models import choose_device, choose_dtype
+from tasks.planning.estimates import Estimate
+from tasks.planning.memory import count_flop, count_need, read_capacity
+from tasks.planning.peaks import Peak, count_rank, foresee_resident, predict_peak
+from tasks.planning.times import PlannedTraining, StageTime, describe_kind, estimate_stage, estimate_steps
+from tasks.planning.work import ExampleLengths, PassLayout, foresee_layout, foresee_work, read_examples
+from tasks.speeds import Speed
+from tasks.training.engines.choice import FULL_TOKENS
+from tasks.training.pace import (
+    AROUND,
+    CHECKPOINTS,
+    FIRST_STEP,
+    HELD_OUT,
+    STEPS,
+    count_tokens,
+    describe_conditions,
+    describe_model,
+    measure_products,
+)
+from tasks.training.preparation import NUM_EVALS
+
+_SHARE = 0.9
+"""Of a device's memory that a training plans for; see memory_fit."""
+_NOTHING = Estimate(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is known of a training."""
+
+    times: tuple[StageTime, ...]
+    peak_bytes: Estimate | None
+    """The highest use of memory; None where no training of this model was measured here."""
+    work: dict[str, float]
+    """Counts of all steps, with the sizes of the model."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a training is asked about."""
+
+    folder: Path
+    config: TrainingConfig
+    known: Sequence[Speed]
+    device: torch.device
+    model: dict[str, float]
+
+    @property
+    def kind(self) -> str:
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+    def choose(self, *stages: str) -> list[Speed]:
+        """Return the lines of stages on this device."""
+        name = speeds.name_device()
+        return [speed for speed in self.known if speed.stage in stages and speed.device == name]
+
+
+def plan_training(
+    folder: Path,
+    tokens: Path,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    known: Sequence[Speed],
+    seen_tokens: Estimate,
+    share: float = 1.0,
+) -> TrainingPlan:
+    """Return the times of a training's parts, and its memory.
+
+    Args:
+        folder: of the base model.
+        tokens: folder of examples.
+        config: the training section.
+        seed: of the run.
+        known: what was noted here.
+        seen_tokens: over all steps, without padding.
+        share: part of all conversations that was tokenized.
+    """
+    question = _Question(folder, config, known, choose_device(), describe_model(folder))
+    examples = read_examples(tokens / "train.parquet", config, share=share)
+    shape, settings = speeds.describe_shape(folder), describe_conditions(config)
+    own = [speed for speed in question.choose(STEPS) if speed.shape == shape and speed.work]
+    engine, is_flat = _foresee_engine(own, config)
+    work = _foresee(question, examples, own, is_flat=is_flat, seed=seed)
+    flop = count_flop(folder, config)
+    asked = PlannedTraining(
+        device=speeds.name_device(), is_gpu=question.kind == "cuda", shape=shape, settings=settings, engine=engine,
+        tokens=seen_tokens, work=work, flop_per_token=flop,
+    )  # fmt: skip
+    steps = StageTime(STEPS, *estimate_steps(question.choose(STEPS), asked))
+    peak = None
+    if own and work:
+        here = foresee_resident([speed.work for speed in question.choose(STEPS) if speed.work])
+        asked_peak = _describe_peak(question, config, {**work, "resident": here})
+        peak = predict_peak(_list_peaks(question, own), asked_peak, device=question.kind)
+    held_out = count_tokens(tokens / "eval.parquet")
+    return TrainingPlan((steps, *_list_others(question, asked, work, held_out)), peak, work)
+
+
+def _foresee_engine(own: Sequence[Speed], config: TrainingConfig) -> tuple[str, bool]:
+    """Return which engine will train, and whether it lays examples end to end: as the last time, or as it should."""
+    for speed in reversed(own):
+        values = json.loads(speed.settings)
+        if (values.get("engine"), values.get("strategy")) == (config.engine, config.strategy):
+            return speed.engine, bool(speed.work["flat"])
+    is_divided = config.strategy != "ddp" and config.num_processes * config.num_nodes > 1
+    return "general engine" if config.engine == "general" or is_divided else "fused engine", True
+
+
+def _foresee(
+    question: _Question, examples: ExampleLengths, own: Sequence[Speed], *, is_flat: bool, seed: int
+) -> dict[str, float]:
+    """Return the work of all steps, in passes that fit into the memory; nothing of a model without sizes."""
+    if not question.model:
+        return {}
+    config = question.config
+    need = count_need(question.folder, config, dtype=_dtype(question), longest=1)
+    sizes = measure_products(question.model, config, count_flop(question.folder, config), need.num_trained)
+
+    def lay(layout: PassLayout) -> dict[str, float]:
+        return {**foresee_work(examples, config, layout, seed=seed), **sizes}
+
+    whole = foresee_layout(examples, config, is_gpu=question.kind == "cuda", is_flat=is_flat)
+    if question.kind != "cuda":
+        return lay(whole)
+    settings = describe_conditions(config)
+    for speed in reversed(own):
+        if speed.settings == settings:
+            room = min(whole.tokens_per_forward, int(speed.work["room"]))
+            return lay(replace(whole, tokens_per_forward=room, recomputed=speed.work["recomputed"]))
+    layout = whole
+    for part in {None: (0.0, 1.0), False: (0.0,), True: (1.0,)}[config.gradient_checkpointing]:
+        layout = replace(whole, recomputed=part)
+        layout = replace(layout, tokens_per_forward=_fit_tokens(question, own, layout, sizes))
+        if layout.tokens_per_forward >= min(whole.tokens_per_forward, FULL_TOKENS):
+            break
+    return lay(layout)
+
+
+def _fit_tokens(question: _Question, own: Sequence[Speed], layout: PassLayout, sizes: dict[str, float]) -> int:
+    """Return the tokens of a pass that fit into the memory: as the last training like it found, or by its peaks."""
+    most = layout.tokens_per_forward
+    kind = json.loads(describe_conditions(question.config))
+    for speed in reversed(own):
+        other = json.loads(speed.settings)
+        is_alike = all(other.get(name) == kind[name] for name in ("method", "precision", "base_weights", "optimizer"))
+        if is_alike and speed.work["recomputed"] == layout.recomputed and speed.work["room"]:
+            return min(most, int(speed.work["room"]))
+    peaks = _list_peaks(question, own)
+
+    def measure(tokens: int) -> float:
+        work = {**sizes, "largest_pass": float(tokens), "recomputed": layout.recomputed, "resident": 0.0}
+        peak = _describe_peak(question, question.config, work)
+        return predict_peak(peaks, peak, device="cuda").value - peak.fixed_bytes
+
+    fixed = _describe_peak(question, question.config, {}).fixed_bytes
+    free = _SHARE * (read_capacity(question.device) - fixed)
+    whole, least = measure(most), measure(512)
+    if whole <= free or most <= 512:
+        return most
+    return max(512, int(512 + (free - least) * (most - 512) / (whole - least)) // 512 * 512)
+
+
+def _list_peaks(question: _Question, own: Sequence[Speed]) -> list[Peak]:
+    """Return the memory of earlier trainings of the model; those of one's own settings alone, where there are some."""
+    peaks = []
+    for speed in own[-20:]:
+        try:
+            config = TrainingConfig.model_validate(json.loads(speed.settings))
+            peak = _describe_peak(question, config, speed.work)
+        except ValueError:  # of a release with other settings
+            continue
+        peaks.append(replace(peak, peak_bytes=speed.peak_memory_bytes))
+    return peaks
+
+
+def _describe_peak(question: _Question, config: TrainingConfig, work: dict[str, float]) -> Peak:
+    dtype = choose_dtype(config.precision, question.device)
+    need = count_need(question.folder, config, dtype=dtype, longest=1)
+    return Peak(need.fixed_bytes, dtype.itemsize, count_rank(config), work)
+
+
+def _dtype(question: _Question) -> torch.dtype:
+    return choose_dtype(question.config.precision, question.device)
+
+
+def _list_others(
+    question: _Question, asked: PlannedTraining, work: dict[str, float], num_held_out: int
+) -> list[StageTime]:
+    """Return the times of what is around a training's steps."""
+    config, kind = question.config, describe_kind(asked.settings, asked.engine)
+    num_steps = int(work.get("steps", 1))
+
+    def is_same(speed: Speed) -> bool:
+        return speed.shape == asked.shape and speed.settings == asked.settings
+
+    def is_alike(speed: Speed) -> bool:
+        return speed.shape == asked.shape and describe_kind(speed.settings, speed.engine) == kind
+
+    def is_own(speed: Speed) -> bool:
+        return speed.shape == asked.shape
+
+    matches: tuple[Any, ...] = (is_same, is_alike, is_own, lambda speed: True)
+
+    def time(stage: str, units: float) -> StageTime:
+        if not units:
+            return StageTime(stage, _NOTHING, "none is done")
+        found, told = estimate_stage(question.choose(stage), units, matches=matches)
+        if found is None and question.choose(AROUND) and stage != AROUND:
+            # Earlier releases noted it with what is around the steps, or no training came so far.
+            return StageTime(stage, _NOTHING, "not noted apart yet")
+        return StageTime(stage, found, told)
+
+    every = config.eval_every_steps or math.ceil(num_steps / NUM_EVALS)
+    num_evals = math.ceil(num_steps / every)
+    num_saves = (num_steps - 1) // config.checkpoint_every_steps
+    return [
+        time(FIRST_STEP, 1),
+        time(HELD_OUT, num_evals * num_held_out),
+        time(CHECKPOINTS, num_saves * work.get("trained", 1.0)),
+        time(AROUND, 1),
+    ]

@@ -1,0 +1,187 @@
+"""What a training will put through the model: its passes with their padding, made as the engines make them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from schemas.config import TrainingConfig
+from tasks.training.batches import FLAT_MULTIPLE, choose_pack_tokens, cut_flat_step, cut_padded_step
+from tasks.training.engines.choice import CPU_TOKENS, GPU_TOKENS
+from tasks.training.packing import pack
+from tasks.training.schedule import count_steps
+from tasks.training.token_table import EXAMPLES_PER_WINDOW, TokenTable
+
+_MOST_STEPS = 1000
+"""Steps that are laid out; of more, these stand for all."""
+
+
+@dataclass(frozen=True)
+class PassLayout:
+    """How an engine lays a step's rows out."""
+
+    is_flat: bool
+    """ExampleLengths end to end, else side by side with padding."""
+    tokens_per_forward: int
+    recomputed: float = 0.0
+    """Part of the layers that run again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class ExampleLengths:
+    """The lengths of a split's examples, and what stands in each row of a step."""
+
+    table: TokenTable
+    """With lengths alone."""
+    trained: NDArray[Any]
+    """[N] positions that are learned."""
+    rows: list[list[int]]
+
+    def count_step_tokens(self, config: TrainingConfig) -> int:
+        """Return the most tokens that a step can hold."""
+        lengths = sorted((int(self.table.lengths[row].sum()) for row in self.rows), reverse=True)
+        return sum(lengths[: config.micro_batch * config.gradient_accumulation_steps])
+
+
+def read_examples(split: Path, config: TrainingConfig, *, share: float = 1.0) -> ExampleLengths:
+    """Read the lengths of train.parquet, and make the rows of an epoch.
+
+    Args:
+        split: of a tokens folder.
+        config: the training section.
+        share: part of all conversations that was tokenized; those of the part stand for the others.
+    """
+    names = [("input_ids", "labels"), *([("rejected_ids", "rejected_labels")] if config.is_paired else [])]
+    columns_read = [
+        each
+        for number, (ids, labels) in enumerate(names)
+        for each in (
+            pl.col(ids).list.len().cast(pl.Int64).alias(f"length {number}"),
+            # A token is learned at the position before it: the first one never is.
+            pl.col(labels)
+            .list.slice(1)
+            .list.eval(pl.element() != -100)
+            .list.sum()
+            .fill_null(0)
+            .alias(f"trained {number}"),
+        )
+    ]
+    counted = pl.scan_parquet(split).select(columns_read).collect()
+    group, number = len(names), counted.height if share >= 1 else round(counted.height / share)
+    columns = [
+        np.stack(
+            [np.resize(counted[f"{what} {each}"].cast(pl.Int64).to_numpy(), number) for each in range(group)], axis=1
+        ).ravel()
+        for what in ("length", "trained")
+    ]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(columns[0])])
+    nothing = np.zeros(0, np.int32)
+    table = TokenTable([], offsets, nothing, nothing, group=group)
+    return ExampleLengths(table, columns[1], _make_rows(table, config))
+
+
+def _make_rows(table: TokenTable, config: TrainingConfig) -> list[list[int]]:
+    """Return what stands in each row, packed as the training packs: window by window."""
+    lengths, group = table.group_lengths, table.group
+    if not config.packing:
+        return [list(range(start, start + group)) for start in range(0, len(table.lengths), group)]
+    budget = max(choose_pack_tokens(lengths, config), int(lengths.max(initial=0)))
+    return [
+        [(start + number) * group + place for number in row for place in range(group)]
+        for start in range(0, len(lengths), EXAMPLES_PER_WINDOW)
+        for row in pack(lengths[start : start + EXAMPLES_PER_WINDOW].tolist(), budget)
+    ]
+
+
+def foresee_work(
+    examples: ExampleLengths, config: TrainingConfig, layout: PassLayout, *, seed: int
+) -> dict[str, float]:
+    """Return the counts of all steps of a training, as `tasks.training.steps.count_work` counts them.
+
+    Args:
+        examples: of the training.
+        config: the training section.
+        layout: of the engine.
+        seed: of the order.
+    """
+    rows = examples.rows
+    per_step = config.micro_batch * config.gradient_accumulation_steps
+    steps_per_epoch, num_steps = count_steps(len(rows), config)
+    counts, laid_out = np.zeros(4), min(num_steps, max(_MOST_STEPS, min(steps_per_epoch, 4 * _MOST_STEPS)))
+    largest = 0
+    for step in range(laid_out):
+        epoch, position = divmod(step, steps_per_epoch)
+        if not position:
+            order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        window = [rows[row] for row in order[position * per_step : (position + 1) * per_step]]
+        for tokens, head_rows, squares in _lay_out_step(examples, window, config, layout):
+            counts += (1, tokens, head_rows, squares)
+            largest = max(largest, tokens)
+    passes, tokens, head_rows, squares = (counts * num_steps / laid_out).tolist()
+    return {
+        "steps": float(num_steps),
+        "passes": passes,
+        "tokens": tokens,
+        "head_rows": head_rows,
+        "squares": squares,
+        "largest_pass": float(largest),
+        "recomputed": layout.recomputed,
+        "flat": float(layout.is_flat),
+        "ranks": float(config.num_processes * config.num_nodes),
+    }
+
+
+def _lay_out_step(
+    examples: ExampleLengths, window: list[list[int]], config: TrainingConfig, layout: PassLayout
+) -> list[tuple[int, int, int]]:
+    """Return tokens, rows of the head and squares of lengths of each pass of a step."""
+    lengths, trained = examples.table.lengths, examples.trained
+    ranks = config.num_processes * config.num_nodes
+    found = []
+    if layout.is_flat:
+        for part in cut_flat_step(examples.table, window, layout.tokens_per_forward, num_parts=ranks):
+            own = lengths[part]
+            tokens, learned = int(own.sum()), int(trained[part].sum())
+            padding = -tokens % FLAT_MULTIPLE
+            head_rows = learned + (-learned % FLAT_MULTIPLE if learned else FLAT_MULTIPLE)
+            found.append((tokens + padding, min(head_rows, tokens + padding), int((own**2).sum()) + padding**2))
+        return found
+    row_lengths = np.array([int(lengths[row].sum()) for row in window])
+    most = max(1, min(config.micro_batch, len(window) // ranks))
+    for numbers in cut_padded_step(row_lengths, most, layout.tokens_per_forward):
+        longest = int(row_lengths[numbers].max())
+        learned = sum(int(trained[window[number]].sum()) for number in numbers)
+        found.append((len(numbers) * longest, learned, len(numbers) * longest**2))
+    return found
+
+
+def foresee_layout(
+    examples: ExampleLengths,
+    config: TrainingConfig,
+    *,
+    is_gpu: bool,
+    is_flat: bool = True,
+    recomputed: float | None = None,
+) -> PassLayout:
+    """Return how the engine will lay a step's rows out, where its memory is large enough.
+
+    Args:
+        examples: of the training.
+        config: the training section.
+        is_gpu: whether a GPU trains.
+        is_flat: whether the engine lays examples end to end.
+        recomputed: part of the layers that run again; None: as the config says, or none.
+    """
+    if recomputed is None:
+        recomputed = 1.0 if config.gradient_checkpointing else 0.0
+    lengths = examples.table.lengths
+    most = examples.count_step_tokens(config)
+    if not is_flat:
+        longest = max(int(lengths[row].sum()) for row in examples.rows)
+        return PassLayout(False, config.micro_batch * longest, recomputed)
+    if config.tokens_per_pack != "auto":
+        most = min(most, max(config.tokens_per_pack, int(lengths.max())))
+    return PassLayout(True, min(most, GPU_TOKENS if is_gpu else CPU_TOKENS), recomputed)

@@ -1,0 +1,48 @@
+"""The plan's passes are those that the training makes, for each layout."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schemas.config import TrainingConfig
+from tasks.planning.work import PassLayout, foresee_work, read_examples
+from tasks.training.batches import form_flat_step, form_padded_step, iterate_steps, lay_out, open_rows
+from tasks.training.schedule import count_steps
+from tasks.training.steps import count_work
+from tests.tasks.planning.test_sizes import write_split
+
+FLAT, PADDED = PassLayout(is_flat=True, tokens_per_forward=1500), PassLayout(is_flat=False, tokens_per_forward=4000)
+
+
+@pytest.mark.parametrize("layout", [FLAT, PADDED], ids=["flat", "padded"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch": 5, "num_epochs": 2.5},
+        {"micro_batch": 2, "gradient_accumulation_steps": 3, "max_steps": 20},
+        {"packing": True, "tokens_per_pack": 1024, "micro_batch": 2},
+    ],
+    ids=["epochs", "accumulated", "packs"],
+)
+def test_the_work_is_that_of_the_training(tmp_path: Path, layout: PassLayout, settings: dict[str, Any]) -> None:
+    lengths = np.random.default_rng(3).integers(4, 900, 300).tolist()
+    split = write_split(tmp_path / "train.parquet", lengths)
+    config = TrainingConfig.model_validate(settings)
+    found = foresee_work(read_examples(split, config), config, layout, seed=9)
+    lay_out(split, tmp_path / "laid", config)
+    table, rows = open_rows(tmp_path / "laid")
+    _, num_steps = count_steps(len(rows), config)
+
+    def form(table: Any, rows: Any) -> Any:
+        if layout.is_flat:
+            return form_flat_step(table, rows, layout.tokens_per_forward)
+        return form_padded_step(table, rows, config.micro_batch, layout.tokens_per_forward)
+
+    steps = iterate_steps(table, rows, config, seed=9, first=0, last=num_steps, form_step=form)
+    counted = [count_work(batches) for batches in steps]
+    assert found["steps"] == num_steps == len(counted)
+    for name in ("passes", "tokens", "squares", "head_rows"):
+        assert found[name] == sum(each[name] for each in counted), name
+    assert found["largest_pass"] == max(each["largest_pass"] for each in counted)
