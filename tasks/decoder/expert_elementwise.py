@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks.decoder.elementwise import activate, widen
+from tasks.decoder.expert_float8 import Float8Copy, fill_copy
 
 
 class Gate(NamedTuple):
@@ -35,14 +36,19 @@ def sum_rows(rows: Tensor, places: Tensor) -> Tensor:
     return widen(rows.index_select(0, places.flatten())).unflatten(0, places.shape).sum(1).to(rows.dtype)
 
 
-def gate_weighted(gate_up: Tensor, weights: Tensor, gate: Gate, out: Tensor) -> None:
-    """Write the gated values of gate_up [S, 2 I], times the rows' weights [S], to `out` [S, I]."""
+def gate_weighted(gate_up: Tensor, weights: Tensor, gate: Gate, out: Tensor, float8: Float8Copy | None = None) -> None:
+    """Write the gated values of gate_up [S, 2 I], times the rows' weights [S], to `out` [S, I]; with a float8 copy."""
     value, _, right, _ = _open_gate(gate_up, gate)
     out.copy_(value * right * widen(weights)[:, None])
+    fill_copy(float8, out)
 
 
-def gate_weighted_backward(grad: Tensor, gate_up: Tensor, weights: Tensor, gate: Gate, out: Tensor) -> Tensor:
+def gate_weighted_backward(
+    grad: Tensor, gate_up: Tensor, weights: Tensor, gate: Gate, out: Tensor, float8: Float8Copy | None = None
+) -> Tensor:
     """Write the gradient of gate_up to `out` [S, 2 I], and over `grad` [S, I] what `gate_weighted` had given.
+
+    Of what goes to `out` there is a float8 copy, where it is wanted.
 
     Returns:
         The gradient [S] of the rows' weights, in fp32 or wider.
@@ -53,18 +59,21 @@ def gate_weighted_backward(grad: Tensor, gate_up: Tensor, weights: Tensor, gate:
     result = (wide * value * right).sum(-1)
     both = of_left, of_right
     out.copy_(torch.stack(both, -1).flatten(-2) if gate.is_interleaved else torch.cat(both, -1))
+    fill_copy(float8, out)
     grad.copy_(value * right * factors)
     return result
 
 
-def multiply_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def multiply_outer(left: Tensor, right: Tensor, ends: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Return left' right [E, R, width] of each expert's rows, in fp32 or wider; zeros of one without rows.
 
     Args:
         left: [S, R]
-        right: [S, width]
+        right: [S, width], or [T, width] of tokens.
         ends: [E] int32, where the rows of each expert end.
+        tokens: [S], whose rows of `right` are meant.
     """
+    right = right if tokens is None else right.index_select(0, tokens)
     counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
     pairs = zip(widen(left).split(counts), widen(right).split(counts), strict=True)
     return torch.stack([first.t() @ second for first, second in pairs])

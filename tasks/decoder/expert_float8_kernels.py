@@ -13,6 +13,7 @@ from torch import Tensor
 from tasks.decoder.elementwise import Quantized
 from tasks.decoder.expert_float8_programs import (
     multiply_quantized_program,
+    project_rows_program,
     quantize_expert_rows_program,
     quantize_matrices_program,
     turn_matrices_program,
@@ -20,6 +21,7 @@ from tasks.decoder.expert_float8_programs import (
 
 _FLOAT8 = torch.float8_e4m3fn
 _TURNED_BLOCK = 64
+_PROJECTED_ROWS = 128
 # Smallest side of a matrix product's tile here.
 _SMALLEST_SIDE = 16
 
@@ -50,18 +52,31 @@ def quantize_matrices(weights: Tensor) -> Quantized:
     return Quantized(values, scales)
 
 
-def quantize_expert_rows(rows: Tensor, factors: Tensor | None, ends: Tensor) -> Quantized:
+def quantize_expert_rows(rows: Tensor, factors: Tensor | None, ends: Tensor, tokens: Tensor | None = None) -> Quantized:
     """See `expert_float8.quantize_expert_rows`."""
-    num_rows, width = rows.shape
+    num_rows, width = len(rows if tokens is None else tokens), rows.shape[1]
     values = torch.empty(num_rows, width, dtype=_FLOAT8, device=rows.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(width)
     quantize_expert_rows_program[(num_rows,)](
-        rows, scales if factors is None else factors, ends, values, scales, rows.stride(0), width, len(ends),
-        HAS_FACTORS=factors is not None, EXPERTS=triton.next_power_of_2(len(ends)), BLOCK=block,
-        num_warps=_count_warps(block),
+        rows, scales if tokens is None else tokens, scales if factors is None else factors, ends, values, scales,
+        rows.stride(0), width, len(ends), GATHER=tokens is not None, HAS_FACTORS=factors is not None,
+        EXPERTS=triton.next_power_of_2(len(ends)), BLOCK=block, num_warps=_count_warps(block),
     )  # fmt: skip
     return Quantized(values, scales)
+
+
+def project_rows(values: Tensor, tokens: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """See `expert_float8.project_rows`."""
+    (num_experts, num_outputs, width), num_rows = matrices.shape, len(tokens)
+    out = torch.empty(num_rows, num_outputs, dtype=values.dtype, device=values.device)
+    most_tiles = triton.cdiv(num_rows, _PROJECTED_ROWS) + min(num_experts, num_rows)
+    project_rows_program[(most_tiles,)](
+        values, tokens, matrices, ends, out, values.stride(0), width, num_outputs, num_experts, *matrices.stride(),
+        EXPERTS=triton.next_power_of_2(num_experts), ROWS=_PROJECTED_ROWS,
+        OUTPUTS=max(_SMALLEST_SIDE, triton.next_power_of_2(num_outputs)), STEP=64, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
 
 
 def turn_matrices(values: Tensor) -> Tensor:
@@ -80,18 +95,20 @@ def multiply_quantized(
     small: Tensor,
     further: Tensor,
     ends: Tensor,
+    tokens: Tensor | None = None,
     tiles: Tiles = TILES,
 ) -> Tensor:
     """See `expert_float8.multiply_quantized`."""
-    (num_rows, width), (num_experts, num_outputs, _), num_further = rows.values.shape, weights.shape, small.shape[1]
+    (num_rows, num_further), (num_experts, num_outputs, width) = small.shape, weights.shape
     out = torch.empty(num_rows, num_outputs, dtype=small.dtype, device=small.device)
     # Each expert's last tile may be a part of one.
     most_tiles = triton.cdiv(num_rows, tiles.rows) + min(num_experts, num_rows)
     further_block = max(_SMALLEST_SIDE, triton.next_power_of_2(num_further)) if num_further else 0
     multiply_quantized_program[(most_tiles * triton.cdiv(num_outputs, tiles.outputs),)](
-        rows.values, rows.scales, weights, rows.scales if scales is None else scales, small, further, ends, out,
+        rows.values, rows.scales, ends if tokens is None else tokens, weights,
+        rows.scales if scales is None else scales, small, further, ends, out,
         width, num_outputs, num_further, num_experts, small.stride(0), *further.stride(),
-        SCALED=scales is not None, FURTHER=further_block, EVEN=width % tiles.step == 0,
+        GATHER=tokens is not None, SCALED=scales is not None, FURTHER=further_block, EVEN=width % tiles.step == 0,
         EXPERTS=triton.next_power_of_2(num_experts), ROWS=tiles.rows, OUTPUTS=tiles.outputs, STEP=tiles.step,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

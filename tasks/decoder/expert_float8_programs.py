@@ -35,19 +35,26 @@ def quantize_matrices_program(
 
 
 @triton.jit
+def find_expert(ends, row, num_experts, EXPERTS: tl.constexpr) -> Any:
+    """Return the expert of a row, 64-bit."""
+    experts = tl.arange(0, EXPERTS)
+    last = tl.load(ends + experts, mask=experts < num_experts, other=2147483647)
+    return tl.sum((last <= row).to(tl.int32), axis=0).to(tl.int64)
+
+
+@triton.jit
 def quantize_expert_rows_program(
-    rows, factors, ends, out, scales, row_stride, width, num_experts,
-    HAS_FACTORS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, tokens, factors, ends, out, scales, row_stride, width, num_experts,
+    GATHER: tl.constexpr, HAS_FACTORS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Store a row, times its expert's factors, in float8, and its scale."""
+    """Store a row, or that of its token, times its expert's factors, in float8, and its scale."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    values = tl.load(rows + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    source = tl.load(tokens + row) if GATHER else row
+    values = tl.load(rows + source * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_FACTORS:
-        experts = tl.arange(0, EXPERTS)
-        last = tl.load(ends + experts, mask=experts < num_experts, other=2147483647)
-        expert = tl.sum((last <= row).to(tl.int32), axis=0).to(tl.int64)
+        expert = find_expert(ends, row, num_experts, EXPERTS)
         values *= tl.load(factors + expert * width + columns, mask=inside, other=0.0)
     store_scaled(values, out + row * width, scales + row, columns, inside)
 
@@ -83,16 +90,47 @@ def find_tile(ends, number, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
+def project_rows_program(
+    values, tokens, matrices, ends, out,
+    values_stride, width, num_outputs, num_experts, expert_stride, row_stride, column_stride,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Store the rows of some tokens times the transpose of their expert's narrow matrix."""
+    expert, start, end = find_tile(ends, tl.program_id(0), num_experts, EXPERTS, ROWS)
+    if expert >= num_experts:
+        return
+    own = start + tl.arange(0, ROWS)
+    outputs = tl.arange(0, OUTPUTS)
+    steps = tl.arange(0, STEP)
+    near = tl.load(tokens + tl.minimum(own, end - 1)).to(tl.int64)
+    left = values + near[:, None] * values_stride + steps[None, :]
+    right = (
+        matrices + expert.to(tl.int64) * expert_stride + outputs[None, :] * row_stride + steps[:, None] * column_stride
+    )
+    inside = outputs[None, :] < num_outputs
+    total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
+    for done in range(0, width, STEP):
+        first = tl.load(left, mask=steps[None, :] < width - done, other=0.0)
+        second = tl.load(right, mask=inside & (steps[:, None] < width - done), other=0.0)
+        total = tl.dot(first, second, total, input_precision="ieee")
+        left += STEP
+        right += STEP * column_stride
+    place = out + own[:, None].to(tl.int64) * num_outputs + outputs[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=(own[:, None] < end) & inside)
+
+
+@triton.jit
 def multiply_quantized_program(
-    rows, row_scales, weights, scales, small, further, ends, out,
+    rows, row_scales, tokens, weights, scales, small, further, ends, out,
     width, num_outputs, num_further, num_experts,
     small_stride, further_expert_stride, further_row_stride, further_column_stride,
-    SCALED: tl.constexpr, FURTHER: tl.constexpr, EVEN: tl.constexpr, EXPERTS: tl.constexpr,
+    GATHER: tl.constexpr, SCALED: tl.constexpr, FURTHER: tl.constexpr, EVEN: tl.constexpr, EXPERTS: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store a tile of rows times the transpose of their expert's matrix, plus small times that of its further columns.
 
-    A tile is of one expert. Rows and outputs beyond the last one are the last one again, and are not stored.
+    A tile is of one expert; a row is that of its token where there are `tokens`. Rows and outputs beyond the last one
+    are the last one again, and are not stored.
     """
     num_columns = tl.cdiv(num_outputs, OUTPUTS)
     tile, column = tl.program_id(0) // num_columns, tl.program_id(0) % num_columns
@@ -106,7 +144,8 @@ def multiply_quantized_program(
     near = tl.minimum(own, end - 1).to(tl.int64)
     near_outputs = tl.minimum(outputs, num_outputs - 1)
     steps = tl.arange(0, STEP)
-    left = rows + near[:, None] * width + steps[None, :]
+    source = tl.load(tokens + near) if GATHER else near
+    left = rows + source[:, None] * width + steps[None, :]
     right = weights + wide * num_outputs * width + near_outputs[None, :] * width + steps[:, None]
     total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
     for done in range(0, width, STEP):
@@ -118,7 +157,7 @@ def multiply_quantized_program(
         total = tl.dot(first, second, total)
         left += STEP
         right += STEP
-    total *= tl.load(row_scales + near)[:, None]
+    total *= tl.load(row_scales + source)[:, None]
     if SCALED:
         total *= tl.load(scales + wide * num_outputs + near_outputs)[None, :]
     if FURTHER > 0:

@@ -8,6 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from tasks.decoder.expert_float8_programs import find_expert, store_scaled
 from tasks.decoder.gate_programs import activate
 
 
@@ -63,10 +64,10 @@ def open_gate(
 
 @triton.jit
 def gate_weighted_program(
-    gate_up, weights, out, gate_stride, out_stride, width, alpha, limit,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, weights, out, copy, scales, gate_stride, out_stride, width, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Store a block of a row's gated values times the row's weight."""
+    """Store a block of a row's gated values times the row's weight; with a float8 copy, a block is a whole row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -74,15 +75,23 @@ def gate_weighted_program(
         gate_up + row * gate_stride, columns, inside, width, alpha, limit, ACTIVATION, INTERLEAVED
     )
     weight = tl.load(weights + row).to(tl.float32)
-    tl.store(out + row * out_stride + columns, (value * right * weight).to(out.dtype.element_ty), mask=inside)
+    result = (value * right * weight).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + columns, result, mask=inside)
+    if QUANTIZE:
+        store_scaled(result.to(tl.float32), copy + row * width, scales + row, columns, inside)
 
 
 @triton.jit
 def gate_weighted_backward_program(
-    grad, gate_up, weights, out, weight_grads, grad_stride, gate_stride, out_stride, width, alpha, limit,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    grad, gate_up, weights, out, weight_grads, copy, scales, factors, ends,
+    grad_stride, gate_stride, out_stride, width, num_experts, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Store a row's gradient of both halves, the weighted gated values over its own, and that of the row's weight."""
+    """Store a row's gradient of both halves, the weighted gated values over its own, and that of the row's weight.
+
+    With a float8 copy of the gradient, times its expert's factors, a block is a whole row.
+    """
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -97,22 +106,32 @@ def gate_weighted_backward_program(
         of_left = (incoming * weight * right * slope).to(out.dtype.element_ty)
         of_right = (incoming * weight * value * right_slope).to(out.dtype.element_ty)
         if INTERLEAVED:
-            tl.store(out + row * out_stride + 2 * columns, of_left, mask=inside)
-            tl.store(out + row * out_stride + 2 * columns + 1, of_right, mask=inside)
+            left_columns, right_columns = 2 * columns, 2 * columns + 1
         else:
-            tl.store(out + row * out_stride + columns, of_left, mask=inside)
-            tl.store(out + row * out_stride + width + columns, of_right, mask=inside)
+            left_columns, right_columns = columns, width + columns
+        tl.store(out + row * out_stride + left_columns, of_left, mask=inside)
+        tl.store(out + row * out_stride + right_columns, of_right, mask=inside)
         again = (value * right * weight).to(grad.dtype.element_ty)
         tl.store(grad + row * grad_stride + columns, again, mask=inside)
+        if QUANTIZE:
+            own = factors + find_expert(ends, row, num_experts, EXPERTS) * 2 * width
+            left = of_left.to(tl.float32) * tl.load(own + left_columns, mask=inside, other=0.0)
+            right = of_right.to(tl.float32) * tl.load(own + right_columns, mask=inside, other=0.0)
+            highest = tl.maximum(tl.max(tl.abs(left), axis=0), tl.max(tl.abs(right), axis=0))
+            scale = tl.maximum(highest / 448.0, 1e-12)
+            tl.store(scales + row, scale)
+            place = copy + row * 2 * width
+            tl.store(place + left_columns, (left / scale).to(copy.dtype.element_ty), mask=inside)
+            tl.store(place + right_columns, (right / scale).to(copy.dtype.element_ty), mask=inside)
     tl.store(weight_grads + row, tl.sum(total, axis=0))
 
 
 @triton.jit
 def multiply_outer_program(
-    left, right, ends, out, left_stride, right_stride, rank, width,
-    RANK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    left, right, tokens, ends, out, left_stride, right_stride, rank, width,
+    GATHER: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Store a block of columns of left' right of one expert's rows."""
+    """Store a block of columns of left' right of one expert's rows; of its tokens, where `right` has those."""
     expert = tl.program_id(0)
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
@@ -126,8 +145,9 @@ def multiply_outer_program(
             left + rows[None, :] * left_stride + ranks[:, None],
             mask=inside[None, :] & (ranks[:, None] < rank), other=0.0,
         )  # fmt: skip
+        sources = tl.load(tokens + rows, mask=inside, other=0) if GATHER else rows
         second = tl.load(
-            right + rows[:, None] * right_stride + columns[None, :],
+            right + sources[:, None] * right_stride + columns[None, :],
             mask=inside[:, None] & (columns[None, :] < width), other=0.0,
         )  # fmt: skip
         total = tl.dot(first, second, total, input_precision="ieee")

@@ -120,18 +120,14 @@ class RouteRows(torch.autograd.Function):
     ) -> Tensor:
         num_rows = len(order.tokens)
         row_weights = weights.reshape(-1).index_select(0, order.pairs)
-        joint = layer.gate_up.allocate_input(num_rows)
-        ops.gather_rows(hidden, order.tokens, joint[:, : layer.gate_up.num_in])
-        small = layer.gate_up.project_small(joint, order.ends, None)
-        gate_up = layer.gate_up.forward(joint, small, order.ends)
-        del joint
-        joint = layer.down.allocate_input(num_rows)
-        ops.gate_weighted(gate_up, row_weights, layer.gate, joint[:, : layer.down.num_in])
-        down_small = layer.down.project_small(joint, order.ends, row_weights)
+        gate_up, small = layer.gate_up.forward_tokens(hidden, order.tokens, order.ends, ops)
+        rows = layer.down.allocate_input(num_rows, order.ends)
+        ops.gate_weighted(gate_up, row_weights, layer.gate, rows.values, rows.float8)
+        down_small = layer.down.project_small(rows, order.ends, row_weights)
         if is_last_output_unused():
             result = torch.empty_like(hidden)
         else:
-            result = ops.sum_rows(layer.down.forward(joint, down_small, order.ends), order.places)
+            result = ops.sum_rows(layer.down.forward(rows, down_small, order.ends), order.places)
         ctx.save_for_backward(hidden, gate_up, small, down_small, row_weights, *order)
         ctx.settings = layer, ops, weights.dtype
         return result
@@ -140,50 +136,29 @@ class RouteRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, gate_up, small, down_small, row_weights, *rest = ctx.saved_tensors
         layer, ops, dtype = ctx.settings
-        order, num_rows = Order(*rest), len(row_weights)
-        joint = layer.down.allocate_grad(num_rows)
-        rows = joint[:, : layer.down.num_out]
-        ops.gather_rows(grad.contiguous(), order.tokens, rows)
-        small_grad, values = layer.down.backward(joint, order.ends, needs_input=True)
-        of_down = small_grad, rows, down_small
-        up_joint = layer.gate_up.allocate_grad(num_rows)
-        up_rows = up_joint[:, : layer.gate_up.num_out]
-        weight_grad = ops.gate_weighted_backward(values, gate_up, row_weights, layer.gate, up_rows)
+        order, num_rows, grad = Order(*rest), len(row_weights), grad.contiguous()
+        small_grad, values = layer.down.backward_tokens(grad, order.tokens, order.ends, ops)
+        rows = layer.gate_up.allocate_grad(num_rows, order.ends)
+        weight_grad = ops.gate_weighted_backward(values, gate_up, row_weights, layer.gate, rows.values, rows.float8)
         if layer.down.has_bias:
             weight_grad = weight_grad + small_grad[:, layer.down.adapters.rank]
-        # values now holds what the last product was given, made anew.
-        trained = _compute_grads(layer.down, of_down, values, order.ends, ops)
-        del joint, rows, values, of_down
-        small_grad, input_rows = layer.gate_up.backward(up_joint, order.ends, needs_input=ctx.needs_input_grad[0])
-        if layer.gate_up.adapters.rank:
-            inputs = layer.gate_up.allocate_input(num_rows)[:, : layer.gate_up.num_in]
-            ops.gather_rows(hidden, order.tokens, inputs)
-            trained = _compute_grads(layer.gate_up, (small_grad, up_rows, small), inputs, order.ends, ops) + trained
+        trained: list[Tensor | None] = []
+        if rank := layer.down.adapters.rank:
+            # values now holds what the last product was given, made anew.
+            of_a = ops.multiply_outer(small_grad[:, :rank], values, order.ends)
+            of_b = ops.multiply_outer(down_small[:, :rank], grad, order.ends, order.tokens)
+            trained = layer.down.adapters.give(of_a, of_b)
+        del values
+        small_grad, input_rows = layer.gate_up.backward(rows, order.ends, needs_input=ctx.needs_input_grad[0])
+        if rank := layer.gate_up.adapters.rank:
+            of_a = ops.multiply_outer(small_grad[:, :rank], hidden, order.ends, order.tokens)
+            of_b = ops.multiply_outer(small[:, :rank], rows.values, order.ends)
+            trained = layer.gate_up.adapters.give(of_a, of_b) + trained
         hidden_grad = None if input_rows is None else ops.sum_rows(input_rows, order.places)
         pair_grads = None
         if ctx.needs_input_grad[1]:
             pair_grads = weight_grad.index_select(0, order.places.flatten()).view(order.places.shape).to(dtype)
         return hidden_grad, pair_grads, None, None, None, *trained
-
-
-def _compute_grads(
-    projection: AnyGrouped, grads: tuple[Tensor, Tensor, Tensor], inputs: Tensor, ends: Tensor, ops: ModuleType
-) -> list[Tensor | None]:
-    """Return the gradients of a projection's adapter.
-
-    Args:
-        projection: that is adapted, or not.
-        grads: g B [S, C], g [S, O] and x A' [S, C].
-        inputs: x [S, H].
-        ends: [E], of the rows of each expert.
-        ops: of the work between the products.
-    """
-    rank = projection.adapters.rank
-    if not rank:
-        return []
-    small_grad, grad, small = grads
-    of_a = ops.multiply_outer(small_grad[:, :rank], inputs, ends)
-    return projection.adapters.give(of_a, ops.multiply_outer(small[:, :rank], grad, ends))
 
 
 class AddNorm(torch.autograd.Function):

@@ -15,11 +15,13 @@ PEFT keeps an adapted parameter's matrices as A [E R, H] and B [O, R E]; the joi
 """
 
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tasks.decoder.expert_float8 import Float8Copy
 from tasks.decoder.grouped_products import multiply_grouped
 from tasks.decoder.rooms import make_room
 
@@ -110,6 +112,17 @@ class ExpertAdapters:
         return [grad_a.flatten(0, 1), (turned * self.part.scale).flatten(1)]
 
 
+class RowRoom(NamedTuple):
+    """Room for rows that are made for a product."""
+
+    joint: Tensor
+    """[S, H + C], or [S, O + C] of gradients"""
+    values: Tensor
+    """Its first columns, written by whoever makes the rows."""
+    float8: Float8Copy | None
+    """Where a float8 copy of them is wanted as well."""
+
+
 class AnyGrouped(Protocol):
     """What `GroupedProjection` and `quantized_experts.QuantizedExperts` have in common."""
 
@@ -138,30 +151,42 @@ class AnyGrouped(Protocol):
         """Return O."""
         ...
 
-    def allocate_input(self, num_rows: int) -> Tensor:
-        """Return room whose first H columns are x [S, H]."""
-        ...
-
-    def allocate_grad(self, num_rows: int) -> Tensor:
-        """Return room whose first O columns are g [S, O]."""
-        ...
-
-    def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
-        """Return x A' and w [S, C] of x with its room.
+    def forward_tokens(
+        self, values: Tensor, tokens: Tensor, ends: Tensor, ops: ModuleType, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return y [S, O] and x A' and w [S, C] of x, the rows of some tokens.
 
         Args:
-            joint: from `allocate_input`, with x in it.
+            values: [T, H]
+            tokens: [S], ordered by expert.
             ends: [E] int32, where each expert's rows end.
+            ops: `expert_elementwise`, or its kernels.
             weights: w [S], which the bias is multiplied with; one each where None.
         """
         ...
 
-    def forward(self, joint: Tensor, small: Tensor, ends: Tensor) -> Tensor:
-        """Return y [S, O] of x with its room and what `project_small` gave."""
+    def backward_tokens(self, grad: Tensor, tokens: Tensor, ends: Tensor, ops: ModuleType) -> tuple[Tensor, Tensor]:
+        """Return g B and g b [S, C], and the gradient of x [S, H], of g, the rows of some tokens in grad [T, O]."""
         ...
 
-    def backward(self, joint: Tensor, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
-        """Return g B and g b [S, C], and the gradient of x [S, H], of g with its room."""
+    def allocate_input(self, num_rows: int, ends: Tensor) -> RowRoom:
+        """Return room for x [S, H]."""
+        ...
+
+    def allocate_grad(self, num_rows: int, ends: Tensor) -> RowRoom:
+        """Return room for g [S, O]."""
+        ...
+
+    def project_small(self, rows: RowRoom, ends: Tensor, weights: Tensor | None) -> Tensor:
+        """Return x A' and w [S, C]; see `forward_tokens`."""
+        ...
+
+    def forward(self, rows: RowRoom, small: Tensor, ends: Tensor) -> Tensor:
+        """Return y [S, O] of x and what `project_small` gave."""
+        ...
+
+    def backward(self, rows: RowRoom, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+        """Return g B and g b [S, C], and the gradient of x [S, H]."""
         ...
 
 
@@ -194,39 +219,59 @@ class GroupedProjection:
         self.adapters.joint_a = self.adapters.joint_b = self.matrices
         self.adapters.part.weight.data = self.matrices
 
-    def allocate_input(self, num_rows: int) -> Tensor:
-        """Return room for x~ [S, H + C]; x goes to its first H columns."""
-        return make_room(self.matrices, num_rows, self.num_in + self.num_further)
+    def allocate_input(self, num_rows: int, ends: Tensor) -> RowRoom:
+        """Return room for x~ [S, H + C]."""
+        joint = make_room(self.matrices, num_rows, self.num_in + self.num_further)
+        return RowRoom(joint, joint[:, : self.num_in], None)
 
-    def allocate_grad(self, num_rows: int) -> Tensor:
-        """Return room for g~ [S, O + C]; g goes to its first O columns."""
-        return make_room(self.matrices, num_rows, self.num_out + self.num_further)
+    def allocate_grad(self, num_rows: int, ends: Tensor) -> RowRoom:
+        """Return room for g~ [S, O + C]."""
+        joint = make_room(self.matrices, num_rows, self.num_out + self.num_further)
+        return RowRoom(joint, joint[:, : self.num_out], None)
 
-    def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
+    def forward_tokens(
+        self, values: Tensor, tokens: Tensor, ends: Tensor, ops: ModuleType, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gather x, and go on as `forward`."""
+        rows = self.allocate_input(len(tokens), ends)
+        ops.gather_rows(values, tokens, rows.values)
+        small = self.project_small(rows, ends, weights)
+        return self.forward(rows, small, ends), small
+
+    def backward_tokens(self, grad: Tensor, tokens: Tensor, ends: Tensor, ops: ModuleType) -> tuple[Tensor, Tensor]:
+        """Gather g, and go on as `backward`."""
+        rows = self.allocate_grad(len(tokens), ends)
+        ops.gather_rows(grad, tokens, rows.values)
+        small, result = self.backward(rows, ends, needs_input=True)
+        assert result is not None
+        return small, result
+
+    def project_small(self, rows: RowRoom, ends: Tensor, weights: Tensor | None) -> Tensor:
         """Fill in the last columns of x~, and return a copy of them [S, C]; see `AnyGrouped`."""
+        last = rows.joint[:, self.num_in :]
         if not self.num_further:
-            return joint[:, self.num_in :]
+            return last
         inner = self.matrices[:, self.num_out :, : self.num_in]
-        small = multiply_grouped(joint[:, : self.num_in], inner.mT, ends)
+        small = multiply_grouped(rows.values, inner.mT, ends)
         if self.has_bias:
             small[:, self.adapters.rank] = 1.0 if weights is None else weights.to(small.dtype)
-        joint[:, self.num_in :].copy_(small)
+        last.copy_(small)
         return small
 
-    def forward(self, joint: Tensor, small: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, rows: RowRoom, small: Tensor, ends: Tensor) -> Tensor:
         """Return y [S, O] of x~."""
-        return multiply_grouped(joint, self.matrices[:, : self.num_out].mT, ends)
+        return multiply_grouped(rows.joint, self.matrices[:, : self.num_out].mT, ends)
 
-    def backward(self, joint: Tensor, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+    def backward(self, rows: RowRoom, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
         """Fill in the last columns of g~; return them [S, C] and the gradient of x [S, H]."""
-        small = joint[:, self.num_out :]
+        small = rows.joint[:, self.num_out :]
         if self.num_further:
             outer = self.matrices[:, : self.num_out, self.num_in :]
-            small = multiply_grouped(joint[:, : self.num_out], outer, ends)
-            joint[:, self.num_out :].copy_(small)
+            small = multiply_grouped(rows.values, outer, ends)
+            rows.joint[:, self.num_out :].copy_(small)
         if not needs_input:
             return small, None
-        return small, multiply_grouped(joint, self.matrices[:, :, : self.num_in], ends)
+        return small, multiply_grouped(rows.joint, self.matrices[:, :, : self.num_in], ends)
 
 
 def count_further(part: ExpertPart) -> int:

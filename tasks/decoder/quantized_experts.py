@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tasks.decoder import expert_float8
 from tasks.decoder.elementwise import Quantized
-from tasks.decoder.grouped import ExpertAdapters, GroupedProjection
+from tasks.decoder.expert_float8 import make_copy_room
+from tasks.decoder.grouped import ExpertAdapters, GroupedProjection, RowRoom
 from tasks.decoder.grouped_products import multiply_grouped
 from tasks.decoder.rooms import make_room
 
@@ -55,39 +56,71 @@ class QuantizedExperts:
         """Return O."""
         return self.weight.values.shape[1]
 
-    def allocate_input(self, num_rows: int) -> Tensor:
-        """Return room for x [S, H]."""
-        return make_room(self.inner, num_rows, self.num_in)
+    def allocate_input(self, num_rows: int, ends: Tensor) -> RowRoom:
+        """Return room for x [S, H] and its float8 copy."""
+        values = make_room(self.inner, num_rows, self.num_in)
+        return RowRoom(values, values, make_copy_room(values, num_rows, self.num_in, None, ends))
 
-    def allocate_grad(self, num_rows: int) -> Tensor:
-        """Return room for g [S, O]."""
-        return make_room(self.outer, num_rows, self.num_out)
+    def allocate_grad(self, num_rows: int, ends: Tensor) -> RowRoom:
+        """Return room for g [S, O] and the float8 copy of g s."""
+        values = make_room(self.outer, num_rows, self.num_out)
+        return RowRoom(values, values, make_copy_room(values, num_rows, self.num_out, self.weight.scales, ends))
 
-    def project_small(self, joint: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
+    def forward_tokens(
+        self, values: Tensor, tokens: Tensor, ends: Tensor, ops: ModuleType, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Quantize each token once; its rows are gathered by the products."""
+        small = values.new_empty(len(tokens), 0)
+        if self.inner.shape[1]:
+            small = self._add_weights(self.ops.project_rows(values, tokens, self.inner, ends), weights)
+        quantized = self.ops.quantize_expert_rows(values, None, ends)
+        outputs: Tensor = self.ops.multiply_quantized(
+            quantized, self.weight.values, self.weight.scales, small, self.outer, ends, tokens
+        )
+        return outputs, small
+
+    def backward_tokens(self, grad: Tensor, tokens: Tensor, ends: Tensor, ops: ModuleType) -> tuple[Tensor, Tensor]:
+        """Quantize the rows as they are gathered: with s, they are each expert's own."""
+        small = grad.new_empty(len(tokens), 0)
+        if self.outer.shape[2]:
+            small = self.ops.project_rows(grad, tokens, self.outer.mT, ends)
+        return small, self._return_input(
+            self.ops.quantize_expert_rows(grad, self.weight.scales, ends, tokens), small, ends
+        )
+
+    def project_small(self, rows: RowRoom, ends: Tensor, weights: Tensor | None) -> Tensor:
         """Return x A' and w [S, C]; see `grouped.AnyGrouped`."""
         if not self.inner.shape[1]:
-            return joint[:, self.num_in :]
-        small = multiply_grouped(joint, self.inner.mT, ends)
+            return rows.values.new_empty(len(rows.values), 0)
+        return self._add_weights(multiply_grouped(rows.values, self.inner.mT, ends), weights)
+
+    def forward(self, rows: RowRoom, small: Tensor, ends: Tensor) -> Tensor:
+        """Return y [S, O] of x and its small product."""
+        assert rows.float8 is not None
+        result: Tensor = self.ops.multiply_quantized(
+            rows.float8.quantized, self.weight.values, self.weight.scales, small, self.outer, ends
+        )
+        return result
+
+    def backward(self, rows: RowRoom, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
+        """Return g B and g b [S, C], and the gradient of x [S, H]."""
+        assert rows.float8 is not None
+        small = rows.values.new_empty(len(rows.values), 0)
+        if self.outer.shape[2]:
+            small = multiply_grouped(rows.values, self.outer, ends)
+        return small, self._return_input(rows.float8.quantized, small, ends) if needs_input else None
+
+    def _add_weights(self, small: Tensor, weights: Tensor | None) -> Tensor:
+        """Fill in w, and return what it is filled into."""
         if self.has_bias:
             small[:, self.adapters.rank] = 1.0 if weights is None else weights.to(small.dtype)
         return small
 
-    def forward(self, joint: Tensor, small: Tensor, ends: Tensor) -> Tensor:
-        """Return y [S, O] of x and its small product."""
-        rows = self.ops.quantize_expert_rows(joint, None, ends)
-        result: Tensor = self.ops.multiply_quantized(
-            rows, self.weight.values, self.weight.scales, small, self.outer, ends
-        )
-        return result
-
-    def backward(self, joint: Tensor, ends: Tensor, *, needs_input: bool) -> tuple[Tensor, Tensor | None]:
-        """Return g B and g b [S, C], and the gradient of x [S, H]."""
-        small = multiply_grouped(joint, self.outer, ends) if self.outer.shape[2] else joint[:, self.num_out :]
-        if not needs_input:
-            return small, None
-        rows = self.ops.quantize_expert_rows(joint, self.weight.scales, ends)
+    def _return_input(self, quantized: Quantized, small: Tensor, ends: Tensor) -> Tensor:
+        """Return the gradient of x [S, H] of g s in float8."""
         turned = self.ops.turn_matrices(self.weight.values)
-        return small, self.ops.multiply_quantized(rows, turned, None, small, self.inner.mT, ends)
+        result: Tensor = self.ops.multiply_quantized(quantized, turned, None, small, self.inner.mT, ends)
+        return result
 
 
 def quantize_experts(given: GroupedProjection) -> QuantizedExperts:
@@ -107,16 +140,15 @@ def measure_products(given: GroupedProjection) -> float:
         return 0.0
     generator = torch.Generator(matrices.device).manual_seed(0)
     ends = torch.arange(1, len(matrices) + 1, device=matrices.device, dtype=torch.int32) * _CHECKED_ROWS
+    tokens = torch.arange(_CHECKED_ROWS, device=matrices.device).repeat(len(matrices))
     sides: list[tuple[Tensor, ...]] = []
     for operations in (ops, expert_float8):
         projection = _build(given, operations, matrices)
         generator.manual_seed(0)
-        joint = projection.allocate_input(len(matrices) * _CHECKED_ROWS).normal_(generator=generator)
-        outputs = projection.forward(joint, projection.project_small(joint, ends, None), ends)
-        joint = projection.allocate_grad(len(joint)).normal_(generator=generator)
-        small, result = projection.backward(joint, ends, needs_input=True)
-        assert result is not None
-        sides.append((outputs, small, result))
+        values = torch.randn(_CHECKED_ROWS, projection.num_in, generator=generator, device=matrices.device)
+        outputs, small = projection.forward_tokens(values.to(matrices.dtype), tokens, ends, operations)
+        grad = torch.randn(_CHECKED_ROWS, projection.num_out, generator=generator, device=matrices.device)
+        sides.append((outputs, small, *projection.backward_tokens(grad.to(matrices.dtype), tokens, ends, operations)))
     pairs = [(found.double(), wanted.double()) for found, wanted in zip(*sides, strict=True) if wanted.numel()]
     return max(float((found - wanted).norm() / wanted.norm().clamp(min=1e-30)) for found, wanted in pairs)
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody read
 from schemas.config import TrainingConfig
 from tasks.decoder import expert_float8
 from tasks.decoder.decoder import LOGITS_BYTES
-from tasks.decoder.experts import sort_rows
+from tasks.decoder.experts import Order, sort_rows
 from tasks.decoder.float8 import quantize_decoder
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
@@ -71,23 +71,22 @@ def time_products(shape: str) -> None:
     """Time both products of a layer's experts, each way."""
     num_experts, num_chosen, hidden, intermediate = _SIZES[shape]
     chosen = torch.rand(_TOKENS, num_experts, device="cuda").topk(num_chosen).indices
-    ends = sort_rows(chosen, num_experts).ends
-    num_rows = _TOKENS * num_chosen
+    order = sort_rows(chosen, num_experts)
     for name, width, num_outputs in (
         ("gate_up", hidden, 2 * intermediate),
         ("down", intermediate, hidden),
         ("of gate_up's input", 2 * intermediate, hidden),
         ("of down's input", hidden, intermediate),
     ):
-        print(f"\n{shape}, {name}: {num_rows} rows of {width}, {num_outputs} outputs", flush=True)
-        _time_product(num_rows, num_experts, width, num_outputs, ends, is_backward=name.startswith("of"))
+        print(f"\n{shape}, {name}: {len(order.tokens)} rows of {width}, {num_outputs} outputs", flush=True)
+        _time_product(num_experts, width, num_outputs, order, is_backward=name.startswith("of"))
 
 
-def _time_product(
-    num_rows: int, num_experts: int, width: int, num_outputs: int, ends: Tensor, *, is_backward: bool
-) -> None:
+def _time_product(num_experts: int, width: int, num_outputs: int, order: Order, *, is_backward: bool) -> None:
     from tasks.decoder import expert_float8_kernels as kernels
+    from tasks.decoder.expert_kernels import gather_rows, multiply_outer
 
+    ends, num_rows = order.ends, len(order.tokens)
     flop = 2.0 * num_rows * width * num_outputs
     rows = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
     weights = torch.randn(num_experts, num_outputs, width, device="cuda", dtype=torch.bfloat16) * 0.02
@@ -121,9 +120,12 @@ def _time_product(
     )
     tell("matrices to float8", lambda: kernels.quantize_matrices(weights), is_product=False)
     tell("matrices turned", lambda: kernels.turn_matrices(scaled.values), is_product=False)
+    plain = expert_float8.quantize_expert_rows(rows, None, ends)
+    same = (plain.values.view(torch.uint8) == quantized.values.view(torch.uint8)).float().mean()
+    print(f"  {float(same):.6f} of the float8 numbers are those of plain PyTorch", flush=True)
     given = quantized, scaled.values, scaled.scales, small, further, ends
     for tiles in _TILES:
-        way = partial(kernels.multiply_quantized, *given, kernels.Tiles(*tiles))
+        way = partial(kernels.multiply_quantized, *given, tiles=kernels.Tiles(*tiles))
         tell(f"float8, Triton, adapter within, {tiles}", way)
     none, nothing = small[:, :0], further[:, :, :0]
     tell(
@@ -138,14 +140,27 @@ def _time_product(
         ),
     )  # fmt: skip
     tell("adapter's own product, bf16, F.grouped_mm", lambda: F.grouped_mm(small, further.mT, offs=ends))
+    inner = torch.randn(num_experts, _RANK, width, device="cuda", dtype=torch.bfloat16)
+    tell("small product, bf16, F.grouped_mm", lambda: F.grouped_mm(rows, inner.mT, offs=ends), is_product=False)
+    tokens = rows[:_TOKENS].contiguous()
+    of_tokens = kernels.quantize_expert_rows(tokens, None, ends)
     tell(
-        "small product, bf16, F.grouped_mm",
-        lambda: F.grouped_mm(rows, further.new_zeros(num_experts, width, _RANK), offs=ends),
+        "float8, Triton, rows gathered",
+        lambda: kernels.multiply_quantized(of_tokens, *scaled, small, further, ends, order.tokens),
         is_product=False,
     )
-    plain = expert_float8.quantize_expert_rows(rows, None, ends)
-    same = (plain.values.view(torch.uint8) == quantized.values.view(torch.uint8)).float().mean()
-    print(f"  {float(same):.6f} of the float8 numbers are those of plain PyTorch", flush=True)
+    tell(
+        "small product, rows gathered",
+        lambda: kernels.project_rows(tokens, order.tokens, inner, ends),
+        is_product=False,
+    )
+    tell("rows gathered", lambda: gather_rows(tokens, order.tokens, rows), is_product=False)
+    tell(
+        "outer product, rows gathered",
+        lambda: multiply_outer(small, tokens, ends, order.tokens),
+        is_product=False,
+    )
+    tell("outer product", lambda: multiply_outer(small, rows, ends), is_product=False)
 
 
 def _multiply_exactly(joint: Tensor, matrices: Tensor, ends: Tensor, *, most_rows: int = 512) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,6 +23,9 @@ from triton.runtime.jit import JITFunction
 from tasks import decoder as package
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.elementwise import Quantized
+from tasks.decoder.expert_elementwise import Gate
+from tasks.decoder.grouped import ExpertPart, build_grouped_projection
+from tasks.decoder.quantized_experts import quantize_experts
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
@@ -109,23 +113,37 @@ def run(model: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def run_float8() -> None:
-    """Launch what makes float8 copies, and the products of experts; no CPU has the others'."""
-    from tasks.decoder import expert_float8_kernels, kernels
+    """Launch what makes float8 copies, and the products of experts; no CPU has the others."""
+    from tasks.decoder import kernels
 
     gate_up, grad = torch.randn(3, 96, dtype=torch.bfloat16), torch.randn(3, 48, dtype=torch.bfloat16)
     narrow, wide = (Quantized(torch.zeros(3, width).to(torch.float8_e4m3fn), torch.zeros(3, 1)) for width in (48, 96))
     kernels.gate(gate_up, "silu", torch.empty_like(grad), narrow)
     kernels.gate_backward(grad, gate_up, "silu", torch.empty_like(gate_up), wide)
     kernels.quantize_rows(gate_up)
-    ends = torch.tensor([1, 3], dtype=torch.int32)
-    weights = expert_float8_kernels.quantize_matrices(torch.randn(2, 48, 96, dtype=torch.bfloat16))
-    rows = expert_float8_kernels.quantize_expert_rows(gate_up, None, ends)
-    for num_further in (0, 8):
-        small, further = gate_up[:, :num_further], torch.zeros(2, 48, num_further, dtype=torch.bfloat16)
-        expert_float8_kernels.multiply_quantized(rows, *weights, small, further, ends)
-    back = expert_float8_kernels.quantize_expert_rows(grad, torch.ones(2, 48), ends)
-    turned, nothing = expert_float8_kernels.turn_matrices(weights.values), torch.zeros(2, 96, 0, dtype=torch.bfloat16)
-    expert_float8_kernels.multiply_quantized(back, turned, None, grad[:, :0], nothing, ends)
+    run_float8_experts(grad, gate_up)
+
+
+def run_float8_experts(narrow: Tensor, wide: Tensor) -> None:
+    """Launch what two experts in float8 do with rows [3, 48] and [3, 96]."""
+    from tasks.decoder import expert_float8_kernels, expert_kernels
+
+    ends, tokens = torch.tensor([1, 3], dtype=torch.int32), torch.arange(3)
+    for has_adapter in (False, True):
+        lora_a, lora_b = (torch.nn.Parameter(torch.zeros(*shape)) for shape in ((16, 96), (48, 16)))
+        weight = torch.nn.Parameter(torch.randn(2, 48, 96, dtype=torch.bfloat16), requires_grad=False)
+        expert_float8_kernels.quantize_matrices(weight.data)
+        part = ExpertPart(weight, None, lora_a if has_adapter else None, lora_b if has_adapter else None, 1.0)
+        projection = replace(quantize_experts(build_grouped_projection(part)), ops=expert_float8_kernels)
+        projection.forward_tokens(wide, tokens, ends, expert_kernels)
+        projection.backward_tokens(narrow, tokens, ends, expert_kernels)
+        rows = projection.allocate_input(3, ends)
+        expert_kernels.gate_weighted(torch.cat([wide, wide], 1), narrow[:, 0], Gate("silu"), rows.values, rows.float8)
+        projection.forward(rows, projection.project_small(rows, ends, None), ends)
+        rows = projection.allocate_grad(3, ends)
+        halves = narrow[:, :24].contiguous()
+        expert_kernels.gate_weighted_backward(halves, narrow, narrow[:, 0], Gate("silu"), rows.values, rows.float8)
+        projection.backward(rows, ends, needs_input=True)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.decoder import expert_float8
+from tasks.decoder import expert_elementwise, expert_float8
+from tasks.decoder.expert_elementwise import Gate
+from tasks.decoder.expert_float8 import make_copy_room
 from tasks.decoder.grouped import ExpertPart, build_grouped_projection
 from tasks.decoder.quantized_experts import quantize_experts
-from tests.tasks.decoder.kernel_device import DEVICE, DTYPES, IS_INTERPRETED, assert_same, draw, needs_kernels
+from tests.tasks.decoder.kernel_device import DEVICE, DTYPES, IS_INTERPRETED, assert_same, draw, needs_kernels, rooms
 
 pytestmark = needs_kernels
 # Two experts without rows, one with one, and some with more than a tile.
 COUNTS = (21, 0, 1, 18, 0) if IS_INTERPRETED else (130, 0, 1, 300, 0)
 ENDS = torch.tensor(COUNTS).cumsum(0).to(torch.int32).to(DEVICE)
 NUM_ROWS, NUM_EXPERTS = sum(COUNTS), len(COUNTS)
+TOKENS = torch.arange(NUM_ROWS).mul(7).remainder(NUM_ROWS // 2).to(DEVICE)
+GATES = [Gate("silu"), Gate("clamped", is_interleaved=True, alpha=1.7, limit=1.1)]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +65,9 @@ def test_rows_in_float8(kernels: Any, width: int, dtype: torch.dtype) -> None:
     rows = draw(NUM_ROWS, width + 8, dtype=dtype)[:, :width]
     rows[3] = 0.0
     factors = torch.rand(NUM_EXPERTS, width, device=DEVICE) + 0.1
-    for given in (None, factors):
-        found = kernels.quantize_expert_rows(rows, given, ENDS)
-        wanted = expert_float8.quantize_expert_rows(rows, given, ENDS)
+    for given in ((None, ENDS), (factors, ENDS), (factors, ENDS, TOKENS)):
+        found = kernels.quantize_expert_rows(rows, *given)
+        wanted = expert_float8.quantize_expert_rows(rows, *given)
         assert_same(found.scales, wanted.scales, 1e-6)
         assert_as_quantized(found.values, wanted.values)
 
@@ -80,21 +84,62 @@ def test_products_with_experts_in_float8(
     further = draw(NUM_EXPERTS, num_outputs, num_further, dtype=dtype)
     turned = draw(NUM_EXPERTS, num_further, num_outputs, dtype=dtype).mT
     tiles = {"tiles": kernels.Tiles(16, 32, 32, 4, 1)} if IS_INTERPRETED else {}
-    for scales, columns in ((weights.scales, further), (None, turned)):
-        given = rows, weights.values, scales, small, columns, ENDS
+    for scales, columns, tokens in ((weights.scales, further, None), (None, turned, TOKENS)):
+        given = rows, weights.values, scales, small, columns, ENDS, tokens
         found = kernels.multiply_quantized(*given, **tiles)
         assert found.dtype == dtype
         assert found.shape == (NUM_ROWS, num_outputs)
         assert_same(found, expert_float8.multiply_quantized(*given), 1e-5 if IS_INTERPRETED else 4e-3)
 
 
+@pytest.mark.parametrize(("width", "num_outputs"), [(40, 8), (200, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrow_products_of_gathered_rows(kernels: Any, width: int, num_outputs: int, dtype: torch.dtype) -> None:
+    values = draw(NUM_ROWS // 2, width, dtype=dtype)
+    matrices = draw(NUM_EXPERTS, num_outputs, width, dtype=dtype)
+    for given in (matrices, matrices.mT.contiguous().mT):
+        found = kernels.project_rows(values, TOKENS, given, ENDS)
+        wanted = expert_float8.project_rows(values, TOKENS, given, ENDS)
+        assert found.shape == (NUM_ROWS, num_outputs)
+        assert_same(found, wanted, 1e-5 if IS_INTERPRETED else 4e-3)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.activation)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_leave_a_float8_copy_of_what_they_write(kernels: Any, gate: Gate, dtype: torch.dtype) -> None:
+    from tasks.decoder import expert_kernels
+
+    width = 40
+    gate_up, grad = draw(NUM_ROWS, 2 * width, dtype=dtype), draw(NUM_ROWS, width, dtype=dtype)
+    weights = torch.rand(NUM_ROWS, device=DEVICE).to(dtype)
+    copy = make_copy_room(gate_up, NUM_ROWS, width, None, ENDS)
+    (left, plain), again = rooms(NUM_ROWS, width, dtype=dtype), grad.clone()
+    expert_kernels.gate_weighted(gate_up, weights, gate, left, copy)
+    expert_kernels.gate_weighted(gate_up, weights, gate, plain)
+    assert torch.equal(left, plain)
+    wanted = kernels.quantize_expert_rows(left, None, ENDS)
+    assert torch.equal(copy.values.float(), wanted.values.float())
+    assert torch.equal(copy.scales, wanted.scales)
+    factors = torch.rand(NUM_EXPERTS, 2 * width, device=DEVICE) + 0.1
+    copy = make_copy_room(gate_up, NUM_ROWS, 2 * width, factors, ENDS)
+    left, plain = rooms(NUM_ROWS, 2 * width, dtype=dtype)
+    of_weights = expert_kernels.gate_weighted_backward(grad, gate_up, weights, gate, left, copy)
+    assert_same(of_weights, expert_kernels.gate_weighted_backward(again, gate_up, weights, gate, plain), 1e-6)
+    assert torch.equal(left, plain)
+    assert torch.equal(grad, again)
+    wanted = kernels.quantize_expert_rows(left, factors, ENDS)
+    assert torch.equal(copy.values.float(), wanted.values.float())
+    assert torch.equal(copy.scales, wanted.scales)
+
+
 @pytest.mark.skipif(IS_INTERPRETED, reason="minutes in the interpreter")
 @pytest.mark.parametrize(("num_experts", "hidden", "intermediate"), [(128, 2048, 768), (32, 2880, 2880)])
 def test_experts_of_real_sizes(num_experts: int, hidden: int, intermediate: int) -> None:
     """Against the same rows and matrices in 16 bits: what three bits of mantissa cost, and no more."""
-    rows = draw(1 << 14, hidden, dtype=torch.bfloat16)
+    tokens, num_outputs = torch.arange(1 << 14, device=DEVICE) // 2, 2 * intermediate
+    rows, grad = (draw(1 << 13, width, dtype=torch.bfloat16) for width in (hidden, num_outputs))
     ends = torch.rand(num_experts, device=DEVICE).cumsum(0)
-    ends = (ends / ends[-1] * len(rows)).to(torch.int32)
+    ends = (ends / ends[-1] * len(tokens)).round().to(torch.int32)
     weight = nn.Parameter(0.02 * draw(num_experts, 2 * intermediate, hidden, dtype=torch.bfloat16), requires_grad=False)
     lora_a = nn.Parameter(0.02 * draw(num_experts * 16, hidden, dtype=torch.float32))
     lora_b = nn.Parameter(0.02 * draw(2 * intermediate, 16 * num_experts, dtype=torch.float32))
@@ -104,13 +149,7 @@ def test_experts_of_real_sizes(num_experts: int, hidden: int, intermediate: int)
     sides = []
     for projection in (full, quantized):
         projection.adapters.copy()
-        joint = projection.allocate_input(len(rows))
-        joint[:, :hidden] = rows
-        outputs = projection.forward(joint, projection.project_small(joint, ends, None), ends)
-        joint = projection.allocate_grad(len(rows))
-        joint[:, : 2 * intermediate] = outputs
-        small, result = projection.backward(joint, ends, needs_input=True)
-        assert result is not None
-        sides.append((outputs, small, result))
+        outputs, small = projection.forward_tokens(rows, tokens, ends, expert_elementwise)
+        sides.append((outputs, small, *projection.backward_tokens(grad, tokens, ends, expert_elementwise)))
     for found, wanted in zip(sides[1], sides[0], strict=True):
         assert_same(found, wanted, 0.06)

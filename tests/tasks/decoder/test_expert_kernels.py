@@ -109,3 +109,6 @@ def test_outer_products_of_each_experts_rows(kernels: ModuleType, rank: int, wid
     assert found.shape == (NUM_EXPERTS, rank, width)
     assert_same(found, expert_elementwise.multiply_outer(left, right, order.ends))
     assert not found[-1].any()
+    tokens = torch.arange(3 * NUM_TOKENS, device=DEVICE) * 5 % NUM_TOKENS
+    found = kernels.multiply_outer(left, right[:NUM_TOKENS], order.ends, tokens)
+    assert_same(found, expert_elementwise.multiply_outer(left, right[tokens], order.ends))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks.decoder import expert_elementwise
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
+from tasks.decoder.expert_float8 import fill_copy
 from tasks.decoder.float8 import count_unquantized
 from tasks.decoder.grouped import ExpertPart, GroupedProjection, build_grouped_projection
 from tasks.decoder.quantized_experts import QuantizedExperts, quantize_experts
@@ -28,6 +30,7 @@ from tests.tasks.decoder.small_models import (
 
 NUM_EXPERTS, NUM_IN, NUM_OUT, RANK = 3, 16, 24, 5
 ENDS = torch.tensor([2, 2, 7], dtype=torch.int32)  # the second expert has no row
+TOKENS = torch.arange(7).flip(0)
 ROW_WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 0.25, 1.0, 4.0, 0.0])
 
 
@@ -69,13 +72,16 @@ def build_both(**kind: bool) -> tuple[GroupedProjection, QuantizedExperts]:
 def test_numbers_that_float8_holds_are_multiplied_exactly(has_bias: bool, has_adapter: bool) -> None:
     rows, sides = draw_whole(7, NUM_IN), []
     for projection in build_both(has_bias=has_bias, has_adapter=has_adapter):
-        joint = projection.allocate_input(7)
-        joint[:, :NUM_IN] = rows
-        small = projection.project_small(joint, ENDS, ROW_WEIGHTS)
-        sides.append((small.clone(), projection.forward(joint, small, ENDS)))
-    assert torch.equal(sides[0][0], sides[1][0])
-    assert torch.equal(sides[0][1], sides[1][1])
-    assert sides[0][1].shape == (7, NUM_OUT)
+        room = projection.allocate_input(7, ENDS)
+        room.values.copy_(rows)
+        fill_copy(room.float8, rows)
+        small = projection.project_small(room, ENDS, ROW_WEIGHTS)
+        of_tokens = projection.forward_tokens(rows.flip(0), TOKENS, ENDS, expert_elementwise, ROW_WEIGHTS)
+        sides.append((projection.forward(room, small, ENDS), small.clone(), *of_tokens))
+    for found, wanted in zip(sides[1], sides[0], strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(sides[0][0], sides[0][2])
+    assert sides[0][0].shape == (7, NUM_OUT)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -86,14 +92,18 @@ def test_gradients_that_float8_holds_are_multiplied_exactly(has_bias: bool, has_
     scales = quantized.weight.scales.repeat_interleave(torch.diff(ENDS, prepend=ENDS.new_zeros(1)), 0)
     grads, sides = draw_whole(7, NUM_OUT) / scales, []
     for projection in (full, quantized):
-        joint = projection.allocate_grad(7)
-        joint[:, :NUM_OUT] = grads
-        small, result = projection.backward(joint, ENDS, needs_input=True)
-        assert projection.backward(joint, ENDS, needs_input=False)[1] is None
+        room = projection.allocate_grad(7, ENDS)
+        room.values.copy_(grads)
+        fill_copy(room.float8, grads)
+        small, result = projection.backward(room, ENDS, needs_input=True)
+        assert projection.backward(room, ENDS, needs_input=False)[1] is None
         assert result is not None
-        sides.append((small, result))
-    assert torch.equal(sides[0][0], sides[1][0])
-    assert torch.equal(sides[0][1], sides[1][1])
+        sides.append(
+            (small.clone(), result, *projection.backward_tokens(grads.flip(0), TOKENS, ENDS, expert_elementwise))
+        )
+    for found, wanted in zip(sides[1], sides[0], strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(sides[0][1], sides[0][3])
     assert sides[0][1].shape == (7, NUM_IN)
 
 
