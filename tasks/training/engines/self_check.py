@@ -4,6 +4,7 @@ Two short pieces of the data and a made-up adapter, on the machine that is going
 sides draw the same masks, of half of all columns: a wrong one would change the gradient by about its norm.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -52,6 +53,15 @@ class Trial(NamedTuple):
     grads: dict[str, Tensor]
     routes: tuple[Tensor, ...] = ()
     """Which experts its routers chose, in the order of the calls."""
+
+
+class Differences(NamedTuple):
+    """How far an engine is from a trial."""
+
+    loss: float
+    """By which part of it."""
+    grads: dict[str, tuple[float, float]]
+    """By which norm the gradient of each matrix differs, and the norm of the trial's own."""
 
 
 def try_model(
@@ -167,6 +177,21 @@ def compare(
         expected: from `try_model`.
         dtype: of the products.
     """
+    found = measure_differences(model, engine, pieces, expected)
+    limit, loss_limit = _TOLERANCES[dtype]
+    difference, norm = (math.hypot(*column) for column in zip(*found.grads.values(), strict=True))
+    off = difference / norm if norm else math.inf
+    if not (off <= limit and found.loss <= loss_limit):
+        raise UnknownDecoderError(
+            f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by "
+            f"{found.loss:.2g} (limit {loss_limit:g})"
+        )
+
+
+def measure_differences(
+    model: PeftModel, engine: FusedEngine | GeneralEngine, pieces: TokenTable, expected: Trial
+) -> Differences:
+    """Return how far an engine is from a trial; see `compare`."""
     parameters = collect_trained(model)
     if isinstance(engine, FusedEngine) and engine.decoder.dropout is not None:
         dropout = replace(engine.decoder.dropout, p=_DROPPED_SHARE)
@@ -176,19 +201,18 @@ def compare(
         loss, grads = _try_engine(engine, batch, parameters, expected.routes)
     if isinstance(engine, FusedEngine):
         engine.decoder.refresh()
-    limit, loss_limit = _TOLERANCES[dtype]
     # An expert that no token of a side goes to has no gradient there.
-    names = expected.grads.keys() | grads.keys()
-    pairs = [(grads.get(name), expected.grads.get(name)) for name in names]
-    differences = [_subtract(found, wanted).double().norm() ** 2 for found, wanted in pairs]
-    norms = [grad.double().norm() ** 2 for grad in expected.grads.values()]
-    off = float((sum(differences) / sum(norms)) ** 0.5)
-    loss_off = abs(float(loss.item()) - expected.loss) / max(abs(expected.loss), 1e-12)
-    if not (off <= limit and loss_off <= loss_limit):
-        raise UnknownDecoderError(
-            f"on a trial its gradient differs by {off:.2g} of its norm (limit {limit:g}) and its loss by "
-            f"{loss_off:.2g} (limit {loss_limit:g})"
-        )
+    names = sorted(expected.grads.keys() | grads.keys())
+    pairs = {name: (grads.get(name), expected.grads.get(name)) for name in names}
+    norms = {
+        name: (_measure_norm(_subtract(found, wanted)), 0.0 if wanted is None else _measure_norm(wanted))
+        for name, (found, wanted) in pairs.items()
+    }
+    return Differences(abs(float(loss.item()) - expected.loss) / max(abs(expected.loss), 1e-12), norms)
+
+
+def _measure_norm(values: Tensor) -> float:
+    return float(values.double().norm())
 
 
 def _try_engine(
