@@ -25,6 +25,8 @@ from tasks.decoder.grouped import GroupedProjection
 from tasks.decoder.layer import Layer
 from tasks.decoder.projections import Projection
 
+# From PyTorch 2.13 on by another name.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Of the first byte of a matrix: what the fastest products want.
 _ALIGNMENT = 256
 # What a pass reads of a layer: matrices that both ways read, and those of one way alone.
@@ -285,7 +287,7 @@ class DividedLayers:
     def _collect(self, part: _Part, room: Tensor) -> None:
         """Put all ranks' shares of a part into a room."""
         if self.num_ranks > 1:
-            dist.all_gather_into_tensor(room[: part.num_bytes], part.share)
+            _all_gather(room[: part.num_bytes], part.share)
         else:
             room[: part.num_bytes].copy_(part.share)
 

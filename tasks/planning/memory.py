@@ -7,6 +7,7 @@ one example with every layer recomputed; the highest use of earlier trainings is
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,11 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
         weights = (total - num_trained) * dtype.itemsize + (num_trained * 2 if dtype != torch.float32 else 0)
     trained = num_trained * (2 * _FP32 + count_moment_bytes(config))
     ranks = config.num_processes * config.num_nodes
-    if config.strategy != "ddp" and ranks > 1:
-        weights = -(-weights // ranks)
+    is_divided = config.strategy != "ddp" and ranks > 1
+    is_fused = is_divided and config.strategy == "fsdp" and config.is_lora and config.engine != "general"
+    share = partial(_count_share, skeleton, total, ranks, dtype)
+    if is_divided:
+        weights = share(weights) if is_fused else -(-weights // ranks)
         trained = trained if config.is_lora else -(-trained // ranks)
     layers, hidden = int(sizes.num_hidden_layers), int(sizes.hidden_size)
     vocabulary = int(sizes.vocab_size)
@@ -171,10 +175,30 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
     least_pass = layers * hidden * longest * dtype.itemsize + logits
     loaded = 0
     if config.base_weights == "fp8":
-        loaded = total * dtype.itemsize + num_trained * _FP32
+        loaded = (share if is_fused else int)(total * dtype.itemsize) + num_trained * _FP32
         # The backward pass transposes the experts of one product at a time.
         least_pass += max((weight.num_values for weight in plan.weights if _is_expert_stack(weight)), default=0)
     return MemoryNeed(weights, trained, least_pass, num_trained, loaded)
+
+
+def _count_share(skeleton: Any, total: int, ranks: int, dtype: torch.dtype, weights_bytes: int) -> int:
+    """Return what a rank holds of the weights where the fused engine divides the layers: two of these are whole too.
+
+    Args:
+        skeleton: the model.
+        total: its values.
+        ranks: that hold it together.
+        dtype: of what is outside the layers, which each holds whole.
+        weights_bytes: of the model in the form that it is held in.
+    """
+    decoder = skeleton.get_decoder() or skeleton
+    layers = getattr(getattr(decoder, "language_model", decoder), "layers", ())
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    if not sizes:  # the fused engine does not know it
+        return -(-weights_bytes // ranks)
+    outside = (total - sum(sizes)) * dtype.itemsize
+    inside = weights_bytes - outside
+    return outside + -(-inside // ranks) + 2 * inside * max(sizes) // sum(sizes)
 
 
 def _count_saved(plan: AdaptationPlan, config: TrainingConfig, dtype: torch.dtype) -> float:

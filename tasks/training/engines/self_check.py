@@ -97,14 +97,14 @@ def try_model(
     with _made_up(parameters), recomputing, lent, ruled_plainly(find_base(model)), torch.enable_grad():
         loss = torch.zeros((), device=device)
         context: Any = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-        with context:
-            for index in range(2):
-                batch = form_batch(trial, [[index]]).move(device)
-                first = int(trial.offsets[index])
-                masks = dropping(model, dropout, flat, first=first) if drops else nullcontext()
-                with masks, recorder.recording(batch.num_tokens):
-                    loss = loss + sum_token_losses(model, batch)
-        loss.backward()
+        for index in range(2):
+            batch = form_batch(trial, [[index]]).move(device)
+            first = int(trial.offsets[index])
+            with dropping(model, dropout, flat, first=first) if drops else nullcontext():
+                with context, recorder.recording(batch.num_tokens):
+                    part = sum_token_losses(model, batch)
+                part.backward()  # where layers run again, they drop the same
+            loss += part.detach()
         grads = _take_grads(parameters)
     model.train()
     return Trial(float(loss.item()), grads, recorder.join())

@@ -68,3 +68,18 @@ def test_experts_in_8_bits_are_counted_to_the_byte(tmp_path: Path) -> None:
     packed = count_need(tmp_path, TrainingConfig(base_weights="nf4"), **whole)
     attention = 2 * 2 * (64 * 64 + 32 * 64)
     assert full.weights_bytes - packed.weights_bytes == pytest.approx(attention * (2 - 0.515875), abs=1)
+
+
+def test_where_the_layers_are_divided_their_share_and_two_of_them_are_counted() -> None:
+    model: Any = load_model(MODEL, dtype=torch.float32)
+    whole: dict[str, Any] = {"dtype": torch.float32, "longest": 100}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
+    one, four = (TrainingConfig(num_processes=n, micro_batch=4, strategy="fsdp") for n in (1, 4))
+    assert count_need(MODEL, one, **whole).weights_bytes == 4 * total
+    expected = 4 * (total - sum(layers)) + sum(layers) + 2 * 4 * max(layers)
+    need = count_need(MODEL, four, **whole)
+    assert need.weights_bytes == pytest.approx(expected, abs=8)
+    assert need.trained_bytes == count_need(MODEL, one, **whole).trained_bytes
+    general = four.model_copy(update={"engine": "general"})
+    assert count_need(MODEL, general, **whole).weights_bytes == total
