@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tasks.decoder.recognition import UnknownDecoderError
 from tasks.training.distributed import keep_pace
 from tasks.training.engines import self_check
 from tasks.training.loop import train_adapter
@@ -39,7 +40,8 @@ class Told:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.eval_losses: list[float] = []
-        self.engine, self.warnings = "", ()
+        self.engine = ""
+        self.warnings: tuple[str, ...] = ()
 
         def note(record: StepRecord) -> None:
             self.losses.append(record.loss)
@@ -125,7 +127,7 @@ def train_with_a_wrong_trial(number: int, base_model: Path, tokens: Path, folder
     """Train, where the second rank's trial of the fused engine fails."""
 
     def refuse(*_: Any) -> None:
-        raise self_check.UnknownDecoderError("on a trial its gradient differs")
+        raise UnknownDecoderError("on a trial its gradient differs")
 
     kept = self_check.verify.__globals__["compare"]
     if number == 1:
