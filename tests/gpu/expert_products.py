@@ -85,6 +85,7 @@ def time_products(shape: str) -> None:
 def _time_product(num_experts: int, width: int, num_outputs: int, order: Order, *, is_backward: bool) -> None:
     from tasks.decoder import expert_float8_kernels as kernels
     from tasks.decoder.expert_kernels import gather_rows, multiply_outer
+    from tests.gpu.described_programs import multiply_described
 
     ends, num_rows = order.ends, len(order.tokens)
     flop = 2.0 * num_rows * width * num_outputs
@@ -127,6 +128,9 @@ def _time_product(num_experts: int, width: int, num_outputs: int, order: Order, 
     for tiles in _TILES:
         way = partial(kernels.multiply_quantized, *given, tiles=kernels.Tiles(*tiles))
         tell(f"float8, Triton, adapter within, {tiles}", way)
+    for tiles in _TILES[:5]:
+        way = partial(multiply_described, *given, tiles=kernels.Tiles(*tiles))
+        tell(f"float8, Triton with TMA, {tiles}", way)
     none, nothing = small[:, :0], further[:, :, :0]
     tell(
         "float8, Triton, no adapter",
@@ -144,11 +148,13 @@ def _time_product(num_experts: int, width: int, num_outputs: int, order: Order, 
     tell("small product, bf16, F.grouped_mm", lambda: F.grouped_mm(rows, inner.mT, offs=ends), is_product=False)
     tokens = rows[:_TOKENS].contiguous()
     of_tokens = kernels.quantize_expert_rows(tokens, None, ends)
-    tell(
-        "float8, Triton, rows gathered",
-        lambda: kernels.multiply_quantized(of_tokens, *scaled, small, further, ends, order.tokens),
-        is_product=False,
-    )
+    gathered = of_tokens, *scaled, small, further, ends, order.tokens
+    for tiles in _TILES[:5]:
+        kind = kernels.Tiles(*tiles)
+        way = partial(kernels.multiply_quantized, *gathered, tiles=kind)
+        tell(f"float8, Triton, rows gathered, {tiles}", way, is_product=False)
+        way = partial(multiply_described, *gathered, tiles=kind)
+        tell(f"float8, Triton with TMA, rows gathered, {tiles}", way, is_product=False)
     tell(
         "small product, rows gathered",
         lambda: kernels.project_rows(tokens, order.tokens, inner, ends),
