@@ -24,6 +24,7 @@ from tasks.decoder.dropout import Dropout, MaskedTensor
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
+from tasks.decoder.rooms import keep_rows
 
 _state = threading.local()
 
@@ -73,7 +74,7 @@ class NormProject(torch.autograd.Function):
         total, rstd = ops.add_norm(residual, delta, norm.weight, norm.eps, inputs.values, inputs.quantized, dropped)
         outputs = projection.forward(inputs)
         # Without its masked copy x~ is kept whole; with it, the rest of x~ is let go.
-        projected = inputs.projected if dropped is None else inputs.projected.clone()
+        projected = inputs.projected if dropped is None else keep_rows(inputs.projected)
         ctx.save_for_backward(total, rstd, inputs.adapted, projected, _key(dropout))
         ctx.settings = source, norm, projection, ops, dropout
         ctx.has_delta = delta is not None
@@ -180,7 +181,7 @@ class Project(torch.autograd.Function):
             ops.drop(values, dropped)
         outputs = projection.forward_values(values, inputs)
         # The attention keeps its output too: only the small product is kept apart from it.
-        ctx.save_for_backward(values, inputs.projected.clone(), _key(dropout))
+        ctx.save_for_backward(values, keep_rows(inputs.projected), _key(dropout))
         ctx.settings = projection, ops, dropout
         return outputs
 
@@ -222,7 +223,7 @@ class GatedProject(torch.autograd.Function):
         else:
             ops.gate(gate_up, activation, inputs.values, inputs.quantized, dropped)
             outputs = projection.forward(inputs)
-        ctx.save_for_backward(gate_up, inputs.projected.clone(), _key(dropout))
+        ctx.save_for_backward(gate_up, keep_rows(inputs.projected), _key(dropout))
         ctx.settings = source, activation, projection, ops, dropout
         return outputs
 

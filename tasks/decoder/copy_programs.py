@@ -1,4 +1,4 @@
-"""The Triton program that copies many matrices in one launch."""
+"""The Triton programs that copy matrices."""
 
 from typing import Any
 
@@ -17,3 +17,15 @@ def copy_matrices_program(table, scales, TARGET: tl.constexpr, BLOCK: tl.constex
     inside = places < size
     values = tl.load(source + places, mask=inside, other=0.0) * tl.load(scales + tl.program_id(0))
     tl.store(target + places // width * stride + places % width, values.to(TARGET), mask=inside)
+
+
+@triton.jit
+def copy_rows_program(
+    source, target, source_stride, target_stride, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+) -> Any:
+    """Store a block of a matrix where its rows lie further apart, or nearer."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < num_rows) & (columns < width)
+    values = tl.load(source + rows * source_stride + columns, mask=inside)
+    tl.store(target + rows * target_stride + columns, values, mask=inside)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tasks.decoder.elementwise import Heads
 from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
+from tasks.decoder.rooms import copy_rows
 
 
 class RowNorms(torch.autograd.Function):
@@ -32,7 +33,7 @@ class RowNorms(torch.autograd.Function):
         for part, norm in zip(_locate(heads), norms, strict=True):
             roots.append(ops.add_norm(qkv[:, part], None, norm.weight, norm.eps, out[:, part])[1])
         values = slice(_locate(heads)[1].stop, None)
-        out[:, values].copy_(qkv[:, values])
+        copy_rows(qkv[:, values], out[:, values])
         ctx.save_for_backward(qkv, *roots)
         ctx.settings = source, heads, norms, ops
         return out
@@ -47,7 +48,7 @@ class RowNorms(torch.autograd.Function):
             trained += norm.compute_grads(ops, grad[:, part], qkv[:, part], rstd)
             ops.norm_backward(grad[:, part], qkv[:, part], rstd, norm.weight, None, result[:, part])
         values = slice(_locate(heads)[1].stop, None)
-        result[:, values].copy_(grad[:, values])
+        copy_rows(grad[:, values], result[:, values])
         source.forget_grad()
         return result, None, None, None, None, *trained
 

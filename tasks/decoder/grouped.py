@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tasks.decoder.expert_float8 import Float8Copy
 from tasks.decoder.grouped_products import multiply_grouped
-from tasks.decoder.rooms import make_room
+from tasks.decoder.rooms import copy_rows, make_room
 
 _ALIGNMENT = 8
 
@@ -255,7 +255,7 @@ class GroupedProjection:
         small = multiply_grouped(rows.values, inner.mT, ends)
         if self.has_bias:
             small[:, self.adapters.rank] = 1.0 if weights is None else weights.to(small.dtype)
-        last.copy_(small)
+        copy_rows(small, last)
         return small
 
     def forward(self, rows: RowRoom, small: Tensor, ends: Tensor) -> Tensor:

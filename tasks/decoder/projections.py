@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tasks.decoder.adapters import AdapterGroup, Part, join_biases, lay_out
 from tasks.decoder.elementwise import Quantized
-from tasks.decoder.rooms import make_room
+from tasks.decoder.rooms import copy_rows, make_room
 from tasks.decoder.weights import TrainedWeights, WeightGroup
 
 
@@ -131,7 +131,7 @@ class Projection:
 
     def forward_values(self, values: Tensor, inputs: Input) -> Tensor:
         """Copy x into its place, and go on as `forward`."""
-        inputs.values.copy_(values)
+        copy_rows(values, inputs.values)
         return self.forward(inputs)
 
     def project_small(self, inputs: Input) -> None:
@@ -167,7 +167,7 @@ class Projection:
         if grad.stride() == (width, 1) and grad.untyped_storage().nbytes() >= end:
             return grad.as_strided((num_tokens, width), (width, 1))
         joint = make_room(grad, num_tokens, width)
-        joint[:, : self.num_out].copy_(grad)
+        copy_rows(grad, joint[:, : self.num_out])
         return joint
 
 

@@ -1,20 +1,30 @@
-"""Causal attention with heads that are too large for FlashAttention: PyTorch's own for batches of like segments.
+"""Causal attention with heads that are too large for FlashAttention, for batches of like segments.
 
-Dimensions: `T` tokens of all segments, `P` places of all batches, `D` head size.
+Segments of up to 4,096 tokens have their scores as matrices, which two products of full speed and a softmax take: with
+heads of 512, PyTorch's own fused attention needs four times as long there (measured on an H200). Longer ones go through
+that.
+
+Dimensions: `T` tokens of all segments, `P` places of all batches, `N` segments of a batch and `L` its places, `D` head
+size, `R` query heads to a key head, `B` = N times key heads.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name that everybody reads)
 
+from tasks.decoder import causal_softmax
 from tasks.decoder.attention import Segments, attend_one_by_one
 
 # A segment joins a batch whose longest one is at most this many times as long.
 _LIKE = 1.3
 _ROUNDED = 8
+# Scores of one segment take 64 MB a query head at this length.
+_LONGEST = 4096
+_SCORE_BYTES = 1 << 28
 
 
 class Batches(NamedTuple):
@@ -39,18 +49,85 @@ def attend_wide(
 
 def attend_in_batches(queries: Tensor, keys: Tensor, values: Tensor, batches: Batches, *, scale: float) -> Tensor:
     """Attend batch by batch; [T, heads, D] as the queries."""
-    repeats = queries.shape[1] // keys.shape[1]
     sizes = [rows * length for rows, length in batches.shapes]
     spread = [_FillUp.apply(states, batches.places, batches.found).split(sizes) for states in (queries, keys, values)]
     results = []
     for shape, *states in zip(batches.shapes, *spread, strict=True):
-        query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in states)
-        if repeats > 1:
-            key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        results.append(attended.transpose(1, 2).flatten(0, 1))
+        query, key, value = (part.unflatten(0, shape) for part in states)
+        attend = _attend_by_scores if shape[1] <= _LONGEST else _attend_fused
+        results.append(attend(query, key, value, scale).flatten(0, 1))
     collected: Tensor = _Collect.apply(torch.cat(results), batches.places, batches.found)
     return collected
+
+
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend through PyTorch's own; all are [N, L, heads, D]."""
+    repeats = query.shape[2] // key.shape[2]
+    states = (part.repeat_interleave(repeats, dim=2) if repeats > 1 else part for part in (key, value))
+    query, key, value = (part.transpose(1, 2) for part in (query, *states))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def _attend_by_scores(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend with scores that exist; all are [N, L, heads, D]."""
+    num_rows, length, num_keys = key.shape[:3]
+    queries = query.unflatten(2, (num_keys, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)  # [B, R L, D]
+    keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (key, value))  # [B, L, D]
+    at_once = max(1, _SCORE_BYTES // (queries.shape[1] * length * 4))
+    parts = zip(*(states.split(at_once) for states in (queries, keys, values)), strict=True)
+    attended = torch.cat([_ByScores.apply(*states, scale) for states in parts])
+    return attended.unflatten(0, (num_rows, num_keys)).unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class _ByScores(torch.autograd.Function):
+    """Queries [B, R L, D], keys and values [B, L, D] -> [B, R L, D]; the scores are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        softmax = _find_softmax(queries.device.type)
+        scores = _multiply(queries, keys.mT)
+        probabilities, log_sums = softmax.causal_softmax(scores, scale, queries.dtype)
+        out = torch.bmm(probabilities, values)
+        ctx.save_for_backward(queries, keys, values, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        queries, keys, values, out, log_sums = ctx.saved_tensors
+        softmax = _find_softmax(queries.device.type)
+        deltas = (out.to(log_sums.dtype) * grad).sum(-1)
+        scores, grads = _multiply(queries, keys.mT), _multiply(grad, values.mT)
+        probabilities, score_grads = softmax.causal_softmax_backward(
+            scores, grads, log_sums, deltas, ctx.scale, queries.dtype
+        )
+        return (
+            torch.bmm(score_grads, keys),
+            torch.bmm(score_grads.mT, queries),
+            torch.bmm(probabilities.mT, grad),
+            None,
+        )
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply batches of matrices, with an fp32 result of 16-bit factors."""
+    if left.dtype in (torch.float32, torch.float64):
+        return torch.bmm(left, right)
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
+
+
+@cache
+def _find_softmax(device: str) -> ModuleType:
+    """Return the Triton kernels on a GPU that has Triton, else plain PyTorch."""
+    if device == "cuda":
+        try:
+            from tasks.decoder import causal_softmax_kernels
+        except ImportError:
+            return causal_softmax
+        return causal_softmax_kernels
+    return causal_softmax
 
 
 @lru_cache(maxsize=4)

@@ -82,6 +82,7 @@ def main() -> None:
     for family in _OWN:
         run(test_own_weights.build(family), torch.bfloat16)
     run_float8()
+    run_others()
     missing = sorted(list_programs() - lowered)
     if missing:
         sys.exit(f"never launched: {', '.join(missing)}")
@@ -110,6 +111,17 @@ def run(model: Any, dtype: torch.dtype | None = None) -> None:
         engine.bind_gradients()
     if engine.replay_gradient(batch, 0.25) is None:
         engine.sum_losses(batch).backward()
+
+
+def run_others() -> None:
+    """Launch what stands in for PyTorch's own on a GPU alone."""
+    from tasks.decoder import causal_softmax_kernels, kernels
+
+    room = torch.zeros(3, 80, dtype=torch.bfloat16)
+    kernels.copy_rows(torch.randn(3, 64, dtype=torch.bfloat16), room[:, :64])
+    scores, sums = torch.randn(2, 12, 6), torch.zeros(2, 12)
+    causal_softmax_kernels.causal_softmax(scores, 0.5, torch.bfloat16)
+    causal_softmax_kernels.causal_softmax_backward(scores, scores, sums, sums, 0.5, torch.bfloat16)
 
 
 def run_float8() -> None:

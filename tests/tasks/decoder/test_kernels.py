@@ -80,6 +80,36 @@ def test_norm_kernels(kernels: ModuleType, width: int, dtype: torch.dtype) -> No
         assert_same(left, right)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(NUM_ROWS, 64), (130, 3), (1, 5000), (0, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_copied_to_and_from_other_columns(
+    kernels: ModuleType, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    values = draw(rows, width, dtype=dtype)
+    (left, _), whole = rooms(rows, width, dtype=dtype), draw(rows, width + 8, dtype=dtype)
+    kernels.copy_rows(values, left)
+    assert torch.equal(left, values)
+    assert (left.as_strided((rows, 64), (width + 64, 1), width) == 7).all()
+    kernels.copy_rows(whole[:, 3 : width + 3], left)
+    assert torch.equal(left, whole[:, 3 : width + 3])
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 6), (1, 1, 1), (3, 130, 65)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_kernels(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from tasks.decoder import causal_softmax, causal_softmax_kernels
+
+    scores, grads = (draw(*shape, dtype=torch.float32) * 3 for _ in range(2))
+    first = causal_softmax_kernels.causal_softmax(scores, 0.5, dtype)
+    wanted = causal_softmax.causal_softmax(scores, 0.5, dtype)
+    rest = scores, grads, wanted[1], draw(*shape[:2], dtype=torch.float32), 0.5, dtype
+    found = *first, *causal_softmax_kernels.causal_softmax_backward(*rest)
+    for left, right in zip(found, (*wanted, *causal_softmax.causal_softmax_backward(*rest)), strict=True):
+        assert left.dtype == right.dtype
+        assert_same(left, right)
+    assert not found[0].triu(1)[:, : shape[2]].any()
+
+
 @pytest.mark.parametrize(("rows", "width"), [(NUM_ROWS, 64), (1, 1000), (600, 200)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_a_norms_weight(kernels: ModuleType, rows: int, width: int, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.decoder import delta_rule, elementwise, mixer_elementwise
+from tasks.decoder import delta_rule, elementwise, mixer_elementwise, wide_attention
 from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.delta_rule import UnitLength, run_plain_rule
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
@@ -68,7 +68,12 @@ def test_a_unit_length_is_the_root_of_the_sum_of_squares() -> None:
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (9,), (8, 8, 100)])
-def test_attention_in_batches_is_that_of_each_segment_alone(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("longest", "score_bytes"), [(4096, 1 << 28), (4096, 1 << 12), (40, 1 << 28), (0, 1)])
+def test_attention_in_batches_is_that_of_each_segment_alone(
+    lengths: tuple[int, ...], longest: int, score_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide_attention, "_LONGEST", longest)
+    monkeypatch.setattr(wide_attention, "_SCORE_BYTES", score_bytes)
     torch.manual_seed(0)
     inputs = q, k, v = tuple(
         torch.randn(sum(lengths), heads, 24, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)
