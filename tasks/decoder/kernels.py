@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import language as tl
 
 from tasks.decoder.adapters import Copy
-from tasks.decoder.copy_programs import copy_matrices_program, copy_rows_program
+from tasks.decoder.copy_programs import copy_matrices_program
 from tasks.decoder.dropout import COLUMNS_PER_CALL, MaskedTensor
 from tasks.decoder.elementwise import Heads, Quantized
 from tasks.decoder.gate_programs import (
@@ -277,16 +277,6 @@ def copy_matrices(copies: Sequence[Copy]) -> None:
     table, scales, largest = _tables[key]
     copy_matrices_program[(len(copies), triton.cdiv(largest, _COPY_BLOCK))](
         table, scales, TARGET=_TRITON_DTYPES[target.dtype], BLOCK=_COPY_BLOCK, num_warps=4
-    )
-
-
-def copy_rows(source: Tensor, target: Tensor) -> None:
-    """See `rooms.copy_rows`."""
-    num_rows, width = source.shape
-    columns = min(triton.next_power_of_2(max(width, 1)), _COPY_BLOCK)
-    rows = _COPY_BLOCK // columns
-    copy_rows_program[(triton.cdiv(num_rows, rows), triton.cdiv(width, columns))](
-        source, target, source.stride(0), target.stride(0), num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=8
     )
 
 

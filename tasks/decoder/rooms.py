@@ -40,7 +40,7 @@ def keep_rows(source: Tensor) -> Tensor:
 @cache
 def _find_program() -> Callable[[Tensor, Tensor], None] | None:
     try:
-        from tasks.decoder import kernels
+        from tasks.decoder import copy_kernels
     except ImportError:
         return None
-    return kernels.copy_rows
+    return copy_kernels.copy_rows

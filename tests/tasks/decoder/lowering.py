@@ -115,10 +115,10 @@ def run(model: Any, dtype: torch.dtype | None = None) -> None:
 
 def run_others() -> None:
     """Launch what stands in for PyTorch's own on a GPU alone."""
-    from tasks.decoder import causal_softmax_kernels, kernels
+    from tasks.decoder import causal_softmax_kernels, copy_kernels
 
     room = torch.zeros(3, 80, dtype=torch.bfloat16)
-    kernels.copy_rows(torch.randn(3, 64, dtype=torch.bfloat16), room[:, :64])
+    copy_kernels.copy_rows(torch.randn(3, 64, dtype=torch.bfloat16), room[:, :64])
     scores, sums = torch.randn(2, 12, 6), torch.zeros(2, 12)
     causal_softmax_kernels.causal_softmax(scores, 0.5, torch.bfloat16)
     causal_softmax_kernels.causal_softmax_backward(scores, scores, sums, sums, 0.5, torch.bfloat16)
