@@ -128,6 +128,8 @@ def _tell_memory(plan: "RunPlan") -> str:
     if (peak := memory.peak_bytes) is not None:
         bar = f"{_write_bytes(int(peak.low))} to {_write_bytes(int(peak.high))}"
         seen = f"; at its highest {_write_bytes(int(peak.value))} ({bar}), by earlier trainings of this model here"
+    if need.loaded_bytes:
+        seen = f"; at its start {_write_bytes(need.loaded_bytes)}, until the weights are in 8 bits{seen}"
     return (
         f"at least {_write_bytes(need.least_bytes)} of {_write_bytes(memory.capacity_bytes)}: weights "
         f"{_write_bytes(need.weights_bytes)}, {need.num_trained:,} trained values with gradient and optimizer "

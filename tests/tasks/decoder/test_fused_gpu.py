@@ -150,13 +150,14 @@ def test_forward_pass_fits_into_what_is_left() -> None:
     assert torch.cuda.max_memory_allocated() - before < left
 
 
-@pytest.mark.parametrize("weights", ["full", "fp8"])
-def test_training_learns_and_goes_on(tmp_path: Path, weights: Any) -> None:
+@pytest.mark.parametrize(("family", "weights"), [("qwen3", "full"), ("qwen3", "fp8"), ("qwen3_moe", "fp8")])
+def test_training_learns_and_goes_on(tmp_path: Path, family: str, weights: Any) -> None:
     from tests.tasks.training.conftest import write_tokens
 
     config = AutoConfig.for_model(
-        "qwen3", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        family, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, vocab_size=128, max_position_embeddings=128,
+        **({"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48} if family == "qwen3_moe" else {}),
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
