@@ -110,6 +110,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         13,
     ),
     "ours-70b-fsdp": ("ours", "llama3-70b-24-layers", _DIVIDED, 10),
+    "ours-70b-whole-fsdp": ("ours", "llama3-70b", _DIVIDED, 4),
+    "ours-70b-whole-fsdp-fp8": ("ours", "llama3-70b", {**_DIVIDED, "base_weights": "fp8"}, 5),
     "ours-70b-fsdp-lean": ("ours", "llama3-70b-24-layers", {**_DIVIDED, "gradient_checkpointing": True}, 9),
     "ours-70b-fsdp-fp8": ("ours", "llama3-70b-24-layers", {**_DIVIDED, "base_weights": "fp8"}, 12),
     "ours-70b-fsdp-general": ("ours", "llama3-70b-24-layers", {**_DIVIDED, "engine": "general"}, 7),
@@ -281,7 +283,9 @@ def main() -> None:
     if options.one:
         who, shape, settings, steps = RUNS[options.one]
         if shape in UNSAVED:
-            load_at_random()
+            # The fused engine reads a divided model layer by layer; others hold it whole before they divide it.
+            is_fused = who == "ours" and settings.get("engine") != "general"
+            load_at_random(by_layer=is_fused and settings.get("strategy") == "fsdp")
         result = getattr(trainers, f"run_{who}")(options.work / shape, settings, steps)
         if os.environ.get("RANK", "0") == "0":
             print("RESULT", json.dumps(result), flush=True)

@@ -143,7 +143,7 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     started = time.perf_counter()
     peak_bytes = 0
     if "RANK" in os.environ:
-        _train_as_rank(job, note)
+        peak_bytes = _train_as_rank(job, note)
     elif is_left:
         _train_and_leave(job, note, steps)
     else:
@@ -161,12 +161,8 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     }
 
 
-def _train_as_rank(job: Any, note: Any) -> None:
-    """Train as one of the ranks that a launcher has started.
-
-    The memory at its highest is that of the steps: before them the weights, made on the GPU, are there whole, as those
-    that are read from a disk never are.
-    """
+def _train_as_rank(job: Any, note: Any) -> int:
+    """Train as one of the ranks that a launcher has started."""
     from tasks.training.distributed import gather, init_process_group, rank
     from tasks.training.loop import train_adapter
 
@@ -174,9 +170,10 @@ def _train_as_rank(job: Any, note: Any) -> None:
         if rank() == 0:
             shutil.rmtree(job.run_folder, ignore_errors=True)
         gather(None)
-        train_adapter(
+        outcome = train_adapter(
             job.base_model, job.tokens, job.run_folder, job.config, seed=job.seed, identity=job.identity, on_step=note
         )
+    return outcome.peak_memory_bytes
 
 
 def meet_other_ranks() -> None:

@@ -1,5 +1,6 @@
 """Frozen weights divided among ranks: the same losses and gradients, and no more in memory than the law says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import nn
 from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers, DividedWeightsError
+from tasks.decoder.float8 import quantize_decoder
 from tasks.decoder.grouped import GroupedProjection
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import attach_adapter, collect_trained
+from tests.tasks.decoder.plain_float8 import build_operations, load_quantized, quantize_rows
 from tests.tasks.decoder.small_models import (
     FAMILIES,
     build,
@@ -173,3 +176,33 @@ def test_the_models_own_layers_compute_with_what_is_gathered() -> None:
     assert isinstance(decoder.divided.modules[0], nn.Module)
     with pytest.raises(RuntimeError), torch.no_grad():
         model(input_ids=ids)
+
+
+def compute_in_8_bits(number: int, families: list[str], *, is_whole: bool = False) -> list[tuple[float, Any, float]]:
+    """Return each family's loss and gradient with float8 weights, and the bytes that this rank holds for the layers."""
+    operations, found = build_operations(), []
+    load_quantized().quantize_rows = quantize_rows  # type: ignore[attr-defined]
+    for family in families:
+        model: Any = build(family, torch.bfloat16)
+        decoder = recognize_decoder(model, divided=None if is_whole else DividedLayers(CPU))
+        before = 0 if decoder.divided is None else decoder.divided.held_bytes
+        decoder = replace(quantize_decoder(decoder), ops=operations)
+        for recomputed in (0, 2):
+            engine = FusedEngine(decoder, CPU, 4096, recomputed, LOGITS_BYTES, 4096)
+            loss, grads = compute(engine, model)
+            held = 0 if decoder.divided is None else decoder.divided.held_bytes / before
+            found.append((loss, grads, held))
+    return found
+
+
+def test_divided_float8_weights_compute_what_whole_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families = ["llama", "phi3", "qwen3_moe"]
+    monkeypatch.setattr(load_quantized(), "quantize_rows", quantize_rows)
+    wanted = compute_in_8_bits(0, families, is_whole=True)
+    for told in on_two_ranks(compute_in_8_bits, families, folder=tmp_path / "ranks"):
+        for (loss, grads, held), (wanted_loss, wanted_grads, _) in zip(told, wanted, strict=True):
+            assert loss == wanted_loss
+            assert torch.equal(grads, wanted_grads)
+            assert held < 1.1  # a dense weight lies twice, once for each way
+    experts = [held for (_, _, held), family in zip(told, [name for name in families for _ in range(2)], strict=True)]
+    assert max(experts[-2:]) < min(experts[:2])

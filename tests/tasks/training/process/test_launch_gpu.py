@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from tasks.training.checkpoints import Progress, Snapshot, take_snapshot, write_snapshot
 from tasks.training.process.launch import run_training
 from tasks.training.records import TrainingError
-from tests.tasks.training.conftest import needs_deepspeed
+from tests.tasks.training.conftest import build_model, needs_deepspeed
 from tests.tasks.training.process.test_launch import CONFIG, Told, at_step, interrupt, list_checkpoints, make_job
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -103,6 +104,26 @@ def test_two_gpus_have_the_curve_of_one_within_bf16_noise(
     assert [record.grad_norm for record in two.steps] == pytest.approx([r.grad_norm for r in one.steps], rel=0.1)
     assert [record.loss for record in two.steps] == pytest.approx([record.loss for record in one.steps], abs=0.02)
     assert [r.loss for r in two.evaluations] == pytest.approx([r.loss for r in one.evaluations], abs=0.02)
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+@pytest.mark.parametrize("changes", [{}, {"base_weights": "fp8"}, {"dropout": 0.2}, {"gradient_checkpointing": True}])
+def test_divided_weights_have_the_curve_of_whole_ones(tokens: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """On two GPUs both ways, with the same batches: what differs is the order of sums on a GPU alone."""
+    model = build_model(tmp_path / "model", "llama", num_hidden_layers=5, hidden_size=64, intermediate_size=96)
+    config = CONFIG.model_copy(update={"dropout": 0.0, "precision": "bf16", "num_processes": 2, **changes})
+    job = make_job(model, tokens, tmp_path / "whole")
+    whole = Told(replace(job, config=config))
+    given = replace(
+        make_job(model, tokens, tmp_path / "divided"), config=config.model_copy(update={"strategy": "fsdp"})
+    )
+    divided = Told(given)
+    assert divided.outcome.engine.startswith("fused")
+    assert "frozen layers divided among 2 ranks" in divided.outcome.engine
+    assert [r.grad_norm for r in divided.steps] == pytest.approx([r.grad_norm for r in whole.steps], rel=0.05)
+    assert [record.loss for record in divided.steps] == pytest.approx([record.loss for record in whole.steps], abs=5e-3)
+    assert [r.loss for r in divided.evaluations] == pytest.approx([r.loss for r in whole.evaluations], abs=5e-3)
 
 
 @pytest.mark.gpu
