@@ -63,7 +63,7 @@ def gate_weighted_backward(
     """See `expert_elementwise.gate_weighted_backward`."""
     num_rows, width = grad.shape
     weight_grads = torch.empty(num_rows, dtype=torch.float32, device=grad.device)
-    block = _choose_block(width, is_whole=float8 is not None)
+    block = _choose_block(width)
     copy, scales, factors, ends = (out, weights, None, weights) if float8 is None else float8
     assert float8 is None or factors is not None
     gate_weighted_backward_program[(num_rows,)](
@@ -87,7 +87,7 @@ def multiply_outer(left: Tensor, right: Tensor, ends: Tensor, tokens: Tensor | N
     return out
 
 
-def _choose_block(width: int, *, is_whole: bool) -> int:
+def _choose_block(width: int, *, is_whole: bool = False) -> int:
     """Return columns of a program: of a whole row where its float8 copy is wanted."""
     block = triton.next_power_of_2(width)
     return block if is_whole else min(_GATE_BLOCK, block)

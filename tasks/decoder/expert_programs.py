@@ -90,11 +90,15 @@ def gate_weighted_backward_program(
 ) -> Any:  # fmt: skip
     """Store a row's gradient of both halves, the weighted gated values over its own, and that of the row's weight.
 
-    With a float8 copy of the gradient, times its expert's factors, a block is a whole row.
+    With a float8 copy of the gradient, times its expert's factors, the row is read again once its largest is known.
     """
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    highest = tl.zeros([BLOCK], dtype=tl.float32)
+    own = factors
+    if QUANTIZE:
+        own += find_expert(ends, row, num_experts, EXPERTS) * 2 * width
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
@@ -114,16 +118,21 @@ def gate_weighted_backward_program(
         again = (value * right * weight).to(grad.dtype.element_ty)
         tl.store(grad + row * grad_stride + columns, again, mask=inside)
         if QUANTIZE:
-            own = factors + find_expert(ends, row, num_experts, EXPERTS) * 2 * width
-            left = of_left.to(tl.float32) * tl.load(own + left_columns, mask=inside, other=0.0)
-            right = of_right.to(tl.float32) * tl.load(own + right_columns, mask=inside, other=0.0)
-            highest = tl.maximum(tl.max(tl.abs(left), axis=0), tl.max(tl.abs(right), axis=0))
-            scale = tl.maximum(highest / 448.0, 1e-12)
-            tl.store(scales + row, scale)
-            place = copy + row * 2 * width
-            tl.store(place + left_columns, (left / scale).to(copy.dtype.element_ty), mask=inside)
-            tl.store(place + right_columns, (right / scale).to(copy.dtype.element_ty), mask=inside)
+            left_factor = tl.load(own + left_columns, mask=inside, other=0.0)
+            right_factor = tl.load(own + right_columns, mask=inside, other=0.0)
+            highest = tl.maximum(highest, tl.abs(of_left.to(tl.float32) * left_factor))
+            highest = tl.maximum(highest, tl.abs(of_right.to(tl.float32) * right_factor))
     tl.store(weight_grads + row, tl.sum(total, axis=0))
+    if QUANTIZE:
+        scale = tl.maximum(tl.max(highest, axis=0) / 448.0, 1e-12)
+        tl.store(scales + row, scale)
+        tl.debug_barrier()  # what other threads have written is read
+        for start in range(0, 2 * width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < 2 * width
+            made = tl.load(out + row * out_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            made *= tl.load(own + columns, mask=inside, other=0.0)
+            tl.store(copy + row * 2 * width + columns, (made / scale).to(copy.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -105,11 +105,11 @@ def test_narrow_products_of_gathered_rows(kernels: Any, width: int, num_outputs:
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.activation)
+@pytest.mark.parametrize("width", [40, 1100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gates_leave_a_float8_copy_of_what_they_write(kernels: Any, gate: Gate, dtype: torch.dtype) -> None:
+def test_gates_leave_a_float8_copy_of_what_they_write(kernels: Any, gate: Gate, width: int, dtype: torch.dtype) -> None:
     from tasks.decoder import expert_kernels
 
-    width = 40
     gate_up, grad = draw(NUM_ROWS, 2 * width, dtype=dtype), draw(NUM_ROWS, width, dtype=dtype)
     weights = torch.rand(NUM_ROWS, device=DEVICE).to(dtype)
     copy = make_copy_room(gate_up, NUM_ROWS, width, None, ENDS)
