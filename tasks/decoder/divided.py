@@ -77,7 +77,8 @@ class DividedLayers:
         """The model's own, layer by layer."""
         self._layers: list[dict[str, _Part]] = []
         self._slots = (_Slot(), _Slot())
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Before the products, where both are ready: little work for which the next layer waits.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._is_exact = torch.ones((), dtype=torch.int32, device=device)
 
     @property

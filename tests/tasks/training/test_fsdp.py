@@ -71,7 +71,7 @@ PACKED = {"packing": True, "tokens_per_pack": 48, "micro_batch": 1, "gradient_ch
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"dropout": 0.2}),
     ("llama", PACKED),
-    ("mixtral", {}),
+    ("mixtral", {"router_aux_loss_coef": 0.05}),
     ("mixtral", {"target_modules": ("q_proj", "v_proj"), "dropout": 0.2, **PACKED}),
     ("qwen3_5_text", {"gradient_checkpointing": True}),
 ]
