@@ -1,12 +1,13 @@
 """The whole run on one page: a dataset and a base model become a registered, evaluated model."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows import gpu_stages
 from flows.accounting import (
@@ -24,11 +25,22 @@ from flows.attempts import check_inputs, git_commit, open_attempt
 from flows.cancellation import cancel_with_server
 from flows.champion import evaluate_champion
 from flows.ending import keep_outcome
+from flows.form import (
+    ALL_SETTINGS,
+    BASE_MODEL,
+    DATASET,
+    LEARNING_RATE,
+    NUM_EPOCHS,
+    RECIPE,
+    RESUME,
+    TEXT,
+    put_on,
+)
 from flows.gpu_stages import evaluate, train
 from flows.probing import digest_template, prepare_probes
 from schemas.artifacts import RunReport
 from schemas.config import RunConfig
-from schemas.loading import override_config, quote_text
+from schemas.loading import ConfigError
 from tasks import garbage, tracking
 from tasks.caching import CACHED, run_stage
 from tasks.registry.recipes import need_recipe
@@ -38,38 +50,54 @@ def _flow_run_name() -> str:
     given = flow_run.parameters
     if given["recipe"]:  # a name that needs no server: what the recipe says is looked up in the run
         return f"recipe of {given['recipe']} on {given['dataset_uri'] or 'its newest version'}"
-    return describe_run(_with_dataset(given["config"], given["dataset_uri"]))
+    try:
+        return describe_run(put_on(_need(given["config"]), given))
+    except ConfigError:  # the run itself says what is wrong
+        return "settings that go against each other"
 
 
-def choose_config(config: RunConfig, recipe: str, uri: str | None) -> RunConfig:
-    """Return the config of a run: of the form, or the recipe of a published dataset, on the dataset that is named.
+def choose_config(config: RunConfig, recipe: str, given: Mapping[str, Any]) -> RunConfig:
+    """Return the config of a run: of the form, or the recipe of a published dataset, with what stands above it.
 
     Raises:
-        ValueError: the dataset has no recipe.
+        ValueError: the dataset has no recipe, or settings go against each other.
     """
-    return _with_dataset(need_recipe(recipe).config if recipe else config, uri)
+    return put_on(need_recipe(recipe).config if recipe else _need(config), given)
 
 
-def _with_dataset(config: RunConfig, uri: str | None) -> RunConfig:
-    return (
-        config if uri is None else override_config(config.model_dump(mode="json"), (f"data.source={quote_text(uri)}",))
-    )
+def _need(config: Any) -> RunConfig:
+    """Return the config; Prefect does not miss it where a script calls the flow without one."""
+    if not isinstance(config, RunConfig):
+        raise ConfigError("sft_pipeline has no config: give it one, as load_config reads it")
+    return config
 
 
 @flow(name="sft-pipeline", flow_run_name=_flow_run_name)
 def sft_pipeline(
-    config: RunConfig, dataset_uri: str | None = None, recipe: str = "", resume: str = "auto"
+    config: RunConfig = ALL_SETTINGS,
+    dataset_uri: Annotated[str | None, TEXT] = DATASET,
+    recipe: str = RECIPE,
+    resume: str = RESUME,
+    base_model: Annotated[str | None, TEXT] = BASE_MODEL,
+    num_epochs: Annotated[float, Field(ge=0, le=1000)] = NUM_EPOCHS,
+    learning_rate: Annotated[float, Field(ge=0, le=1)] = LEARNING_RATE,
 ) -> RunReport:
     """Fine-tune a language model on a dataset, prove what it gained, and register it.
 
     Args:
-        config: Every setting, grouped by stage.
-        dataset_uri: A dataset to take in place of the one above, as the event of a newly published dataset carries it.
-        recipe: Name of a published dataset whose recipe (settings, held-out set, model name) is taken in place of the
-            settings above.
-        resume: auto goes on with an interrupted run of this config, never starts anew, or an MLflow run id.
+        config: Every setting, a section a stage. The fields above count where they are filled in.
+        dataset_uri: File, folder, address, hf://NAME or datasets:/NAME/VERSION whose rows are trained. Empty: as in the
+            settings below (Dataset, Source).
+        recipe: Name of a published dataset whose recipe (settings, held-out set, model name) is taken in place of all
+            settings above; the first four fields still count.
+        resume: auto goes on with an interrupted run of these settings; never starts anew; or an MLflow run id.
+        base_model: Folder, name on the hub, or models:/NAME@alias of the model that is trained. Empty: as in the
+            settings below.
+        num_epochs: Passes over the training rows. 0: as in the settings below (Training).
+        learning_rate: Peak of the learning rate, such as 0.0001. 0: as in the settings below (Training).
     """
-    config = choose_config(config, recipe, dataset_uri)
+    above = {"base_model": base_model, "dataset_uri": dataset_uri}
+    config = choose_config(config, recipe, {**above, "num_epochs": num_epochs, "learning_rate": learning_rate})
     seconds: dict[str, float] = {}
     title = describe_run(config)
     with garbage.importing():
@@ -80,10 +108,10 @@ def sft_pipeline(
     gpu_stages.prepare()
     with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
         with _clock(seconds, "locate"):
-            base_model = stages.locate_model(config.model)
+            base = stages.locate_model(config.model)
             source = stages.locate_dataset(config.read_data)
-            check_inputs(run, source, base_model)
-            advice = tell_warnings(check_model(tracking.resolve(base_model), config.training))
+            check_inputs(run, source, base)
+            advice = tell_warnings(check_model(tracking.resolve(base), config.training))
         with _clock(seconds, "ingest"):
             ingested = run_stage(stages.ingest, source, config.read_data, seed=config.seed, parent_run_id=run)
             dataset = ingested.result()
@@ -92,7 +120,7 @@ def sft_pipeline(
             tokenized = run_stage(
                 stages.tokenize,
                 dataset,
-                base_model,
+                base,
                 config.tokenization,
                 chat_template=template,
                 template_file_digest=digest_template(template),
@@ -100,16 +128,16 @@ def sft_pipeline(
             )
             tokens = tokenized.result()
             tell_rows(dataset, tokens, is_cached=[ingested.name == CACHED, tokenized.name == CACHED])
-            stages.log_quality(dataset, tokens, base_model, run)
+            stages.log_quality(dataset, tokens, base, run)
             check_rejected(config.data, dataset, tokens)
-            probes = prepare_probes(config, base_model, dataset, run)
+            probes = prepare_probes(config, base, dataset, run)
         with _clock(seconds, "evaluate_base"):
-            before = evaluate(base_model, tokens, config.evaluation, parent_run_id=run, probes=probes)
+            before = evaluate(base, tokens, config.evaluation, parent_run_id=run, probes=probes)
             expected, few = stages.foresee(before, dataset, config.evaluation, config.registry.gate)
         with _clock(seconds, "train"):
-            adapter = train(base_model, tokens, config.training, seed=config.seed, parent_run_id=run)
+            adapter = train(base, tokens, config.training, seed=config.seed, parent_run_id=run)
         with _clock(seconds, "merge"):
-            merged = stages.merge(base_model, adapter, tokens, dataset, config.merge, parent_run_id=run)
+            merged = stages.merge(base, adapter, tokens, dataset, config.merge, parent_run_id=run)
         with _clock(seconds, "evaluate_merged"):
             after = evaluate(merged, tokens, config.evaluation, parent_run_id=run, probes=probes)
         with _clock(seconds, "evaluate_champion"):
@@ -125,7 +153,7 @@ def sft_pipeline(
                 champion_evaluation=held,
                 seed=config.seed,
                 title=title,
-                facts=summarize_facts(config, base_model, dataset, tokens, adapter, merged, expected),
+                facts=summarize_facts(config, base, dataset, tokens, adapter, merged, expected),
                 warnings=(
                     *advice,
                     *few,
@@ -144,7 +172,7 @@ def sft_pipeline(
                 config.registry,
                 title=title,
                 evaluation=after,
-                base_model=base_model,
+                base_model=base,
                 dataset=dataset,
                 tokens=tokens,
                 git_commit=git_commit(),

@@ -58,7 +58,7 @@ def test_a_dataset_with_a_recipe_starts_its_own_run(tmp_path: Path) -> None:
     assert describe_recipe(outcome).endswith("held out datasets:/support-held-out/1, registered as support-assistant")
     # What the started run takes: nothing of the form, which begins with the demo.
     form = parse_config({"model": {"base_model": "demo"}, "data": {"source": "demo"}, "registry": {"name": "demo"}})
-    config = choose_config(form, "support", outcome.published.address)
+    config = choose_config(form, "support", {"dataset_uri": outcome.published.address})
     assert (config.data.source, config.data.eval_source) == ("datasets:/support/1", "datasets:/support-held-out/1")
     assert (config.registry.name, config.model.base_model) == ("support-assistant", str(_BASE_MODEL))
     assert find_published("datasets:/support-held-out").version == "1"
@@ -94,7 +94,7 @@ def test_without_a_recipe_it_says_so_and_starts_nothing(tmp_path: Path) -> None:
         == "chats has no recipe, so that no run starts on it: give it one with --recipe my.yaml"
     )
     with pytest.raises(PublicationError, match=r"dataset chats has no recipe at .*--recipe my\.yaml"):
-        choose_config(settings, "chats", outcome.published.address)
+        choose_config(settings, "chats", {"dataset_uri": outcome.published.address})
     with pytest.raises(PublicationError, match="nothing says how to check it"):
         publish_now(file, name="chats", recipe=None, settings=None, who="ann")
 
