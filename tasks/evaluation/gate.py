@@ -143,7 +143,7 @@ def _check_gain(
     """Say what was gained over a rival, and what speaks against it."""
     gain = METRICS[name].gain(change.value)
     low, high = METRICS[name].gains(change.ci_low, change.ci_high)
-    measured = f"{name} gained {gain:.4g} over {rival} (interval {low:.4g} to {high:.4g})"
+    measured = f"{name} gained {gain + 0.0:.4g} over {rival} (interval {low + 0.0:.4g} to {high + 0.0:.4g})"
     against = []
     if not gain > least:
         against.append(f"more than registry.gate.{setting} = {least:g} is wanted")

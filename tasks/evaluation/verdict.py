@@ -127,12 +127,12 @@ def format_value(name: str, value: float) -> str:
     """Write a metric's value for people, with its unit."""
     form = METRICS[name].form
     if form == "percent":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:z.1f} %"
     if form == "nats":
-        return f"{value:.3f}"
+        return f"{value:z.3f}"
     if form == "count":
-        return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-    return f"{value:.1f}"
+        return f"{value:z,.2f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:z.1f}"
 
 
 def format_change(name: str, value: float) -> str:

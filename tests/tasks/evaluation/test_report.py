@@ -1,14 +1,18 @@
 import re
+import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from schemas.artifacts import Delta
-from schemas.config import EvaluationConfig
+from schemas.artifacts import Delta, ProbeReport
+from schemas.config import EvaluationConfig, GateConfig
+from tasks.evaluation.champion import compare_with_champion
 from tasks.evaluation.comparison import Comparison, compare
+from tasks.evaluation.gate import judge as judge_gate
 from tasks.evaluation.report import MAX_TEXT, clip_text, write_report
 from tasks.evaluation.verdict import format_change, format_value, judge, list_caveats, state_verdict
 
@@ -200,3 +204,39 @@ def test_values_are_written_for_people() -> None:
     assert format_change("exact_match", -0.25) == "\N{MINUS SIGN}25.0 points"
     assert format_change("chrf", 3.25) == "+3.2"
     assert format_change("nll", 0.0001) == "0.000"
+    assert format_value("reward_margin", -0.0004) == "0.000"
+    assert format_value("exact_match", -0.0001) == "0.0 %"
+
+
+_OVERFLOWS = """() => [...document.querySelectorAll("section, .tile")].flatMap(card => [...card.querySelectorAll("*")]
+  .filter(part => !part.closest("svg") && part.getBoundingClientRect().right > card.getBoundingClientRect().right + 1)
+  .map(part => part.textContent.slice(0, 60)))"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium") or not find_spec("playwright"), reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_leaves_its_card_with_a_champion_and_long_names(tmp_path: Path, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    base, tuned, champion = make_rows([0] * 40), make_rows([1] * 30 + [0] * 10, nll=0.9), make_rows([1] * 20 + [0] * 20)
+    config = EvaluationConfig(num_resamples=200)
+    comparison, long = compare(base, tuned, config, seed=0), "a-name-without-any-place-to-break_" * 4
+    rival = compare_with_champion("1234", champion, tuned, set(), config, notes=(), seed=0)
+    probe = ProbeReport(
+        name=long, metric="nll", max_loss=0.5, num_conversations=40, before=1, after=0.9, delta=comparison.delta["nll"]
+    )
+    decision = judge_gate(comparison.delta, GateConfig(), rival.report, num_conversations=40, probes=(probe,))
+    page = write_report(
+        tmp_path, comparison, title=long, facts={"Rows": {long: long}}, warnings=[long], rival=rival,
+        decision=decision, probes=[probe],
+    )  # fmt: skip
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        shown = browser.new_page(viewport={"width": width, "height": 900})
+        shown.goto(page.as_uri())
+        found = shown.evaluate(_OVERFLOWS)
+        words = shown.inner_text("body")
+        browser.close()
+    assert found == []
+    assert "no clear change" in words
+    assert not re.search(r"(?<![\d.])[-\N{MINUS SIGN}]0(\.0+)?(?![\d.])", words)
