@@ -27,6 +27,7 @@ from schemas.artifacts import (
 from schemas.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
 from tasks import tracking
 from tasks.ingestion.reject_groups import group_rejects
+from tasks.plurals import count_of
 
 WARNINGS_SHOWN = 10
 """Of a stage; quality.json and masks.json have all."""
@@ -67,7 +68,8 @@ def name_warnings(dataset: DatasetRef, tokens: TokensRef, probes: ProbesRef | No
     for stage, warnings in (("ingestion", dataset.warnings), ("tokenization", tokens.warnings)):
         named += warnings[:WARNINGS_SHOWN]
         if len(warnings) > WARNINGS_SHOWN:
-            named.append(f"{len(warnings) - WARNINGS_SHOWN} further warning(s) of {stage}: see its quality report")
+            more = count_of(len(warnings) - WARNINGS_SHOWN, "further warning")
+            named.append(f"{more} of {stage}: see its quality report")
     return (*named, *(probes.warnings if probes else ()))
 
 
@@ -76,16 +78,17 @@ def describe_rows(dataset: DatasetRef, tokens: TokensRef) -> str:
     rows = account_rows(dataset, tokens)
     reasons = ", ".join(f"{reason} {number:,}" for reason, number in Counter(rows.rows_rejected).most_common())
     return (
-        f"{rows.rows_in:,} rows in = {rows.rows_train:,} trained + {rows.rows_eval:,} evaluated + "
+        f"{count_of(rows.rows_in, 'row')} in = {rows.rows_train:,} trained + {rows.rows_eval:,} evaluated + "
         f"{sum(rows.rows_rejected.values()):,} rejected{f' ({reasons})' if reasons else ''} + "
-        f"{rows.rows_duplicate:,} duplicates + {rows.rows_leaked:,} leaked"
+        f"{count_of(rows.rows_duplicate, 'duplicate')} + {rows.rows_leaked:,} leaked"
     )
 
 
 def describe_tokens(tokens: TokensRef) -> str:
     """Return one line on the examples and their tokens."""
     share = tokens.trained_tokens / max(1, tokens.total_tokens)
-    return f"{tokens.num_examples:,} examples, {tokens.total_tokens:,} tokens, {100 * share:.0f} % of them trained"
+    examples, all_tokens = count_of(tokens.num_examples, "example"), count_of(tokens.total_tokens, "token")
+    return f"{examples}, {all_tokens}, {100 * share:.0f} % of them trained"
 
 
 def tell_rows(dataset: DatasetRef, tokens: TokensRef, *, is_cached: Sequence[bool]) -> None:
@@ -177,7 +180,8 @@ def _describe_method(config: TrainingConfig) -> str:
         return f"LoRA rank {config.rank}, alpha {config.alpha:g}"
     if config.method == "full":
         return "all weights of the text decoder"
-    layers = f"the last {config.trained_layers} layers" if config.trained_layers else ""
+    number = config.trained_layers
+    layers = "" if not number else "the last layer" if number == 1 else f"the last {number} layers"
     return "the model's own weights: " + " and ".join(filter(None, (layers, ", ".join(config.trained_modules))))
 
 

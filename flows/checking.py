@@ -36,6 +36,8 @@ class Check:
     """What was chosen for the tokenizer."""
     masks: dict[str, Any]
     """The training part's mask report; see masks.json."""
+    max_length: int
+    """Tokens at which examples are cut: tokenization.max_length, or the model's positions where they are fewer."""
 
     def to_json(self) -> str:
         """Return the check as a JSON object, with `ok` first."""
@@ -103,4 +105,5 @@ def check_dataset(
         warnings=(*quality["warnings"], *warnings),
         notes=prepared.notes,
         masks=masks["train"],
+        max_length=masks["max_length"],
     )

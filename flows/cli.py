@@ -9,7 +9,7 @@ import typer
 from flows.around_cli import app as around_app
 from flows.cleaning_cli import app as cleaning_app
 from flows.config_options import ConfigFile, Overrides, Settings
-from flows.console import check_files, console, escape, fail, load_for_data, prepare_environment
+from flows.console import check_files, console, escape, fail, is_demo_model, load_for_data, prepare_environment
 from flows.export_cli import app as export_app
 from flows.join_cli import app as join_app
 from flows.plan_cli import app as plan_app
@@ -251,9 +251,14 @@ def check(
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
         json_.write_text(found.to_json(), encoding="utf-8")
+    if is_demo_model(loaded):
+        console.print(
+            "[yellow]No model is named:[/] template, tokens and lengths are those of the demo's model, with which "
+            f"examples end after {found.max_length:,} tokens, and not of yours: give --config, or --set "
+            "model.base_model=NAME",
+            soft_wrap=True,
+        )
     show_check(found, data)
-    if config is None:
-        console.print("[dim]Tokens are counted with the demo's tokenizer; give --config for your model's.[/]")
     if found.problems:
         raise typer.Exit(1)
 

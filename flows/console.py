@@ -74,6 +74,11 @@ def prepare_environment(*, cache: bool) -> None:
         os.environ["PREFECT_TASKS_REFRESH_CACHE"] = "true"
 
 
+def is_demo_model(config: RunConfig) -> bool:
+    """Say whether a config has the model that `load_for_data` takes where none is named."""
+    return config.model.base_model == str(_DEMO_MODEL)
+
+
 def load_for_data(data: str, config: Path | None, set_: list[str] | None) -> RunConfig:
     """Return a config for one dataset: the given one, or the defaults with the demo's tokenizer."""
     overrides = tuple(set_ or ())

@@ -9,6 +9,7 @@ from rich.console import Console
 from flows.config_options import ConfigFile, Overrides, Settings
 from flows.console import console, escape, fail, prepare_environment
 from schemas.loading import ConfigError
+from tasks.plurals import add_up_rows, count_of
 
 if TYPE_CHECKING:
     from flows.planning import RunPlan
@@ -83,8 +84,8 @@ def show_plan(plan: "RunPlan", out: Console) -> None:
             out.print(f"  {escape(option.settings)}: {_write_bytes(option.least_bytes)} at least", soft_wrap=True)
     if plan.num_idle_gpus:
         out.print(
-            f"[yellow]{plan.num_idle_gpus} GPU(s) of this machine would be idle: set training.num_processes to "
-            f"{plan.num_idle_gpus + plan.num_processes}[/]",
+            f"[yellow]{count_of(plan.num_idle_gpus, 'GPU')} of this machine would be idle: set "
+            f"training.num_processes to {plan.num_idle_gpus + plan.num_processes}[/]",
             soft_wrap=True,
         )
     for warning in plan.warnings:
@@ -94,8 +95,7 @@ def show_plan(plan: "RunPlan", out: Console) -> None:
 
 
 def _tell_rows(plan: "RunPlan") -> str:
-    parts = [f"{number:,} {name}" for name, number in plan.rows.items() if number and name != "rows in"]
-    return f"{plan.rows['rows in']:,} in = {' + '.join(parts)}"
+    return f"{plan.rows['rows in']:,} in = {add_up_rows(plan.rows)}"
 
 
 def _tell_examples(plan: "RunPlan") -> str:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from flows.console import console, fail
+from tasks.plurals import count_of
 
 app = typer.Typer()
 
@@ -41,7 +42,8 @@ def stop() -> None:
         number = lifecycle.stop(settings.read_settings())
     except ValueError as error:
         fail(error)
-    console.print(f"Stopped {number} processes." if number else "Nothing was running.")
+    told = count_of(number, "process", "processes")
+    console.print(f"Stopped {told}." if number else "Nothing was running.")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from flows.environment import DATABASE_VARIABLE, run_defaults
 from schemas.artifacts import ComparisonReport, Delta, RunReport, SweepReport
 from tasks import storage, tracking
 from tasks.evaluation.verdict import judge
+from tasks.plurals import add_up_rows, count_of
 from tasks.sqlite_files import find_path, make_address
 from tasks.visible_text import make_visible
 
@@ -131,11 +132,11 @@ def lived_seconds() -> float:
 def show_evaluated(found: "Evaluated") -> None:
     """Print where every row went, and the metrics of a model, beside its base's where they were compared."""
     console = Console(highlight=False)
-    parts = [f"{number:,} {name}" for name, number in found.rows.items() if number and name != "rows in"]
-    console.print(f"{found.rows['rows in']:,} rows in = {' + '.join(parts)}", markup=False, soft_wrap=True)
+    rows_in = count_of(found.rows["rows in"], "row")
+    console.print(f"{rows_in} in = {add_up_rows(found.rows)}", markup=False, soft_wrap=True)
     for note in found.notes:
         console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
-    title = f"{found.target} on {found.rows['evaluated']:,} rows"
+    title = f"{found.target} on {count_of(found.rows['evaluated'], 'row')}"
     if found.base:
         console.print(make_metrics_table(f"{title}, beside {found.base}", "base", found.base_metrics, found.delta))
         return

@@ -8,6 +8,7 @@ from typing import Any
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.ingestion.rows.screening import KINDS, redact_text
 from tasks.pages import open_templates
+from tasks.plurals import count_of
 
 FILE_NAME = "quality.html"
 SAMPLES_SHOWN = 3
@@ -115,18 +116,27 @@ def state_verdict(num_read: int, rows: Mapping[str, int], *, is_noted: bool) -> 
         rows: of `count_rows`.
         is_noted: whether there are warnings.
     """
-    used = f"{rows['trained']:,} rows are trained and {rows['held out']:,} are held out"
+    used = f"{_tell(rows['trained'], 'trained')} and {rows['held out']:,} {_be(rows['held out'])} held out"
     if not rows["trained"] or not rows["held out"]:
         return "worse", f"{used}: with one side empty, nothing can be trained and judged."
     if rows["rejected"]:
         percent = 100 * rows["rejected"] / num_read
         return (
             "mixed",
-            f"{used}. {rows['rejected']:,} rows ({percent:.2g} % of those read) are rejected: see why below.",
+            f"{used}. {count_of(rows['rejected'], 'row')} ({percent:.2g} % of those read) {_be(rows['rejected'])} "
+            "rejected: see why below.",
         )
     if is_noted:
         return "mixed", f"{used}, none is rejected. There is something to look at: see the notes below."
     return "better", f"{used}, none is rejected, and nothing looks wrong."
+
+
+def _tell(number: int, what: str) -> str:
+    return f"{count_of(number, 'row')} {_be(number)} {what}"
+
+
+def _be(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def slice_rows(rows: Mapping[str, int]) -> list[Slice]:

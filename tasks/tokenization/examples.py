@@ -13,6 +13,7 @@ from schemas.config import TokenizationConfig
 from tasks import execution
 from tasks.models import load_tokenizer
 from tasks.progress import Tell
+from tasks.tokenization.contradictions import warn_of_contradictions
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer
@@ -140,6 +141,7 @@ def join_shards(
         num_rendered_anew=train.num_rendered_anew + eval_.num_rendered_anew,
         warnings=(
             *_tell_cuts(reports, config),
+            *warn_of_contradictions(folder / "train.parquet"),
             *(
                 f"{prepared.template_name}, {_PART_NAMES[part]} rows: {warning}"
                 for part, report in reports.items()

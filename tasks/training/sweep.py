@@ -223,7 +223,6 @@ class _Sweep:
         logger.info(report.sentence)
         tokens = sum(candidate.progress.num_tokens for candidate in self.candidates)
         losses = winner.progress.losses
-        given_up = [f"{each.name} was given up: {each.failure}" for each in self.candidates if each.failure]
         return TrainingOutcome(
             adapter=folder,
             num_steps=self.step,
@@ -239,7 +238,7 @@ class _Sweep:
             tokens_per_second=tokens / max(self.candidates[0].progress.train_seconds, 1e-9),
             peak_memory_bytes=self.peak_memory_bytes,
             adapted=setup.adapted,
-            warnings=(*self.passed_over, *setup.notes, *given_up),
+            warnings=(*self.passed_over, *setup.notes),  # who was given up is said at once, and in the report of all
             engine=self.lanes.describe(),
             device=name_device(),
             flop_per_token=count_useful_flop(setup.model),

@@ -111,7 +111,7 @@ def test_every_row_is_accounted_for_and_answers_are_written(trained: Path, rows:
         "rows in": 26, "evaluated": 20, "not asked": 4, "duplicates": 1, "rejected: empty_answer": 1,
     }  # fmt: skip
     assert (values["base"], values["delta"]) == ("", {})
-    assert "26 rows in = 20 evaluated + 4 not asked + 1 duplicates + 1 rejected: empty_answer" in result.stdout
+    assert "26 rows in = 20 evaluated + 4 not asked + 1 duplicate + 1 rejected: empty_answer" in result.stdout
     assert pl.read_parquet(tmp_path / "out" / "a.parquet").height == 20
 
 

@@ -97,3 +97,17 @@ def test_a_pair_whose_answers_become_the_same_tokens_is_refused(tmp_path: Path) 
     details = pl.read_parquet(tmp_path / "tokens" / "rejects.parquet")["detail"].to_list()
     assert details[0].startswith("the chat template writes both answers alike")
     assert details[1] == "cut to tokenization.max_length = 64, both answers are the same: raise it"
+
+
+def test_pairs_that_contradict_each_other_are_counted_and_named(tmp_path: Path, prepared: PreparedTokenizer) -> None:
+    hi, no, yes = say("u:Hello", "a:Hi"), say("u:Hello", "a:No"), say("u:Hello", "a:Yes")
+    elsewhere = say("u:Bye", "a:No"), say("u:Bye", "a:Hi")
+    dataset = write(tmp_path / "data", [(hi, no), (yes, no), (no, hi), elsewhere, (hi, yes)])
+    counts = tokenize_dataset(dataset, prepared, tmp_path / "tokens", TokenizationConfig())
+    assert counts.num_examples == 5
+    (told,) = [warning for warning in counts.warnings if "contradict" in warning]
+    assert told.startswith("2 pairs contradict each other")
+    assert f"example_id {0:032d}, {2:032d})" in told
+    agreeing = write(tmp_path / "agreeing", [(hi, no), (yes, no), (hi, yes)])
+    counts = tokenize_dataset(agreeing, prepared, tmp_path / "others", TokenizationConfig())
+    assert not [warning for warning in counts.warnings if "contradict" in warning]

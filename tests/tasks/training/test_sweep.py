@@ -140,7 +140,7 @@ def test_a_candidate_that_breaks_is_given_up_for_good_and_the_others_are_as_with
     assert rest.sweep.winner == good.name
     assert broken.loss is None
     assert broken.failure.startswith(why)
-    assert rest.warnings[-1] == f"{broken.name} was given up: {broken.failure}"
+    assert not [warning for warning in rest.warnings if "given up" in warning]  # it was said when it happened
     name, own, seed = list_settings(config, 3)[0]
     own_steps = train(tmp_path / name, base_model, tokens, own, seed)[1]
     assert [record.figures[f"{name}/loss"] for record in seen + later] == pytest.approx(
