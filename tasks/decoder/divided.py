@@ -121,6 +121,7 @@ class DividedLayers:
         Raises:
             DividedWeightsError: on all ranks, where on one of them a layer was not gathered as it had been.
         """
+        self._settle()
         for slot in self._slots:
             self._empty(slot)
             slot.rooms = {}
@@ -194,6 +195,7 @@ class DividedLayers:
         """Put the layers whole into the host's memory, where the model's own modules then have them."""
         for number, module in enumerate(self.modules):
             self.hold(number, _ALL)
+            self._settle()
             held = {name: parameter.data.to("cpu", copy=True) for name, parameter in module.named_parameters()}
             for slot in self._slots:
                 self._empty(slot)
@@ -205,6 +207,7 @@ class DividedLayers:
     def _divide(self, number: int, layer: Layer) -> None:
         """Keep this rank's share of a layer's matrices, and make sure that the whole can be had back."""
         slot = self._slots[number % 2]
+        self._settle()
         self._empty(slot)
         self._layers[number] = {}
         for name, matrices in list_matrices(layer).items():
@@ -218,6 +221,11 @@ class DividedLayers:
                     self._is_exact.zero_()
             for matrix in matrices:
                 matrix.hide()
+
+    def _settle(self) -> None:
+        """Have what comes wait for what is still being gathered, perhaps for nobody: its room is going to be another's."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def _allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)

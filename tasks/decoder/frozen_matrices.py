@@ -77,7 +77,7 @@ def _offer_projection(projection: Projection) -> Matrix:
 def _offer_quantized(projection: Any, attribute: str) -> list[Matrix]:
     """Return the values and the scales of a matrix in float8, or of one of each expert."""
     values, scales = getattr(projection, attribute)
-    absent = [values.new_zeros(()).expand(values.shape), scales.new_full((), torch.nan).expand(scales.shape)]
+    absent = [values.new_empty(()).expand(values.shape), scales.new_full((), torch.nan).expand(scales.shape)]
 
     def put(number: int, tensor: Tensor) -> None:
         held = list(getattr(projection, attribute))

@@ -1,5 +1,7 @@
 """The fused engine with divided weights: the curve of whole ones, and checkpoints that any strategy goes on from."""
 
+import gc
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 from tasks.decoder.recognition import UnknownDecoderError
 from tasks.training.distributed import keep_pace
 from tasks.training.engines import self_check
+from tasks.training.frozen import load_base
 from tasks.training.loop import train_adapter
+from tasks.training.preparation import prepare_training
 from tasks.training.process.messages import TrainingJob
 from tasks.training.records import StepRecord, TrainingError, TrainingStopped
 from tests.tasks.training.conftest import build_model, write_split, write_tokens
@@ -190,3 +194,39 @@ SHORT = {"max_steps": 1, "eval_every_steps": 1}
 
 def short_config() -> Any:
     return CONFIG.model_copy(update={"num_epochs": 1.0, **SHORT})
+
+
+def measure_memory(number: int, base_model: Path, tokens: Path, folder: Path, strategy: str) -> tuple[int, int]:
+    """Return by how many bytes this process grows when it reads the model, and those of all tensors that then train."""
+    config = CONFIG.model_copy(update={"strategy": strategy, "rank": 1, "target_modules": ("q_proj",)})
+    load_base(base_model, config, dtype=torch.float32, device=torch.device("cpu"))  # imports what reading takes
+    before = read_own_bytes()
+    model = load_base(base_model, config, dtype=torch.float32, device=torch.device("cpu"))
+    grown = read_own_bytes() - before
+    del model
+    setup = prepare_training(base_model, tokens, folder, config, seed=5)
+    assert (DIVIDED in setup.engine.describe()) == (strategy == "fsdp")
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return grown, sum(storages.values())
+
+
+def read_own_bytes() -> int:
+    """Return the memory of this process; pages of files, which it shares with others, do not count."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (size,) = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
+    return 1024 * int(size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
+def test_no_rank_holds_the_whole_model(many_tokens: Path, tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "head_dim": 64}
+    model = build_model(tmp_path / "model", "llama", **shape)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    for strategy, part in (("ddp", 1.0), ("fsdp", 14 / 24)):  # half of 24 layers, and two of them
+        given = (model, many_tokens, tmp_path / "examples", strategy)
+        for grown, held in on_two_ranks(measure_memory, *given, folder=tmp_path / strategy):
+            assert grown < 0.1 * size
+            assert held == pytest.approx(part * size, rel=0.05)
