@@ -223,7 +223,7 @@ class DividedLayers:
                 matrix.hide()
 
     def _settle(self) -> None:
-        """Have what comes wait for what is still being gathered, perhaps for nobody: its room is going to be another's."""
+        """Have what comes wait for what is being gathered, perhaps for nobody: its room is going to be another's."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 

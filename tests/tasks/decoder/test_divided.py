@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from schemas.config import TrainingConfig
+from tasks.decoder import decoder as decoder_module
 from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers, DividedWeightsError
 from tasks.decoder.float8 import quantize_decoder
@@ -206,3 +207,39 @@ def test_divided_float8_weights_compute_what_whole_ones_do(tmp_path: Path, monke
             assert held < 1.1  # a dense weight lies twice, once for each way
     experts = [held for (_, _, held), family in zip(told, [name for name in families for _ in range(2)], strict=True)]
     assert max(experts[-2:]) < min(experts[:2])
+
+
+def test_a_layer_is_gathered_while_its_neighbour_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is begun and what is used, in order: the next layer is under way before a layer is computed, both ways."""
+    told: list[str] = []
+
+    def bring(self: DividedLayers, layer: Any, slot: Any, names: Any, inner: Any = DividedLayers._bring) -> None:
+        told.append(f"gather {slot.number}")
+        inner(self, layer, slot, names)
+
+    def run(layer: Any, *arguments: Any, inner: Any = decoder_module.run_layer) -> Any:
+        told.append(f"run {numbers[id(layer)]}")
+        return inner(layer, *arguments)
+
+    model = build_deep(5)
+    engine = divide(model, recomputed=0)
+    numbers = {id(layer): number for number, layer in enumerate(engine.decoder.layers)}
+    compute(engine, model)
+    move(model)
+    engine.decoder.invalidate()
+    monkeypatch.setattr(DividedLayers, "_bring", bring)
+    monkeypatch.setattr(decoder_module, "run_layer", run)
+    loss = engine.sum_losses(form_flat_batch(draw_table(), range(5)))
+    forward = ["gather 0", "gather 1", "run 0", "gather 2", "run 1", "gather 3", "run 2", "gather 4", "run 3", "run 4"]
+    assert told == forward
+    told.clear()
+    loss.backward()  # the last two layers are there still
+    assert told == ["gather 2", "gather 1", "gather 0"]
+    told.clear()
+    compute(engine, model)  # the first two are there: nothing of the adapter has changed
+    assert told == [*forward[2:], "gather 2", "gather 1", "gather 0"]
+    told.clear()
+    again = replace(engine, num_recomputed=5)
+    compute(again, model)
+    backward = ["run 4", "gather 2", "run 3", "gather 1", "run 2", "gather 0", "run 1", "run 0"]
+    assert told == [*forward[2:], *backward]
