@@ -14,6 +14,7 @@ from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers, DividedWeightsError
 from tasks.decoder.float8 import quantize_decoder
 from tasks.decoder.grouped import GroupedProjection
+from tasks.decoder.layer import run_layer
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
@@ -217,7 +218,7 @@ def test_a_layer_is_gathered_while_its_neighbour_is_computed(monkeypatch: pytest
         told.append(f"gather {slot.number}")
         inner(self, layer, slot, names)
 
-    def run(layer: Any, *arguments: Any, inner: Any = decoder_module.run_layer) -> Any:
+    def run(layer: Any, *arguments: Any, inner: Any = run_layer) -> Any:
         told.append(f"run {numbers[id(layer)]}")
         return inner(layer, *arguments)
 

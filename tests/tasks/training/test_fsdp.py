@@ -222,7 +222,7 @@ def read_own_bytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
 def test_no_rank_holds_the_whole_model(many_tokens: Path, tmp_path: Path) -> None:
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "head_dim": 64}
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "head_dim": 64}
     model = build_model(tmp_path / "model", "llama", **shape)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     for strategy, part in (("ddp", 1.0), ("fsdp", 14 / 24)):  # half of 24 layers, and two of them
