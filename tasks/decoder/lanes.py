@@ -9,7 +9,7 @@ lanes' ranks of all its layers together.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tasks.decoder.adapters import AdapterGroup, Part, bind_gradients, lay_out
 from tasks.decoder.decoder import Decoder
 from tasks.decoder.elementwise import Quantized
 from tasks.decoder.grouped_products import multiply_grouped
+from tasks.decoder.lane_products import OuterSums, add_thin
 from tasks.decoder.layer import Layer
 from tasks.decoder.mixers import list_inner
 from tasks.decoder.module_reading import UnknownDecoderError
@@ -72,6 +73,8 @@ class LaneGroup:
     stack_b: Tensor
     """[K, O, R]"""
     places: LanePlaces
+    sums: list[OuterSums] = field(default_factory=list)
+    """What adds up gradients that stay; made at the first use."""
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -90,12 +93,45 @@ class LaneGroup:
 
     def compute_grads(self, grads: Tensor, small: Tensor, inputs: Tensor, projected: Tensor) -> list[Tensor | None]:
         """Return the gradients of `parameters`, lane by lane; see `AdapterGroup`."""
-        rows, _ = self.places.find(len(inputs), inputs.device)
+        rows, ends = self.places.find(len(inputs), inputs.device)
+        if all(group.grad_a is not None or not group.parameters for group in self.lanes) and self.parameters:
+            self._add_grads(grads, small, inputs, projected, rows, ends)
+            return [None] * len(self.parameters)
         results: list[Tensor | None] = []
         for group, lane in zip(self.lanes, rows, strict=True):
             rank = group.joint_a.shape[0]
             results += group.compute_grads(grads[lane], small[lane, :rank], inputs[lane], projected[lane, :rank])
         return results
+
+    def _add_grads(
+        self, grads: Tensor, small: Tensor, inputs: Tensor, projected: Tensor, rows: list[slice], ends: Tensor
+    ) -> None:
+        """Add the gradients where they stay, those of a matrix for all lanes at once."""
+        if not self.sums:
+            self.sums = self._plan_sums()
+        of_a, *of_b = self.sums
+        of_a.add([_require(group.grad_a) for group in self.lanes], small, inputs, ends, rows)
+        for number, (out, of_part) in enumerate(zip(self.lanes[0].outs, self._list_adapted(of_b), strict=True)):
+            if of_part is not None:
+                targets = [_require(_require(group.parts[number].lora_b).grad) for group in self.lanes]
+                of_part.add(targets, projected, grads[:, out], ends, rows)
+
+    def _plan_sums(self) -> list[OuterSums]:
+        """Return what adds up the gradients of all A together, then those of each adapted layer's B."""
+        lanes = self.lanes
+        none = (0,) * len(lanes)
+        plans = [OuterSums(none, tuple(group.joint_a.shape[0] for group in lanes), (1.0,) * len(lanes), False)]
+        for number, part in enumerate(lanes[0].parts):
+            if part.lora_b is not None:
+                slices = [group.ranks[number] for group in lanes]
+                firsts, ranks = tuple(each.start for each in slices), tuple(each.stop - each.start for each in slices)
+                plans.append(OuterSums(firsts, ranks, tuple(group.parts[number].scale for group in lanes), True))
+        return plans
+
+    def _list_adapted(self, of_b: list[OuterSums]) -> list[OuterSums | None]:
+        """Give each layer what adds up its gradients; None where it has no adapter."""
+        left = iter(of_b)
+        return [None if part.lora_b is None else next(left) for part in self.lanes[0].parts]
 
 
 @dataclass
@@ -141,7 +177,7 @@ class LaneProjection:
             torch.mm(inputs.values, weight) if self.bias is None else torch.addmm(self.bias, inputs.values, weight)
         )
         if inputs.projected.shape[1]:
-            outputs += self._multiply(inputs.projected, self.adapters.stack_b.transpose(1, 2))
+            self._add(outputs, inputs.projected, self.adapters.stack_b.transpose(1, 2))
         return outputs
 
     def backward(
@@ -155,8 +191,13 @@ class LaneProjection:
             return small, None, None
         result = torch.mm(grad, self.weight)
         if rank:
-            result += self._multiply(small, self.adapters.stack_a)
+            self._add(result, small, self.adapters.stack_a)
         return small, result, None
+
+    def _add(self, out: Tensor, thin: Tensor, matrices: Tensor) -> None:
+        """Add each thin row times the matrix of its lane [K, R, width] to the output."""
+        rows, ends = self.adapters.places.find(len(out), out.device)
+        add_thin(out, thin, matrices, ends, max(lane.stop - lane.start for lane in rows))
 
     def _multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Return each row times the matrix of its lane [K, inputs, outputs]."""
@@ -221,6 +262,11 @@ def _take(projection: AnyProjection, adapters: Adapters, places: LanePlaces) -> 
         for number, (lane, sizes) in enumerate(zip(parts, ranks, strict=True))
     )
     return LaneProjection(weight, projection.bias, LaneGroup(groups, stack_a, stack_b, places), projection.site)
+
+
+def _require(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _find(module: nn.Linear, adapters: dict[nn.Linear, tuple[nn.Parameter, nn.Parameter, float]]) -> Part:

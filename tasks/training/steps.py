@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tasks.training.validation import sum_held_out
 from tasks.training.writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -55,16 +57,16 @@ def iterate(run: Run) -> Iterator[list[Batch]]:
         last=setup.num_steps,
         form_step=partial(setup.engine.form_step, num_parts=world_size()),
     )
-    return _look_ahead(steps)
+    return look_ahead(steps)
 
 
-def _look_ahead(steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+def look_ahead(steps: Iterator[Item]) -> Iterator[Item]:
     """Make the next step's batches while this step is computed: a GPU that waits for them stands still."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(next, steps, None)
-        while (batches := upcoming.result()) is not None:
+        while (found := upcoming.result()) is not None:
             upcoming = pool.submit(next, steps, None)
-            yield batches
+            yield found
 
 
 def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterator[list[Batch]]]:

@@ -42,6 +42,7 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingError, Traini
 from tasks.training.schedule import compute_learning_rate
 from tasks.training.sharding import is_sharded
 from tasks.training.shared_checkpoints import bring_checkpoints
+from tasks.training.steps import look_ahead
 from tasks.training.sweep_checkpoints import restore_sweep, take_sweep
 from tasks.training.throughput import count_useful_flop
 from tasks.training.writing import CheckpointWriter
@@ -193,14 +194,14 @@ class _Sweep:
             TrainingStopped: `should_stop` said so; a checkpoint was written.
         """
         setup = self.setup
-        streams = [self._iterate(candidate) for candidate in self.candidates]
+        steps = look_ahead(zip(*(self._iterate(candidate) for candidate in self.candidates), strict=True))
         while self.step < setup.num_steps:
             if should_stop():
                 writer.write(self._take_snapshot())
                 raise TrainingStopped(f"stopped after step {self.step} of {setup.num_steps}")
             reset_memory(setup.device)
             started = time.perf_counter()
-            batches = [next(stream) for stream in streams]
+            batches = list(next(steps))
             told = self._descend(batches)
             self.step += 1
             on_step(self._record(batches, told, time.perf_counter() - started))

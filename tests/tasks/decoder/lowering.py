@@ -115,13 +115,18 @@ def run(model: Any, dtype: torch.dtype | None = None) -> None:
 
 def run_others() -> None:
     """Launch what stands in for PyTorch's own on a GPU alone."""
-    from tasks.decoder import causal_softmax_kernels, copy_kernels
+    from tasks.decoder import causal_softmax_kernels, copy_kernels, lane_kernels
 
     room = torch.zeros(3, 80, dtype=torch.bfloat16)
     copy_kernels.copy_rows(torch.randn(3, 64, dtype=torch.bfloat16), room[:, :64])
     scores, sums = torch.randn(2, 12, 6), torch.zeros(2, 12)
     causal_softmax_kernels.causal_softmax(scores, 0.5, torch.bfloat16)
     causal_softmax_kernels.causal_softmax_backward(scores, scores, sums, sums, 0.5, torch.bfloat16)
+    ends, thin = torch.tensor([1, 3], dtype=torch.int32), torch.randn(3, 16, dtype=torch.bfloat16)
+    lane_kernels.add_thin(room, thin, torch.randn(2, 16, 80, dtype=torch.bfloat16), ends, 2)
+    for is_turned in (False, True):
+        table = lane_kernels.tabulate([torch.zeros(16, 80)] * 2, (0, 0), (16, 16))
+        lane_kernels.add_outer(thin, room, ends, table, torch.ones(2), (16, 16), is_turned=is_turned)
 
 
 def run_float8() -> None:

@@ -18,7 +18,8 @@ RANKS = {"default": 4, "b": 2, "c": 8}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_each_lane_has_the_gradient_that_it_has_alone(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_each_lane_has_the_gradient_that_it_has_alone(tmp_path: Path, family: str, is_bound: bool) -> None:
     base_model, tokens = build_family(tmp_path / "model", family), write_tokens(tmp_path / "tokens", num_train=9)
     config = TrainingConfig(rank=4, alpha=8, engine="fused")
     setup = prepare_training(base_model, tokens, tmp_path / "x", config, seed=1)
@@ -43,6 +44,7 @@ def test_each_lane_has_the_gradient_that_it_has_alone(tmp_path: Path, family: st
     rows = {"default": [0, 1, 2, 3], "b": [4, 5], "c": []}
     names = list(RANKS)
     lanes = build_lanes(setup.engine, setup.model, names, config, step_tokens=512)
+    assert not is_bound or None not in lanes.bind_gradients()
     batches = [lanes.form_step(setup.table, [[row] for row in rows[name]]) if rows[name] else [None] for name in names]
     found = lanes.compute_log_probs([each[0] for each in batches])
     assert [len(each) == 0 for each in found] == [False, False, True]
