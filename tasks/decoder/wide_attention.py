@@ -20,7 +20,7 @@ from tasks.decoder import causal_softmax
 from tasks.decoder.attention import Segments, attend_one_by_one
 
 # A segment joins a batch whose longest one is at most this many times as long.
-_LIKE = 1.3
+_LIKE = 1.5
 _ROUNDED = 8
 # Scores of one segment take 64 MB a query head at this length.
 _LONGEST = 4096

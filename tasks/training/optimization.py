@@ -9,7 +9,7 @@ from torch import Tensor
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch
 from tasks.training.distributed import gather, shard_batches, world_size
-from tasks.training.memory import OutOfMemory
+from tasks.training.memory import OutOfMemory, read_utilisation
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
 from tasks.training.sharding import is_sharded
@@ -24,6 +24,8 @@ class Descent(NamedTuple):
     """Before clipping."""
     figures: dict[str, float]
     """Of the objective."""
+    utilisation: float | None
+    """Of the GPU, while the step is computed; see `memory.read_utilisation`."""
 
 
 def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: int) -> Descent:
@@ -54,6 +56,7 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     is_finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm) & (num_short == 0)
     if not shortage:  # where the memory is full, there is no room for the optimizer's first step either
         setup.optimizer.move(learning_rate, is_finite)
+    utilisation = read_utilisation(setup.device)  # the driver takes milliseconds to answer: the device works meanwhile
     # The step's only wait for the device: all its numbers at once, with everything queued behind them.
     *sums, total, norm, short = torch.stack([*loss_sums, *told, loss_sum, grad_norm, num_short]).tolist()
     sums, figures = sums[: len(loss_sums)], sums[len(loss_sums) :]
@@ -63,7 +66,7 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
         own = [batch for batch, _ in mine[: len(sums)]]
         raise _explain(setup, own, sums, norm, learning_rate, step=step)
     named = zip(setup.objective.figures, figures, strict=True)
-    return Descent(total / size, norm, {name: value / size for name, value in named})
+    return Descent(total / size, norm, {name: value / size for name, value in named}, utilisation)
 
 
 def _accumulate(

@@ -17,7 +17,7 @@ from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
 from tasks.training.distributed import check_ranks_agree, gather, share_table, world_size
-from tasks.training.memory import OutOfMemory, read_memory, read_utilisation, reset_memory
+from tasks.training.memory import OutOfMemory, read_memory, reset_memory
 from tasks.training.optimization import descend
 from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
@@ -82,7 +82,7 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
     learning_rate = compute_learning_rate(progress.step, setup.num_steps, setup.config)
     shortage = None
     try:
-        loss, grad_norm, figures = descend(setup, batches, learning_rate, step=progress.step + 1)
+        loss, grad_norm, figures, utilisation = descend(setup, batches, learning_rate, step=progress.step + 1)
     except OutOfMemory as error:
         shortage = str(error)
     if shortage is not None:
@@ -111,7 +111,7 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
         num_trained_tokens=num_trained_tokens,
         tokens_per_second=tokens_per_second,
         memory_bytes=memory_bytes,
-        utilisation=read_utilisation(setup.device),
+        utilisation=utilisation,
         share_of_peak=None if peak is None else tokens_per_second / peak,
         figures=figures,
         work=count_work(batches),

@@ -103,6 +103,9 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"sweep": {"learning_rates": _RATES[:2], "ranks": [16, 64], "seeds": [0, 1]}},
         30,
     ),
+    # The training stage from its start to its end, with held-out losses: eight candidates together, and one alone.
+    "ours-0.6b-sweep-whole": ("ours", "qwen3-0.6b", {"whole": True, "sweep": {"learning_rates": _RATES}}, 200),
+    "ours-0.6b-alone-whole": ("ours", "qwen3-0.6b", {"whole": True}, 200),
     "ours-7b-two": (
         "ours",
         "qwen2.5-7b",
@@ -173,8 +176,19 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {"checkpointing": False, "batch": 8, "accumulation": 2, "further_targets": _DELTA_NET},
         8,
     ),
-    "trl-qwen3.5-4b": ("trl", "qwen3.5-4b", {"checkpointing": False, "batch": 4, "accumulation": 4}, 8),
-    "trl-qwen3.5-4b-lean": ("trl", "qwen3.5-4b", {"checkpointing": True, "batch": 8, "accumulation": 2}, 8),
+    # transformers packs gated DeltaNets with the package causal-conv1d alone, and unpads with flash-attn alone.
+    "trl-qwen3.5-4b": (
+        "trl",
+        "qwen3.5-4b",
+        {"checkpointing": False, "batch": 16, "accumulation": 4, "packing": False, "attention": "sdpa"},
+        8,
+    ),
+    "trl-qwen3.5-4b-lean": (
+        "trl",
+        "qwen3.5-4b",
+        {"checkpointing": True, "batch": 32, "accumulation": 2, "packing": False, "attention": "sdpa"},
+        8,
+    ),
     "unsloth-gemma4-e4b": ("unsloth", "gemma4-e4b", {"checkpointing": False, "batch": 8, "accumulation": 2}, 8),
     # FlashAttention takes no heads of 512.
     "trl-gemma4-e4b": (
@@ -261,6 +275,7 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("7B, preferences (DPO)", "ours-7b-dpo", "trl-7b-dpo", 1.3, None),
     ("7B, preferences, beside TRL with checkpointing", "ours-7b-dpo", "trl-7b-dpo-lean", 1.3, None),
     ("0.6B, sweep of 8, beside one after the other", "ours-0.6b-sweep", "ours-0.6b-defaults", 1.8, None),
+    ("0.6B, sweep of 8, the whole stage", "ours-0.6b-sweep-whole", "ours-0.6b-alone-whole", 1.8, None),
     ("0.6B, sweep of rates, ranks, seeds", "ours-0.6b-sweep-ranks", "ours-0.6b-defaults", 1.8, None),
     ("7B, bf16, two GPUs", "ours-7b-two", "ours-7b", 1.9, None),
     ("7B, bf16, two GPUs, weights divided", "ours-7b-fsdp", "ours-7b-two", 0.95, None),

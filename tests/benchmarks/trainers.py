@@ -132,12 +132,13 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     logging.getLogger().addHandler(Lines())
     # A training of all weights is left before its end: what its last step writes, 90 GB for 7B, is not timed anyway.
     is_left = settings.get("method", "lora") != "lora"
+    is_whole = settings.pop("whole", False)  # the stage is timed, with its start and the held-out losses
     config = TrainingConfig(**settings, max_steps=steps + is_left, checkpoint_every_steps=10_000)
     run = folder / "run"
     if "RANK" not in os.environ:
         shutil.rmtree(run, ignore_errors=True)
     tokens = write_pairs(folder / "pairs") if config.is_paired else folder / "tokens"
-    if config.sweep.is_on:
+    if is_whole or config.sweep.is_on:
         tokens = hold_out(tokens, folder / "held-out")
     job = TrainingJob(folder / "model", tokens, run, config, seed=0, identity="benchmark")
     started = time.perf_counter()
@@ -149,10 +150,19 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     else:
         outcome = run_training(job, on_step=note, in_place=config.num_processes == 1)
         peak_bytes, warnings = outcome.peak_memory_bytes, list(outcome.warnings)
+    stage_seconds = time.perf_counter() - started
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(run, ignore_errors=True)
+    found = summarize(times, [record.num_tokens for record in records], max(2, steps // 4))
+    if is_whole:
+        found["tokens_per_second"] = round(sum(record.num_tokens for record in records) / stage_seconds)
+    elif config.sweep.is_on:  # its held-out losses lie between the steps
+        timed = records[max(2, steps // 4) :]
+        seconds = sum(record.num_tokens / record.tokens_per_second for record in timed)
+        found["tokens_per_second"] = round(sum(record.num_tokens for record in timed) / seconds)
     return {
-        **summarize(times, [record.num_tokens for record in records], max(2, steps // 4)),
+        **found,
+        "stage_seconds": round(stage_seconds, 1),
         "peak_gib": round(max(peak_bytes, *(record.memory_bytes for record in records)) / 2**30, 1),
         "first_step_seconds": round(times[0] - started, 1),
         "final_loss": round(records[-1].loss, 3),
@@ -317,7 +327,7 @@ def _trainer_settings(folder: Path, settings: dict[str, Any], steps: int) -> dic
         "optim": settings.get("optimizer", "adamw_torch_fused"),
         "gradient_checkpointing": bool(settings["checkpointing"]),
         "max_length": 2048,
-        "packing": True,
+        "packing": settings.get("packing", True),
         "completion_only_loss": True,
         "logging_steps": 1,
         "save_strategy": "no",

@@ -114,7 +114,7 @@ def take_gradient(setup: Setup, pairs: int) -> tuple[float, Tensor, dict[str, fl
     assert isinstance(setup.optimizer, WholeOptimizer)
     optimizer = replace(setup.optimizer, optimizer=torch.optim.SGD(list(setup.parameters.values()), fused=True))
     batches = setup.engine.form_step(setup.table, setup.rows[:pairs])
-    loss, _, figures = descend(replace(setup, optimizer=optimizer), batches, 1.0, step=1)
+    loss, _, figures, _ = descend(replace(setup, optimizer=optimizer), batches, 1.0, step=1)
     gradient = torch.cat([(before[name] - p).flatten() for name, p in setup.parameters.items()]).detach()
     with torch.no_grad():
         for name, parameter in setup.parameters.items():
