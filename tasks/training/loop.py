@@ -46,7 +46,7 @@ from tasks.training.sharding import is_sharded, is_zero, shard_base, shard_weigh
 from tasks.training.shared_checkpoints import bring_checkpoints, share_result
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
 from tasks.training.sweep import train_sweep
-from tasks.training.throughput import count_useful_flop, measure_peak
+from tasks.training.throughput import measure_peak
 from tasks.training.validation import count_evals_since_best, find_overfitting
 from tasks.training.writing import CheckpointWriter
 
@@ -209,7 +209,7 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         warnings=(*run.warnings, *_collect_warnings(setup, progress)),
         engine=setup.engine.describe(),
         device=name_device(),
-        flop_per_token=count_useful_flop(setup.model),
+        flop_per_token=setup.flop_per_token,
         recomputed_part=setup.engine.recomputed_part,
         is_flat=setup.engine.is_flat,
         room_tokens=setup.engine.room_tokens,
@@ -255,7 +255,7 @@ def _naming_shortage(base_model: Path, config: TrainingConfig) -> Iterator[None]
 def _estimate_peak(setup: Setup) -> float | None:
     """Return the tokens a second of all ranks if a GPU did nothing but useful matrix products; None on a CPU."""
     peak = measure_peak(setup.device) if setup.device.type == "cuda" else None
-    return None if peak is None else world_size() * peak / count_useful_flop(setup.model)
+    return None if peak is None else world_size() * peak / setup.flop_per_token
 
 
 def _run_steps(

@@ -65,7 +65,6 @@ def describe_model(folder: Path) -> dict[str, float]:
         "hidden": float(hidden),
         "vocabulary": float(text.get("vocab_size") or 0),
         "width": float(width) * max(1, active),
-        "expert_values": 3.0 * layers * hidden * width * active,
     }
 
 
@@ -82,7 +81,7 @@ def measure_products(
     """
     head = 4.0 * model["vocabulary"] * model["hidden"]
     head = head if config.is_lora or head < flop_per_token else 0.0
-    body = max(0.0, flop_per_token - head) + 4.0 * model["expert_values"]
+    body = max(0.0, flop_per_token - head)
     adapter = 6.0 * num_trained if config.is_lora else 0.0
     return {**model, "trained": float(num_trained), "flop": body, "head_flop": head, "adapter_flop": adapter}
 

@@ -33,6 +33,7 @@ from tasks.training.preferences import choose_objective
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
 from tasks.training.sharding import is_sharded
+from tasks.training.throughput import count_useful_flop
 from tasks.training.token_table import TokenTable
 
 # Evaluations of a run when the config does not say.
@@ -70,6 +71,8 @@ class Setup:
     start: Mapping[str, Tensor] = field(default_factory=dict)
     """Fingerprints of what is trained, before the first step; see `movement`."""
     objective: Objective = SFT
+    flop_per_token: float = 0.0
+    """Useful ones; see `throughput`."""
 
 
 def prepare_training(
@@ -105,6 +108,7 @@ def prepare_training(
     # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there, and
     # the adapter with it while the model is tried out.
     adapted = attach_trained(model, config, seed=seed, dtype=dtype)
+    flop_per_token = count_useful_flop(adapted)  # while the weights are still where the model has them
     if not is_sharded(config):
         adapted = adapted.to(device)
     parameters = collect_trained(adapted)
@@ -144,6 +148,7 @@ def prepare_training(
         device=device,
         dtype=dtype,
         objective=objective or choose_objective(config),
+        flop_per_token=flop_per_token,
     )
     random.seed(seed)
     np.random.seed(seed)

@@ -44,7 +44,6 @@ from tasks.training.sharding import is_sharded
 from tasks.training.shared_checkpoints import bring_checkpoints
 from tasks.training.steps import look_ahead
 from tasks.training.sweep_checkpoints import restore_sweep, take_sweep
-from tasks.training.throughput import count_useful_flop
 from tasks.training.writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -242,7 +241,7 @@ class _Sweep:
             warnings=(*self.passed_over, *setup.notes),  # who was given up is said at once, and in the report of all
             engine=self.lanes.describe(),
             device=name_device(),
-            flop_per_token=count_useful_flop(setup.model),
+            flop_per_token=setup.flop_per_token,
             sweep=report,
         )
 
