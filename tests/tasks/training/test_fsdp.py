@@ -22,6 +22,7 @@ from tests.tasks.training.conftest import build_model, write_split, write_tokens
 from tests.tasks.training.families import build_family
 from tests.tasks.training.ranks import on_two_ranks
 from tests.tasks.training.test_distributed import CONFIG, Curves, farthest
+from tests.tasks.training.test_preferences import write_pairs
 
 DIVIDED = "frozen layers divided among 2 ranks"
 
@@ -230,3 +231,21 @@ def test_no_rank_holds_the_whole_model(many_tokens: Path, tmp_path: Path) -> Non
         for grown, held in on_two_ranks(measure_memory, *given, folder=tmp_path / strategy):
             assert grown < 0.1 * size
             assert held == pytest.approx(part * size, rel=0.05)
+
+
+def test_preferences_are_learned_with_divided_weights(tmp_path: Path) -> None:
+    """Five pairs are held out: two for each rank, whose model's own log-probabilities it finds, and one for both."""
+    build_family(tmp_path / "model", "llama", num_hidden_layers=4)
+    pairs = write_pairs(tmp_path / "pairs")
+    whole: dict[str, Any] = {"objective": "dpo", "micro_batch": 4, "gradient_accumulation_steps": 1, "max_steps": 3}
+    for told in on_two_ranks(train_both, tmp_path / "model", pairs, tmp_path, whole, folder=tmp_path / "ranks"):
+        assert DIVIDED in told[1].engine
+        assert told[1].losses == pytest.approx(told[0].losses, abs=1e-6)
+        assert told[1].eval_losses == pytest.approx(told[0].eval_losses, abs=1e-6)
+
+
+def train_both(number: int, base_model: Path, tokens: Path, folder: Path, changes: dict[str, Any]) -> tuple[Told, Told]:
+    return (
+        Told(base_model, tokens, folder / "whole", changes),
+        Told(base_model, tokens, folder / "divided", {**changes, "strategy": "fsdp"}),
+    )
