@@ -103,8 +103,7 @@ def _offer_experts(projection: GroupedProjection) -> Matrix:
         part.weight.data = inside.mT if part.is_turned else inside
 
     def hide() -> None:
-        projection.matrices = absent
-        part.weight.data = absent.new_empty(0)
+        show(absent)
 
     def fill(whole: Tensor) -> None:
         whole[:, num_out : num_out + rank, :num_in].copy_(group.joint_a)

@@ -217,7 +217,8 @@ class GroupedProjection:
         """Let go of the weights; the projection is of no use after it."""
         self.matrices = self.matrices.new_empty(0)
         self.adapters.joint_a = self.adapters.joint_b = self.matrices
-        self.adapters.part.weight.data = self.matrices
+        weight = self.adapters.part.weight
+        weight.data = weight.new_full((), torch.nan).expand(weight.shape)  # no memory; what counts goes by the shape
 
     def allocate_input(self, num_rows: int, ends: Tensor) -> RowRoom:
         """Return room for x~ [S, H + C]."""

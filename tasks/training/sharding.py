@@ -1,4 +1,4 @@
-"""The base divided among the ranks (FSDP2), for models that are too large for one GPU; for ZeRO see `zero`.
+"""The base divided among the ranks (FSDP2) for the general engine; the fused one does it itself, for ZeRO see `zero`.
 
 Each rank keeps its part of every frozen weight and gathers a layer's others just before it is used. The adapter is
 small and stays whole on every rank, so that gradients, clipping, optimizer and checkpoints are the same as without.

@@ -13,7 +13,7 @@ from torch import nn
 
 from schemas.config import TrainingConfig
 from tasks.decoder.attention import attend_one_by_one
-from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers
 from tasks.decoder.float8 import check_expert_products, count_unquantized, quantize_decoder
 from tasks.decoder.passes import PassRecorder, can_record
@@ -25,7 +25,7 @@ from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
 from tasks.training.engines.memory_fit import LARGEST_FORWARD, SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
 from tasks.training.engines.router_loss import find_router_loss
-from tasks.training.engines.self_check import comparing_some, forget_grads, try_model, verify
+from tasks.training.engines.self_check import Trial, comparing_some, forget_grads, try_model, verify
 from tasks.training.engines.short_cuts import take_short_cuts
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
@@ -98,19 +98,10 @@ def _build_fused(
 ) -> tuple[FusedEngine, tuple[str, ...]]:
     """Recognize the model, try it out against the model's own forward pass, and fit it into the memory.
 
-    With divided weights the model's own forward pass gathers them as well: each layer was compared, bit by bit, with
-    what is gathered of it when it was divided.
-
     Raises:
         UnknownDecoderError: the model is not known, or does not do what was thought.
     """
-    if divided is None:
-        with _comparing(model, config):
-            expected = try_model(model, table, device, dtype)
-        decoder = recognize_decoder(model, None if config.is_lora else dtype)
-    else:
-        decoder = recognize_decoder(model, divided=divided)
-        expected = try_model(model, table, device, dtype, divided=divided)
+    decoder, expected = _recognize(model, table, config, divided, device=device, dtype=dtype)
     if not config.is_lora:
         decoder.bind_gradients()  # where they are going to be: the trial does as the training
     router_loss = find_router_loss(find_base(model), config)
@@ -119,14 +110,9 @@ def _build_fused(
         decoder, notes = verify(model, decoder, table, expected, device, dtype)
     engine = FusedEngine(decoder, device, CPU_TOKENS, 0, LOGITS_BYTES, CPU_TOKENS, router_loss=router_loss)
     if config.base_weights == "fp8":
-        check_expert_products(decoder)
-        engine = replace(engine, decoder=quantize_decoder(decoder))
-        num_kept, num_products = count_unquantized(engine.decoder)
-        if num_kept:
-            notes.append(
-                f"{num_kept} of {num_products} products stay in {dtype}: FP8 takes sizes of multiples of 16 only"
-            )
         del decoder
+        engine, further = _quantize(engine, dtype)
+        notes += further
     if config.tokens_per_pack != "auto":
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
     if device.type == "cuda":
@@ -151,9 +137,41 @@ def _build_fused(
         if engine.decoder.ops.__name__.endswith("elementwise"):
             notes.append("Triton is missing: the work between the products is done in plain PyTorch, which is slower")
     else:
-        layers = len(decoder.layers) if config.gradient_checkpointing else 0
+        layers = engine.num_layers if config.gradient_checkpointing else 0
         engine = replace(engine, tokens_per_forward=min(most_tokens, CPU_TOKENS), num_recomputed=layers)
     return engine, tuple(notes)
+
+
+def _recognize(
+    model: PeftModel,
+    table: TokenTable,
+    config: TrainingConfig,
+    divided: DividedLayers | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Decoder, Trial]:
+    """Return the decoder, and what the model's own forward pass gives on a trial.
+
+    With divided weights that one gathers them as well: each layer was compared, bit by bit, with what is gathered of it
+    when it was divided.
+    """
+    if divided is not None:
+        decoder = recognize_decoder(model, divided=divided)
+        return decoder, try_model(model, table, device, dtype, divided=divided)
+    with _comparing(model, config):
+        expected = try_model(model, table, device, dtype)
+    return recognize_decoder(model, None if config.is_lora else dtype), expected
+
+
+def _quantize(engine: FusedEngine, dtype: torch.dtype) -> tuple[FusedEngine, list[str]]:
+    """Return the engine with weights in FP8, and a line where some stay as they are."""
+    check_expert_products(engine.decoder)
+    engine = replace(engine, decoder=quantize_decoder(engine.decoder))
+    num_kept, num_products = count_unquantized(engine.decoder)
+    if not num_kept:
+        return engine, []
+    return engine, [f"{num_kept} of {num_products} products stay in {dtype}: FP8 takes sizes of multiples of 16 only"]
 
 
 def _build_general(

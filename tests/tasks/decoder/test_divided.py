@@ -19,6 +19,7 @@ from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.throughput import count_useful_flop
 from tests.tasks.decoder.plain_float8 import build_operations, load_quantized, quantize_rows
 from tests.tasks.decoder.small_models import (
     FAMILIES,
@@ -244,3 +245,15 @@ def test_a_layer_is_gathered_while_its_neighbour_is_computed(monkeypatch: pytest
     compute(again, model)
     backward = ["run 4", "gather 2", "run 3", "gather 1", "run 2", "gather 0", "run 1", "run 0"]
     assert told == [*forward[2:], *backward]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_useful_work_is_that_of_whole_weights(family: str, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_quantized(), "quantize_rows", quantize_rows)
+    model = build(family, torch.bfloat16)
+    whole = count_useful_flop(model)
+    decoder = recognize_decoder(model, divided=DividedLayers(CPU))
+    if fp8:
+        quantize_decoder(decoder)
+    assert count_useful_flop(model) == whole > 0
