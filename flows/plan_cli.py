@@ -85,7 +85,7 @@ def show_plan(plan: "RunPlan", out: Console) -> None:
     if plan.num_idle_gpus:
         out.print(
             f"[yellow]{count_of(plan.num_idle_gpus, 'GPU')} of this machine would be idle: set "
-            f"training.num_processes to {plan.num_idle_gpus + plan.num_processes}[/]",
+            f"training.num_processes to auto, or {plan.num_idle_gpus + plan.num_processes}[/]",
             soft_wrap=True,
         )
     for warning in plan.warnings:

@@ -24,6 +24,7 @@ from tasks.planning.trial import measure_training
 from tasks.registry.bases import find_base_model
 from tasks.speeds import Speed
 from tasks.training.pace import STEPS, describe_conditions
+from tasks.training.process.launch import settle_processes
 
 _CACHED = "in the cache"
 
@@ -107,6 +108,7 @@ def plan_run(
     Raises:
         ValueError: model or dataset cannot be used at all.
     """
+    config = config.model_copy(update={"training": settle_processes(config.training)})
     on_phase("Looking at the base model")
     base_model = find_base_model(config.model)
     folder = tracking.resolve(base_model)
@@ -155,8 +157,8 @@ def _put_together(
         num_eval_examples=min(found.num_eval_examples, config.evaluation.max_examples),
         sizes=found.sizes,
         device=speeds.name_device(),
-        num_processes=config.training.num_processes,
-        num_idle_gpus=max(0, num_gpus - config.training.num_processes),
+        num_processes=config.training.num_own_processes,
+        num_idle_gpus=max(0, num_gpus - config.training.num_own_processes),
         memory=memory,
         cached=kept.stages,
         times=times,

@@ -147,8 +147,9 @@ class TrainingConfig(Section):
     """Older checkpoints are deleted; the best one is always kept."""
     report_to: tuple[Literal["tensorboard"], ...] = Field(default=(), title="Further reports")
     """Where the curves go besides MLflow."""
-    num_processes: int = Field(default=1, ge=1, le=1024, title="Processes")
-    """Training processes on each machine, one a GPU; the rows of a step are dealt to them."""
+    num_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(default=1, title="Processes")
+    """Training processes on each machine, one a GPU; the rows of a step are dealt to them. auto: as many as the machine
+    that trains has GPUs, and no more than a step has rows for."""
     num_nodes: int = Field(default=1, ge=1, le=1024, title="Machines")
     """Machines that train together at most. The run is on one of them; others come, and come back, by `sft join`
     (docs/scale.md)."""
@@ -168,6 +169,16 @@ class TrainingConfig(Section):
     def is_lora(self) -> bool:
         """Whether an adapter is trained, and not the model's own weights."""
         return self.method == "lora"
+
+    @property
+    def num_own_processes(self) -> int:
+        """Processes on each machine; auto is one until the machine that trains has said how many it has."""
+        return 1 if self.num_processes == "auto" else self.num_processes
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes on all machines together."""
+        return self.num_own_processes * self.num_nodes
 
     @property
     def is_paired(self) -> bool:
@@ -227,7 +238,7 @@ class TrainingConfig(Section):
                 f"min_nodes is {self.min_nodes} and num_nodes is {self.num_nodes}: raise num_nodes, the most machines "
                 "that train together, or lower min_nodes"
             )
-        num_ranks = self.num_processes * self.num_nodes
+        num_ranks = self.num_ranks
         rows_per_step = self.micro_batch * self.gradient_accumulation_steps
         if num_ranks > rows_per_step:
             raise ValueError(
@@ -251,7 +262,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check_strategy(self) -> Self:
-        if self.strategy == "ddp" or self.num_processes * self.num_nodes == 1:
+        if self.strategy == "ddp" or (self.num_ranks == 1 and self.num_processes != "auto"):
             return self
         if self.optimizer == "adamw_8bit" and (self.strategy != "fsdp" or not self.is_lora):
             raise ValueError(

@@ -141,7 +141,7 @@ def _list_changes(config: TrainingConfig, dtype: torch.dtype) -> Iterator[dict[s
         yield {**lora, "base_weights": "nf4"}
     for number in (2, 4, 8):
         rows = config.micro_batch * config.gradient_accumulation_steps
-        if number > config.num_processes * config.num_nodes and number <= rows:
+        if number > config.num_ranks and number <= rows:
             yield {"num_processes": number, "strategy": "fsdp"}
 
 
@@ -162,7 +162,7 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
         # Trained values are fp32 and counted below; the fused engine holds a 16-bit copy of each.
         weights = (total - num_trained) * dtype.itemsize + (num_trained * 2 if dtype != torch.float32 else 0)
     trained = num_trained * (2 * _FP32 + count_moment_bytes(config))
-    ranks = config.num_processes * config.num_nodes
+    ranks = config.num_ranks
     is_divided = config.strategy != "ddp" and ranks > 1
     is_fused = is_divided and config.strategy == "fsdp" and config.is_lora and config.engine != "general"
     share = partial(_count_share, skeleton, total, ranks, dtype)

@@ -34,6 +34,8 @@ from tasks.training.preparation import NUM_EVALS
 
 _SHARE = 0.9
 """Of a device's memory that a training plans for; see memory_fit."""
+_FORWARD_PART, _UNMEASURED = 1 / 3, 1.5
+"""Of a training's time for a token, that of its forward pass, of three products of like size; and the bar of that."""
 _NOTHING = Estimate(0.0, 0.0, 0.0)
 
 
@@ -107,7 +109,7 @@ def plan_training(
         asked_peak = _describe_peak(question, config, {**work, "resident": here})
         peak = predict_peak(_list_peaks(question, own), asked_peak, device=question.kind)
     held_out = count_tokens(tokens / "eval.parquet")
-    return TrainingPlan((steps, *_list_others(question, asked, work, held_out)), peak, work)
+    return TrainingPlan((steps, *_list_others(question, asked, steps.seconds, held_out)), peak, work)
 
 
 def _foresee_engine(own: Sequence[Speed], config: TrainingConfig) -> tuple[str, bool]:
@@ -116,8 +118,9 @@ def _foresee_engine(own: Sequence[Speed], config: TrainingConfig) -> tuple[str, 
         values = json.loads(speed.settings)
         if (values.get("engine"), values.get("strategy")) == (config.engine, config.strategy):
             return speed.engine, bool(speed.work["flat"])
-    is_divided = config.strategy != "ddp" and config.num_processes * config.num_nodes > 1
-    return "general engine" if config.engine == "general" or is_divided else "fused engine", True
+    is_divided = config.strategy != "ddp" and config.num_ranks > 1
+    is_general = config.engine == "general" or (is_divided and (config.strategy != "fsdp" or not config.is_lora))
+    return "general engine" if is_general else "fused engine", True
 
 
 def _foresee(
@@ -198,10 +201,10 @@ def _dtype(question: _Question) -> torch.dtype:
 
 
 def _list_others(
-    question: _Question, asked: PlannedTraining, work: dict[str, float], num_held_out: int
+    question: _Question, asked: PlannedTraining, steps: Estimate | None, num_held_out: int
 ) -> list[StageTime]:
     """Return the times of what is around a training's steps."""
-    config, kind = question.config, describe_kind(asked.settings, asked.engine)
+    config, kind, work = question.config, describe_kind(asked.settings, asked.engine), asked.work
     num_steps = int(work.get("steps", 1))
 
     def is_same(speed: Speed) -> bool:
@@ -213,12 +216,16 @@ def _list_others(
     def is_own(speed: Speed) -> bool:
         return speed.shape == asked.shape
 
+    is_old = not any(speed.work for speed in question.choose(STEPS))
     matches: tuple[Any, ...] = (is_same, is_alike, is_own, lambda speed: True)
 
     def time(stage: str, units: float) -> StageTime:
         if not units:
             return StageTime(stage, _NOTHING, "none is done")
         found, told = estimate_stage(question.choose(stage), units, matches=matches)
+        if found is None and stage == HELD_OUT and steps is not None and not is_old:
+            pace = steps.scale(_FORWARD_PART / asked.tokens.value)  # a step's pass is forward and back
+            return StageTime(stage, pace.scale(units).widen(_UNMEASURED), "not measured: a third of a step's pace")
         if found is None and question.choose(AROUND) and stage != AROUND:
             # Earlier releases noted it with what is around the steps, or no training came so far.
             return StageTime(stage, _NOTHING, "not noted apart yet")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from schemas.config import TrainingConfig
 from tasks.training.pace import PaceClock
-from tasks.training.process.launch import run_training
+from tasks.training.process.launch import run_training, settle_processes
 from tasks.training.process.messages import TrainingJob
 
 NUM_STEPS, NUM_WARMING = 8, 2
@@ -23,7 +23,7 @@ def measure_training(base_model: Path, tokens: Path, folder: Path, config: Train
     Raises:
         TrainingError: the training cannot be done here.
     """
-    trial = config.model_copy(
+    trial = settle_processes(config).model_copy(
         update={
             "max_steps": NUM_STEPS,
             "num_epochs": 1000.0,  # of few rows too, there are as many steps

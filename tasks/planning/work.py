@@ -130,7 +130,7 @@ def foresee_work(
         "largest_pass": float(largest),
         "recomputed": layout.recomputed,
         "flat": float(layout.is_flat),
-        "ranks": float(config.num_processes * config.num_nodes),
+        "ranks": float(config.num_ranks),
     }
 
 
@@ -139,7 +139,7 @@ def _lay_out_step(
 ) -> list[tuple[int, int, int]]:
     """Return tokens, rows of the head and squares of lengths of each pass of a step."""
     lengths, trained = examples.table.lengths, examples.trained
-    ranks = config.num_processes * config.num_nodes
+    ranks = config.num_ranks
     found = []
     if layout.is_flat:
         for part in cut_flat_step(examples.table, window, layout.tokens_per_forward, num_parts=ranks):

@@ -196,7 +196,7 @@ class PaceClock:
         return {
             **{name: float(number) for name, number in self._work.items()},
             "steps": float(self._num_counted),
-            "ranks": float(job.config.num_processes * job.config.num_nodes),
+            "ranks": float(job.config.num_ranks),
             "recomputed": outcome.recomputed_part,
             "flat": float(outcome.is_flat),
             "room": float(outcome.room_tokens),

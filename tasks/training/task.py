@@ -21,7 +21,7 @@ from tasks import storage, tracking
 from tasks.training.candidates import name_candidates
 from tasks.training.cards import complete_folder
 from tasks.training.pace import PaceClock, count_tokens
-from tasks.training.process.launch import run_training
+from tasks.training.process.launch import describe_idle, run_training, settle_processes
 from tasks.training.process.messages import TrainingJob
 from tasks.training.process.team import clear_training
 from tasks.training.records import EvalRecord, StepRecord, TrainingOutcome
@@ -43,7 +43,9 @@ def train(
     """Train an adapter or the model's own weights, going on from the last checkpoint of an interrupted attempt."""
     if (done := tracking.recall(parent_run_id, "train", AdapterRef)) is not None:
         return done
-    logger = get_run_logger()
+    logger, config = get_run_logger(), settle_processes(config)
+    if told := describe_idle(config):
+        logger.warning(told)
     folder = storage.run_folder(parent_run_id) / "train"
     with (
         tracking.stage_run(parent_run_id, "train", config, system_metrics=True) as run_id,

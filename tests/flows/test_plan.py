@@ -74,6 +74,9 @@ def test_eight_steps_make_the_pace_known(config: Path) -> None:
     unlike = plan(str(config), "--set", "training.use_dora=true")
     told = next(time for time in unlike["times"] if time["stage"] == "train: steps")
     assert told["source"] == "1 earlier run of this model with other use_dora"
+    held_out = next(time for time in made["times"] if time["stage"] == "train: held-out losses")
+    assert held_out["source"] == "not measured: a third of a step's pace"  # the trial has none
+    assert held_out["seconds"]["value"] > 0
     peak = made["memory"]["peak_bytes"]
     assert peak["low"] < noted.peak_memory_bytes + 90e6 < peak["high"]  # what a run's process holds more
 

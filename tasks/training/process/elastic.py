@@ -50,7 +50,7 @@ def start_ranks(job: TrainingJob, path: Path) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = job.config
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.num_own_processes)))
     # PyTorch 2.11 does not know it yet, and waits for half a minute.
     known = "shutdown_timeout" in read_signature(LaunchConfig).parameters
     patience: dict[str, Any] = {"shutdown_timeout": int(_shutdown_seconds(job))} if known else {}
@@ -58,7 +58,7 @@ def start_ranks(job: TrainingJob, path: Path) -> None:
         os.environ.update(OWN_STORE)
     with TemporaryDirectory(dir=path.parent, prefix=".agent-") as logs:  # PyTorch's own would stay among all users'
         launch = LaunchConfig(
-            nproc_per_node=config.num_processes,
+            nproc_per_node=config.num_own_processes,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             **patience,
             **_describe_meeting(job),
@@ -99,7 +99,7 @@ def write_torchrun(job: TrainingJob, path: Path) -> list[str]:
         *(f"{name}={value}" for name, value in OWN_STORE.items()),
         *(sys.executable, "-m", "torch.distributed.run"),
         f"--nnodes={job.config.min_nodes}:{job.config.num_nodes}",
-        f"--nproc-per-node={job.config.num_processes}",
+        f"--nproc-per-node={job.config.num_own_processes}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={job.endpoint}",
         f"--rdzv-id={job.round_id}",

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from schemas.config import TrainingConfig
+from tasks.plurals import count_of
 from tasks.training.place import open_place
 from tasks.training.process.ahead import take_waiting
 from tasks.training.process.attendance import MOST_FAILURES, MOST_FAILURES_AS_GUEST, Attendance
@@ -143,7 +144,7 @@ def _check_strategy(config: TrainingConfig) -> None:
         from tasks.training.adamw import check_optimizer
 
         check_optimizer(config)
-    is_wanted = config.strategy in ("zero2", "zero3") and config.num_processes * config.num_nodes > 1
+    is_wanted = config.strategy in ("zero2", "zero3") and config.num_ranks > 1
     if is_wanted and find_spec("deepspeed") is None:
         raise TrainingError(
             f"training.strategy is {config.strategy}, which needs DeepSpeed: pip install 'sft-pipeline[deepspeed]' on "
@@ -151,11 +152,40 @@ def _check_strategy(config: TrainingConfig) -> None:
         )
 
 
+def settle_processes(config: TrainingConfig) -> TrainingConfig:
+    """Return the config with a number of processes: where it says auto, one for each GPU of this machine.
+
+    They are no more than a step has rows for, over all machines.
+    """
+    if config.num_processes != "auto":
+        return config
+    rows = config.micro_batch * config.gradient_accumulation_steps
+    number = max(1, min(count_gpus(), rows // config.num_nodes))
+    return config.model_copy(update={"num_processes": number})
+
+
+def describe_idle(config: TrainingConfig) -> str | None:
+    """Say which GPUs of this machine will not train, and how they would; None where there are none."""
+    idle = count_gpus() - config.num_own_processes
+    rows = config.micro_batch * config.gradient_accumulation_steps
+    if idle < 1 or config.num_ranks >= rows:
+        return None
+    told = f"{count_of(idle, 'GPU')} of this machine {'is' if idle == 1 else 'are'} not used by this training"
+    return f"{told}: training.num_processes auto takes all of them"
+
+
+def count_gpus() -> int:
+    """Return how many GPUs this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _belongs_here(job: TrainingJob) -> bool:
     """Say whether a training may run in this process: one process, and no GPU."""
     import torch
 
-    return job.config.num_processes * job.config.num_nodes == 1 and not torch.cuda.is_available()
+    return job.config.num_ranks == 1 and not torch.cuda.is_available()
 
 
 def _release_gpu() -> None:

@@ -35,7 +35,7 @@ _GO_ON_CODE = 75
 def main(path: Path) -> None:
     """Train, or start the processes that do."""
     job = read_job(path)
-    is_agent = job.config.num_processes * job.config.num_nodes > 1 and "RANK" not in os.environ
+    is_agent = job.config.num_ranks > 1 and "RANK" not in os.environ
     connection = connect_worker(role="agent" if is_agent else "rank")
     goes_on = False
     try:
