@@ -18,6 +18,8 @@ _LOOPBACK = f"{_SERVING}::test_the_command_serves_on_loopback_by_its_own_names"
 _PROVEN = "tests/flows/test_proving.py::test_a_served_version_is_proven_and_another_one_is_not"
 _VLLM = f"{_SERVING}::test_vllms_command_is_printed_and_another_is_checked"
 
+_EVALUATED = "tests/flows/test_evaluating.py::test_every_row_is_accounted_for_and_answers_are_written"
+
 _TEAM = "tests/tasks/training/process/test_team.py"
 _GROWN = f"{_TEAM}::test_a_machine_that_comes_grows_the_team_and_a_lost_one_shrinks_it"
 _SLURM = "tests/deploy/test_slurm.py"
@@ -45,6 +47,7 @@ ELSEWHERE: dict[str, str] = {
     "--allow-host llm.example.org": f"{_SERVING}::test_beyond_loopback_a_key_and_a_name_are_wanted",
     ".venv/bin/sft serve-model demo-assistant@champion --engine vllm": _VLLM,
     ".venv/bin/sft serve-model demo-assistant@champion --engine vllm --check serve.sh": _VLLM,
+    ".venv/bin/sft evaluate mine@champion new-rows.jsonl --answers answers.parquet --json figures.json": _EVALUATED,
     "make test": _TARGETS,
     "make serve": _SERVICE,
     "SFT_DATABASE_URL=postgresql://sft:PASSWORD@127.0.0.1:5432/sft make serve": _SERVICE,
