@@ -1,7 +1,6 @@
 """`sft evaluate`: a model on the rows of a dataset, beside its base, without a run."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tasks.evaluation.conversations import find_conversations
 from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.scoring import Evaluation, evaluate_sets
 from tasks.ingestion.dataset import build_dataset
+from tasks.partitions import copy_table
 from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
@@ -94,7 +94,7 @@ def _prepare(target: Target, config: RunConfig, folder: Path) -> tuple[dict[str,
     data = bring_sources(config.read_data.model_copy(update={"eval_fraction": 0.0, "eval_source": None}))
     counts = build_dataset(data, seed=config.seed, folder=folder / "dataset")
     # As held-out rows are made: the last answer of each conversation is asked for.
-    shutil.copyfile(folder / "dataset" / "train.parquet", folder / "dataset" / "eval.parquet")
+    copy_table(folder / "dataset" / "train.parquet", folder / "dataset" / "eval.parquet")
     prepared = prepare_tokenizer(target.folder, config.model.chat_template, config.tokenization.template_arguments)
     limited, told = limit_length(config.tokenization, target.folder, target.label)
     made = tokenize_dataset(folder / "dataset", prepared, folder / "tokens", limited)

@@ -1,7 +1,6 @@
 """`sft export`: a registered version in another form, proven against the version, as a version of its own."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from tasks.exporting.errors import ExportError
 from tasks.exporting.forms import FORMS, Form
 from tasks.exporting.proof import ExportProof, prove_export, read_examples
 from tasks.exporting.stops import read_stops
+from tasks.partitions import copy_table
 from tasks.registry.exports import find_export, register_export
 from tasks.registry.versions import MODEL_TAG, RUN_TAG
 from tasks.tokenization.examples import tokenize_dataset
@@ -160,7 +160,7 @@ def _make_tokens(parent: Path, place: Path, facts: VersionFacts, config: RunConf
     rows = place / "rows"
     rows.mkdir()
     for part in ("train", "eval"):  # the trained ones are not wanted, and a part without rows is an error
-        shutil.copyfile(dataset / "eval.parquet", rows / f"{part}.parquet")
+        copy_table(dataset / "eval.parquet", rows / f"{part}.parquet")
     prepared = prepare_tokenizer(parent, config.model.chat_template, config.tokenization.template_arguments)
     try:
         tokenize_dataset(rows, prepared, place / "tokens", config.tokenization)

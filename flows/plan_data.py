@@ -1,7 +1,6 @@
 """What a run will find: kept results of its first stages, and examples, made as the run would make them."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tasks.evaluation.task import evaluate
 from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.task import find_source, ingest
+from tasks.partitions import copy_table
 from tasks.planning.sizes import Sizes, count_rows, draw_conversations, measure_sizes
 from tasks.probing.task import digest_probes, prepare_probes
 from tasks.registry.sources import bring_sources
@@ -152,7 +152,7 @@ def _make(config: RunConfig, model_folder: Path, ingested: Ingested, place: Path
     total = draw_conversations(dataset / "train.parquet", drawn, number=most, seed=config.seed)
     is_part = total > most
     if is_part:
-        shutil.copyfile(dataset / "eval.parquet", drawn / "eval.parquet")
+        copy_table(dataset / "eval.parquet", drawn / "eval.parquet")
         dataset = drawn
     tokens, problems, warnings = _tokenize(config, model_folder, dataset, place)
     masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))

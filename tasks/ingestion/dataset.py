@@ -2,7 +2,8 @@
 
 Three passes: shards of the files become conversations and rejects on disk (intake.py, by workers where there are
 several); duplicates, leaks, split and mixture are decided on an index of all rows, without their texts; the chosen
-rows are streamed into the tables. In memory are some bytes of each row, whatever its length.
+rows are written into the tables, by workers where these have several parts. In memory are some bytes of each row,
+whatever its length.
 """
 
 import json
@@ -14,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from schemas.config import DataConfig
-from schemas.records import Conversations, Rejects
+from schemas.records import Rejects
 from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.errors import DataError
-from tasks.ingestion.pieces import CONVERSATION_SCHEMA, REJECT_SCHEMA
+from tasks.ingestion.pieces import REJECT_SCHEMA
 from tasks.ingestion.quality_report import describe_dataset
 from tasks.ingestion.rejects import Tally, check_budget, describe_rejects, join_tallies
 from tasks.ingestion.rows.shingles import join_shingles
@@ -26,7 +27,7 @@ from tasks.ingestion.shards import SHARD_BYTES, name_sources
 from tasks.ingestion.splitting.index import Index, Mask, read_taken
 from tasks.ingestion.splitting.mixture import Division, divide
 from tasks.ingestion.splitting.near_duplicates import BestMatch, find_near_duplicates
-from tasks.ingestion.splitting.order import read_chosen
+from tasks.ingestion.splitting.order import write_tables
 from tasks.ingestion.splitting.shard_summary import ShardSummary, collect
 from tasks.ingestion.splitting.splits import EVAL
 from tasks.ingestion.tables import write_table
@@ -87,9 +88,8 @@ def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int) -
     held_out = division.sides == EVAL
     with ThreadPoolExecutor(1) as pool:  # beside the writing: both leave the interpreter to others
         found = pool.submit(_find_pairs, index, division.repeats > 0, held_out)
-        for side, repeats in (("train", division.repeats), ("eval", held_out.astype(np.uint8))):
-            rows = read_chosen(index, repeats, folder / SHARDS_FOLDER / side)
-            write_table(rows, CONVERSATION_SCHEMA, Conversations, folder / f"{side}.parquet")
+        wanted = {folder / "train.parquet": division.repeats, folder / "eval.parquet": held_out.astype(np.uint8)}
+        write_tables(index, wanted, folder / SHARDS_FOLDER / "tables")
         pairs = found.result()
     quality = describe_dataset(counts, summary, division, pairs, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")

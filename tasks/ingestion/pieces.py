@@ -1,4 +1,4 @@
-"""What a shard leaves on disk: pieces of at most PIECE_ROWS conversations, and a summary.
+"""What a shard leaves on disk: pieces of about PIECE_ROWS conversations, and a summary.
 
 Of each piece there are `rows-N.arrow` (the columns of train.parquet), `index-N.arrow` (what duplicates, leaks, splits
 and statistics are found by: about 150 bytes a row), `shingles-N.npz` (what near duplicates are found by) and
@@ -18,6 +18,7 @@ from tasks.ingestion.rejects import Reject
 from tasks.ingestion.rows.identity import UsableRow
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
 from tasks.ingestion.rows.shingles import Shingles, hash_shingles
+from tasks.parcels import find
 
 PIECE_ROWS = 20_000
 SUMMARY_NAME = "summary.json"
@@ -66,13 +67,18 @@ def make_index(conversations: Sequence[UsableRow]) -> pl.DataFrame:
     )
 
 
+def name_rows(folder: Path, number: int) -> Path:
+    """Return the file of a piece's rows with their texts."""
+    return folder / f"rows-{number}.arrow"
+
+
 def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], rejects: Sequence[Reject]) -> None:
     """Write one piece of a shard."""
     columns = list(zip(*(row[: len(CONVERSATION_SCHEMA)] for row in conversations), strict=True)) or [()] * len(
         CONVERSATION_SCHEMA
     )
     rows = pl.DataFrame(dict(zip(CONVERSATION_SCHEMA, columns, strict=True)), schema=CONVERSATION_SCHEMA)
-    rows.write_ipc(folder / f"rows-{number}.arrow")
+    rows.write_ipc(name_rows(folder, number))
     make_index(conversations).write_ipc(folder / f"index-{number}.arrow")
     runs = hash_shingles([row.text for row in conversations])
     np.savez(folder / f"shingles-{number}.npz", hashes=runs.hashes, bounds=runs.bounds)
@@ -101,5 +107,5 @@ def read_shingles(folder: Path, number: int) -> Shingles:
 def read_frame(folder: Path, name: str, number: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Return columns (all of them for None) of the rows, index or rejects of a piece, in memory of its own."""
     # Through bytes: what is mapped into memory counts as resident, and a piece may be deleted while its rows are used.
-    data = (folder / f"{name}-{number}.arrow").read_bytes()
+    data = find(folder / f"{name}-{number}.arrow").read_bytes()
     return pl.read_ipc(data, columns=None if columns is None else list(columns))

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tasks import tracking
+from tasks.partitions import list_row_groups
 
 NUM_REPLAYED = 32
 _MOST_ROW_GROUPS = 4
@@ -99,11 +100,11 @@ def replay_rows(model: Path, dataset: Path, tokens: Path) -> Replay:
 
 def _choose_examples(table: Path) -> Iterator[_Trained]:
     """Yield examples evenly over the table, from few row groups; of several of one conversation any."""
-    file = pq.ParquetFile(table)
-    groups = [number for number in range(file.num_row_groups) if file.metadata.row_group(number).num_rows]
+    groups = [group for group in list_row_groups(table) if group.num_rows]
     chosen = groups[:: max(1, len(groups) // _MOST_ROW_GROUPS)][:_MOST_ROW_GROUPS]
-    for number in chosen:
-        frame = pl.DataFrame(file.read_row_group(number, columns=["example_id", "input_ids", "labels"]))
+    for group in chosen:
+        columns = ["example_id", "input_ids", "labels"]
+        frame = pl.DataFrame(pq.ParquetFile(group.part).read_row_group(group.number, columns=columns))
         each = max(1, math.ceil(frame.height * len(chosen) / NUM_REPLAYED))
         for example_id, input_ids, labels in frame.gather_every(each).rows():
             starts = [at for at, label in enumerate(labels) if label >= 0 and (at == 0 or labels[at - 1] < 0)]

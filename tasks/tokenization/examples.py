@@ -12,12 +12,22 @@ import polars as pl
 from schemas.config import TokenizationConfig
 from tasks import execution
 from tasks.models import load_tokenizer
+from tasks.partitions import count_rows, name_part
 from tasks.progress import Tell
 from tasks.tokenization.contradictions import warn_of_contradictions
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer
-from tasks.tokenization.shards import enclose, find_groups, plan_shards, probe_tokenizer, tokenize_shard, work_on_shard
+from tasks.tokenization.shards import (
+    PART,
+    TableShare,
+    enclose,
+    find_groups,
+    plan_shards,
+    probe_tokenizer,
+    tokenize_shard,
+    work_on_shard,
+)
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer
 
@@ -59,7 +69,7 @@ def tokenize_dataset(
     rows_per_shard: int | None = None,
     tell: Tell = lambda num_done, num_all: None,
 ) -> TokenCounts:
-    """Make the examples of a dataset's two parts, in their rows' order.
+    """Make the examples of a dataset's two parts, in their rows' order; a table of several files gives as many.
 
     Args:
         dataset: With train.parquet and eval.parquet (`schemas.records.Conversations`).
@@ -78,9 +88,9 @@ def tokenize_dataset(
     plans = {part: plan_shards(dataset / f"{part}.parquet", rows_per_shard) for part in PARTS}
     shards = {part: [folder / "shards" / part / str(n) for n in range(len(plan))] for part, plan in plans.items()}
     places = [
-        (dataset / f"{part}.parquet", row_groups, config_of(part, config), shard)
+        (*planned, config_of(part, config), shard)
         for part in PARTS
-        for row_groups, shard in zip(plans[part], shards[part], strict=True)
+        for planned, shard in zip(plans[part], shards[part], strict=True)
     ]
     if len(places) == len(PARTS):
         check_saved(prepared, saved, probe(load_tokenizer(saved)))
@@ -91,7 +101,7 @@ def tokenize_dataset(
         calls = [(place[0], place[1], saved, None, *place[2:]) for place in places]
         execution.map(work_on_shard, calls, parcel=enclose, tell=tell)
         check_saved(prepared, saved, loaded.result())
-    counts = join_shards(shards, prepared, folder, config)
+    counts = join_shards(plans, shards, prepared, folder, config)
     shutil.rmtree(folder / "shards")
     return counts
 
@@ -102,11 +112,16 @@ def config_of(part: str, config: TokenizationConfig) -> TokenizationConfig:
 
 
 def join_shards(
-    shards: Mapping[str, Sequence[Path]], prepared: PreparedTokenizer, folder: Path, config: TokenizationConfig
+    plans: Mapping[str, Sequence[TableShare]],
+    shards: Mapping[str, Sequence[Path]],
+    prepared: PreparedTokenizer,
+    folder: Path,
+    config: TokenizationConfig,
 ) -> TokenCounts:
-    """Put shards together to the tables of a tokens folder, and judge the whole.
+    """Put shards together to a tokens folder, whose tables have the files of the dataset's, and judge the whole.
 
     Args:
+        plans: What each shard is made of.
         shards: Folders of each part's shards, in order.
         prepared: The tokenizer.
         folder: Written; there already.
@@ -116,12 +131,20 @@ def join_shards(
         TokenizationError: as `tokenize_dataset`.
     """
     reports = {part: MaskReport() for part in PARTS}
-    groups = {part: find_groups(shards[part]) for part in PARTS}
+    refused: list[Path] = []
     for part in PARTS:
-        for group in groups[part]:
-            reports[part].merge(read_report(group))
-        join_batches([group / EXAMPLES for group in groups[part]], EXAMPLE_SCHEMA, folder / f"{part}.parquet")
-    refused = [group / REJECTS for part in PARTS for group in groups[part]]
+        for number, (file, own) in enumerate(_sort_by_file(plans[part], shards[part]).items()):
+            table = folder / f"{part}.parquet"
+            if file.parent.name == table.name:
+                table.mkdir(exist_ok=True)
+                table = name_part(table, number)
+            for group in find_groups(own):
+                reports[part].merge(read_report(group))
+                refused.append(group / REJECTS)
+            _take_examples(own, table, is_own=own[0].is_relative_to(folder))
+        num_examples = count_rows(folder / f"{part}.parquet")
+        wanted = reports[part].num_examples
+        assert num_examples == wanted, f"{folder}: {part} has {num_examples} examples, and {wanted} were counted"
     join_batches(refused, pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema, folder / "rejects.parquet")
     # Every trained end of turn ends a generation, not only the one of the template's usual answer.
     trained = reports["train"].endings + reports["eval"].endings
@@ -151,6 +174,31 @@ def join_shards(
     )
     _check_budgets(counts, train, folder / "rejects.parquet", prepared, config)
     return counts
+
+
+def _sort_by_file(plan: Sequence[TableShare], shards: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return the shards of each file of a table, in order."""
+    found: dict[Path, list[Path]] = {}
+    for planned, shard in zip(plan, shards, strict=True):
+        found.setdefault(planned.file, []).append(shard)
+    return found
+
+
+def _take_examples(shards: Sequence[Path], table: Path, *, is_own: bool) -> None:
+    """Make the shards of one file of the dataset one of the tokens: as it was made, or joined where they are several.
+
+    Args:
+        shards: in order.
+        table: the file to write.
+        is_own: nobody else has the shards.
+    """
+    made = shards[0] / PART
+    if not made.is_file():
+        join_batches([group / EXAMPLES for group in find_groups(shards)], EXAMPLE_SCHEMA, table)
+    elif is_own:
+        made.rename(table)
+    else:
+        shutil.copyfile(made, table)
 
 
 def _tell_cuts(reports: Mapping[str, MaskReport], config: TokenizationConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Shards: ranges of a dataset's row groups that are made into examples by whichever process or machine.
+"""Shards: parts of a dataset's tables, or ranges of row groups, that any process or machine makes into examples.
 
 A shard is a folder with one of each of its row groups, so that what is put together from shards does not depend on
 where they begin and end. A worker keeps the tokenizer, and all that was found out about it, for its next shard.
@@ -7,15 +7,19 @@ where they begin and end. A worker keeps the tokenizer, and all that was found o
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
 from tasks import garbage
 from tasks.parcels import Enclosure, Parcel, list_bytes
-from tasks.tokenization.groups import Fast, tokenize_group
+from tasks.partitions import list_row_groups
+from tasks.tokenization.groups import EXAMPLES, Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
+from tasks.tokenization.tables import EXAMPLE_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer, TemplateArgument, prepare_tokenizer
 
 # A shard is a task with a result of its own: few rows keep all cores busy, many keep the tasks few.
@@ -24,27 +28,42 @@ MOST_ROWS_PER_SHARD = 50_000
 _SHARDS_WANTED = 16
 
 
-def plan_shards(table: Path, rows_per_shard: int | None = None) -> list[list[int]]:
-    """Divide a table's row groups into shards of at most so many rows, or of one row group; at least one shard.
+PART = "part.parquet"
+"""In a shard of all row groups of a file: their examples."""
+
+
+class TableShare(NamedTuple):
+    """Row groups of one file of a table."""
+
+    file: Path
+    row_groups: list[int]
+
+
+def plan_shards(table: Path, rows_per_shard: int | None = None) -> list[TableShare]:
+    """Divide a table into shards of at most so many rows, or of one row group; at least one shard.
+
+    A part of a table that has several is a shard, where `rows_per_shard` does not want smaller ones: the examples of a
+    part are a part of the tokens, and are joined with nothing.
 
     Args:
         table: train.parquet or eval.parquet of a dataset.
         rows_per_shard: None chooses by the table's size.
     """
-    metadata = pq.ParquetFile(table).metadata
+    found = list(list_row_groups(table))
     if rows_per_shard is None:
-        wanted = metadata.num_rows // _SHARDS_WANTED
+        wanted = sum(group.num_rows for group in found) // _SHARDS_WANTED
         rows_per_shard = min(max(wanted, FEWEST_ROWS_PER_SHARD), MOST_ROWS_PER_SHARD)
-    shards: list[list[int]] = [[]]
-    num_rows = 0
-    for number in range(metadata.num_row_groups):
-        size = metadata.row_group(number).num_rows
-        if shards[-1] and num_rows + size > rows_per_shard:
-            shards.append([])
-            num_rows = 0
-        shards[-1].append(number)
-        num_rows += size
-    return shards
+    shards: list[TableShare] = []
+    for file, groups in groupby(found, key=lambda group: group.part):
+        num_rows = 0
+        shards.append(TableShare(file, []))
+        for group in groups:
+            if shards[-1].row_groups and num_rows + group.num_rows > rows_per_shard:
+                shards.append(TableShare(file, []))
+                num_rows = 0
+            shards[-1].row_groups.append(group.number)
+            num_rows += group.num_rows
+    return shards or [TableShare(table, [])]
 
 
 def tokenize_shard(
@@ -52,8 +71,10 @@ def tokenize_shard(
 ) -> None:
     """Make the examples of a range of row groups, each into a folder of its own.
 
+    Where they are all of the file's, their examples are joined to a table at once, by whoever has made them.
+
     Args:
-        table: train.parquet or eval.parquet of a dataset.
+        table: a file of train.parquet or eval.parquet of a dataset.
         row_groups: By number; a table without rows may have none.
         prepared: The tokenizer.
         config: Masks and limits.
@@ -63,6 +84,11 @@ def tokenize_shard(
     fast = _open_fast(prepared, config)
     for number in row_groups:
         tokenize_group(table, number, prepared, config, fast, folder / f"{number:06}")
+    if len(row_groups) == pq.read_metadata(table).num_row_groups:
+        examples = [folder / f"{number:06}" / EXAMPLES for number in row_groups]
+        join_batches(examples, EXAMPLE_SCHEMA, folder / PART)
+        for path in examples:
+            path.unlink()
 
 
 def _open_fast(prepared: PreparedTokenizer, config: TokenizationConfig) -> Fast | None:
@@ -110,7 +136,7 @@ def probe_tokenizer(folder: Path, chat_template: str | None) -> Probe:
 
 def find_groups(shards: Sequence[Path]) -> list[Path]:
     """Return the folders of all row groups of some shards, in order."""
-    return [group for shard in shards for group in sorted(shard.iterdir())]
+    return [group for shard in shards for group in sorted(shard.iterdir()) if group.is_dir()]
 
 
 def _open(

@@ -23,7 +23,7 @@ from tasks.tokenization.examples import (
     tokenize_dataset,
 )
 from tasks.tokenization.saving import check_saved, save_tokenizer
-from tasks.tokenization.shards import plan_shards, probe_tokenizer, work_on_shard
+from tasks.tokenization.shards import TableShare, plan_shards, probe_tokenizer, work_on_shard
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
 
 
@@ -100,9 +100,9 @@ def _make_tokens(
     saved = folder / "tokenizer"
     save_tokenizer(prepared, saved)
     loaded = execution.submit(probe_tokenizer, saved, None)
-    shards = _map_shards(plans, config, parent_run_id=run_id, **source)
+    shards = _map_shards(dataset, plans, config, parent_run_id=run_id, **source)
     check_saved(prepared, saved, loaded.result())
-    return join_shards(shards, prepared, folder, config)
+    return join_shards(plans, shards, prepared, folder, config)
 
 
 def _record(counts: TokenCounts, run_id: str) -> None:
@@ -128,7 +128,7 @@ def _record(counts: TokenCounts, run_id: str) -> None:
 
 @task(
     name="tokenize-shard",
-    task_run_name="tokenize {part} from row group {row_groups[0]}",
+    task_run_name="tokenize rows of {file}, row groups {row_groups}",
     cache_policy=stage_cache("tokenization"),
     persist_result=True,
     result_serializer=DigestedJson(),
@@ -138,47 +138,51 @@ def tokenize_shard(
     base_model: ModelRef,
     config: TokenizationConfig,
     *,
-    part: str,
+    file: str,
     row_groups: list[int],
     chat_template: str | None,
     template_file_digest: str | None,
     parent_run_id: str,
 ) -> Ref:
-    """Make the examples of some row groups, in a process of their own; a finished shard is found again.
+    """Make the examples of some row groups of a file of the dataset, in a process of their own.
 
-    `parent_run_id` is the run of the whole tokenization, which keeps its shards.
+    A finished shard is found again. `parent_run_id` is the run of the whole tokenization, which keeps its shards.
     """
     with storage.new_folder() as folder:
-        table, model_folder = tracking.resolve(dataset) / f"{part}.parquet", tracking.resolve(base_model)
+        table, model_folder = tracking.resolve(dataset) / file, tracking.resolve(base_model)
         execution.call(work_on_shard, table, row_groups, model_folder, chat_template, config, folder / "shard")
-        place = f"shards/{part}-{row_groups[0]:06}"
+        names = [Path(name).stem for name in Path(file).parts]
+        place = f"shards/{'-'.join(names)}-{row_groups[0] if row_groups else 0:06}"
         uri, digest = tracking.publish(folder / "shard", parent_run_id, place)
     return Ref(uri=uri, digest=digest, mlflow_run_id=parent_run_id)
 
 
 def _map_shards(
-    plans: Mapping[str, Sequence[list[int]]], config: TokenizationConfig, **common: Any
+    folder: Path, plans: Mapping[str, Sequence[TableShare]], config: TokenizationConfig, **common: Any
 ) -> dict[str, list[Path]]:
-    """Map the shards over the flow's task runner, all parts at once; return their folders."""
+    """Map the shards of a dataset's folder over the flow's task runner, all parts at once; return their folders."""
     constant: dict[str, Any] = {name: unmapped(value) for name, value in common.items()}
+    files = {part: [shard.file.relative_to(folder).as_posix() for shard in plan] for part, plan in plans.items()}
     with keep_at_once():
         futures = {
             part: tokenize_shard.map(
-                config=unmapped(config_of(part, config)), part=unmapped(part), row_groups=list(plan), **constant
+                config=unmapped(config_of(part, config)),
+                file=files[part],
+                row_groups=[shard.row_groups for shard in plan],
+                **constant,
             )
             for part, plan in plans.items()
         }
         refs: dict[str, list[Ref]] = {part: listed.result() for part, listed in futures.items()}
 
-    def repeat(part: str, row_groups: list[int]) -> Ref:
+    def repeat(part: str, number: int) -> Ref:
         again = tokenize_shard.with_options(refresh_cache=True)
-        return again(config=config_of(part, config), part=part, row_groups=row_groups, **common)
+        row_groups = plans[part][number].row_groups
+        return again(config=config_of(part, config), file=files[part][number], row_groups=row_groups, **common)
 
     return {
-        part: [
-            resolve_or_repeat(ref, partial(repeat, part, groups)) for ref, groups in zip(refs[part], plan, strict=True)
-        ]
-        for part, plan in plans.items()
+        part: [resolve_or_repeat(ref, partial(repeat, part, number)) for number, ref in enumerate(refs[part])]
+        for part in plans
     }
 
 

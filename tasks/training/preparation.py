@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from schemas.artifacts import AdaptedWeights
 from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
+from tasks.partitions import count_rows
 from tasks.training.adamw import EIGHT_BITS, build_adamw
 from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import run_once_per_node
@@ -161,8 +161,8 @@ def _read_splits(
 ) -> tuple[TokenTable, Sequence[Sequence[int]], TokenTable | None]:
     """Return the training examples, their rows, and the held-out examples or None, mapped from disk on every rank."""
     path = tokens / "eval.parquet"
-    num_eval = pq.read_metadata(path).num_rows if path.exists() else 0
-    if not pq.read_metadata(tokens / "train.parquet").num_rows:
+    num_eval = count_rows(path) if path.exists() else 0
+    if not count_rows(tokens / "train.parquet"):
         raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
     setting = "early_stopping_patience" if config.early_stopping_patience is not None else "keep"
     if not num_eval and (config.keeps_best or config.early_stopping_patience is not None):

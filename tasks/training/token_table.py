@@ -21,6 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from tasks.partitions import list_parts
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.packing import pack
 
@@ -213,11 +214,9 @@ class _Named:
 
 def _read_batches(tokens: Path, *, has_weights: bool) -> Iterator[tuple[Any, ...]]:
     """Read a table a row group at a time and in one thread: reading ahead would take more memory than a group."""
-    file = pq.ParquetFile(tokens)
-    for number in range(file.num_row_groups):
-        columns = ["example_id", "input_ids", "labels", *([WEIGHTS] if has_weights else [])]
-        kinds = [pa.int32(), pa.int32(), pa.float32()]
-        table = file.read_row_group(number, columns=columns, use_threads=False).select(columns)
+    columns = ["example_id", "input_ids", "labels", *([WEIGHTS] if has_weights else [])]
+    kinds = [pa.int32(), pa.int32(), pa.float32()]
+    for table in _read_groups(tokens, columns):
         for batch in table.to_batches(max_chunksize=_EXAMPLES_AT_ONCE):
             example_ids, *lists = batch.columns
             lists = [each.cast(pa.large_list(kind)) for each, kind in zip(lists, kinds, strict=False)]
@@ -235,10 +234,11 @@ def _read_pairs(tokens: Path) -> Iterator[tuple[Any, ...]]:
         ValueError: a row has one answer only.
     """
     names = ["example_id", "input_ids", "labels", *REJECTED]
-    file = pq.ParquetFile(tokens)
+    parts = [pq.ParquetFile(part) for part in list_parts(tokens)]
+    has_pairs = any(part.num_row_groups for part in parts)
+    has_pairs = has_pairs and all(set(REJECTED) <= set(part.schema_arrow.names) for part in parts)
     single = _Named()
-    for number in range(file.num_row_groups if set(REJECTED) <= set(file.schema_arrow.names) else 0):
-        table = file.read_row_group(number, columns=names, use_threads=False).select(names)
+    for table in _read_groups(tokens, names) if has_pairs else ():
         for batch in table.to_batches(max_chunksize=_EXAMPLES_AT_ONCE):
             example_ids, ids, labels, other_ids, other_labels = batch.columns
             missing = other_ids.is_null().to_numpy(zero_copy_only=False)
@@ -253,22 +253,31 @@ def _read_pairs(tokens: Path) -> Iterator[tuple[Any, ...]]:
             ]
             named = [name for own in example_ids.to_pylist() for name in (own, f"{own} (rejected)")]
             yield pa.array(named, pa.large_string()), *both
-    if single.count or not file.num_row_groups or not set(REJECTED) <= set(file.schema_arrow.names):
+    if single.count or not has_pairs:
         what = f"{single}: no rejected answer" if single.count else "no row has a rejected answer"
         raise ValueError(
             f"{tokens}: {what}: training.objective dpo trains pairs: tokenize rows with chosen and rejected"
         )
 
 
+def _read_groups(tokens: Path, columns: list[str]) -> Iterator[Any]:
+    """Yield columns of the row groups of a table, one part after the other."""
+    for part in list_parts(tokens):
+        with pq.ParquetFile(part) as file:
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number, columns=columns, use_threads=False).select(columns)
+
+
 def _has_values(tokens: Path, column_name: str) -> bool:
     """Say whether a table has a column of lists with anything in it."""
-    metadata = pq.read_metadata(tokens)
-    for number in range(metadata.num_row_groups if column_name in pq.read_schema(tokens).names else 0):
-        group = metadata.row_group(number)
-        columns = [group.column(place) for place in range(group.num_columns)]
-        known = [column.statistics for column in columns if column.path_in_schema.split(".")[0] == column_name]
-        if any(statistics is None or statistics.num_values for statistics in known):
-            return True
+    for part in list_parts(tokens):
+        metadata = pq.read_metadata(part)
+        for number in range(metadata.num_row_groups if column_name in pq.read_schema(part).names else 0):
+            group = metadata.row_group(number)
+            columns = [group.column(place) for place in range(group.num_columns)]
+            known = [column.statistics for column in columns if column.path_in_schema.split(".")[0] == column_name]
+            if any(statistics is None or statistics.num_values for statistics in known):
+                return True
     return False
 
 

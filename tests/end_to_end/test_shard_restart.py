@@ -98,7 +98,7 @@ def count_tasks(environment: dict[str, str], run: int) -> Counter[tuple[str, str
         except sqlite3.OperationalError:  # the tables are not made yet
             return Counter()
     # The parts of one stage as apart from the stage itself.
-    names = {"tokenize train": "tokenize-shard", "tokenize eval": "tokenize-shard", "tokenize for": "tokenize"}
+    names = {"tokenize rows": "tokenize-shard", "tokenize for": "tokenize"}
     return Counter((names.get(" ".join(name.split()[:2]), name.split()[0]), str(state)) for name, state in rows)
 
 

@@ -20,7 +20,9 @@ from tasks.ingestion import shard_runner, tables
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources, plan_shards
+from tasks.ingestion.splitting import order
 from tasks.parcels import Enclosure, Parcel
+from tasks.storage import digest_folder
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 from tests.tasks.cluster_calls import double, read_limit
@@ -144,6 +146,34 @@ def test_a_machine_that_is_lost_changes_nothing(nodes: Nodes, tmp_path: Path, wh
     assert [hashlib.sha256((tmp_path / "cluster" / name).read_bytes()).hexdigest() for name in NAMES] == whole
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_tables_in_parts_are_the_same_bit_by_bit(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mixed: bool
+) -> None:
+    """From workers of this machine and of the cluster, of rows as they are and of a mixture, however they are read."""
+    monkeypatch.setattr(tables, "GROUP_ROWS", 400)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f'{{"prompt": "also {n}", "completion": "a {n}"}}\n' for n in range(700)))
+    mixture = [{"source": str(other), "weight": 2.5}] if is_mixed else []
+    settings = {"source": str(write_rows(tmp_path / "rows.jsonl")), "mixture": mixture, "max_rejected_fraction": 0.1}
+    config = DataConfig.model_validate(settings)
+    digests = set()
+    for name, shard_bytes, scattered_rows in (
+        ("local", 1 << 20, 10_000),
+        ("cluster", 20_000, 10_000),
+        ("ray", 9000, 1),
+    ):
+        with monkeypatch.context() as patch:
+            if name == "local":
+                patch.delenv(ADDRESS)
+            patch.setattr(order, "SCATTERED_ROWS", scattered_rows)
+            build_dataset(config, seed=0, folder=tmp_path / name, shard_bytes=shard_bytes)
+        digests.add(digest_folder(tmp_path / name))
+    assert len(digests) == 1
+    assert len(list((tmp_path / "ray" / "train.parquet").iterdir())) == (11 if is_mixed else 7)
+    assert not list((tmp_path / "ray").glob("shards*"))
+
+
 def test_examples_are_the_same_bit_by_bit(
     nodes: Nodes, tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,10 +187,15 @@ def test_examples_are_the_same_bit_by_bit(
             tmp_path / "dataset", prepared, folder, TokenizationConfig(), rows_per_shard=rows_per_shard
         )
         counts.append(made)
-        files = ("train.parquet", "eval.parquet", "rejects.parquet", "masks.json")
-        contents.append([(folder / file).read_bytes() for file in files])
+        files = (path for path in folder.rglob("*.parquet") if path.is_file())
+        contents.append({path.relative_to(folder).as_posix() for path in files})
+        assert digest_folder(folder) == digest_folder(tmp_path / "in place")
     assert counts[0] == counts[1]
-    assert contents[0] == contents[1]
+    assert (
+        contents[0]
+        == contents[1]
+        == {*(f"train.parquet/{number:06}.parquet" for number in range(6)), "eval.parquet", "rejects.parquet"}
+    )
 
 
 def test_a_worker_may_read_what_the_run_may_read(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,25 +1,84 @@
-"""Puts the chosen rows in the order in which they are written: the dataset's own, or a seeded mix of several ones."""
+"""Writes the chosen rows in their order, the dataset's own or a seeded mix of several, in parts that nobody joins.
 
-from collections.abc import Iterator
+Which rows are taken and where each comes is decided on the index; the texts are read, ordered and written by workers,
+each a part by itself. Where the rows of a part come from everywhere (a mix, a few rows of many), workers first scatter
+the rows of some pieces each, part by part, so that no text is read more than twice.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.splitting.index import Index, Places, read_taken
+from schemas.records import Conversations
+from tasks import execution
+from tasks.ingestion import tables
+from tasks.ingestion.pieces import CONVERSATION_SCHEMA, name_rows
+from tasks.ingestion.splitting.index import Index, Piece, Places, read_taken
 from tasks.ingestion.splitting.mixture import Repeats
 from tasks.ingestion.splitting.ranks import rank_ids
-from tasks.ingestion.tables import copy_rows
+from tasks.parcels import Enclosure, Parcel, find
+from tasks.partitions import name_part
 
-BUCKET_ROWS = 50_000
-"""Rows that are sorted at once."""
-RANK = "rank"
+SCATTERED_ROWS = 200_000
+"""Rows that a worker looks through at once, of which those of a table are scattered, or a part is written directly."""
+PLACE = "place"
+_PART, _SCATTERED = "part.parquet", "rows.arrows"
 
 
-def read_chosen(index: Index, repeats: Repeats, scratch: Path) -> Iterator[pl.DataFrame]:
-    """Yield rows of the tables, each as often as it is taken, some at a time.
+class Taken(NamedTuple):
+    """Rows of one piece that a table has."""
+
+    piece: Piece
+    rows: NDArray[np.unsignedinteger]
+    """Which of the piece's, one entry for each time that a row is taken."""
+    start: int
+    """Where the first one comes in the table, and the others behind it; unless `places` says so."""
+    places: Places | None = None
+    """Where each comes in the table."""
+
+
+class Scattered(NamedTuple):
+    """Rows of one part, from some pieces."""
+
+    path: Path
+    start: int
+    stop: int
+    """The bytes of the file that hold them."""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Which rows a table has, and in which parts."""
+
+    table: Path
+    num_rows: int
+    part_rows: int
+    taken: Sequence[Taken]
+    """In the order of the index."""
+    is_mixed: bool
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each part begins and ends; a table without rows has one part."""
+        return list(pairwise([*range(0, max(1, self.num_rows), self.part_rows), self.num_rows]))
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether a part's rows come from more pieces than one worker should read."""
+        if self.is_mixed and len(self.bounds) > 1:
+            return True
+        read = sum(each.piece.num_rows for each in self.taken) / len(self.bounds)
+        return read > SCATTERED_ROWS
+
+
+def plan_table(index: Index, repeats: Repeats, table: Path) -> TablePlan:
+    """Decide where the rows of a table come.
 
     One dataset's rows come in their order; those of several are mixed by the rank of seed, copy and content. Whoever
     takes rows from the front (an evaluation of the first ones, a preview) then sees every dataset.
@@ -27,36 +86,28 @@ def read_chosen(index: Index, repeats: Repeats, scratch: Path) -> Iterator[pl.Da
     Args:
         index: of all datasets' rows.
         repeats: how often each is taken.
-        scratch: folder for files that are deleted again.
+        table: the file or the folder that is to be written.
     """
-    frames = _read_repeated(index, repeats)
-    if sum(bool(repeats[low:high].any()) for low, high in pairwise(index.bounds)) < 2:
-        yield from (frame for frame, _ in frames)
-        return
-    num_buckets = max(1, round(int(repeats.sum(dtype=np.int64)) / BUCKET_ROWS))
-    scratch.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    waiting: list[pl.DataFrame] = []
-    for frame, copies in frames:
-        waiting.append(frame.with_columns(pl.Series(RANK, rank_copies(frame["example_id"], copies, index.seed))))
-        if sum(map(len, waiting)) >= BUCKET_ROWS:
-            paths.append(_scatter(waiting, num_buckets, scratch / f"{len(paths):06d}.arrow"))
-    if waiting:
-        paths.append(_scatter(waiting, num_buckets, scratch / f"{len(paths):06d}.arrow"))
-    for number in range(num_buckets):
-        yield pl.concat([_read_bucket(path, number) for path in paths]).sort(RANK, maintain_order=True).drop(RANK)
-    for path in paths:
-        path.unlink()
-
-
-def _read_repeated(index: Index, repeats: Repeats) -> Iterator[tuple[pl.DataFrame, Places]]:
-    """Yield the taken rows in their order, piece by piece, with the number of the copy that each is, from 1."""
+    is_mixed = sum(bool(repeats[low:high].any()) for low, high in pairwise(index.bounds)) > 1
+    taken: list[Taken] = []
+    ranks: list[NDArray[np.uint64]] = []
+    num_rows = 0
     for piece in index.pieces:
         own = repeats[piece.start : piece.start + piece.num_rows]
-        if own.any():
-            rows = np.repeat(np.arange(len(own)), own)
+        if not own.any():
+            continue
+        rows = np.repeat(np.arange(len(own), dtype=np.min_scalar_type(len(own))), own)
+        taken.append(Taken(piece, rows, num_rows))
+        num_rows += len(rows)
+        if is_mixed:
             before = np.cumsum(own, dtype=np.int64) - own
-            yield copy_rows(read_taken(piece, "rows", index.seed)[rows]), np.arange(1, len(rows) + 1) - before[rows]
+            ids = read_taken(piece, "index", index.seed, ("example_id",))["example_id"].bin.encode("hex")
+            ranks.append(rank_copies(ids.gather(rows), np.arange(1, len(rows) + 1) - before[rows], index.seed))
+    if is_mixed:
+        places = np.empty(num_rows, np.int64)
+        places[np.argsort(np.concatenate(ranks), kind="stable")] = np.arange(num_rows)
+        taken = [each._replace(places=places[each.start : each.start + len(each.rows)]) for each in taken]
+    return TablePlan(table, num_rows, tables.count_part_rows(num_rows), taken, is_mixed)
 
 
 def rank_copies(ids: pl.Series, copies: Places, seed: int) -> NDArray[np.uint64]:
@@ -68,26 +119,151 @@ def rank_copies(ids: pl.Series, copies: Places, seed: int) -> NDArray[np.uint64]
     return ranks
 
 
-def _scatter(waiting: list[pl.DataFrame], num_buckets: int, path: Path) -> Path:
-    """Write ranked rows to a file of one record batch for each bucket, a range of ranks; they wait no longer."""
+def write_tables(index: Index, wanted: Mapping[Path, Repeats], scratch: Path) -> None:
+    """Write tables of conversations: a file each of few rows, a folder of parts of more (see partitions).
+
+    Args:
+        index: of all datasets' rows.
+        wanted: for each table how often it takes each row.
+        scratch: folder for files that are deleted again.
+    """
+    plans = [plan_table(index, repeats, table) for table, repeats in wanted.items()]
+    small = [plan for plan in plans if len(plan.bounds) == 1 and not plan.is_scattered]
+    for plan in plans if len(small) == len(plans) else ():  # not worth a worker's start
+        num_rows = tables.write_table(
+            read_rows(plan.taken, index.seed), CONVERSATION_SCHEMA, Conversations, plan.table, tables.GROUP_ROWS
+        )
+        _check_rows(plan, [num_rows])
+    if len(small) == len(plans):
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    scattered = _scatter_tables([plan for plan in plans if plan.is_scattered], index.seed, scratch)
+    calls: list[tuple[Sequence[Taken] | Sequence[Scattered], int, int, Path]] = []
+    for number, plan in enumerate(plans):
+        for part, (low, high) in enumerate(plan.bounds):
+            rows = scattered[plan.table][part] if plan.is_scattered else _slice(plan.taken, low, high)
+            calls.append((rows, index.seed, tables.GROUP_ROWS, scratch / f"table-{number}-{part}"))
+    written = iter(zip(execution.map(write_part, calls, parcel=enclose_part), calls, strict=True))
+    for plan in plans:
+        made = [next(written) for _ in plan.bounds]
+        _check_rows(plan, [num_rows for num_rows, _ in made])
+        if len(made) > 1:
+            plan.table.mkdir()
+        for part, (_, call) in enumerate(made):
+            (call[-1] / _PART).rename(name_part(plan.table, part) if len(made) > 1 else plan.table)
+
+
+def _check_rows(plan: TablePlan, found: Sequence[int]) -> None:
+    """Compare the rows of each part with those that it was to have."""
+    wanted = [high - low for low, high in plan.bounds]
+    assert list(found) == wanted, f"{plan.table}: parts of {found} rows were written, and not of {wanted}"
+
+
+def _slice(taken: Sequence[Taken], low: int, high: int) -> tuple[Taken, ...]:
+    """Return the rows whose numbers in the order of the index are in a range."""
+    parts = []
+    for each in taken:
+        first, last = max(low - each.start, 0), min(high - each.start, len(each.rows))
+        if first < last:
+            places = None if each.places is None else each.places[first:last]
+            parts.append(Taken(each.piece, each.rows[first:last], each.start + first, places))
+    return tuple(parts)
+
+
+def _scatter_tables(plans: Sequence[TablePlan], seed: int, scratch: Path) -> dict[Path, list[tuple[Scattered, ...]]]:
+    """Divide the rows of tables among their parts; return what each part has, in the order of the index."""
+    calls: list[tuple[tuple[Taken, ...], int, int, Path]] = []
+    owners: list[TablePlan] = []
+    for plan in plans:
+        for group in _group(plan.taken):
+            calls.append((group, seed, plan.part_rows, scratch / f"scattered-{len(calls)}"))
+            owners.append(plan)
+    found: dict[Path, list[list[Scattered]]] = {plan.table: [[] for _ in plan.bounds] for plan in plans}
+    spans = execution.map(scatter_rows, calls, parcel=enclose_part)
+    for plan, call, own in zip(owners, calls, spans, strict=True):
+        for part, start, stop in own:
+            found[plan.table][part].append(Scattered(call[-1] / _SCATTERED, start, stop))
+    return {table: [tuple(part) for part in parts] for table, parts in found.items()}
+
+
+def _group(taken: Sequence[Taken]) -> Iterator[tuple[Taken, ...]]:
+    """Cut pieces into groups of about SCATTERED_ROWS rows of theirs, or of those that are taken, if they are more."""
+    waiting: list[Taken] = []
+    size = 0
+    for each in taken:
+        waiting.append(each)
+        size += max(each.piece.num_rows, len(each.rows))
+        if size >= SCATTERED_ROWS:
+            yield tuple(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield tuple(waiting)
+
+
+def enclose_part(rows: Sequence[Taken | Scattered], seed: int, number: int, folder: Path) -> Parcel:
+    """Return what `scatter_rows` or `write_part` reads and makes."""
+    reads = []
+    for each in rows:
+        if isinstance(each, Scattered):
+            reads.append(Enclosure(each.path, ((each.start, each.stop),)))
+        else:
+            reads.append(Enclosure(name_rows(each.piece.folder, each.piece.number)))
+    return Parcel(tuple(reads), folder)
+
+
+def scatter_rows(taken: Sequence[Taken], seed: int, part_rows: int, folder: Path) -> list[tuple[int, int, int]]:
+    """Write rows part by part to one file, each part a stream of its own, with their places.
+
+    Returns:
+        The number of each part that has some of them, and from and up to which byte of the file they are.
+    """
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    rows = pl.concat(waiting)
-    waiting.clear()
-    buckets = (rows[RANK].to_numpy() >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = pl.concat(list(_read_placed(taken, seed))).sort(PLACE)
+    parts = rows[PLACE].to_numpy() // part_rows
     # Texts in one buffer: views would bring the texts of all the rows from which these were taken.
-    table = rows[np.argsort(buckets, kind="stable")].to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
-    bounds = np.cumsum(np.bincount(buckets.astype(np.int64), minlength=num_buckets)).tolist()
-    with pa.ipc.new_file(str(path), table.schema) as writer:
-        for low, high in pairwise([0, *bounds]):
-            batches = table.slice(low, high - low).to_batches()
-            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema))
-    return path
+    table = rows.to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
+    spans = []
+    with pa.OSFile(str(folder / _SCATTERED), "wb") as file:
+        for part in np.unique(parts).tolist():
+            low, high = np.searchsorted(parts, [part, part + 1]).tolist()
+            start = file.tell()
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table.slice(low, high - low))
+            spans.append((part, start, file.tell()))
+    return spans
 
 
-def _read_bucket(path: Path, number: int) -> pl.DataFrame:
-    """Return the rows of a bucket that one file holds, in memory of their own."""
-    import pyarrow as pa
+def write_part(rows: Sequence[Taken] | Sequence[Scattered], seed: int, group_rows: int, folder: Path) -> int:
+    """Write a part of a table into a folder; return its rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = read_rows(rows, seed)
+    return tables.write_table(frames, CONVERSATION_SCHEMA, Conversations, folder / _PART, group_rows)
 
-    with pa.OSFile(str(path)) as file:
-        return pl.DataFrame(pa.ipc.open_file(file).get_batch(number))
+
+def read_rows(rows: Sequence[Taken] | Sequence[Scattered], seed: int) -> Iterator[pl.DataFrame]:
+    """Yield the rows of a part in their order, some at a time."""
+    taken = [each for each in rows if isinstance(each, Taken)]
+    scattered = [each for each in rows if isinstance(each, Scattered)]
+    if scattered or any(each.places is not None for each in taken):
+        frames = [*_read_placed(taken, seed), *map(_read_scattered, scattered)]
+        yield pl.concat(frames).sort(PLACE).drop(PLACE)
+        return
+    for each in taken:
+        yield tables.copy_rows(read_taken(each.piece, "rows", seed)[each.rows])
+
+
+def _read_placed(taken: Sequence[Taken], seed: int) -> Iterator[pl.DataFrame]:
+    """Yield rows with their places in the table."""
+    for each in taken:
+        places = np.arange(each.start, each.start + len(each.rows)) if each.places is None else each.places
+        rows = tables.copy_rows(read_taken(each.piece, "rows", seed)[each.rows])
+        yield rows.with_columns(pl.Series(PLACE, places, dtype=pl.Int64))
+
+
+def _read_scattered(part: Scattered) -> pl.DataFrame:
+    """Return the rows of a part that one file holds, with their places."""
+    with find(part.path).open("rb") as file:
+        file.seek(part.start)
+        return pl.read_ipc_stream(file.read(part.stop - part.start))

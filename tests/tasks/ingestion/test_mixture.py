@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import DataConfig, DatasetConfig
+from tasks.ingestion import tables
 from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.identity import UsableRow, make_conversation
 from tasks.ingestion.splitting import order
 from tasks.ingestion.splitting.mixture import take
-from tasks.ingestion.splitting.order import read_chosen
+from tasks.ingestion.splitting.order import write_tables
+from tasks.partitions import list_parts
 from tests.tasks.ingestion.conftest import WriteLines, write_index
 
 
@@ -52,10 +54,12 @@ def count_taken(size: int, seed: int = 0, **amount: Any) -> list[int]:
 
 def list_written(folder: Path, *sizes: int, repeats: list[int], seed: int = 0) -> list[tuple[str, int]]:
     """Return source and line of each row that is written, of datasets of some sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
     datasets = [make_rows("ab"[number], size) for number, size in enumerate(sizes)]
     index = write_index(folder, *datasets, rows_per_piece=30, seed=seed)
-    frames = list(read_chosen(index, np.array(repeats, dtype=np.uint8), folder / "scratch"))
-    return [row for frame in frames for row in frame.select("source", "line").iter_rows()]
+    table = folder / "tables.parquet"
+    write_tables(index, {table: np.array(repeats, dtype=np.uint8)}, folder / "scratch")
+    return [row for part in list_parts(table) for row in pl.read_parquet(part).select("source", "line").iter_rows()]
 
 
 def find_taken(size: int, seed: int = 0, **amount: Any) -> set[int]:
@@ -97,13 +101,19 @@ def test_mixed_rows_keep_their_number_and_every_dataset_is_in_the_front(tmp_path
     assert list_written(tmp_path, 100, 100, repeats=repeats, seed=1) != mixed
 
 
-def test_mixed_rows_come_in_one_order_however_many_are_sorted_at_once(
+def test_rows_come_in_one_order_whatever_the_parts_and_how_many_are_scattered_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixed = list_written(tmp_path, 90, 60, repeats=[1, 2, 0] * 50)
-    monkeypatch.setattr(order, "BUCKET_ROWS", 11)
-    assert list_written(tmp_path, 90, 60, repeats=[1, 2, 0] * 50) == mixed
-    assert not list((tmp_path / "scratch").iterdir())
+    for sizes in ((90, 60), (150, 0)):  # mixed, and as they are
+        folder = tmp_path / str(sizes[1])
+        whole = list_written(folder, *sizes, repeats=[1, 2, 0] * 50)
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, "GROUP_ROWS", 11)
+            for scattered_rows in (10_000, 40, 1):
+                patch.setattr(order, "SCATTERED_ROWS", scattered_rows)
+                assert list_written(folder / str(scattered_rows), *sizes, repeats=[1, 2, 0] * 50) == whole
+        parts = [pl.read_parquet(part).height for part in list_parts(folder / "1" / "tables.parquet")]
+        assert parts == [11] * 13 + [7]
 
 
 def test_one_dataset_keeps_its_order(tmp_path: Path) -> None:

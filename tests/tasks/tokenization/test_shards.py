@@ -18,6 +18,7 @@ import pytest
 from schemas.artifacts import DatasetRef, ModelRef
 from schemas.config import TokenizationConfig
 from tasks import execution
+from tasks.partitions import name_part
 from tasks.storage import digest_folder
 from tasks.tokenization import shards
 from tasks.tokenization.examples import TokenizationError, tokenize_dataset
@@ -56,17 +57,29 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def test_row_groups_are_never_divided(dataset: Path) -> None:
-    assert plan_shards(dataset / "train.parquet", 30) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
-    assert plan_shards(dataset / "train.parquet", 5) == [[number] for number in range(10)]
-    assert plan_shards(dataset / "eval.parquet") == [[0]]
+    table = dataset / "train.parquet"
+    assert plan_shards(table, 30) == [(table, groups) for groups in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9])]
+    assert plan_shards(table, 5) == [(table, [number]) for number in range(10)]
+    assert plan_shards(dataset / "eval.parquet") == [(dataset / "eval.parquet", [0])]
+
+
+def test_a_part_of_a_table_is_a_shard(dataset: Path) -> None:
+    """Of six row groups in two parts, those of one part are never in a shard with those of the other."""
+    table = dataset / "rows.parquet"
+    table.mkdir()
+    for number in range(2):
+        pl.DataFrame({"n": range(30)}).write_parquet(name_part(table, number), row_group_size=10)
+    parts = [name_part(table, number) for number in range(2)]
+    assert plan_shards(table, 100) == [(part, [0, 1, 2]) for part in parts]
+    assert plan_shards(table, 20) == [(part, groups) for part in parts for groups in ([0, 1], [2])]
 
 
 def test_large_tables_have_large_shards(dataset: Path) -> None:
     rows = pl.DataFrame({"number": range(480_000)})
     rows.write_parquet(dataset / "rows.parquet", row_group_size=10_000)
-    assert {len(shard) for shard in plan_shards(dataset / "rows.parquet")} == {3}
+    assert {len(shard.row_groups) for shard in plan_shards(dataset / "rows.parquet")} == {3}
     rows.head(30_000).write_parquet(dataset / "rows.parquet", row_group_size=10_000)
-    assert plan_shards(dataset / "rows.parquet") == [[0], [1], [2]]
+    assert [shard.row_groups for shard in plan_shards(dataset / "rows.parquet")] == [[0], [1], [2]]
 
 
 def read_all(folder: Path) -> dict[str, bytes]:
