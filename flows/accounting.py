@@ -127,7 +127,7 @@ def check_rejected(config: DataConfig, dataset: DatasetRef, tokens: TokensRef) -
     num_rows = max(dataset.rows_in, dataset.rows_read)
     if judge_rejected(rejected, num_rows, config.max_rejected_fraction, ()) is None:
         return
-    tables = [tracking.resolve(ref) / "rejects.parquet" for ref in (dataset, tokens)]
+    tables = [tracking.resolve_some(ref) / "rejects.parquet" for ref in (dataset, tokens)]
     problem = judge_rejected(rejected, num_rows, config.max_rejected_fraction, group_rejects(tables))
     raise BudgetError(f"{config.source}: {problem}")
 

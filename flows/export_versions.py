@@ -155,7 +155,7 @@ def _make_tokens(parent: Path, place: Path, facts: VersionFacts, config: RunConf
     Raises:
         ExportError: none was held out.
     """
-    dataset = tracking.resolve(Ref.model_validate_json(facts.tags["sft.dataset"]))
+    dataset = tracking.resolve_some(Ref.model_validate_json(facts.tags["sft.dataset"]), "eval.parquet")
     conversations = find_conversations(dataset / "eval.parquet")
     rows = place / "rows"
     rows.mkdir()

@@ -113,7 +113,7 @@ def _find_loss(ref: Ref) -> tracking.ArtifactError | None:
     try:
         if ref.mlflow_run_id and tracking.is_deleted(ref.mlflow_run_id):
             raise tracking.ArtifactError(f"MLflow run {ref.mlflow_run_id}, which made it, was deleted")
-        tracking.resolve(ref)
+        tracking.check(ref)
     except tracking.ArtifactError as error:
         return error
     return None

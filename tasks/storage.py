@@ -20,6 +20,8 @@ from typing import BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from tasks.stored_files import LIST_NAME, LostError, read_list
+
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
@@ -95,13 +97,24 @@ def _read_stamp(file: BinaryIO) -> _Stamp:
 
 
 def digest_folder(folder: Path) -> str:
-    """Return the sha256 over the sorted relative names and contents of a folder's files."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Return the sha256 over the sorted relative names and contents of a folder's files.
+
+    A file that is in a store only counts as its list says (see stored_files), and the list itself does not: the digest
+    is the same wherever the files are.
+
+    Raises:
+        LostError: the list is damaged.
+    """
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    stored = read_list(folder) if folder / LIST_NAME in paths else {}
+    if folder / LIST_NAME in paths:
+        paths.remove(folder / LIST_NAME)
     with ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1)) as pool:  # hashing frees the interpreter
-        digests = list(pool.map(digest_file, paths))
+        found = dict(zip((path.relative_to(folder) for path in paths), pool.map(digest_file, paths), strict=True))
+    whole = {Path(name): file.sha256 for name, file in stored.items()} | found
     digest = hashlib.sha256()
-    for path, content in zip(paths, digests, strict=True):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    for path in sorted(whole):
+        digest.update(f"{path.as_posix()}\0{whole[path]}\n".encode())
     return digest.hexdigest()
 
 
@@ -190,7 +203,7 @@ def _find_damage(place: Path, digest: str) -> str | None:
         return "it is no folder"
     try:
         found = digest_folder(place)
-    except OSError as error:
+    except (OSError, LostError) as error:
         return str(error)
     return None if found == digest else f"its digest is {found[:12]}"
 

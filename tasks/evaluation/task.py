@@ -57,7 +57,9 @@ def evaluate(
         progress = log_progress(get_run_logger())
         model_folder = tracking.resolve(model)
         shape = speeds.describe_shape(model_folder)
-        found = evaluate_sets(model_folder, tracking.resolve(tokens), config, progress, probes=_find_files(probes))
+        found = evaluate_sets(
+            model_folder, tracking.resolve_some(tokens, "eval.parquet"), config, progress, probes=_find_files(probes)
+        )
         rows, metrics = found.rows, average_rows(found.rows)
         of_probes = {name: average_rows(answered) for name, answered in found.probes.items()}
         (folder / "evaluation" / _PROBES).mkdir(parents=True)
@@ -120,7 +122,7 @@ def foresee(
 ) -> tuple[str, tuple[str, ...]]:
     """Say, before training, what the held-out rows can show, and warn when they are too few to promote anything."""
     rows = pl.read_parquet(tracking.resolve(before) / _ROWS)
-    conversations = find_conversations(tracking.resolve(dataset) / "eval.parquet")
+    conversations = find_conversations(tracking.resolve_some(dataset, "eval.parquet") / "eval.parquet")
     sentence, warnings = expect_effects(rows, conversations, config, gate)
     get_run_logger().info("%s", sentence)
     for warning in warnings:
@@ -161,7 +163,7 @@ def compare_models(
         common: dict[str, Any] = {
             "seed": seed,
             "judged": gate.metrics,
-            "conversations": find_conversations(tracking.resolve(dataset) / "eval.parquet"),
+            "conversations": find_conversations(tracking.resolve_some(dataset, "eval.parquet") / "eval.parquet"),
         }
         comparison = (
             compare_nothing(rows_before, rows_after, config)
@@ -255,7 +257,7 @@ def _compare_with(
     seen: set[str] = set()
     try:
         if champion.dataset is not None:
-            seen = _read_ids(tracking.resolve(champion.dataset) / "train.parquet")
+            seen = {name for part in tracking.read_parts(champion.dataset, "train.parquet") for name in _read_ids(part)}
     except tracking.ArtifactError as error:
         notes = (*notes, f"its training rows are gone, so that some of these may be among them ({error})")
     return compare_with_champion(champion.version, theirs, rows, seen, config, notes=notes, **common)

@@ -27,10 +27,11 @@ from tasks.ingestion.shards import SHARD_BYTES, name_sources
 from tasks.ingestion.splitting.index import Index, Mask, read_taken
 from tasks.ingestion.splitting.mixture import Division, divide
 from tasks.ingestion.splitting.near_duplicates import BestMatch, find_near_duplicates
-from tasks.ingestion.splitting.order import write_tables
+from tasks.ingestion.splitting.order import Store, write_tables
 from tasks.ingestion.splitting.shard_summary import ShardSummary, collect
 from tasks.ingestion.splitting.splits import EVAL
 from tasks.ingestion.tables import write_table
+from tasks.stored_files import write_list
 
 SHARDS_FOLDER = "shards"
 """Below the dataset's folder, until all is done."""
@@ -43,6 +44,7 @@ def build_dataset(
     folder: Path,
     shards: Sequence[Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    store: Store | None = None,
 ) -> DatasetCounts:
     """Read, check, split, mix and write a dataset.
 
@@ -57,6 +59,7 @@ def build_dataset(
         folder: where the tables are written; made when missing.
         shards: folders of shards that were read elsewhere, in their order; None reads them here.
         shard_bytes: size of a shard.
+        store: where workers put the rows and the tables; the folder then has a list of what is there in their place.
 
     Raises:
         DataError: nothing can be read, too much is rejected, too few rows are there for a mixture, or nothing is left
@@ -66,14 +69,14 @@ def build_dataset(
     sources = name_sources(config)
     own_shards = folder / SHARDS_FOLDER
     if shards is None:
-        shards = read_all(config, sources, own_shards, shard_bytes)
+        shards = read_all(config, sources, own_shards, shard_bytes, store=store.scratch if store else None)
     try:
-        return _build(config, collect(config, sources, shards, seed=seed), folder, seed)
+        return _build(config, collect(config, sources, shards, seed=seed), folder, seed, store)
     finally:
         shutil.rmtree(own_shards, ignore_errors=True)
 
 
-def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int) -> DatasetCounts:
+def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int, store: Store | None) -> DatasetCounts:
     """Decide where the rows go, and write them."""
     index = summary.rows
     frames = (read_taken(piece, "rejects", seed) for piece in index.pieces)
@@ -89,7 +92,9 @@ def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int) -
     with ThreadPoolExecutor(1) as pool:  # beside the writing: both leave the interpreter to others
         found = pool.submit(_find_pairs, index, division.repeats > 0, held_out)
         wanted = {folder / "train.parquet": division.repeats, folder / "eval.parquet": held_out.astype(np.uint8)}
-        write_tables(index, wanted, folder / SHARDS_FOLDER / "tables")
+        stored = write_tables(index, wanted, folder / SHARDS_FOLDER / "tables", store)
+        if stored:
+            write_list(folder, stored)
         pairs = found.result()
     quality = describe_dataset(counts, summary, division, pairs, rejects, config.screen)
     (folder / "quality.json").write_text(json.dumps(quality, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -5,10 +5,11 @@ and statistics are found by: about 150 bytes a row), `shingles-N.npz` (what near
 `rejects-N.arrow`.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -19,9 +20,11 @@ from tasks.ingestion.rows.identity import UsableRow
 from tasks.ingestion.rows.quality import TEXT_PROBLEMS
 from tasks.ingestion.rows.shingles import Shingles, hash_shingles
 from tasks.parcels import find
+from tasks.stored_files import StoredFile, put_file, read_file
 
 PIECE_ROWS = 20_000
 SUMMARY_NAME = "summary.json"
+_NOTE = ".json"
 CONVERSATION_SCHEMA = columns_of(Conversations)
 REJECT_SCHEMA = columns_of(Rejects)
 INDEX_SCHEMA: dict[str, Any] = {
@@ -39,6 +42,13 @@ INDEX_SCHEMA: dict[str, Any] = {
 }
 # The bit of each problem in the index.
 PROBLEM_BITS = {code: 1 << place for place, code in enumerate(TEXT_PROBLEMS)}
+
+
+class StoredRows(NamedTuple):
+    """A piece's rows with their texts, in an object store."""
+
+    address: str
+    file: StoredFile
 
 
 def make_index(conversations: Sequence[UsableRow]) -> pl.DataFrame:
@@ -83,6 +93,34 @@ def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], r
     runs = hash_shingles([row.text for row in conversations])
     np.savez(folder / f"shingles-{number}.npz", hashes=runs.hashes, bounds=runs.bounds)
     pl.DataFrame(rejects, schema=REJECT_SCHEMA, orient="row").write_ipc(folder / f"rejects-{number}.arrow")
+
+
+def put_rows_away(folder: Path, store: str) -> None:
+    """Put the rows of a shard's pieces, which have all of its texts, into a store, and note there where they are.
+
+    Args:
+        folder: of the shard.
+        store: address of a folder; the files have the digests of their contents as names.
+    """
+    for path in sorted(folder.glob("rows-*.arrow")):
+        with path.open("rb") as file:
+            address = f"{store}/{hashlib.file_digest(file, 'sha256').hexdigest()}.arrow"
+        path.with_suffix(_NOTE).write_text(json.dumps(StoredRows(address, put_file(path, address))), encoding="utf-8")
+        path.unlink()
+
+
+def find_stored(folder: Path, number: int) -> StoredRows | None:
+    """Return where the rows of a piece are, where they are in a store."""
+    path = name_rows(folder, number).with_suffix(_NOTE)
+    if not path.is_file():
+        return None
+    address, file = json.loads(path.read_text(encoding="utf-8"))
+    return StoredRows(address, StoredFile(*file))
+
+
+def read_stored(stored: StoredRows, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Return columns (all of them for None) of the rows of a piece that are in a store."""
+    return pl.read_ipc(read_file(*stored), columns=None if columns is None else list(columns))
 
 
 def write_summary(folder: Path, parts: Sequence[dict[str, Any]], num_pieces: int) -> None:

@@ -2,19 +2,20 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from schemas.config import DataConfig
 from tasks import execution
 from tasks.ingestion.intake import read_shard
-from tasks.ingestion.pieces import SUMMARY_NAME
+from tasks.ingestion.pieces import SUMMARY_NAME, find_stored, put_rows_away, read_summary
 from tasks.ingestion.shards import SHARD_BYTES, Shard, ShardPart, join_parts, plan_parts, plan_shards
 from tasks.ingestion.sources.columnar import BYTE_KINDS, WHOLE
 from tasks.ingestion.sources.files import Source
 from tasks.parcels import Enclosure, Parcel, list_bytes
 from tasks.progress import Tell
+from tasks.stored_files import list_sizes
 
 
 def read_all(
@@ -23,12 +24,14 @@ def read_all(
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
     *,
+    store: str | None = None,
     tell: Tell = lambda num_done, num_all: None,
 ) -> list[Path]:
     """Read every shard into a folder of its own below `folder`, and return these folders in the order of the rows.
 
     A shard that an earlier attempt finished there is not read again. A small dataset is read in place, and so is one
-    whose reading `data.max_rows` ends somewhere; others go to the workers, and `tell` is told how many are read.
+    whose reading `data.max_rows` ends somewhere; others go to the workers, and `tell` is told how many are read. These
+    put the rows into a store, where one is given by the address of a folder, and leave here what the index is made of.
 
     Raises:
         DataError: a source cannot be read; of several the first one's.
@@ -36,14 +39,32 @@ def read_all(
     if config.max_rows is not None:
         return _read_first(config, sources, folder, shard_bytes, config.max_rows)
     shards = list(plan_shards(config, sources, shard_bytes))
+    kept = {} if store is None else list_sizes(store)
     folders = [folder / name_shard(shard, number) for number, shard in enumerate(shards)]
-    left = [pair for pair in zip(shards, folders, strict=True) if not (pair[1] / SUMMARY_NAME).is_file()]
+    left = [pair for pair in zip(shards, folders, strict=True) if not _is_finished(pair[1], kept)]
     if is_small(shards, shard_bytes):
         for pair in left:
             finish_shard(*pair)
         return folders
-    execution.map(finish_shard, left, parcel=enclose, tell=tell)
+    calls = [(*pair, None, store) for pair in left]
+    execution.map(finish_shard, calls, parcel=enclose, tell=tell)
     return folders
+
+
+def _is_finished(folder: Path, kept: Mapping[str, int]) -> bool:
+    """Tell whether a shard was read, and its rows are where they were put; else nothing is left of it.
+
+    Args:
+        folder: of the shard.
+        kept: sizes of the files in the store, by their names.
+    """
+    if not (folder / SUMMARY_NAME).is_file():
+        return False
+    notes = (find_stored(folder, number) for number in range(read_summary(folder)["num_pieces"]))
+    if all(note is None or kept.get(PurePath(note.address).name) == note.file.num_bytes for note in notes):
+        return True
+    shutil.rmtree(folder)
+    return False
 
 
 def is_small(shards: Sequence[Shard], shard_bytes: int = SHARD_BYTES) -> bool:
@@ -61,7 +82,7 @@ def name_shard(shard: Shard, number: int) -> str:
     return f"{number:06d}-{digest.hexdigest()[:16]}"
 
 
-def enclose(shard: Shard, folder: Path) -> Parcel:
+def enclose(shard: Shard, folder: Path, max_rows: int | None = None, store: str | None = None) -> Parcel:
     """Return what is read of the files of a shard, and the folder that is made."""
     paths = dict.fromkeys(part.file.path for part in shard.parts if part.file.remote is None)
     reads = [_enclose(path, [part for part in shard.parts if part.file.path == path]) for path in paths]
@@ -84,11 +105,16 @@ def _enclose(path: Path, parts: Sequence[ShardPart]) -> Enclosure:
             return Enclosure(path, is_common=True)
 
 
-def finish_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
-    """Read a shard, and give its folder the name when all of it is there; return the number of rows."""
+def finish_shard(shard: Shard, folder: Path, max_rows: int | None = None, store: str | None = None) -> int:
+    """Read a shard, and give its folder the name when all of it is there; return the number of rows.
+
+    Where there is a store, the rows are put there.
+    """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     num_rows = read_shard(shard, unfinished, max_rows)
+    if store is not None:
+        put_rows_away(unfinished, store)
     unfinished.rename(folder)
     return num_rows
 

@@ -21,9 +21,12 @@ from tasks.ingestion.errors import DataError
 from tasks.ingestion.shard_runner import finish_shard, is_small, read_all
 from tasks.ingestion.shards import SHARD_BYTES, Shard, name_sources, plan_shards
 from tasks.ingestion.sources.sources import check_unchanged, digest_source
+from tasks.ingestion.splitting.order import Store
+from tasks.parcels import Parcel
 from tasks.progress import log_progress
 from tasks.registry.bases import find_base_model
 from tasks.registry.sources import bring_sources, pin_sources
+from tasks.stored_files import remove_files, try_store
 
 
 @task(name="locate-model", task_run_name="locate {config.base_model}", persist_result=False)
@@ -75,18 +78,39 @@ def read_shard(shard: Shard, number: int, *, source_digest: str, publish: bool, 
         return Ref(uri=storage.keep_folder(folder / "shard", digest).as_uri(), digest=digest)
 
 
-def _read_shards(source: SourceRef, config: DataConfig, parent_run_id: str) -> Sequence[Path] | None:
+def _find_store(run_id: str, parent_run_id: str, conditions: str) -> Store | None:
+    """Return where a cluster's workers put rows and tables by themselves; None where they come to this machine.
+
+    They do so where the tracking server keeps artifacts in an object store that a worker can write to.
+    """
+    if not execution.spreads_to_cluster():
+        return None
+    tables = tracking.find_store(run_id, "dataset")
+    scratch = tracking.find_store(parent_run_id, f"shards/{conditions}")
+    if tables is None or scratch is None:
+        return None
+    (trouble,) = execution.map(try_store, [(scratch,)], parcel=lambda *_: Parcel(()))
+    if trouble:
+        get_run_logger().warning("What workers make comes to this machine: %s", trouble)
+        return None
+    return Store(tables, scratch)
+
+
+def _read_shards(
+    source: SourceRef, config: DataConfig, parent_run_id: str, store: Store | None
+) -> Sequence[Path] | None:
     """Map the shards of a large dataset over the flow's task runner, and return their folders here.
 
     None leaves the reading to build_dataset: outside of a flow, of a small dataset, and of rows from the front. Shards
-    that a cluster has read lie in the run's folder, where the next attempt finds them.
+    that a cluster has read lie in the run's folder, their rows in the store, where the next attempt finds them.
     """
     flow_run = FlowRunContext.get()
     if flow_run is None or config.max_rows is not None:
         return None
     if execution.spreads_to_cluster():
         folder, tell = _find_cluster_folder(source, parent_run_id), log_progress(get_run_logger(), "Read")
-        return read_all(config, name_sources(config), folder, SHARD_BYTES, tell=tell)
+        scratch = None if store is None else store.scratch
+        return read_all(config, name_sources(config), folder, SHARD_BYTES, store=scratch, tell=tell)
     shards = list(plan_shards(config, name_sources(config), SHARD_BYTES))
     if is_small(shards, SHARD_BYTES):
         return None
@@ -122,8 +146,9 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
         try:
             # What was located is read: of a published dataset, the same version.
             located = bring_sources(config.model_copy(update={"source": source.uri, "eval_source": source.eval_uri}))
-            shards = _read_shards(source, located, parent_run_id)
-            counts = build_dataset(located, seed=seed, folder=folder / "dataset", shards=shards)
+            store = _find_store(run_id, parent_run_id, _find_cluster_folder(source, parent_run_id).name)
+            shards = _read_shards(source, located, parent_run_id, store)
+            counts = build_dataset(located, seed=seed, folder=folder / "dataset", shards=shards, store=store)
             check_unchanged(located, source.digest)
             quality = json.loads((folder / "dataset" / "quality.json").read_text(encoding="utf-8"))
         except DataError:
@@ -142,6 +167,8 @@ def ingest(source: SourceRef, config: DataConfig, *, seed: int, parent_run_id: s
         apart = {"left out by sampling": counts.rows_left_out, "repeated by weight": counts.rows_repeated}
         accounting |= {name: number for name, number in apart.items() if number}
         shutil.rmtree(_find_cluster_folder(source, parent_run_id).parent, ignore_errors=True)
+        if store is not None:
+            remove_files(store.scratch)
         uri, digest = tracking.publish(folder / "dataset", run_id, "dataset")
         tracking.log_metrics(run_id, {f"rows/{name}".replace(":", ""): value for name, value in accounting.items()})
         tracking.set_tags(run_id, {"sft.source_digest": source.digest, "sft.dataset_digest": digest})

@@ -44,7 +44,8 @@ def merge(
         return done
     timing = speeds.Timing()
     with tracking.stage_run(parent_run_id, "merge", config) as run_id, storage.new_folder() as folder:
-        base_folder, adapter_folder, tokens_folder = map(tracking.resolve, (base_model, adapter, tokens))
+        base_folder, adapter_folder = map(tracking.resolve, (base_model, adapter))
+        tokens_folder = tracking.resolve_some(tokens, *_name_asked(tokens.num_eval_examples))
         merged = folder / "model"
         plan = merge_adapter(
             base_folder,
@@ -66,7 +67,8 @@ def merge(
             stored = beside.submit(_store, merged, plan)
             check = check_merge(base_folder, adapter_folder, merged, _prompts(probes, config.num_probes), config)
             digest, written = stored.result()
-        answers = record_answers(base_folder, merged, tracking.resolve(dataset), folder / ANSWERS)
+        rows_folder = tracking.resolve_some(dataset, *_name_asked(dataset.rows_eval))
+        answers = record_answers(base_folder, merged, rows_folder, folder / ANSWERS)
         check = check.model_copy(update={"num_changed": written.num_changed, "num_kept": written.num_kept})
         shown = {name: float(value) for name, value in check.model_dump().items()}
         uri = log_merged_model(merged, run_id, question=str(probes["question"][0]))
@@ -105,6 +107,11 @@ def _store(folder: Path, plan: Sequence[PlannedTensor]) -> tuple[str, WrittenTen
     """Wait until a folder is on the disk; return its digest, and what its files hold."""
     storage.sync_folder(folder)
     return storage.digest_folder(folder), verify_tensors(plan, folder)
+
+
+def _name_asked(num_held_out: int) -> tuple[str, ...]:
+    """Return the tables of which rows are asked: trained ones only where nothing was held out."""
+    return ("eval.parquet",) if num_held_out else ("eval.parquet", "train.parquet")
 
 
 def _read_probes(tokens: Path, num_probes: int) -> pl.DataFrame:

@@ -47,8 +47,9 @@ def prepare_probes(
         model_folder: Path = tracking.resolve(base_model)
         prepared = prepare_tokenizer(model_folder, chat_template)
         config, _ = limit_length(config, model_folder, base_model.name)
-        table = tracking.resolve(dataset) / "train.parquet"
-        trained = set(pl.read_parquet(table, columns=["example_id"])["example_id"])
+        trained: set[str] = set()
+        for part in tracking.read_parts(dataset, "train.parquet"):
+            trained.update(pl.read_parquet(part, columns=["example_id"])["example_id"])
         (folder / "probes").mkdir()
         for probe in probes:
             made = make_examples(probe, bring_sources(data_of(probe)), prepared, config, trained, seed=seed)

@@ -5,7 +5,7 @@ The model's own code answers, with its own tokenizer and settings, and without i
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tasks import tracking
-from tasks.partitions import list_row_groups
+from tasks.partitions import list_parts, list_row_groups
 
 NUM_REPLAYED = 32
 _MOST_ROW_GROUPS = 4
@@ -41,6 +41,8 @@ class _Trained(NamedTuple):
     input_ids: list[int]
     starts: list[int]
     """0 where the prompt is trained too, so that the border is not known."""
+    part: int
+    """Number of the part of the table that it is in; its conversation is in that of the dataset."""
 
 
 def fetch_logged(uri: str, weights: Path, folder: Path) -> Path:
@@ -62,12 +64,12 @@ def fetch_logged(uri: str, weights: Path, folder: Path) -> Path:
     return folder
 
 
-def replay_rows(model: Path, dataset: Path, tokens: Path) -> Replay:
+def replay_rows(model: Path, read_parts: Callable[[Sequence[int]], Iterable[Path]], tokens: Path) -> Replay:
     """Ask a logged model for the prompts of some training rows, and compare.
 
     Args:
         model: the folder of the MLflow model, with its MLmodel file.
-        dataset: with train.parquet of conversations.
+        read_parts: gives the files of train.parquet of the dataset, those of some numbers first.
         tokens: with train.parquet of examples, and masks.json.
 
     Raises:
@@ -76,7 +78,8 @@ def replay_rows(model: Path, dataset: Path, tokens: Path) -> Replay:
     loaded = mlflow.pyfunc.load_model(str(model), model_config={"weights": False})
     masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))
     examples = list(_choose_examples(tokens / "train.parquet"))
-    conversations = _read_conversations(dataset / "train.parquet", [example.example_id for example in examples])
+    numbers = sorted({example.part for example in examples})
+    conversations = _read_conversations(read_parts(numbers), {example.example_id for example in examples})
     differences, num_equal, num_cut = [], 0, 0
     for example in examples:
         place, messages, tools = conversations[example.example_id]
@@ -100,6 +103,7 @@ def replay_rows(model: Path, dataset: Path, tokens: Path) -> Replay:
 
 def _choose_examples(table: Path) -> Iterator[_Trained]:
     """Yield examples evenly over the table, from few row groups; of several of one conversation any."""
+    parts = list_parts(table)
     groups = [group for group in list_row_groups(table) if group.num_rows]
     chosen = groups[:: max(1, len(groups) // _MOST_ROW_GROUPS)][:_MOST_ROW_GROUPS]
     for group in chosen:
@@ -108,17 +112,23 @@ def _choose_examples(table: Path) -> Iterator[_Trained]:
         each = max(1, math.ceil(frame.height * len(chosen) / NUM_REPLAYED))
         for example_id, input_ids, labels in frame.gather_every(each).rows():
             starts = [at for at, label in enumerate(labels) if label >= 0 and (at == 0 or labels[at - 1] < 0)]
-            yield _Trained(example_id, input_ids, starts)
+            yield _Trained(example_id, input_ids, starts, parts.index(group.part))
 
 
-def _read_conversations(table: Path, example_ids: Sequence[str]) -> dict[str, tuple[str, list[Any], list[Any] | None]]:
-    """Return place, messages and tools of conversations by their id."""
+def _read_conversations(
+    parts: Iterable[Path], example_ids: Set[str]
+) -> dict[str, tuple[str, list[Any], list[Any] | None]]:
+    """Return place, messages and tools of conversations by their id; files are read until all are found."""
     columns = ["example_id", "source", "line", "messages", "tools"]
-    rows = pl.scan_parquet(table).select(columns).filter(pl.col("example_id").is_in(list(example_ids))).collect()
-    return {
-        example_id: (f"{Path(source).name}, line {line}", json.loads(messages), json.loads(tools) if tools else None)
-        for example_id, source, line, messages, tools in rows.rows()
-    }
+    found: dict[str, tuple[str, list[Any], list[Any] | None]] = {}
+    for part in parts:
+        rows = pl.scan_parquet(part).select(columns).filter(pl.col("example_id").is_in(list(example_ids))).collect()
+        for example_id, source, line, messages, tools in rows.rows():
+            place = f"{Path(source).name}, line {line}"
+            found[example_id] = place, json.loads(messages), json.loads(tools) if tools else None
+        if found.keys() >= example_ids:
+            break
+    return found
 
 
 def _ask(loaded: Any, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Iterator[list[int] | str]:

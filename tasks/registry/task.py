@@ -108,7 +108,7 @@ def _recorded_evaluation(tags: Mapping[str, str]) -> EvalReport | None:
 
 
 def _digest_tokenizer(tokens: TokensRef) -> str:
-    folder = tracking.resolve(tokens) / "tokenizer"
+    folder = tracking.resolve_some(tokens) / "tokenizer"
     file: Path = folder / "tokenizer.json"
     return storage.digest_file(file) if file.is_file() else storage.digest_folder(folder)
 
@@ -185,7 +185,8 @@ def _replay(merged: MergedRef, dataset: DatasetRef, tokens: TokensRef) -> str:
     """
     with storage.new_folder() as folder:
         model = fetch_logged(merged.uri, tracking.resolve(merged), folder)
-        replay = replay_rows(model, tracking.resolve(dataset), tracking.resolve(tokens))
+        read_parts = partial(tracking.read_parts, dataset, "train.parquet")
+        replay = replay_rows(model, read_parts, tracking.resolve(tokens))
     get_run_logger().info("Replay: %s training rows give the logged model the prompts of training", replay.num_equal)
     return f"passed: {replay.num_equal} rows, {replay.num_cut} cut for length left out"
 

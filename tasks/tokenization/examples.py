@@ -14,6 +14,7 @@ from tasks import execution
 from tasks.models import load_tokenizer
 from tasks.partitions import count_rows, name_part
 from tasks.progress import Tell
+from tasks.stored_files import read_list, write_list
 from tasks.tokenization.contradictions import warn_of_contradictions
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
@@ -22,11 +23,13 @@ from tasks.tokenization.shards import (
     PART,
     TableShare,
     enclose,
+    enclose_stored_part,
     find_groups,
     plan_shards,
     probe_tokenizer,
     tokenize_shard,
     work_on_shard,
+    work_on_stored_part,
 )
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer
@@ -106,6 +109,102 @@ def tokenize_dataset(
     return counts
 
 
+def tokenize_stored(
+    dataset: Path,
+    source: str,
+    target: str,
+    prepared: PreparedTokenizer,
+    folder: Path,
+    config: TokenizationConfig,
+    *,
+    tell: Tell = lambda num_done, num_all: None,
+) -> TokenCounts:
+    """As `tokenize_dataset`, of tables in a store: workers read each part there, and put its examples there.
+
+    Args:
+        dataset: its folder, which has the list of what is in the store; further tables may be here.
+        source: address of that folder.
+        target: address of the tokens' folder.
+        prepared: The tokenizer that will ship; it is saved in the folder.
+        folder: Gets all but the tables; made when missing.
+        config: Masks and limits.
+        tell: Is told the parts that are done, and all.
+
+    Raises:
+        TokenizationError: as `tokenize_dataset`.
+        TemplateError: the tokenizer does not survive being saved and loaded.
+        StoreError: the store cannot be read or written.
+    """
+    saved = folder / "tokenizer"
+    save_tokenizer(prepared, saved)
+    files = {
+        part: sorted((name, file) for name, file in read_list(dataset).items() if _is_of(name, f"{part}.parquet"))
+        for part in PARTS
+    }
+    loaded = execution.submit(probe_tokenizer, saved, None)
+    calls = [
+        (f"{source}/{name}", file, f"{target}/{name}", saved, config_of(part, config), folder / "shards" / name)
+        for part in PARTS
+        for name, file in files[part]
+    ]
+    made = execution.map(work_on_stored_part, calls, parcel=enclose_stored_part, tell=tell)
+    check_saved(prepared, saved, loaded.result())
+    names = [name for part in PARTS for name, _ in files[part]]
+    stored = dict(zip(names, made, strict=True))
+    reports = {part: MaskReport() for part in PARTS}
+    refused: list[Path] = []
+    for part in PARTS:
+        own = [name for name, _ in files[part]]
+        if own:
+            refused += _merge_reports(reports[part], [folder / "shards" / name for name in own])
+            _check_examples(folder, part, sum(stored[name].num_rows for name in own), reports[part])
+            num_rows = sum(file.num_rows for _, file in files[part])
+            found = reports[part].num_conversations
+            assert found == num_rows, f"{folder}: of {num_rows} rows of {part}, {found} were tokenized"
+        else:
+            refused += _tokenize_here(dataset / f"{part}.parquet", prepared, config_of(part, config), folder, reports)
+    write_list(folder, stored)
+    counts = _finish(reports, refused, prepared, folder, config)
+    shutil.rmtree(folder / "shards")
+    return counts
+
+
+def _is_of(name: str, table: str) -> bool:
+    """Tell whether a file is a table, or a part of it."""
+    return name == table or name.startswith(f"{table}/")
+
+
+def _tokenize_here(
+    table: Path,
+    prepared: PreparedTokenizer,
+    config: TokenizationConfig,
+    folder: Path,
+    reports: Mapping[str, MaskReport],
+) -> list[Path]:
+    """Make the examples of a table that is one file, here; return the files of its rejects."""
+    shard = folder / "shards" / table.name
+    ((file, row_groups),) = plan_shards(table, count_rows(table) + 1)
+    tokenize_shard(file, row_groups, prepared, config, shard)
+    refused = _merge_reports(reports[table.stem], [shard])
+    _take_examples([shard], folder / table.name, is_own=True)
+    _check_examples(folder, table.stem, count_rows(folder / table.name), reports[table.stem])
+    return refused
+
+
+def _merge_reports(report: MaskReport, shards: Sequence[Path]) -> list[Path]:
+    """Add the counts of shards to those of their table; return the files of their rejects."""
+    groups = find_groups(shards)
+    for group in groups:
+        report.merge(read_report(group))
+    return [group / REJECTS for group in groups]
+
+
+def _check_examples(folder: Path, part: str, num_examples: int, report: MaskReport) -> None:
+    """Compare the examples that were written with those that were counted."""
+    wanted = report.num_examples
+    assert num_examples == wanted, f"{folder}: {part} has {num_examples} examples, and {wanted} were counted"
+
+
 def config_of(part: str, config: TokenizationConfig) -> TokenizationConfig:
     """Return the masks of a part: held-out labels are the reference answers, and never the prompt."""
     return config.model_copy(update={"train_on_prompt": False}) if part == "eval" else config
@@ -138,13 +237,27 @@ def join_shards(
             if file.parent.name == table.name:
                 table.mkdir(exist_ok=True)
                 table = name_part(table, number)
-            for group in find_groups(own):
-                reports[part].merge(read_report(group))
-                refused.append(group / REJECTS)
+            refused += _merge_reports(reports[part], own)
             _take_examples(own, table, is_own=own[0].is_relative_to(folder))
-        num_examples = count_rows(folder / f"{part}.parquet")
-        wanted = reports[part].num_examples
-        assert num_examples == wanted, f"{folder}: {part} has {num_examples} examples, and {wanted} were counted"
+        _check_examples(folder, part, count_rows(folder / f"{part}.parquet"), reports[part])
+        num_rows = sum(count_rows(file) for file in dict.fromkeys(planned.file for planned in plans[part]))
+        found = reports[part].num_conversations
+        assert found == num_rows, f"{folder}: of {num_rows} rows of {part}, {found} were tokenized"
+    return _finish(reports, refused, prepared, folder, config)
+
+
+def _finish(
+    reports: Mapping[str, MaskReport],
+    refused: Sequence[Path],
+    prepared: PreparedTokenizer,
+    folder: Path,
+    config: TokenizationConfig,
+) -> TokenCounts:
+    """Write what a tokens folder has besides its tables, and judge the whole.
+
+    Raises:
+        TokenizationError: as `tokenize_dataset`.
+    """
     join_batches(refused, pl.DataFrame(schema=REJECT_SCHEMA).to_arrow().schema, folder / "rejects.parquet")
     # Every trained end of turn ends a generation, not only the one of the template's usual answer.
     trained = reports["train"].endings + reports["eval"].endings

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from schemas.config import TokenizationConfig
-from tasks import garbage
+from tasks import garbage, storage
 from tasks.parcels import Enclosure, Parcel, list_bytes
-from tasks.partitions import list_row_groups
+from tasks.partitions import count_rows, list_row_groups
+from tasks.stored_files import StoredFile, put_file, read_file
 from tasks.tokenization.groups import EXAMPLES, Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, join_batches
@@ -112,6 +113,39 @@ def work_on_shard(
     # A folder that was saved has its arguments already; they are written once.
     arguments = tuple(sorted(config.template_arguments.items()))
     tokenize_shard(table, row_groups, _open(tokenizer_folder, chat_template, arguments), config, folder)
+
+
+def work_on_stored_part(
+    address: str, file: StoredFile, target: str, tokenizer_folder: Path, config: TokenizationConfig, folder: Path
+) -> StoredFile:
+    """Make the examples of a part of a table that is in a store, and put them there.
+
+    Args:
+        address: of the part.
+        file: what it has to be.
+        target: address of its examples.
+        tokenizer_folder: a saved one, which has its template.
+        config: masks and limits.
+        folder: gets counts and rejects of the row groups; made when missing.
+
+    Returns:
+        The examples in the store.
+    """
+    with storage.new_folder() as place:
+        table = place / PART
+        table.write_bytes(read_file(address, file))
+        num_groups = pq.read_metadata(table).num_row_groups
+        work_on_shard(table, range(num_groups), tokenizer_folder, None, config, folder)
+    stored = put_file(folder / PART, target, count_rows(folder / PART))
+    (folder / PART).unlink()
+    return stored
+
+
+def enclose_stored_part(
+    address: str, file: StoredFile, target: str, tokenizer_folder: Path, config: TokenizationConfig, folder: Path
+) -> Parcel:
+    """Return what `work_on_stored_part` reads and makes, besides what is in the store."""
+    return Parcel((Enclosure(tokenizer_folder, is_common=True),), folder)
 
 
 def enclose(

@@ -15,12 +15,14 @@ from tasks.base_model import limit_length
 from tasks.caching import DigestedJson, keep_at_once, resolve_or_repeat, stage_cache
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.progress import log_progress
+from tasks.stored_files import find_absent
 from tasks.tokenization.examples import (
     PARTS,
     TokenCounts,
     config_of,
     join_shards,
     tokenize_dataset,
+    tokenize_stored,
 )
 from tasks.tokenization.saving import check_saved, save_tokenizer
 from tasks.tokenization.shards import TableShare, plan_shards, probe_tokenizer, work_on_shard
@@ -93,10 +95,15 @@ def _make_tokens(
     folder: Path, prepared: PreparedTokenizer, config: TokenizationConfig, *, run_id: str, **source: Any
 ) -> TokenCounts:
     """Make the examples, here, on a cluster, or by mapping a large dataset's shards over the flow's task runner."""
+    tell = log_progress(get_run_logger(), "Tokenized")
+    if execution.spreads_to_cluster() and find_absent(dataset := tracking.resolve_some(source["dataset"])):
+        place, target = tracking.find_address(source["dataset"]), tracking.find_store(run_id, "tokens")
+        if place is not None and target is not None:
+            return tokenize_stored(dataset, place, target, prepared, folder, config, tell=tell)
     dataset = tracking.resolve(source["dataset"])
     plans = {part: plan_shards(dataset / f"{part}.parquet") for part in PARTS}
     if max(map(len, plans.values())) == 1 or execution.spreads_to_cluster():
-        return tokenize_dataset(dataset, prepared, folder, config, tell=log_progress(get_run_logger(), "Tokenized"))
+        return tokenize_dataset(dataset, prepared, folder, config, tell=tell)
     saved = folder / "tokenizer"
     save_tokenizer(prepared, saved)
     loaded = execution.submit(probe_tokenizer, saved, None)
@@ -189,7 +196,7 @@ def _map_shards(
 def log_quality(dataset: DatasetRef, tokens: TokensRef, base_model: ModelRef, parent_run_id: str) -> None:
     """Log the page on rows and masks with the pipeline run; also where both stages were found in the cache."""
     with storage.new_folder() as folder:
-        places = tracking.resolve(dataset), tracking.resolve(tokens)
+        places = tracking.resolve_some(dataset), tracking.resolve_some(tokens)
         quality, masks = (
             json.loads((place / name).read_text(encoding="utf-8"))
             for place, name in zip(places, ("quality.json", "masks.json"), strict=True)

@@ -1,7 +1,8 @@
 """Files, tables, datasets and folders of a run; folders travel by address and digest."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -12,11 +13,13 @@ from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import DatasetInput, InputTag
 
 from schemas.artifacts import Ref
-from tasks import storage
+from tasks import storage, stored_files
+from tasks.partitions import list_parts
 from tasks.tracking.connection import client, tracking_uri
 from tasks.tracking.stopwatch import tracking_time
 
 MODEL_SUBFOLDER = "artifacts/model"  # where a logged model keeps the folder it was logged from
+_NUM_THREADS = 8
 
 
 class ArtifactError(ValueError):
@@ -89,6 +92,98 @@ def resolve(ref: Ref) -> Path:
     Raises:
         ArtifactError: it is gone, or its content is not what the digest says.
     """
+    folder = _find_folder(ref)
+    _fetch_absent(ref, folder, stored_files.find_absent(folder))
+    return folder
+
+
+@tracking_time()
+def resolve_some(ref: Ref, *names: str) -> Path:
+    """As `resolve`, without the files that workers have put into the store, but for some.
+
+    Args:
+        ref: of a folder.
+        names: files, or tables that are folders, that have to be there; where the whole was never apart, all of it is.
+    """
+    folder = _find_folder(ref)
+    _fetch_absent(ref, folder, stored_files.find_absent(folder, names))
+    return folder
+
+
+@tracking_time()
+def check(ref: Ref) -> None:
+    """Look whether what a reference names is there: files here by their contents, those in a store by their sizes.
+
+    Raises:
+        ArtifactError: something is gone or damaged.
+    """
+    folder = _find_folder(ref)
+    absent = stored_files.find_absent(folder)
+    if not absent:
+        return
+    listed = stored_files.read_list(folder)
+    for place in sorted({name.rpartition("/")[0] for name in absent}):
+        try:
+            found = _list_sizes(f"{ref.uri}/{place}".rstrip("/"))
+        except (mlflow.MlflowException, OSError) as error:
+            raise ArtifactError(f"{ref.uri} cannot be listed at {tracking_uri()} ({error})") from error
+        for name in (name for name in absent if name.rpartition("/")[0] == place):
+            if found.get(name.rpartition("/")[2]) != listed[name].num_bytes:
+                raise ArtifactError(f"{ref.uri}/{name} is gone or damaged: start the run again, which makes it again")
+
+
+def read_parts(ref: Ref, table: str, first: Sequence[int] = ()) -> Iterator[Path]:
+    """Give the files of a table one after the other; one that is in a store is fetched for that time only.
+
+    Args:
+        ref: of a folder.
+        table: its name there.
+        first: numbers of those that come before the others.
+
+    Raises:
+        ArtifactError: one is gone or damaged.
+    """
+    folder = _find_folder(ref)
+    absent = stored_files.find_absent(folder, [table])
+    if not absent:
+        parts = list_parts(folder / table)
+        yield from (parts[number] for number in _put_first(len(parts), first))
+        return
+    listed = stored_files.read_list(folder)
+    names = sorted(name for name in listed if name == table or name.startswith(f"{table}/"))
+    for name in (names[number] for number in _put_first(len(names), first)):
+        if (folder / name).is_file():
+            yield folder / name
+            continue
+        with storage.new_folder() as place:
+            yield _fetch(ref, name, listed[name], place)
+
+
+def find_address(ref: Ref) -> str | None:
+    """Return the address of a folder of a run's artifacts, where workers can read files themselves; else None."""
+    if not ref.uri.startswith("runs:/"):
+        return None
+    run_id, _, artifact_path = ref.uri.removeprefix("runs:/").partition("/")
+    return find_store(run_id, artifact_path)
+
+
+@tracking_time()
+def find_store(run_id: str, artifact_path: str) -> str | None:
+    """Return the address of a folder of a run's artifacts, where workers can put files themselves; else None.
+
+    Where the server hands artifacts on (mlflow-artifacts:/), or they are in a folder, there is none.
+    """
+    address = f"{client().get_run(run_id).info.artifact_uri.rstrip('/')}/{artifact_path}"
+    return address if stored_files.is_store(address) else None
+
+
+def _put_first(count: int, first: Sequence[int]) -> list[int]:
+    """Return the numbers below a count, some of them first."""
+    return list(dict.fromkeys([*(number for number in first if number < count), *range(count)]))
+
+
+def _find_folder(ref: Ref) -> Path:
+    """Return the local folder of a reference, which may lack files that are in a store."""
     if "://" not in ref.uri and not ref.uri.startswith(("runs:/", "models:/")):
         return _compare(Path(ref.uri), ref)
     if (folder := storage.cached_folder(ref.digest)) is not None:
@@ -97,15 +192,13 @@ def resolve(ref: Ref) -> Path:
         raise ArtifactError(f"{ref.uri} is gone from the cache: start the run again, which makes it again")
     with storage.new_folder() as target:
         try:
-            local = mlflow.artifacts.download_artifacts(
-                artifact_uri=ref.uri, dst_path=str(target), tracking_uri=tracking_uri()
-            )
-        except (mlflow.MlflowException, OSError) as error:
+            local = _download(ref.uri, target)
+        except (mlflow.MlflowException, OSError, stored_files.LostError) as error:
             raise ArtifactError(
                 f"{ref.uri} cannot be fetched from {tracking_uri()} ({error}): if it was deleted, start the run again, "
                 "which makes it again"
             ) from error
-        folder = Path(local) / MODEL_SUBFOLDER if ref.uri.startswith("models:/") else Path(local)
+        folder = local / MODEL_SUBFOLDER if ref.uri.startswith("models:/") else local
         found = storage.digest_folder(folder)
         if found != ref.digest:
             raise ArtifactError(
@@ -113,6 +206,67 @@ def resolve(ref: Ref) -> Path:
                 "again, which makes it again"
             )
         return storage.keep_folder(folder, ref.digest)
+
+
+def _download(uri: str, target: Path) -> Path:
+    """Download a folder, but for the files that its list of stored ones names."""
+    sizes = _list_sizes(uri) if uri.startswith("runs:/") else {}
+    if stored_files.LIST_NAME not in sizes:
+        return Path(_download_artifact(uri, target))
+    folder = target / uri.rpartition("/")[2]
+    folder.mkdir()
+    _download_artifact(f"{uri}/{stored_files.LIST_NAME}", folder)
+    listed = {name.partition("/")[0] for name in stored_files.read_list(folder)}
+    for name in sizes.keys() - listed - {stored_files.LIST_NAME}:
+        _download_artifact(f"{uri}/{name}", folder)
+    return folder
+
+
+def _download_artifact(uri: str, target: Path) -> str:
+    found: str = mlflow.artifacts.download_artifacts(
+        artifact_uri=uri, dst_path=str(target), tracking_uri=tracking_uri()
+    )
+    return found
+
+
+def _list_sizes(uri: str) -> dict[str, int | None]:
+    """Return what is directly in a folder of artifacts, with the sizes of files."""
+    found = mlflow.artifacts.list_artifacts(artifact_uri=uri, tracking_uri=tracking_uri())
+    return {item.path.rpartition("/")[2]: item.file_size for item in found}
+
+
+def _fetch_absent(ref: Ref, folder: Path, names: Sequence[str]) -> None:
+    """Fetch files that are in the store only into the folder of the cache."""
+    listed = stored_files.read_list(folder)
+
+    def fetch(name: str) -> None:
+        with storage.new_folder() as place:
+            found = _fetch(ref, name, listed[name], place)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            found.replace(folder / name)
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        list(pool.map(fetch, names))
+
+
+def _fetch(ref: Ref, name: str, wanted: stored_files.StoredFile, place: Path) -> Path:
+    """Fetch a file that is in the store.
+
+    Raises:
+        ArtifactError: it is gone, or another one.
+    """
+    try:
+        found = Path(_download_artifact(f"{ref.uri}/{name}", place))
+    except (mlflow.MlflowException, OSError) as error:
+        raise ArtifactError(
+            f"{ref.uri}/{name} cannot be fetched from {tracking_uri()} ({error}): if it was deleted, start the run "
+            "again, which makes it again"
+        ) from error
+    if found.stat().st_size != wanted.num_bytes or storage.digest_file(found) != wanted.sha256:
+        raise ArtifactError(
+            f"{ref.uri}/{name} is not the file that was put there: start the run again, which makes it again"
+        )
+    return found
 
 
 def _compare(folder: Path, ref: Ref) -> Path:

@@ -1,11 +1,13 @@
 """The demo from a bucket through a Ray cluster ends with the adapter of the demo from files on this machine's cores."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.settings import PREFECT_API_URL
@@ -16,7 +18,8 @@ from schemas.loading import load_config
 from tasks import tracking
 from tasks.ingestion import tables
 from tasks.ingestion import task as ingestion
-from tasks.storage import digest_folder
+from tasks.storage import cached_folder, digest_folder
+from tasks.stored_files import find_absent, read_list
 from tasks.tokenization import shards
 from tests.end_to_end.conftest import ROOT
 from tests.object_store import serve_bucket
@@ -34,6 +37,8 @@ from tasks.ingestion import tables
 from tasks.ingestion import task as ingestion
 from tasks.tokenization import shards
 ingestion.SHARD_BYTES, tables.GROUP_ROWS, shards.FEWEST_ROWS_PER_SHARD = {SHARD_BYTES}, {GROUP_ROWS}, {ROWS_PER_SHARD}
+from tasks import tracking
+tracking.client().create_experiment("demo", artifact_location="s3://demo/artifacts")
 from flows.cli import main
 main()
 """
@@ -47,13 +52,18 @@ SETTINGS = (  # a few steps: what all rows came to is compared by the digests of
 
 def find_digests(report: RunReport) -> list[str]:
     """Return the digests of a run's rows, tokens and adapter; SFT_HOME is the run's."""
-    experiment = tracking.get_run(report.mlflow_run_id).info.experiment_id
-    query = f"tags.`{tracking.PARENT_TAG}` = '{report.mlflow_run_id}' AND tags.`{tracking.STAGE_TAG}` = 'tokenize'"
-    (run,) = tracking.client().search_runs([experiment], query)
-    tokens = Path(tracking.client().download_artifacts(run.info.run_id, "tokens"))
+    tokens = Path(tracking.client().download_artifacts(find_stage(report, "tokenize"), "tokens"))
     adapter = tracking.recall(report.mlflow_run_id, "train", AdapterRef)
     assert adapter is not None
     return [report.dataset.digest, digest_folder(tokens), adapter.digest]
+
+
+def find_stage(report: RunReport, stage: str) -> str:
+    """Return the MLflow run of a stage."""
+    experiment = tracking.get_run(report.mlflow_run_id).info.experiment_id
+    query = f"tags.`{tracking.PARENT_TAG}` = '{report.mlflow_run_id}' AND tags.`{tracking.STAGE_TAG}` = '{stage}'"
+    (run,) = tracking.client().search_runs([experiment], query)
+    return str(run.info.run_id)
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch) -> RunReport:
@@ -85,6 +95,23 @@ def run_there(home: Path, ray: str, *settings: str) -> RunReport:
     return RunReport.model_validate_json(report.read_text())
 
 
+def check_rows(client: Any, report: RunReport) -> None:
+    """Find the rows in the store, as workers have put them there, and none of the trained ones on this machine."""
+    dataset = cached_folder(report.dataset.digest)
+    assert dataset is not None
+    stored = read_list(dataset)
+    counts = json.loads((dataset / "quality.json").read_text(encoding="utf-8"))["counts"]
+    assert sum(file.num_rows for file in stored.values()) == counts["rows_train"] + counts["rows_eval"] > 1000
+    assert [name for name in find_absent(dataset) if name.startswith("train.parquet/")]
+    assert not (dataset / "train.parquet").exists()
+    place = f"artifacts/{find_stage(report, 'ingest')}/artifacts/dataset/"
+    found = client.list_objects_v2(Bucket="demo", Prefix=place)["Contents"]
+    sizes = {entry["Key"].removeprefix(place): entry["Size"] for entry in found}
+    assert {name: sizes[name] for name in stored} == {name: file.num_bytes for name, file in stored.items()}
+    left = client.list_objects_v2(Bucket="demo", Prefix=f"artifacts/{report.mlflow_run_id}/artifacts/shards/")
+    assert not [entry for entry in left.get("Contents", []) if entry["Size"]]
+
+
 @pytest.mark.usefixtures("run_pipeline")
 def test_the_demo_from_a_bucket_through_ray_has_the_same_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,7 +125,8 @@ def test_the_demo_from_a_bucket_through_ray_has_the_same_adapter(
         sources = ("data.source=s3://demo/data/train.jsonl", "data.eval_source=s3://demo/data/heldout.jsonl")
         there = run_there(tmp_path / "there", ray, *sources)
         assert list(Path(ray).glob("ray/session_*/logs/worker-*")), "nothing was done by a worker of Ray's"
-    monkeypatch.setenv("SFT_HOME", str(tmp_path / "there"))
-    assert find_digests(there) == expected
+        monkeypatch.setenv("SFT_HOME", str(tmp_path / "there"))
+        assert find_digests(there) == expected
+        check_rows(client, there)
     assert (there.dataset, there.tokens) == (here.dataset, here.tokens)
     assert there.dataset.rows_in == 1103

@@ -26,9 +26,9 @@ def read_limit() -> str | None:
     return os.environ.get(ROOTS) if os.environ.get(LIMITED) else None
 
 
-def finish_shard_or_die(shard: Shard, folder: Path, marks: Path) -> int:
+def finish_shard_or_die(shard: Shard, folder: Path, max_rows: int | None, store: str | None, marks: Path) -> int:
     """Read a shard; the first worker that comes to the second part is killed when it has read it."""
-    num_rows = shard_runner.finish_shard(shard, folder)
+    num_rows = shard_runner.finish_shard(shard, folder, max_rows, store)
     if shard.parts[0].span.first_row > 1:
         try:
             (marks / "killed").mkdir()

@@ -23,8 +23,10 @@ from tasks.ingestion.shards import name_sources, plan_shards
 from tasks.ingestion.splitting import order
 from tasks.parcels import Enclosure, Parcel
 from tasks.storage import digest_folder
-from tasks.tokenization.examples import tokenize_dataset
+from tasks.stored_files import LIST_NAME, LostError, read_list
+from tasks.tokenization.examples import tokenize_dataset, tokenize_stored
 from tasks.tokenization.templates import prepare_tokenizer
+from tests.object_store import serve_bucket
 from tests.tasks.cluster_calls import double, read_limit
 from tests.tasks.cluster_nodes import Nodes, start_nodes
 from tests.tasks.ingestion.test_shards import write_long_file
@@ -36,8 +38,17 @@ NAMES = ("train.parquet", "eval.parquet", "rejects.parquet", "quality.json")
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """A cluster of two nodes with a core each, beside this process; `SFT_RAY_ADDRESS` names it."""
+def bucket() -> Iterator[Any]:
+    with serve_bucket("made") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def nodes(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A cluster of two nodes with a core each, beside this process; `SFT_RAY_ADDRESS` names it.
+
+    Workers have the keys of a bucket.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT / 'tasks' / 'unimported'}{os.pathsep}{ROOT}")
         patch.setenv("RAY_AUTH_MODE", "token")
@@ -114,17 +125,23 @@ def test_of_a_list_and_of_csv_each_worker_is_sent_its_part(nodes: Nodes, tmp_pat
         assert (tmp_path / "cluster" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def map_with_a_death(marks: Path) -> Any:
+    """Return `execution.map` with a worker that is killed when it has read a shard; what was done is marked."""
+    from tests.tasks import cluster_calls
+
+    spread = execution.map
+
+    def map_dying(function: Any, calls: Any, *, parcel: Any, tell: Any) -> Any:
+        dying = [(*call, marks) for call in calls]
+        return spread(cluster_calls.finish_shard_or_die, dying, parcel=lambda *call: parcel(*call[:-1]))
+
+    return map_dying
+
+
 def test_a_worker_that_is_killed_changes_nothing(
     nodes: Nodes, tmp_path: Path, whole: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.tasks import cluster_calls
-
-    def map_dying(function: Any, calls: Any, *, parcel: Any, tell: Any) -> Any:
-        dying = [(*call, tmp_path) for call in calls]
-        return spread(cluster_calls.finish_shard_or_die, dying, parcel=lambda shard, folder, _: parcel(shard, folder))
-
-    spread = execution.map
-    monkeypatch.setattr(execution, "map", map_dying)
+    monkeypatch.setattr(execution, "map", map_with_a_death(tmp_path))
     assert read_tables(tmp_path / "rows.jsonl", tmp_path / "cluster", 20_000) == whole
     assert (tmp_path / "killed").is_dir()
 
@@ -196,6 +213,63 @@ def test_examples_are_the_same_bit_by_bit(
         == contents[1]
         == {*(f"train.parquet/{number:06}.parquet" for number in range(6)), "eval.parquet", "rejects.parquet"}
     )
+
+
+def list_made(bucket: Any, folder: str) -> dict[str, int]:
+    found = bucket.list_objects_v2(Bucket="made", Prefix=f"{folder}/").get("Contents", [])
+    return {entry["Key"].removeprefix(f"{folder}/"): entry["Size"] for entry in found if entry["Size"]}
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_workers_put_rows_and_tables_and_tokens_into_a_store(
+    nodes: Nodes, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mixed: bool
+) -> None:
+    """No texts and no tokens come back, though a worker is killed, and digests are those of tables made here."""
+    monkeypatch.setattr(tables, "GROUP_ROWS", 400)
+    monkeypatch.setattr(order, "SCATTERED_ROWS", 500)
+    write_rows(tmp_path / "rows.jsonl")
+    mixture = [{"source": str(write_long_file(tmp_path / "other.json"))}] if is_mixed else []
+    settings = {"source": str(tmp_path / "rows.jsonl"), "mixture": mixture, "max_rejected_fraction": 0.1}
+    config, prepared = DataConfig.model_validate(settings), prepare_tokenizer(ROOT / "deploy/demo/base_model", None)
+    with monkeypatch.context() as patch:
+        patch.delenv(ADDRESS)
+        here = build_dataset(config, seed=0, folder=tmp_path / "here", shard_bytes=1 << 20)
+        tokens = tokenize_dataset(tmp_path / "here", prepared, tmp_path / "tokens here", TokenizationConfig())
+    address = f"s3://made/{is_mixed}"
+    sources, store = name_sources(config), order.Store(f"{address}/dataset", f"{address}/scratch")
+    folder = tmp_path / "shards"
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "map", map_with_a_death(tmp_path))
+        shards = shard_runner.read_all(config, sources, folder, 20_000, store=store.scratch)
+    assert (tmp_path / "killed").is_dir()
+    assert not list(folder.rglob("rows-*.arrow"))
+    # What another attempt finds: shards whose rows are in the store are not read again, one whose rows are gone is.
+    made = list_made(bucket, f"{is_mixed}/scratch")
+    bucket.delete_object(Bucket="made", Key=f"{is_mixed}/scratch/{next(iter(made))}")
+    before = {shard: (shard / "summary.json").stat().st_mtime_ns for shard in shards}
+    assert shard_runner.read_all(config, sources, folder, 20_000, store=store.scratch) == shards
+    assert sum((shard / "summary.json").stat().st_mtime_ns != before[shard] for shard in shards) == 1
+    assert list_made(bucket, f"{is_mixed}/scratch") == made
+    there = build_dataset(config, seed=0, folder=tmp_path / "there", shards=shards, store=store)
+    assert there == here
+    assert digest_folder(tmp_path / "there") == digest_folder(tmp_path / "here")
+    left = {path.name for path in (tmp_path / "there").rglob("*") if path.is_file()}
+    assert left == {"rejects.parquet", "quality.json", LIST_NAME}
+    parts = list_made(bucket, f"{is_mixed}/dataset")
+    assert sum(file.num_rows for file in read_list(tmp_path / "there").values()) == here.rows_train + here.rows_eval
+    assert parts == {name: file.num_bytes for name, file in read_list(tmp_path / "there").items()}
+    assert len([name for name in parts if name.startswith("train.parquet/")]) > 6
+
+    made_there = tokenize_stored(
+        tmp_path / "there", store.tables, f"{address}/tokens", prepared, tmp_path / "tokens", TokenizationConfig()
+    )
+    assert made_there == tokens
+    assert digest_folder(tmp_path / "tokens") == digest_folder(tmp_path / "tokens here")
+    assert not list((tmp_path / "tokens").glob("*rain.parquet*"))
+    assert list_made(bucket, f"{is_mixed}/tokens").keys() == parts.keys()
+    bucket.delete_object(Bucket="made", Key=f"{is_mixed}/dataset/train.parquet/000003.parquet")
+    with pytest.raises(LostError, match=rf"{address}/dataset/train\.parquet/000003\.parquet is gone"):
+        tokenize_stored(tmp_path / "there", store.tables, address, prepared, tmp_path / "no", TokenizationConfig())
 
 
 def test_a_worker_may_read_what_the_run_may_read(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

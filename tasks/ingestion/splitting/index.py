@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.pieces import read_frame, read_shingles
+from tasks.ingestion.pieces import StoredRows, read_frame, read_shingles, read_stored
 from tasks.ingestion.rows.shingles import Shingles, select_shingles
 from tasks.ingestion.splitting.ranks import rank_places
 
@@ -34,6 +34,8 @@ class Piece(NamedTuple):
     """Rows of it that are taken."""
     limit: int | None
     """The largest rank that is taken, where a source takes only some of its rows."""
+    stored: StoredRows | None = None
+    """Where its rows are, if not in the folder."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ class Index:
 
 def read_taken(piece: Piece, name: str, seed: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Return the rows, index or rejects of a piece, without those that are not taken; all columns for None."""
+    chosen = columns if piece.limit is None else None
+    if name == "rows" and piece.stored is not None:
+        frame = read_stored(piece.stored, chosen)
+    else:
+        frame = read_frame(piece.folder, name, piece.number, chosen)
     if piece.limit is None:
-        return read_frame(piece.folder, name, piece.number, columns)
-    frame = read_frame(piece.folder, name, piece.number)
+        return frame
     taken = frame.filter(rank_places(frame, seed) <= piece.limit)
     return taken if columns is None else taken.select(columns)

@@ -5,6 +5,7 @@ each a part by itself. Where the rows of a part come from everywhere (a mix, a f
 the rows of some pieces each, part by part, so that no text is read more than twice.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,7 @@ from tasks.ingestion.splitting.mixture import Repeats
 from tasks.ingestion.splitting.ranks import rank_ids
 from tasks.parcels import Enclosure, Parcel, find
 from tasks.partitions import name_part
+from tasks.stored_files import StoredFile, put_file, read_span
 
 SCATTERED_ROWS = 200_000
 """Rows that a worker looks through at once, of which those of a table are scattered, or a part is written directly."""
@@ -50,6 +52,10 @@ class Scattered(NamedTuple):
     start: int
     stop: int
     """The bytes of the file that hold them."""
+    sha256: str
+    """Of these bytes."""
+    address: str | None = None
+    """Where the file is, if it is in a store."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class TablePlan:
     def bounds(self) -> list[tuple[int, int]]:
         """Where each part begins and ends; a table without rows has one part."""
         return list(pairwise([*range(0, max(1, self.num_rows), self.part_rows), self.num_rows]))
+
+    def name_file(self, part: int) -> str:
+        """Return the name of the file of a part, below the folder that the table is in."""
+        file = name_part(self.table, part) if len(self.bounds) > 1 else self.table
+        return file.relative_to(self.table.parent).as_posix()
 
     @property
     def is_scattered(self) -> bool:
@@ -119,13 +130,29 @@ def rank_copies(ids: pl.Series, copies: Places, seed: int) -> NDArray[np.uint64]
     return ranks
 
 
-def write_tables(index: Index, wanted: Mapping[Path, Repeats], scratch: Path) -> None:
+@dataclass(frozen=True)
+class Store:
+    """Addresses of folders in an object store, into which workers put what they make."""
+
+    tables: str
+    """For the tables, which stay."""
+    scratch: str
+    """For the shards' rows and what is scattered of them, which do not."""
+
+
+def write_tables(
+    index: Index, wanted: Mapping[Path, Repeats], scratch: Path, store: Store | None = None
+) -> dict[str, StoredFile]:
     """Write tables of conversations: a file each of few rows, a folder of parts of more (see partitions).
 
     Args:
         index: of all datasets' rows.
         wanted: for each table how often it takes each row.
         scratch: folder for files that are deleted again.
+        store: where workers put the tables; None: they are written where `wanted` says.
+
+    Returns:
+        The files in the store, by their names below it; few rows are written here.
     """
     plans = [plan_table(index, repeats, table) for table, repeats in wanted.items()]
     small = [plan for plan in plans if len(plan.bounds) == 1 and not plan.is_scattered]
@@ -135,22 +162,28 @@ def write_tables(index: Index, wanted: Mapping[Path, Repeats], scratch: Path) ->
         )
         _check_rows(plan, [num_rows])
     if len(small) == len(plans):
-        return
+        return {}
     scratch.mkdir(parents=True, exist_ok=True)
-    scattered = _scatter_tables([plan for plan in plans if plan.is_scattered], index.seed, scratch)
-    calls: list[tuple[Sequence[Taken] | Sequence[Scattered], int, int, Path]] = []
+    scattered = _scatter_tables([plan for plan in plans if plan.is_scattered], index.seed, scratch, store)
+    calls: list[tuple[Sequence[Taken] | Sequence[Scattered], int, int, Path, str | None]] = []
     for number, plan in enumerate(plans):
         for part, (low, high) in enumerate(plan.bounds):
             rows = scattered[plan.table][part] if plan.is_scattered else _slice(plan.taken, low, high)
-            calls.append((rows, index.seed, tables.GROUP_ROWS, scratch / f"table-{number}-{part}"))
+            address = None if store is None else f"{store.tables}/{plan.name_file(part)}"
+            calls.append((rows, index.seed, tables.GROUP_ROWS, scratch / f"table-{number}-{part}", address))
     written = iter(zip(execution.map(write_part, calls, parcel=enclose_part), calls, strict=True))
+    stored: dict[str, StoredFile] = {}
     for plan in plans:
         made = [next(written) for _ in plan.bounds]
-        _check_rows(plan, [num_rows for num_rows, _ in made])
-        if len(made) > 1:
-            plan.table.mkdir()
-        for part, (_, call) in enumerate(made):
-            (call[-1] / _PART).rename(name_part(plan.table, part) if len(made) > 1 else plan.table)
+        _check_rows(plan, [num_rows for (num_rows, _), _ in made])
+        for part, ((_, file), call) in enumerate(made):
+            if file is not None:
+                stored[plan.name_file(part)] = file
+                continue
+            target = plan.table.parent / plan.name_file(part)
+            target.parent.mkdir(exist_ok=True)
+            (call[3] / _PART).rename(target)
+    return stored
 
 
 def _check_rows(plan: TablePlan, found: Sequence[int]) -> None:
@@ -170,19 +203,22 @@ def _slice(taken: Sequence[Taken], low: int, high: int) -> tuple[Taken, ...]:
     return tuple(parts)
 
 
-def _scatter_tables(plans: Sequence[TablePlan], seed: int, scratch: Path) -> dict[Path, list[tuple[Scattered, ...]]]:
+def _scatter_tables(
+    plans: Sequence[TablePlan], seed: int, scratch: Path, store: Store | None
+) -> dict[Path, list[tuple[Scattered, ...]]]:
     """Divide the rows of tables among their parts; return what each part has, in the order of the index."""
-    calls: list[tuple[tuple[Taken, ...], int, int, Path]] = []
+    calls: list[tuple[tuple[Taken, ...], int, int, Path, str | None]] = []
     owners: list[TablePlan] = []
     for plan in plans:
         for group in _group(plan.taken):
-            calls.append((group, seed, plan.part_rows, scratch / f"scattered-{len(calls)}"))
+            address = None if store is None else f"{store.scratch}/scattered-{len(calls)}"
+            calls.append((group, seed, plan.part_rows, scratch / f"scattered-{len(calls)}", address))
             owners.append(plan)
     found: dict[Path, list[list[Scattered]]] = {plan.table: [[] for _ in plan.bounds] for plan in plans}
     spans = execution.map(scatter_rows, calls, parcel=enclose_part)
     for plan, call, own in zip(owners, calls, spans, strict=True):
-        for part, start, stop in own:
-            found[plan.table][part].append(Scattered(call[-1] / _SCATTERED, start, stop))
+        for part, start, stop, sha256 in own:
+            found[plan.table][part].append(Scattered(call[3] / _SCATTERED, start, stop, sha256, address=call[4]))
     return {table: [tuple(part) for part in parts] for table, parts in found.items()}
 
 
@@ -200,22 +236,35 @@ def _group(taken: Sequence[Taken]) -> Iterator[tuple[Taken, ...]]:
         yield tuple(waiting)
 
 
-def enclose_part(rows: Sequence[Taken | Scattered], seed: int, number: int, folder: Path) -> Parcel:
-    """Return what `scatter_rows` or `write_part` reads and makes."""
+def enclose_part(
+    rows: Sequence[Taken | Scattered], seed: int, number: int, folder: Path, address: str | None
+) -> Parcel:
+    """Return what `scatter_rows` or `write_part` reads and makes; workers read a store themselves."""
     reads = []
     for each in rows:
         if isinstance(each, Scattered):
-            reads.append(Enclosure(each.path, ((each.start, each.stop),)))
-        else:
+            if each.address is None:
+                reads.append(Enclosure(each.path, ((each.start, each.stop),)))
+        elif each.piece.stored is None:
             reads.append(Enclosure(name_rows(each.piece.folder, each.piece.number)))
     return Parcel(tuple(reads), folder)
 
 
-def scatter_rows(taken: Sequence[Taken], seed: int, part_rows: int, folder: Path) -> list[tuple[int, int, int]]:
+def scatter_rows(
+    taken: Sequence[Taken], seed: int, part_rows: int, folder: Path, address: str | None
+) -> list[tuple[int, int, int, str]]:
     """Write rows part by part to one file, each part a stream of its own, with their places.
 
+    Args:
+        taken: the rows.
+        seed: of the choice of rows, where a source takes only some.
+        part_rows: of the table.
+        folder: gets the file; made when missing.
+        address: where it is put instead, if anywhere.
+
     Returns:
-        The number of each part that has some of them, and from and up to which byte of the file they are.
+        The number of each part that has some of them, from and up to which byte of the file they are, and the sha256
+        of these bytes.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
 
@@ -225,21 +274,33 @@ def scatter_rows(taken: Sequence[Taken], seed: int, part_rows: int, folder: Path
     # Texts in one buffer: views would bring the texts of all the rows from which these were taken.
     table = rows.to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
     spans = []
-    with pa.OSFile(str(folder / _SCATTERED), "wb") as file:
+    with (folder / _SCATTERED).open("wb") as file:
         for part in np.unique(parts).tolist():
             low, high = np.searchsorted(parts, [part, part + 1]).tolist()
-            start = file.tell()
-            with pa.ipc.new_stream(file, table.schema) as writer:
+            stream = pa.BufferOutputStream()
+            with pa.ipc.new_stream(stream, table.schema) as writer:
                 writer.write_table(table.slice(low, high - low))
-            spans.append((part, start, file.tell()))
+            content = stream.getvalue()
+            spans.append((part, file.tell(), file.tell() + content.size, hashlib.sha256(content).hexdigest()))
+            file.write(content)
+    if address is not None:
+        put_file(folder / _SCATTERED, address)
+        (folder / _SCATTERED).unlink()
     return spans
 
 
-def write_part(rows: Sequence[Taken] | Sequence[Scattered], seed: int, group_rows: int, folder: Path) -> int:
-    """Write a part of a table into a folder; return its rows."""
+def write_part(
+    rows: Sequence[Taken] | Sequence[Scattered], seed: int, group_rows: int, folder: Path, address: str | None
+) -> tuple[int, StoredFile | None]:
+    """Write a part of a table into a folder, or put it at an address; return its rows, and the file in the store."""
     folder.mkdir(parents=True, exist_ok=True)
     frames = read_rows(rows, seed)
-    return tables.write_table(frames, CONVERSATION_SCHEMA, Conversations, folder / _PART, group_rows)
+    num_rows = tables.write_table(frames, CONVERSATION_SCHEMA, Conversations, folder / _PART, group_rows)
+    if address is None:
+        return num_rows, None
+    file = put_file(folder / _PART, address, num_rows)
+    (folder / _PART).unlink()
+    return num_rows, file
 
 
 def read_rows(rows: Sequence[Taken] | Sequence[Scattered], seed: int) -> Iterator[pl.DataFrame]:
@@ -264,6 +325,8 @@ def _read_placed(taken: Sequence[Taken], seed: int) -> Iterator[pl.DataFrame]:
 
 def _read_scattered(part: Scattered) -> pl.DataFrame:
     """Return the rows of a part that one file holds, with their places."""
+    if part.address is not None:
+        return pl.read_ipc_stream(read_span(part.address, part.start, part.stop, part.sha256))
     with find(part.path).open("rb") as file:
         file.seek(part.start)
         return pl.read_ipc_stream(file.read(part.stop - part.start))

@@ -10,7 +10,7 @@ import numpy as np
 
 from schemas.config import DataConfig
 from tasks.ingestion.errors import DataError
-from tasks.ingestion.pieces import read_frame, read_summary
+from tasks.ingestion.pieces import find_stored, read_frame, read_summary
 from tasks.ingestion.rejects import Reject, Tally
 from tasks.ingestion.sources.files import Source
 from tasks.ingestion.sources.json_files import raise_no_json
@@ -104,7 +104,7 @@ def _gather_source(intake: SourceStats, source: Source, entries: Entries, pieces
     for folder, summary in entries:
         for number in range(summary["num_pieces"]):
             start = pieces[-1].start + pieces[-1].num_rows if pieces else 0
-            piece = Piece(folder, number, start, 0, limit)
+            piece = Piece(folder, number, start, 0, limit, find_stored(folder, number))
             pieces.append(piece._replace(num_rows=read_taken(piece, "index", seed, ("line",)).height))
             intake.rejects.add(map(Reject._make, read_taken(piece, "rejects", seed).iter_rows()))
 

@@ -48,7 +48,7 @@ def test_training_rows_give_the_logged_model_the_prompts_of_training(
     tracked: Path, work: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     model, dataset, tokens = work
-    replay = replay_rows(log(model, tmp_path / "logged"), dataset, tokens)
+    replay = replay_rows(log(model, tmp_path / "logged"), lambda _: [dataset / "train.parquet"], tokens)
     assert replay == (20, 1)  # every second of 41 rows, of which the last was cut
 
 
@@ -82,4 +82,4 @@ def test_a_model_that_sees_other_prompts_is_refused(
     model, dataset, tokens = work
     change(model)
     with pytest.raises(ReplayError, match=message):
-        replay_rows(log(model, tmp_path / "logged"), dataset, tokens)
+        replay_rows(log(model, tmp_path / "logged"), lambda _: [dataset / "train.parquet"], tokens)
