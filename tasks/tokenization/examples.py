@@ -122,7 +122,7 @@ def tokenize_stored(
     """As `tokenize_dataset`, of tables in a store: workers read each part there, and put its examples there.
 
     Args:
-        dataset: its folder, which has the list of what is in the store; further tables may be here.
+        dataset: its folder, which has the list of what is in the store: both tables are.
         source: address of that folder.
         target: address of the tokens' folder.
         prepared: The tokenizer that will ship; it is saved in the folder.
@@ -155,14 +155,9 @@ def tokenize_stored(
     refused: list[Path] = []
     for part in PARTS:
         own = [name for name, _ in files[part]]
-        if own:
-            refused += _merge_reports(reports[part], [folder / "shards" / name for name in own])
-            _check_examples(folder, part, sum(stored[name].num_rows for name in own), reports[part])
-            num_rows = sum(file.num_rows for _, file in files[part])
-            found = reports[part].num_conversations
-            assert found == num_rows, f"{folder}: of {num_rows} rows of {part}, {found} were tokenized"
-        else:
-            refused += _tokenize_here(dataset / f"{part}.parquet", prepared, config_of(part, config), folder, reports)
+        refused += _merge_reports(reports[part], [folder / "shards" / name for name in own])
+        num_rows, num_examples = (sum(each[name].num_rows for name in own) for each in (dict(files[part]), stored))
+        _check_counts(folder, part, num_rows, num_examples, reports[part])
     write_list(folder, stored)
     counts = _finish(reports, refused, prepared, folder, config)
     shutil.rmtree(folder / "shards")
@@ -174,23 +169,6 @@ def _is_of(name: str, table: str) -> bool:
     return name == table or name.startswith(f"{table}/")
 
 
-def _tokenize_here(
-    table: Path,
-    prepared: PreparedTokenizer,
-    config: TokenizationConfig,
-    folder: Path,
-    reports: Mapping[str, MaskReport],
-) -> list[Path]:
-    """Make the examples of a table that is one file, here; return the files of its rejects."""
-    shard = folder / "shards" / table.name
-    ((file, row_groups),) = plan_shards(table, count_rows(table) + 1)
-    tokenize_shard(file, row_groups, prepared, config, shard)
-    refused = _merge_reports(reports[table.stem], [shard])
-    _take_examples([shard], folder / table.name, is_own=True)
-    _check_examples(folder, table.stem, count_rows(folder / table.name), reports[table.stem])
-    return refused
-
-
 def _merge_reports(report: MaskReport, shards: Sequence[Path]) -> list[Path]:
     """Add the counts of shards to those of their table; return the files of their rejects."""
     groups = find_groups(shards)
@@ -199,9 +177,10 @@ def _merge_reports(report: MaskReport, shards: Sequence[Path]) -> list[Path]:
     return [group / REJECTS for group in groups]
 
 
-def _check_examples(folder: Path, part: str, num_examples: int, report: MaskReport) -> None:
-    """Compare the examples that were written with those that were counted."""
-    wanted = report.num_examples
+def _check_counts(folder: Path, part: str, num_rows: int, num_examples: int, report: MaskReport) -> None:
+    """Compare the rows that a table has, and the examples that were written, with those that were counted."""
+    found, wanted = report.num_conversations, report.num_examples
+    assert found == num_rows, f"{folder}: of {num_rows} rows of {part}, {found} were tokenized"
     assert num_examples == wanted, f"{folder}: {part} has {num_examples} examples, and {wanted} were counted"
 
 
@@ -239,10 +218,8 @@ def join_shards(
                 table = name_part(table, number)
             refused += _merge_reports(reports[part], own)
             _take_examples(own, table, is_own=own[0].is_relative_to(folder))
-        _check_examples(folder, part, count_rows(folder / f"{part}.parquet"), reports[part])
         num_rows = sum(count_rows(file) for file in dict.fromkeys(planned.file for planned in plans[part]))
-        found = reports[part].num_conversations
-        assert found == num_rows, f"{folder}: of {num_rows} rows of {part}, {found} were tokenized"
+        _check_counts(folder, part, num_rows, count_rows(folder / f"{part}.parquet"), reports[part])
     return _finish(reports, refused, prepared, folder, config)
 
 

@@ -15,10 +15,11 @@ from mlflow.entities import DatasetInput, InputTag
 from schemas.artifacts import Ref
 from tasks import storage, stored_files
 from tasks.partitions import list_parts
-from tasks.tracking.connection import client, tracking_uri
+from tasks.tracking.connection import artifact_root, client, tracking_uri
 from tasks.tracking.stopwatch import tracking_time
 
 MODEL_SUBFOLDER = "artifacts/model"  # where a logged model keeps the folder it was logged from
+_SERVED = "mlflow-artifacts:"
 _NUM_THREADS = 8
 
 
@@ -76,11 +77,18 @@ def publish(folder: Path, run_id: str, artifact_path: str) -> tuple[str, str]:
 
     Returns:
         The MLflow address and the digest.
+
+    Raises:
+        ArtifactError: the tracking server does not find what workers have put into the store.
     """
     digest = storage.digest_folder(folder)
     log_folder(run_id, folder, artifact_path)
+    is_apart = bool(stored_files.find_absent(folder))
     storage.keep_folder(folder, digest)
-    return f"runs:/{run_id}/{artifact_path}", digest
+    ref = Ref(uri=f"runs:/{run_id}/{artifact_path}", digest=digest, mlflow_run_id=run_id)
+    if is_apart:
+        check(ref)
+    return ref.uri, digest
 
 
 @tracking_time()
@@ -171,10 +179,13 @@ def find_address(ref: Ref) -> str | None:
 def find_store(run_id: str, artifact_path: str) -> str | None:
     """Return the address of a folder of a run's artifacts, where workers can put files themselves; else None.
 
-    Where the server hands artifacts on (mlflow-artifacts:/), or they are in a folder, there is none.
+    Where the server hands artifacts on (mlflow-artifacts:/), it is below SFT_ARTIFACTS, which has to be what the server
+    has; where they are in a folder, there is none.
     """
-    address = f"{client().get_run(run_id).info.artifact_uri.rstrip('/')}/{artifact_path}"
-    return address if stored_files.is_store(address) else None
+    address = client().get_run(run_id).info.artifact_uri.rstrip("/")
+    if address.startswith(_SERVED):
+        address = f"{artifact_root() or ''}{urlparse(address).path}"
+    return f"{address}/{artifact_path}" if stored_files.is_store(address) else None
 
 
 def _put_first(count: int, first: Sequence[int]) -> list[int]:

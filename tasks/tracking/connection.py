@@ -10,14 +10,22 @@ from mlflow.tracking import MlflowClient
 
 from tasks import storage
 from tasks.sqlite_files import find_path, make_address
+from tasks.stored_files import is_store
 
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_ARTIFACTS_VARIABLE = "SFT_ARTIFACTS"
 _LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow ui`
 
 
 def tracking_uri() -> str:
     """Return MLFLOW_TRACKING_URI, or the SQLite file under SFT_HOME."""
     return os.environ.get(_URI_VARIABLE) or make_address(storage.home() / "mlflow.db")
+
+
+def artifact_root() -> str | None:
+    """Return SFT_ARTIFACTS, the address at which artifacts are kept, if it is one of an object store."""
+    address = os.environ.get(_ARTIFACTS_VARIABLE, "").rstrip("/")
+    return address if is_store(address) else None
 
 
 @cache

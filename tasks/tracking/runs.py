@@ -22,7 +22,7 @@ from schemas.config import RunConfig
 from tasks import storage
 from tasks.tracking.artifacts import ArtifactError, log_dataset, resolve
 from tasks.tracking.calls import at_once
-from tasks.tracking.connection import client, experiment_of, get_run, tracking_uri, version_link
+from tasks.tracking.connection import artifact_root, client, experiment_of, get_run, tracking_uri, version_link
 from tasks.tracking.curves import log_metrics
 from tasks.tracking.stopwatch import stopwatch, tracking_time
 
@@ -54,7 +54,7 @@ def open_experiment(name: str) -> str:
         _set_kind(found)
         return str(found.experiment_id)
     embedded = tracking_uri().startswith("sqlite:///")
-    location = (storage.home() / "artifacts").as_uri() if embedded else None
+    location = (artifact_root() or (storage.home() / "artifacts").as_uri()) if embedded else None
     try:
         return str(client().create_experiment(name, artifact_location=location, tags=_KIND))
     except mlflow.MlflowException as error:

@@ -223,19 +223,33 @@ def count_cpu_seconds(families: Sequence[psutil.Process]) -> float:
 
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
-    """Read the bucket's rows, tokenize them, and put tables and tokens into the bucket."""
+    """Read the bucket's rows, tokenize them, and put tables and tokens into the bucket.
+
+    The cluster's workers put them there by themselves; what is made on this machine is uploaded at the end.
+    """
     from schemas.config import DataConfig, TokenizationConfig
-    from tasks import storage
+    from tasks import execution, storage
     from tasks.ingestion.dataset import build_dataset
-    from tasks.tokenization.examples import tokenize_dataset
+    from tasks.ingestion.splitting.order import Store
+    from tasks.stored_files import read_list
+    from tasks.tokenization.examples import tokenize_dataset, tokenize_stored
     from tasks.tokenization.templates import prepare_tokenizer
 
     home, prepared = Path(options.work), prepare_tokenizer(options.tokenizer, None)
     data = DataConfig(source=f"s3://{BUCKET}/in", eval_fraction=0.001)
     config = TokenizationConfig(max_truncated_fraction=1.0)
+    place = f"s3://{BUCKET}/out"
+    store = Store(f"{place}/dataset", f"{place}/scratch") if execution.spreads_to_cluster() else None
+    tables = home / "dataset", home / "tokens"
+
+    def tokenize() -> Any:
+        if store is None:
+            return tokenize_dataset(tables[0], prepared, tables[1], config)
+        return tokenize_stored(tables[0], store.tables, f"{place}/tokens", prepared, tables[1], config)
+
     steps: dict[str, Callable[[], Any]] = {
-        "ingestion": lambda: build_dataset(data, seed=0, folder=home / "dataset"),
-        "tokenization": lambda: tokenize_dataset(home / "dataset", prepared, home / "tokens", config),
+        "ingestion": lambda: build_dataset(data, seed=0, folder=tables[0], store=store),
+        "tokenization": tokenize,
         "upload": lambda: upload(home, ("dataset", "tokens")),
     }
     seconds, memory, own, results = {}, {}, {}, {}
@@ -255,7 +269,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": {**seconds, "all": round(sum(seconds.values()), 2)},
         "own_cpu_seconds": own,
         "peak_rss_bytes": memory,
-        "moved_bytes": sum(file.stat().st_size for file in home.glob("[dt]*s*/*") if file.is_file()),
+        "here_bytes": sum(file.stat().st_size for table in tables for file in table.rglob("*") if file.is_file()),
+        "stored_bytes": sum(file.num_bytes for table in tables for file in read_list(table).values()),
         "digests": digests,
     }
 

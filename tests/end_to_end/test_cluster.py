@@ -37,8 +37,6 @@ from tasks.ingestion import tables
 from tasks.ingestion import task as ingestion
 from tasks.tokenization import shards
 ingestion.SHARD_BYTES, tables.GROUP_ROWS, shards.FEWEST_ROWS_PER_SHARD = {SHARD_BYTES}, {GROUP_ROWS}, {ROWS_PER_SHARD}
-from tasks import tracking
-tracking.client().create_experiment("demo", artifact_location="s3://demo/artifacts")
 from flows.cli import main
 main()
 """
@@ -81,6 +79,7 @@ def run_there(home: Path, ray: str, *settings: str) -> RunReport:
     # The session's Prefect server spares the command the start of one of its own.
     server = {"PREFECT_API_URL": str(PREFECT_API_URL.value())}
     environment = {**kept, **server, "SFT_HOME": str(home), "SFT_RAY_ADDRESS": "local", "RAY_TMPDIR": ray}
+    environment["SFT_ARTIFACTS"] = "s3://demo/artifacts"
     options = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
     report = home.with_suffix(".json")
     done = subprocess.run(

@@ -144,6 +144,16 @@ def test_a_part_that_is_damaged_or_gone_in_the_store_is_named(bucket: Any, ref: 
             look(ref)
 
 
+def test_what_a_server_hands_on_is_below_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = tracking.client().create_experiment("served", artifact_location="mlflow-artifacts:/7")
+    run_id = tracking.client().create_run(experiment).info.run_id
+    for root, address in (("", None), ("/srv/artifacts", None), ("s3://store/root/", f"s3://store/root/7/{run_id}")):
+        monkeypatch.setenv("SFT_ARTIFACTS", root)
+        found = tracking.find_store(run_id, "dataset")
+        assert found == (address and f"{address}/artifacts/dataset")
+
+
 def test_what_no_worker_can_reach_has_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = tracking.client().create_experiment("here", artifact_location=(tmp_path / "artifacts").as_uri())
