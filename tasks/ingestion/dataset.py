@@ -28,6 +28,7 @@ from tasks.ingestion.splitting.index import Index, Mask, read_taken
 from tasks.ingestion.splitting.mixture import Division, divide
 from tasks.ingestion.splitting.near_duplicates import BestMatch, find_near_duplicates
 from tasks.ingestion.splitting.order import Store, write_tables
+from tasks.ingestion.splitting.pair_search import search_store
 from tasks.ingestion.splitting.shard_summary import ShardSummary, collect
 from tasks.ingestion.splitting.splits import EVAL
 from tasks.ingestion.tables import write_table
@@ -90,7 +91,7 @@ def _build(config: DataConfig, summary: ShardSummary, folder: Path, seed: int, s
     _check_sides(counts, rejects, where, config)
     held_out = division.sides == EVAL
     with ThreadPoolExecutor(1) as pool:  # beside the writing: both leave the interpreter to others
-        found = pool.submit(_find_pairs, index, division.repeats > 0, held_out)
+        found = pool.submit(_find_pairs, index, division.repeats > 0, held_out, folder / SHARDS_FOLDER)
         wanted = {folder / "train.parquet": division.repeats, folder / "eval.parquet": held_out.astype(np.uint8)}
         stored = write_tables(index, wanted, folder / SHARDS_FOLDER / "tables", store)
         if stored:
@@ -127,9 +128,12 @@ def _check_sides(counts: DatasetCounts, rejects: Tally, where: str, config: Data
     )
 
 
-def _find_pairs(index: Index, train: Mask, held_out: Mask) -> list[BestMatch]:
+def _find_pairs(index: Index, train: Mask, held_out: Mask, scratch: Path) -> list[BestMatch]:
     """Return the near duplicates between the sides, by their places in the index."""
-    runs = join_shingles([runs for _, runs in index.read_shingles(held_out)])
-    pairs = find_near_duplicates(index.read_shingles(train), runs)
+    if all(piece.stored_shingles is not None for piece in index.pieces):
+        pairs = search_store(index, train, held_out, scratch)
+    else:
+        runs = join_shingles([runs for _, runs in index.read_shingles(held_out)])
+        pairs = find_near_duplicates(index.read_shingles(train), runs)
     places = np.flatnonzero(held_out)
     return [pair._replace(held_out=int(places[pair.held_out])) for pair in pairs]

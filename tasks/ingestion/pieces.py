@@ -8,6 +8,7 @@ and statistics are found by: about 150 bytes a row), `shingles-N.npz` (what near
 import hashlib
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ INDEX_SCHEMA: dict[str, Any] = {
 PROBLEM_BITS = {code: 1 << place for place, code in enumerate(TEXT_PROBLEMS)}
 
 
-class StoredRows(NamedTuple):
-    """A piece's rows with their texts, in an object store."""
+class StoredContent(NamedTuple):
+    """The rows of a piece with their texts, or what near duplicates are found by, in an object store."""
 
     address: str
     file: StoredFile
@@ -95,32 +96,39 @@ def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], r
     pl.DataFrame(rejects, schema=REJECT_SCHEMA, orient="row").write_ipc(folder / f"rejects-{number}.arrow")
 
 
-def put_rows_away(folder: Path, store: str) -> None:
-    """Put the rows of a shard's pieces, which have all of its texts, into a store, and note there where they are.
+def put_away(folder: Path, store: str) -> None:
+    """Put what grows with a shard's texts into a store, its rows and its shingles, and note there where they are.
 
     Args:
         folder: of the shard.
         store: address of a folder; the files have the digests of their contents as names.
     """
-    for path in sorted(folder.glob("rows-*.arrow")):
+    for path in sorted([*folder.glob("rows-*.arrow"), *folder.glob("shingles-*.npz")]):
         with path.open("rb") as file:
-            address = f"{store}/{hashlib.file_digest(file, 'sha256').hexdigest()}.arrow"
-        path.with_suffix(_NOTE).write_text(json.dumps(StoredRows(address, put_file(path, address))), encoding="utf-8")
+            address = f"{store}/{hashlib.file_digest(file, 'sha256').hexdigest()}{path.suffix}"
+        note = StoredContent(address, put_file(path, address))
+        path.with_suffix(_NOTE).write_text(json.dumps(note), encoding="utf-8")
         path.unlink()
 
 
-def find_stored(folder: Path, number: int) -> StoredRows | None:
-    """Return where the rows of a piece are, where they are in a store."""
-    path = name_rows(folder, number).with_suffix(_NOTE)
+def find_stored(folder: Path, name: str, number: int) -> StoredContent | None:
+    """Return where the rows or the shingles of a piece are, where they are in a store."""
+    path = folder / f"{name}-{number}{_NOTE}"
     if not path.is_file():
         return None
     address, file = json.loads(path.read_text(encoding="utf-8"))
-    return StoredRows(address, StoredFile(*file))
+    return StoredContent(address, StoredFile(*file))
 
 
-def read_stored(stored: StoredRows, columns: Sequence[str] | None = None) -> pl.DataFrame:
+def read_stored(stored: StoredContent, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Return columns (all of them for None) of the rows of a piece that are in a store."""
     return pl.read_ipc(read_file(*stored), columns=None if columns is None else list(columns))
+
+
+def read_stored_shingles(stored: StoredContent) -> Shingles:
+    """Return the sets by which near duplicates of a piece are found, which are in a store."""
+    with np.load(BytesIO(read_file(*stored))) as values:
+        return Shingles(values["hashes"], values["bounds"])
 
 
 def write_summary(folder: Path, parts: Sequence[dict[str, Any]], num_pieces: int) -> None:

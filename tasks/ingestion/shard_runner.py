@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from schemas.config import DataConfig
 from tasks import execution
 from tasks.ingestion.intake import read_shard
-from tasks.ingestion.pieces import SUMMARY_NAME, find_stored, put_rows_away, read_summary
+from tasks.ingestion.pieces import SUMMARY_NAME, find_stored, put_away, read_summary
 from tasks.ingestion.shards import SHARD_BYTES, Shard, ShardPart, join_parts, plan_parts, plan_shards
 from tasks.ingestion.sources.columnar import BYTE_KINDS, WHOLE
 from tasks.ingestion.sources.files import Source
@@ -60,7 +60,8 @@ def _is_finished(folder: Path, kept: Mapping[str, int]) -> bool:
     """
     if not (folder / SUMMARY_NAME).is_file():
         return False
-    notes = (find_stored(folder, number) for number in range(read_summary(folder)["num_pieces"]))
+    numbers = range(read_summary(folder)["num_pieces"])
+    notes = [find_stored(folder, name, number) for number in numbers for name in ("rows", "shingles")]
     if all(note is None or kept.get(PurePath(note.address).name) == note.file.num_bytes for note in notes):
         return True
     shutil.rmtree(folder)
@@ -114,7 +115,7 @@ def finish_shard(shard: Shard, folder: Path, max_rows: int | None = None, store:
     shutil.rmtree(unfinished, ignore_errors=True)
     num_rows = read_shard(shard, unfinished, max_rows)
     if store is not None:
-        put_rows_away(unfinished, store)
+        put_away(unfinished, store)
     unfinished.rename(folder)
     return num_rows
 

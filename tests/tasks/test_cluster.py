@@ -1,6 +1,7 @@
 """Calls on a Ray cluster give what the local pool gives, whatever dies."""
 
 import hashlib
+import json
 import os
 import pickle
 import socket
@@ -20,7 +21,7 @@ from tasks.ingestion import shard_runner, tables
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources, plan_shards
-from tasks.ingestion.splitting import order
+from tasks.ingestion.splitting import order, pair_search
 from tasks.parcels import Enclosure, Parcel
 from tasks.storage import digest_folder
 from tasks.stored_files import LIST_NAME, LostError, read_list
@@ -227,7 +228,10 @@ def test_workers_put_rows_and_tables_and_tokens_into_a_store(
     """No texts and no tokens come back, though a worker is killed, and digests are those of tables made here."""
     monkeypatch.setattr(tables, "GROUP_ROWS", 400)
     monkeypatch.setattr(order, "SCATTERED_ROWS", 500)
-    write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(pair_search, "SEARCHED_ROWS", 700)
+    alike = (f'{{"prompt": "{" ".join(map(str, range(50)))} variant {n}", "completion": "x"}}' for n in range(60))
+    with write_rows(tmp_path / "rows.jsonl").open("a") as file:
+        file.write("\n".join(alike))
     mixture = [{"source": str(write_long_file(tmp_path / "other.json"))}] if is_mixed else []
     settings = {"source": str(tmp_path / "rows.jsonl"), "mixture": mixture, "max_rejected_fraction": 0.1}
     config, prepared = DataConfig.model_validate(settings), prepare_tokenizer(ROOT / "deploy/demo/base_model", None)
@@ -242,7 +246,7 @@ def test_workers_put_rows_and_tables_and_tokens_into_a_store(
         patch.setattr(execution, "map", map_with_a_death(tmp_path))
         shards = shard_runner.read_all(config, sources, folder, 20_000, store=store.scratch)
     assert (tmp_path / "killed").is_dir()
-    assert not list(folder.rglob("rows-*.arrow"))
+    assert not [*folder.rglob("rows-*.arrow"), *folder.rglob("shingles-*.npz")]
     # What another attempt finds: shards whose rows are in the store are not read again, one whose rows are gone is.
     made = list_made(bucket, f"{is_mixed}/scratch")
     bucket.delete_object(Bucket="made", Key=f"{is_mixed}/scratch/{next(iter(made))}")
@@ -253,6 +257,8 @@ def test_workers_put_rows_and_tables_and_tokens_into_a_store(
     there = build_dataset(config, seed=0, folder=tmp_path / "there", shards=shards, store=store)
     assert there == here
     assert digest_folder(tmp_path / "there") == digest_folder(tmp_path / "here")
+    quality = json.loads((tmp_path / "there" / "quality.json").read_text(encoding="utf-8"))
+    assert quality["near_duplicates"]["num_eval_rows"] > 0
     left = {path.name for path in (tmp_path / "there").rglob("*") if path.is_file()}
     assert left == {"rejects.parquet", "quality.json", LIST_NAME}
     parts = list_made(bucket, f"{is_mixed}/dataset")

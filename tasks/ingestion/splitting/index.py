@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tasks.ingestion.pieces import StoredRows, read_frame, read_shingles, read_stored
+from tasks.ingestion.pieces import StoredContent, read_frame, read_shingles, read_stored
 from tasks.ingestion.rows.shingles import Shingles, select_shingles
 from tasks.ingestion.splitting.ranks import rank_places
 
@@ -34,8 +34,10 @@ class Piece(NamedTuple):
     """Rows of it that are taken."""
     limit: int | None
     """The largest rank that is taken, where a source takes only some of its rows."""
-    stored: StoredRows | None = None
+    stored: StoredContent | None = None
     """Where its rows are, if not in the folder."""
+    stored_shingles: StoredContent | None = None
+    """Where the sets are by which near duplicates are found, if not in the folder."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,8 @@ class Index:
         """Yield the sets by which near duplicates are found of some rows, piece by piece, with the rows' places."""
         for piece, own in self._divide(rows):
             runs = read_shingles(piece.folder, piece.number)
-            if piece.limit is not None:
-                ranks = rank_places(read_frame(piece.folder, "index", piece.number), self.seed)
-                runs = select_shingles(runs, ranks <= piece.limit)
+            if (taken := find_taken(piece, self.seed)) is not None:
+                runs = select_shingles(runs, taken)
             yield piece.start + np.flatnonzero(own), select_shingles(runs, own)
 
     def name(self, places: Iterable[int]) -> list[str]:
@@ -97,6 +98,15 @@ class Index:
             own = rows[piece.start : piece.start + piece.num_rows]
             if own.any():
                 yield piece, own
+
+
+def find_taken(piece: Piece, seed: int) -> Mask | None:
+    """Tell which rows of a piece are taken; None for all."""
+    if piece.limit is None:
+        return None
+    ranks = rank_places(read_frame(piece.folder, "index", piece.number, ("source", "line")), seed)
+    taken: Mask = ranks <= piece.limit
+    return taken
 
 
 def read_taken(piece: Piece, name: str, seed: int, columns: Sequence[str] | None = None) -> pl.DataFrame:

@@ -66,8 +66,22 @@ def find_near_duplicates(
     """
     if not len(held_out.hashes):
         return []
-    known = index_held_out(held_out, threshold)
+    return keep_best(_find_pairs(train, index_held_out(held_out, threshold), threshold))
+
+
+def keep_best(pairs: Iterable[BestMatch]) -> list[BestMatch]:
+    """Keep for each held-out row the pair of the largest index, the nearest first; of equally like ones the first."""
     best: dict[int, BestMatch] = {}
+    for pair in pairs:
+        if pair.held_out not in best or pair.jaccard > best[pair.held_out].jaccard:
+            best[pair.held_out] = pair
+    return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
+
+
+def _find_pairs(
+    train: Iterable[tuple[Numbers, Shingles]], known: HeldOutShingles, threshold: float
+) -> Iterator[BestMatch]:
+    """Yield all pairs that are alike enough; the rows rise."""
     for numbers, runs in train:
         inside = _find_inside(runs, known, threshold)
         if not inside.any():
@@ -75,9 +89,7 @@ def find_near_duplicates(
         own = numbers[inside]
         for rows, others, jaccard in _compare_all(select_shingles(runs, inside), known, threshold):
             for row, other, index in zip(own[rows].tolist(), others.tolist(), jaccard.tolist(), strict=True):
-                if other not in best or index > best[other].jaccard:  # rows rise: of equally like ones the first stays
-                    best[other] = BestMatch(other, row, index)
-    return sorted(best.values(), key=lambda pair: (-pair.jaccard, pair.held_out))
+                yield BestMatch(other, row, index)
 
 
 def index_held_out(runs: Shingles, threshold: float) -> HeldOutShingles:

@@ -104,7 +104,8 @@ def _gather_source(intake: SourceStats, source: Source, entries: Entries, pieces
     for folder, summary in entries:
         for number in range(summary["num_pieces"]):
             start = pieces[-1].start + pieces[-1].num_rows if pieces else 0
-            piece = Piece(folder, number, start, 0, limit, find_stored(folder, number))
+            stored = find_stored(folder, "rows", number), find_stored(folder, "shingles", number)
+            piece = Piece(folder, number, start, 0, limit, *stored)
             pieces.append(piece._replace(num_rows=read_taken(piece, "index", seed, ("line",)).height))
             intake.rejects.add(map(Reject._make, read_taken(piece, "rejects", seed).iter_rows()))
 
