@@ -1,28 +1,52 @@
 """Pairs of answers of which another row says the opposite: what is preferred here is rejected there."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
+from tasks.partitions import list_parts
+
 _NUM_NAMED = 5
+_DIGEST_BYTES = 16
+_SCHEMA: dict[str, Any] = {"example_id": pl.String, "chosen": pl.Binary, "rejected": pl.Binary}
 
 
-def warn_of_contradictions(table: Path) -> list[str]:
-    """Say how many pairs of a table of examples stand the other way round in another row; nothing where none does.
+def read_pairs(table: Path) -> pl.DataFrame:
+    """Return the example_id of each pair of a table of examples, with digests of the tokens of both answers.
+
+    Args:
+        table: train.parquet or eval.parquet of a tokens folder, or a part of one; one without pairs has none.
+    """
+    frames = [pl.DataFrame(schema=_SCHEMA)]
+    for part in list_parts(table):
+        scanned = pl.scan_parquet(part)
+        if "rejected_ids" not in scanned.collect_schema():
+            continue
+        pairs = scanned.filter(pl.col("rejected_ids").is_not_null())
+        rows = pairs.select("example_id", "input_ids", "rejected_ids").collect()
+        digests = {"chosen": _digest(rows["input_ids"]), "rejected": _digest(rows["rejected_ids"])}
+        frames.append(pl.DataFrame({"example_id": rows["example_id"], **digests}, schema=_SCHEMA))
+    return pl.concat(frames)
+
+
+def _digest(lists: pl.Series) -> list[bytes]:
+    """Return a digest of each list of ids, the same on every machine."""
+    return [hashlib.blake2b(ids.to_numpy().tobytes(), digest_size=_DIGEST_BYTES).digest() for ids in lists]
+
+
+def warn_of_contradictions(pairs: pl.DataFrame) -> list[str]:
+    """Say how many pairs stand the other way round in another row; nothing where none does.
 
     Two pairs contradict each other when the chosen tokens of one, its prompt among them, are the rejected ones of the
     other. Their gradients cancel out, and their margin of a held-out row says nothing.
 
     Args:
-        table: train.parquet or eval.parquet of a tokens folder; one without pairs has none.
+        pairs: as `read_pairs` gives them.
     """
-    scanned = pl.scan_parquet(table)
-    if "rejected_ids" not in scanned.collect_schema():
-        return []
-    chosen, rejected = pl.col("input_ids").hash(), pl.col("rejected_ids").hash()
-    pairs = scanned.filter(pl.col("rejected_ids").is_not_null()).select("example_id", chosen=chosen, rejected=rejected)
     others = pairs.select(chosen="rejected", rejected="chosen").unique()
-    found = pairs.join(others, on=["chosen", "rejected"], how="semi", maintain_order="left").collect()
+    found = pairs.join(others, on=["chosen", "rejected"], how="semi", maintain_order="left")
     if found.is_empty():
         return []
     names = ", ".join(found["example_id"].head(_NUM_NAMED).to_list())

@@ -15,11 +15,12 @@ from tasks.models import load_tokenizer
 from tasks.partitions import count_rows, name_part
 from tasks.progress import Tell
 from tasks.stored_files import read_list, write_list
-from tasks.tokenization.contradictions import warn_of_contradictions
+from tasks.tokenization.contradictions import read_pairs, warn_of_contradictions
 from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer
 from tasks.tokenization.shards import (
+    PAIRS,
     PART,
     TableShare,
     enclose,
@@ -159,7 +160,8 @@ def tokenize_stored(
         num_rows, num_examples = (sum(each[name].num_rows for name in own) for each in (dict(files[part]), stored))
         _check_counts(folder, part, num_rows, num_examples, reports[part])
     write_list(folder, stored)
-    counts = _finish(reports, refused, prepared, folder, config)
+    pairs = pl.concat([pl.read_ipc((folder / "shards" / name / PAIRS).read_bytes()) for name, _ in files["train"]])
+    counts = _finish(reports, refused, pairs, prepared, folder, config)
     shutil.rmtree(folder / "shards")
     return counts
 
@@ -220,12 +222,13 @@ def join_shards(
             _take_examples(own, table, is_own=own[0].is_relative_to(folder))
         num_rows = sum(count_rows(file) for file in dict.fromkeys(planned.file for planned in plans[part]))
         _check_counts(folder, part, num_rows, count_rows(folder / f"{part}.parquet"), reports[part])
-    return _finish(reports, refused, prepared, folder, config)
+    return _finish(reports, refused, read_pairs(folder / "train.parquet"), prepared, folder, config)
 
 
 def _finish(
     reports: Mapping[str, MaskReport],
     refused: Sequence[Path],
+    pairs: pl.DataFrame,
     prepared: PreparedTokenizer,
     folder: Path,
     config: TokenizationConfig,
@@ -254,7 +257,7 @@ def _finish(
         num_rendered_anew=train.num_rendered_anew + eval_.num_rendered_anew,
         warnings=(
             *_tell_cuts(reports, config),
-            *warn_of_contradictions(folder / "train.parquet"),
+            *warn_of_contradictions(pairs),
             *(
                 f"{prepared.template_name}, {_PART_NAMES[part]} rows: {warning}"
                 for part, report in reports.items()

@@ -18,6 +18,7 @@ from tasks import garbage, storage
 from tasks.parcels import Enclosure, Parcel, list_bytes
 from tasks.partitions import count_rows, list_row_groups
 from tasks.stored_files import StoredFile, put_file, read_file
+from tasks.tokenization.contradictions import read_pairs
 from tasks.tokenization.groups import EXAMPLES, Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, join_batches
@@ -31,6 +32,7 @@ _SHARDS_WANTED = 16
 
 PART = "part.parquet"
 """In a shard of all row groups of a file: their examples."""
+PAIRS = "pairs.arrow"
 
 
 class TableShare(NamedTuple):
@@ -126,7 +128,7 @@ def work_on_stored_part(
         target: address of its examples.
         tokenizer_folder: a saved one, which has its template.
         config: masks and limits.
-        folder: gets counts and rejects of the row groups; made when missing.
+        folder: gets counts and rejects of the row groups, and digests of pairs; made when missing.
 
     Returns:
         The examples in the store.
@@ -136,6 +138,7 @@ def work_on_stored_part(
         table.write_bytes(read_file(address, file))
         num_groups = pq.read_metadata(table).num_row_groups
         work_on_shard(table, range(num_groups), tokenizer_folder, None, config, folder)
+    read_pairs(folder / PART).write_ipc(folder / PAIRS)
     stored = put_file(folder / PART, target, count_rows(folder / PART))
     (folder / PART).unlink()
     return stored
