@@ -18,7 +18,7 @@ SEARCHED_ROWS = 200_000
 """Rows of the pieces that a worker looks through in a call."""
 
 
-class Chosen(NamedTuple):
+class ChosenRows(NamedTuple):
     """Rows of a piece of which the sets are wanted."""
 
     stored: StoredContent
@@ -56,9 +56,9 @@ def search_store(index: Index, train: Mask, held_out: Mask, scratch: Path) -> li
     return keep_best(pair for pairs in found for pair in pairs)  # rows rise from group to group
 
 
-def _choose(index: Index, rows: Mask) -> Iterator[tuple[Chosen, ...]]:
+def _choose(index: Index, rows: Mask) -> Iterator[tuple[ChosenRows, ...]]:
     """Yield the pieces that have some of these rows, in groups of about SEARCHED_ROWS rows."""
-    waiting: list[Chosen] = []
+    waiting: list[ChosenRows] = []
     for piece in index.pieces:
         own = rows[piece.start : piece.start + piece.num_rows]
         if not own.any():
@@ -71,16 +71,16 @@ def _choose(index: Index, rows: Mask) -> Iterator[tuple[Chosen, ...]]:
         yield tuple(waiting)
 
 
-def _choose_rows(piece: Piece, own: Mask, seed: int) -> Chosen:
+def _choose_rows(piece: Piece, own: Mask, seed: int) -> ChosenRows:
     assert piece.stored_shingles is not None, piece
     taken = find_taken(piece, seed)
     rows = own if taken is None else taken.copy()
     if taken is not None:
         rows[taken] = own
-    return Chosen(piece.stored_shingles, piece.start, len(rows), np.packbits(rows), len(own), np.packbits(own))
+    return ChosenRows(piece.stored_shingles, piece.start, len(rows), np.packbits(rows), len(own), np.packbits(own))
 
 
-def _read(chosen: Chosen) -> tuple[Places, Shingles]:
+def _read(chosen: ChosenRows) -> tuple[Places, Shingles]:
     """Return the places of the rows in the index, and their sets."""
     rows, places = (
         np.unpackbits(bits, count=count).view(np.bool_)
@@ -89,12 +89,12 @@ def _read(chosen: Chosen) -> tuple[Places, Shingles]:
     return chosen.start + np.flatnonzero(places), select_shingles(read_stored_shingles(chosen.stored), rows)
 
 
-def read_chosen(pieces: Sequence[Chosen]) -> Shingles:
+def read_chosen(pieces: Sequence[ChosenRows]) -> Shingles:
     """Return the sets of the chosen rows of some pieces."""
     return join_shingles([_read(piece)[1] for piece in pieces])
 
 
-def search_chosen(pieces: Sequence[Chosen], known: Path) -> list[BestMatch]:
+def search_chosen(pieces: Sequence[ChosenRows], known: Path) -> list[BestMatch]:
     """Return the held-out rows that the chosen rows of some pieces nearly repeat, each with the one most like it."""
     with np.load(find(known)) as values:
         held_out = Shingles(values["hashes"], values["bounds"])
