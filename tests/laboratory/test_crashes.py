@@ -10,18 +10,10 @@ from random import Random
 import psutil
 import pytest
 
-from tests.laboratory.crashes import (
-    CLOCK,
-    FAULTS,
-    LOST,
-    Draw,
-    Outcome,
-    compare,
-    describe_processes,
-    draw_fault,
-    prepared,
-    run_draw,
-)
+from tests.laboratory.bench import CLOCK, LOST
+from tests.laboratory.crashes import Draw, Outcome, compare, draw_fault, prepared, run_draw
+from tests.laboratory.faults import FAULTS
+from tests.laboratory.processes import describe_processes
 
 pytestmark = pytest.mark.slow
 _FAULTS = os.environ.get("SFT_SERVICE_TESTS", "") in ("faults", "all")
