@@ -207,8 +207,8 @@ class PaceClock:
 
 
 def count_tokens(split: Path) -> int:
-    """Return the tokens of a split's examples, of both answers where they are pairs; 0 where there is none."""
-    if not split.is_file():
+    """Return the tokens of a split, a file or a folder of parts, of both answers of pairs; 0 where there is none."""
+    if not split.exists():
         return 0
     table = pl.scan_parquet(split)
     names = [name for name in ("input_ids", "rejected_ids") if name in table.collect_schema()]

@@ -9,6 +9,7 @@ import pytest
 from schemas.config import TrainingConfig
 from tasks.planning.work import PassLayout, foresee_work, read_examples
 from tasks.training.batches import form_flat_step, form_padded_step, iterate_steps, lay_out, open_rows
+from tasks.training.pace import count_tokens
 from tasks.training.schedule import count_steps
 from tasks.training.steps import count_work
 from tests.tasks.planning.test_sizes import write_split
@@ -46,3 +47,16 @@ def test_the_work_is_that_of_the_training(tmp_path: Path, layout: PassLayout, se
     for name in ("passes", "tokens", "squares", "head_rows"):
         assert found[name] == sum(each[name] for each in counted), name
     assert found["largest_pass"] == max(each["largest_pass"] for each in counted)
+
+
+def test_a_table_in_parts_is_counted_as_one(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(4).integers(4, 90, 60).tolist()
+    whole = write_split(tmp_path / "whole.parquet", lengths)
+    (tmp_path / "train.parquet").mkdir()
+    for number, part in enumerate((lengths[:25], lengths[25:])):
+        write_split(tmp_path / "train.parquet" / f"{number:06d}.parquet", part)
+    config = TrainingConfig(micro_batch=4)
+    found, expected = (read_examples(path, config) for path in (tmp_path / "train.parquet", whole))
+    assert found.table.offsets.tolist() == expected.table.offsets.tolist()
+    assert count_tokens(tmp_path / "train.parquet") == sum(lengths)
+    assert count_tokens(tmp_path / "nowhere.parquet") == 0
