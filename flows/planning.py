@@ -213,9 +213,15 @@ def _list_times(
 
     num_asked = min(found.num_eval_examples, config.evaluation.max_examples)
     num_asked += sum(probe.max_examples for probe in config.evaluation.probes)
-    asked: tuple[Callable[[Speed], bool], ...] = (lambda each: of_model(each) and each.settings == effort, of_model)
-    evaluation = [time("evaluate base", num_asked, *asked, noted="evaluate")] if num_asked else []
-    again = [time("evaluate merged", num_asked, *asked, noted="evaluate")] if num_asked else []
+
+    def of_kind(kind: str) -> tuple[Callable[[Speed], bool], ...]:
+        def alike(speed: Speed) -> bool:
+            return of_model(speed) and speed.settings == effort
+
+        return lambda each: alike(each) and each.engine == kind, alike, of_model
+
+    evaluation = [time("evaluate base", num_asked, *of_kind("base"), noted="evaluate")] if num_asked else []
+    again = [time("evaluate merged", num_asked, *of_kind("merged"), noted="evaluate")] if num_asked else []
     return [
         time("ingest", max(1, found.rows_read), here),
         time("tokenize", found.sizes.total_tokens.value, here),

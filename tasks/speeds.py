@@ -50,7 +50,7 @@ class Speed:
     settings: str = ""
     """What else decides how long a unit takes, as canonical JSON."""
     engine: str = ""
-    """That trained."""
+    """That trained; of an evaluation, the kind of model: a base goes on where a trained one has come to its end."""
     flop_per_unit: float = 0.0
     """Useful work; 0 where it is not known."""
     peak_memory_bytes: int = 0

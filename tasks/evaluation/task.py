@@ -74,7 +74,7 @@ def evaluate(
         tracking.log_table(run_id, rows, "rows.json")
         uri, digest = tracking.publish(folder / "evaluation", run_id, "evaluation")
     if num_asked := rows.height + sum(answered.height for answered in found.probes.values()):
-        timing.note("evaluate", num_asked, shape=shape, settings=describe_effort(config))
+        timing.note("evaluate", num_asked, shape=shape, settings=describe_effort(config), engine=model.kind)
     if rows.is_empty():
         get_run_logger().info("%s: no row is held out to evaluate it on", model.name)
     else:
