@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tasks.partitions import list_parts
 
@@ -21,14 +22,26 @@ def read_pairs(table: Path) -> pl.DataFrame:
     """
     frames = [pl.DataFrame(schema=_SCHEMA)]
     for part in list_parts(table):
-        scanned = pl.scan_parquet(part)
-        if "rejected_ids" not in scanned.collect_schema():
+        if not _has_pairs(part):
             continue
-        pairs = scanned.filter(pl.col("rejected_ids").is_not_null())
+        pairs = pl.scan_parquet(part).filter(pl.col("rejected_ids").is_not_null())
         rows = pairs.select("example_id", "input_ids", "rejected_ids").collect()
         digests = {"chosen": _digest(rows["input_ids"]), "rejected": _digest(rows["rejected_ids"])}
         frames.append(pl.DataFrame({"example_id": rows["example_id"], **digests}, schema=_SCHEMA))
     return pl.concat(frames)
+
+
+def _has_pairs(part: Path) -> bool:
+    """Tell by a file's statistics whether any row is a pair: of most tables nothing else need be read."""
+    metadata = pq.read_metadata(part)
+    if "rejected_ids" not in pq.read_schema(part).names:
+        return False
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        known = [column.statistics for column in columns if column.path_in_schema.split(".")[0] == "rejected_ids"]
+        if any(statistics is None or statistics.num_values for statistics in known):
+            return True
+    return False
 
 
 def _digest(lists: pl.Series) -> list[bytes]:

@@ -164,19 +164,26 @@ class Measured:
 
     row_bytes: float = 547
     shard_bytes: float = 16 << 20
-    worker_seconds: float = 105e-6
-    """Processor time of workers for a row, read and tokenized: 126.5 seconds for a million, less the run's own
-    process's."""
-    head_seconds: float = 21.4e-6
-    """Of the run's own process: index, split and tables 13.4 microseconds, tokens 6.7, the way to the store 1.3."""
+    worker_seconds: float = 174e-6
+    """Processor time of workers and of the cluster's own processes for a row, read and tokenized: 180.8 seconds for a
+    million, less the run's own process's; on cores that others wanted too."""
+    head_seconds: float = 6.4e-6
+    """Of the run's own process: index, split and what goes where 5.1 microseconds, tokens 1.0, the way to the store
+    0.3."""
     made_bytes: float = 470
-    """Of a row in the tables and the tokens."""
-    base_bytes: float = 946e6
+    """Of a row in the tables and the tokens, of which the tables are TABLE_PART."""
+    scratch_rows_bytes: float = 650
+    """Of a row as a shard has it, until the tables are written."""
+    scratch_sets_bytes: float = 290
+    """And of its words' hashes."""
+    index_row_bytes: float = 133
+    """Of a row's index, which comes to the run's machine."""
+    base_bytes: float = 673e6
     """Memory of the run's own process with few rows."""
     index_bytes: float = 30
     """And for each row more."""
-    requests: float = 378e-6
-    """Of a row: 202 GET, 101 HEAD, 69 PUT and 6 POST for a million."""
+    requests: float = 1725e-6
+    """Of a row: 566 GET, 464 HEAD, 279 PUT and 416 POST for a million."""
     tokens: float = 134
     """Of a row."""
     tokens_a_second: float = 19_881.0
@@ -198,6 +205,9 @@ class Assumed:
 
 
 MEASURED, ASSUMED = Measured(), Assumed()
+TABLE_PART = 0.31
+ROWS_READ, SETS_READ = 2.34, 2.0
+"""How often workers read what a shard has put away."""
 ROWS = (10**6, 10**8, 10**10)
 GPUS = (1, 8, 64)
 _GPUS_A_MACHINE = 8
@@ -211,13 +221,16 @@ class Cost:
     workers_seconds: float
     """Reading and tokenizing, where workers and the run's process work beside each other."""
     head_seconds: float
-    """Of the run's process alone: index, split, tables, joined tokens, and the way to the store."""
+    """Of the run's process alone: index, split, what goes where, and lists of parts."""
     training_seconds: float
     """One epoch, on GPUs that share the work without a loss."""
     head_bytes: float
     requests: float
     moved_bytes: float
-    """Rows twice from the store to workers (lines are counted first); what is made to the run, and to the store."""
+    """Rows twice from the store to workers (lines are counted first); what a shard has to the store, and from there its
+    rows 2.34 times (once for the training part, where a third of the pieces is in two parts of the table, and once for
+    the held-out one) and its sets twice; tables to the store and to workers, tokens to the store, the index to the run.
+    """
 
 
 def estimate(rows: int, gpus: int, measured: Measured = MEASURED, assumed: Assumed = ASSUMED) -> Cost:
@@ -229,14 +242,16 @@ def estimate(rows: int, gpus: int, measured: Measured = MEASURED, assumed: Assum
         lost_per_hour=assumed.lost_per_hour,
     )
     shard_rows = measured.shard_bytes / measured.row_bytes
-    made = 2 * rows * measured.made_bytes / assumed.network_bytes  # it comes, and goes to the store
+    comes = rows * measured.index_row_bytes / assumed.network_bytes
+    scratch = (1 + ROWS_READ) * measured.scratch_rows_bytes + (1 + SETS_READ) * measured.scratch_sets_bytes
     return Cost(
         workers_seconds=spread_calls(rows / shard_rows, shard_rows * measured.worker_seconds, machines, assumed),
-        head_seconds=rows * measured.head_seconds + made,
+        head_seconds=rows * measured.head_seconds + comes,
         training_seconds=rows * measured.tokens / (measured.tokens_a_second * gpus),
         head_bytes=measured.base_bytes + rows * measured.index_bytes,
         requests=rows * measured.requests,
-        moved_bytes=rows * 2 * (measured.row_bytes + measured.made_bytes),
+        moved_bytes=rows
+        * (2 * measured.row_bytes + scratch + (1 + TABLE_PART) * measured.made_bytes + measured.index_row_bytes),
     )
 
 
