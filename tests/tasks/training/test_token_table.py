@@ -3,6 +3,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tasks.partitions import name_part
 from tasks.training.packing import pack
 from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
 
@@ -46,6 +47,23 @@ def test_packs_hold_their_examples_and_what_each_position_predicts(tmp_path: Pat
     assert packs[0:5] == list(packs)
     with pytest.raises(IndexError):
         packs[2]
+
+
+def test_packs_of_a_table_in_parts_are_those_of_one_file(tmp_path: Path) -> None:
+    frame = write_tokens(tmp_path / "whole.parquet", [2 + (37 * number) % 50 for number in range(100)])
+    table = tmp_path / "train.parquet"
+    table.mkdir()
+    for number, part in enumerate((frame[:30], frame[:0], frame[30:])):
+        part.write_parquet(name_part(table, number), row_group_size=7)
+    made = []
+    for split in (tmp_path / "whole.parquet", table):
+        folder = tmp_path / f"packs of {split.stem}"
+        write_examples(split, folder)
+        write_packs(folder, 64)
+        made.append({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".arrow"})
+        assert list(open_table(folder).example_ids) == frame["example_id"].to_list()
+    assert made[0].keys() == {"input_ids", "targets", "offsets", "packs", "bounds"}
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("window", [1, 7, 10, 64, 1000])
