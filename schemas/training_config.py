@@ -160,6 +160,10 @@ class TrainingConfig(Section):
     model's own weights are trained; zero2, zero3 (DeepSpeed, an extra): gradients and optimizer are divided, with zero3
     all weights too. The fused engine trains with ddp, and with LoRA with fsdp; the general one with all."""
 
+    context_parallel: int = Field(default=1, ge=1, le=64, title="Processes that share an example")
+    """For examples that do not fit on one GPU: so many neighbouring processes of a machine each hold a part of the
+    tokens of every forward pass, and exchange attention heads (fused engine, LoRA without dropout)."""
+
     @property
     def keeps_best(self) -> bool:
         """Whether the adapter of the smallest evaluation loss is kept, and not the last one."""
@@ -238,7 +242,7 @@ class TrainingConfig(Section):
                 f"min_nodes is {self.min_nodes} and num_nodes is {self.num_nodes}: raise num_nodes, the most machines "
                 "that train together, or lower min_nodes"
             )
-        num_ranks = self.num_ranks
+        num_ranks = self.num_ranks // self.context_parallel
         rows_per_step = self.micro_batch * self.gradient_accumulation_steps
         if num_ranks > rows_per_step:
             raise ValueError(
@@ -246,6 +250,29 @@ class TrainingConfig(Section):
                 f"rows of a step, but there are {rows_per_step} (micro_batch {self.micro_batch} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}): raise one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shared_examples(self) -> Self:
+        size = self.context_parallel
+        if size == 1:
+            return self
+        if self.num_processes % size:
+            raise ValueError(
+                f"context_parallel is {size} and num_processes is {self.num_processes}: set num_processes to a "
+                f"multiple of {size}"
+            )
+        needs = {
+            "method": (self.method, "lora"),
+            "objective": (self.objective, "sft"),
+            "dropout": (self.dropout, 0.0),
+            "strategy": (self.strategy, "ddp"),
+            "engine": (self.engine if self.engine == "general" else "auto", "auto"),
+            "sweep": ("one" if self.sweep.is_on else "none", "none"),
+        }
+        for name, (given, wanted) in needs.items():
+            if given != wanted:
+                raise ValueError(f"context_parallel is {size}, which goes with {name} {wanted}, and {name} is {given}")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from schemas.config import TrainingConfig
 from tasks.training.batches import Batch
 from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable
@@ -70,16 +71,32 @@ def is_rank0() -> bool:
     return rank() == 0
 
 
-def shard_batches(batches: Sequence[Batch], *, is_even: bool) -> list[tuple[Batch, float]]:
+def count_sharing(config: TrainingConfig) -> int:
+    """Return how many ranks share the tokens of a batch."""
+    return config.context_parallel if world_size() > 1 else 1
+
+
+def find_turn(num_sharing: int) -> tuple[int, int]:
+    """Return this rank's number among those that batches are dealt to, and how many there are.
+
+    Args:
+        num_sharing: ranks that share the tokens of a batch, and take the same ones.
+    """
+    return rank() // num_sharing, max(1, world_size() // num_sharing)
+
+
+def shard_batches(batches: Sequence[Batch], *, is_even: bool, num_sharing: int = 1) -> list[tuple[Batch, float]]:
     """Return this rank's micro batches with weight 1.
 
     Args:
         batches: of the whole step, longest first: dealt in turns, so that each rank gets its share of long ones.
+        num_sharing: see `find_turn`.
         is_even: give each rank as many, filled up with micro batches of weight 0, for models whose forward pass is a
             collective.
     """
-    mine = [(batch, 1.0) for batch in batches[rank() :: world_size()]]
-    num_turns = -(-len(batches) // world_size()) if is_even else len(mine)
+    number, count = find_turn(num_sharing)
+    mine = [(batch, 1.0) for batch in batches[number::count]]
+    num_turns = -(-len(batches) // count) if is_even else len(mine)
     return mine + [(batches[-1], 0.0)] * (num_turns - len(mine))
 
 
@@ -216,21 +233,26 @@ def check_ranks_agree(parameters: Mapping[str, nn.Parameter], *, step: int) -> N
         )
 
 
-def share_table(table: TokenTable) -> list[tuple[TokenTable, bool]]:
+def share_table(table: TokenTable, num_sharing: int = 1) -> list[tuple[TokenTable, bool]]:
     """Divide examples for evaluation: this rank's part, equally many on each, and the few left over, which all compute.
+
+    Args:
+        table: the examples.
+        num_sharing: see `find_turn`.
 
     Returns:
         Tables, and whether this rank counts them.
     """
-    return [(part, counts) for part, _, counts in share_examples(table)]
+    return [(part, counts) for part, _, counts in share_examples(table, num_sharing)]
 
 
-def share_examples(table: TokenTable) -> list[tuple[TokenTable, NDArray[np.int64], bool]]:
+def share_examples(table: TokenTable, num_sharing: int = 1) -> list[tuple[TokenTable, NDArray[np.int64], bool]]:
     """Do what `share_table` does, and tell the examples' numbers in the whole table as well; pairs stay together."""
-    num_groups, num_ranks = len(table.group_lengths), world_size()
+    number, num_ranks = find_turn(num_sharing)
+    num_groups = len(table.group_lengths)
     order = np.argsort(-table.group_lengths, kind="stable")
     num_dealt = num_groups - num_groups % num_ranks
-    parts = ((order[rank() : num_dealt : num_ranks], True), (order[num_dealt:], is_rank0()))
+    parts = ((order[number:num_dealt:num_ranks], True), (order[num_dealt:], number == 0))
     if num_ranks == 1:
         return [(table, np.arange(len(table.example_ids)), True)]
     chosen = [(table.list_groups(groups), counts) for groups, counts in parts if len(groups)]

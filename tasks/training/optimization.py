@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch
-from tasks.training.distributed import gather, shard_batches, world_size
+from tasks.training.distributed import count_sharing, gather, shard_batches, world_size
 from tasks.training.memory import OutOfMemory, read_utilisation
 from tasks.training.preparation import Setup
 from tasks.training.records import TrainingError
-from tasks.training.sharding import is_sharded
+from tasks.training.sharding import has_collective_passes, is_sharded
 
 
 class Descent(NamedTuple):
@@ -45,7 +45,8 @@ def descend(setup: Setup, batches: list[Batch], learning_rate: float, *, step: i
     if not size > 0:
         names = [name for batch in batches for name in batch.example_ids]
         raise TrainingError(f"step {step}: all trained tokens of examples {_list_names(names)} weigh 0: remove them")
-    mine = shard_batches(batches, is_even=is_sharded(setup.config))
+    sharing = count_sharing(setup.config)
+    mine = shard_batches(batches, is_even=is_sharded(setup.config), num_sharing=sharing)
     loss_sums, figure_sums, shortage = _accumulate(setup, mine, size)
     if shortage and world_size() == 1:
         raise OutOfMemory(shortage)
@@ -80,7 +81,8 @@ def _accumulate(
     loss_sums: list[Tensor] = []
     figure_sums = [torch.zeros(len(objective.figures), device=setup.device)]
     try:
-        for number, (batch, weight) in enumerate(shares, start=1):
+        for number, (whole, weight) in enumerate(shares, start=1):
+            batch = setup.engine.take_part(whole)
             is_plain = objective.is_plain(batch)
             loss_sum = setup.engine.replay_gradient(batch, weight / size) if is_plain else None
             if loss_sum is None:
@@ -93,7 +95,9 @@ def _accumulate(
             loss_sums.append(loss_sum.detach())
             del loss_sum  # with its graph: a pass cannot be recorded while another one's leaves are held
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass
+        if not is_out_of_memory(error) or has_collective_passes(
+            setup.config
+        ):  # the others wait in the middle of a pass
             raise
         # The words alone: the error itself holds on to what filled the memory.
         return loss_sums, figure_sums, str(error).partition("\n")[0]

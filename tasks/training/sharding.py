@@ -22,6 +22,11 @@ def is_sharded(config: TrainingConfig) -> bool:
     return config.strategy != "ddp" and world_size() > 1
 
 
+def has_collective_passes(config: TrainingConfig) -> bool:
+    """Say whether ranks wait for each other within a forward pass, so that none may do one by itself."""
+    return is_sharded(config) or (config.context_parallel > 1 and world_size() > 1)
+
+
 def is_zero(config: TrainingConfig) -> bool:
     """Say whether DeepSpeed divides the training among the ranks."""
     return config.strategy in ("zero2", "zero3") and world_size() > 1

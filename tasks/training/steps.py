@@ -16,13 +16,13 @@ import torch
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
-from tasks.training.distributed import check_ranks_agree, gather, share_table, world_size
+from tasks.training.distributed import check_ranks_agree, count_sharing, find_turn, gather, share_table
 from tasks.training.memory import OutOfMemory, read_memory, reset_memory
 from tasks.training.optimization import descend
 from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
 from tasks.training.schedule import compute_learning_rate
-from tasks.training.sharding import is_sharded
+from tasks.training.sharding import has_collective_passes, is_sharded
 from tasks.training.validation import sum_held_out
 from tasks.training.writing import CheckpointWriter
 
@@ -55,7 +55,7 @@ def iterate(run: Run) -> Iterator[list[Batch]]:
         seed=setup.seed,
         first=run.progress.step,
         last=setup.num_steps,
-        form_step=partial(setup.engine.form_step, num_parts=world_size()),
+        form_step=partial(setup.engine.form_step, num_parts=find_turn(count_sharing(setup.config))[1]),
     )
     return look_ahead(steps)
 
@@ -145,7 +145,8 @@ def shrink(run: Run, shortage: str) -> None:
     if smaller is None:
         raise TrainingError(
             f"step {run.progress.step + 1}: out of memory with the smallest forward pass ({shortage}): set "
-            "training.gradient_checkpointing, or lower training.tokens_per_pack or tokenization.max_length"
+            "training.gradient_checkpointing, lower training.tokens_per_pack or tokenization.max_length, or have GPUs "
+            "share examples by training.context_parallel"
         )
     run.setup = smaller
     message = (
@@ -215,12 +216,14 @@ def _average_held_out(run: Run) -> list[float]:
     assert setup.eval_table is not None
     sums, shortage = np.zeros(2 + len(setup.objective.figures)), None
     try:
-        for table, counts in share_table(setup.eval_table):
+        for table, counts in share_table(setup.eval_table, count_sharing(setup.config)):
             is_even = is_sharded(setup.config)
             found = sum_held_out(setup.model, setup.engine, table, setup.objective, is_even=is_even)
             sums += found if counts else 0.0
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or is_sharded(setup.config):  # the others wait in the middle of a pass
+        if not is_out_of_memory(error) or has_collective_passes(
+            setup.config
+        ):  # the others wait in the middle of a pass
             raise
         shortage = str(error).partition("\n")[0]
     shares = gather((sums, shortage))

@@ -49,7 +49,8 @@ def sum_held_out(
     sums = torch.zeros(1 + len(objective.figures), dtype=torch.float64, device=engine.device)
     count = 0.0
     with torch.no_grad():
-        for batch, counts in keep_pace(engine.form_evaluation(table), is_even=is_even):
+        for whole, counts in keep_pace(engine.form_evaluation(table), is_even=is_even):
+            batch = engine.take_part(whole)
             if objective.sum_figures is None:
                 sums[0] += counts * engine.sum_losses(batch)
                 count += counts * batch.num_trained_tokens

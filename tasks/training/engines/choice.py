@@ -20,12 +20,14 @@ from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adamw import count_moment_bytes
+from tasks.training.distributed import count_sharing
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
 from tasks.training.engines.memory_fit import LARGEST_FORWARD, SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
 from tasks.training.engines.router_loss import find_router_loss
 from tasks.training.engines.self_check import Trial, comparing_some, forget_grads, try_model, verify
+from tasks.training.engines.shared_tokens import share_tokens
 from tasks.training.engines.short_cuts import take_short_cuts
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
@@ -53,6 +55,19 @@ def choose_engine(
     Raises:
         TrainingError: the config insists on the fused engine, which does not know this model or adapter.
     """
+    engine, notes = _choose(model, table, rows, config, device=device, dtype=dtype)
+    return share_tokens(engine, config), notes
+
+
+def _choose(
+    model: PeftModel,
+    table: TokenTable,
+    rows: Sequence[Sequence[int]],
+    config: TrainingConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Engine, tuple[str, ...]]:
     reason = _exclude_fused(config)
     if not reason:
         divided = DividedLayers(device) if is_sharded(config) else None
@@ -123,6 +138,7 @@ def _build_fused(
                 trained=trained,
                 most_tokens=most_tokens,
                 recompute=config.gradient_checkpointing,
+                longest_pass=-(-int(table.lengths.max()) // count_sharing(config)),
                 moment_bytes=count_moment_bytes(config),
             )
         )

@@ -45,6 +45,10 @@ class Engine(Protocol):
         """Make batches of all examples, in any order, as large as they are fast."""
         ...
 
+    def take_part(self, batch: Batch) -> Batch:
+        """Return what this rank computes of a batch, where ranks share its tokens; else the batch."""
+        ...
+
     def compute_log_probs(self, batch: Batch) -> Tensor:
         """Return log p(target) [N] of a batch's chosen positions (nats, fp32): the trained ones, and some of value 0.
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tasks.decoder.across import AcrossRanks
 from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.passes import FlatBatch, PassRecorder
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines.router_loss import RouterLoss
+from tasks.training.slices import take_slice
 from tasks.training.token_table import TokenTable, cut_by_length
 
 
@@ -30,6 +32,8 @@ class FusedEngine:
     """Of small passes on a GPU."""
     router_loss: RouterLoss | None = None
     """Added to the loss where gradients are taken."""
+    context: tuple[int, int] | None = None
+    """This rank's number, and how many there are, where ranks share the tokens of a batch; see `shared_tokens`."""
 
     @property
     def recomputed_part(self) -> float:
@@ -44,6 +48,10 @@ class FusedEngine:
     def form_step(self, table: TokenTable, rows: Sequence[Sequence[int]], *, num_parts: int = 1) -> list[Batch]:
         """Lay the step's examples end to end."""
         return form_flat_step(table, rows, self.tokens_per_forward, num_parts=num_parts)
+
+    def take_part(self, batch: Batch) -> Batch:
+        """Return this rank's slice of a batch, where ranks share its tokens."""
+        return batch if self.context is None else take_slice(batch, *self.context)
 
     @property
     def num_layers(self) -> int:
@@ -150,7 +158,10 @@ class FusedEngine:
     def describe(self) -> str:
         """Say how it computes."""
         recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
-        how = name_attention(self.decoder.attend)
+        attend = self.decoder.attend
+        how = name_attention(attend.inner if isinstance(attend, AcrossRanks) else attend)
+        if self.context is not None:
+            how += f", {self.context[1]} ranks share its tokens"
         if self.decoder.divided is not None:
             how += f", frozen layers divided among {self.decoder.divided.num_ranks} ranks"
         return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}, {how}"

@@ -59,6 +59,7 @@ def fit_memory(
     most_tokens: int,
     recompute: bool | None,
     longest: int = _EXAMPLE_TOKENS,
+    longest_pass: int = 0,
     moment_bytes: int = 8,
     reserved_bytes: int = 0,
 ) -> AnyEngine:
@@ -70,6 +71,7 @@ def fit_memory(
         most_tokens: of a step: more would never be used.
         recompute: every layer or none; None: what fits.
         longest: tokens of an example; where examples are padded, memory may grow with it.
+        longest_pass: tokens that one pass has to hold in any case, those of the longest example.
         moment_bytes: that the optimizer will take for each of their values.
         reserved_bytes: left free.
     """
@@ -83,7 +85,8 @@ def fit_memory(
     logger.info("Free for a forward pass: %.1f GiB; everything kept: %s", free_bytes / 2**30, kept)
     if kept is not None:
         tokens = kept.count_tokens(free_bytes)
-        if recompute is False or not engine.num_layers or tokens >= min(most_tokens, SMALLEST_FULL_FORWARD):
+        wanted = max(min(most_tokens, SMALLEST_FULL_FORWARD), longest_pass)
+        if recompute is False or not engine.num_layers or tokens >= wanted:
             return _plan(engine, tokens, most_tokens)
     if recompute is False or not engine.num_layers:
         return _plan(engine, fewest, most_tokens)
@@ -92,10 +95,11 @@ def fit_memory(
     if lean is None:
         return _plan(small, fewest, most_tokens)
     tokens = lean.count_tokens(free_bytes)
-    if kept is None or min(tokens, most_tokens) <= SMALLEST_FULL_FORWARD:
+    wanted = max(SMALLEST_FULL_FORWARD, longest_pass)
+    if kept is None or min(tokens, max(most_tokens, longest_pass)) <= wanted:
         return _plan(small, tokens, most_tokens)
     # What is left over at a full forward pass keeps some layers' activations.
-    tokens = SMALLEST_FULL_FORWARD
+    tokens = wanted
     left = free_bytes - lean.fixed_bytes - lean.bytes_per_token * tokens
     a_layer = (kept.bytes_per_token - lean.bytes_per_token) * tokens / engine.num_layers
     num_kept = max(0, min(engine.num_layers, int(left / a_layer))) if a_layer > 0 else 0
