@@ -257,7 +257,7 @@ class TrainingConfig(Section):
         size = self.context_parallel
         if size == 1:
             return self
-        if self.num_processes % size:
+        if self.num_processes == "auto" or self.num_processes % size:
             raise ValueError(
                 f"context_parallel is {size} and num_processes is {self.num_processes}: set num_processes to a "
                 f"multiple of {size}"

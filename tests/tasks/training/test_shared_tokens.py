@@ -100,6 +100,7 @@ def test_what_cannot_be_shared_says_so(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"num_processes": 3}, "a multiple of 2"),
+        ({"num_processes": "auto"}, "a multiple of 2"),
         ({"dropout": 0.1}, "dropout 0.0, and dropout is 0.1"),
         ({"strategy": "fsdp"}, "strategy ddp"),
         ({"objective": "dpo"}, "objective sft"),
