@@ -112,6 +112,19 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         {**_KEPT, "micro_batch": 2, "gradient_checkpointing": False, "num_processes": 2},
         13,
     ),
+    # One example a step, as long as its number says, and twice as long where two GPUs share it.
+    **{
+        f"ours-8b-long-{long // 1024}k{'-two' if number == 2 else ''}": (
+            "ours",
+            "llama3-8b",
+            {
+                **{"long": long, "rank": 16, "alpha": 32, "micro_batch": 1, "gradient_checkpointing": True},
+                **{"num_processes": number, "context_parallel": number},
+            },
+            4,
+        )
+        for number, long in ((1, 131072), (1, 262144), (1, 524288), (2, 262144), (2, 524288), (2, 1048576))
+    },
     # The same, each GPU with its part of the weights: what dividing a model costs that need not be divided.
     "ours-7b-fsdp": (
         "ours",

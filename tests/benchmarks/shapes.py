@@ -38,6 +38,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 2.446, "first_k_dense_replace": 1, "vocab_size": 163840, "tie_word_embeddings": False,
     },
+    "llama3-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
     # Llama 3 70B has 80 such layers: 24 fit on two GPUs of 139 GiB however it is trained, and are made in seconds.
     "llama3-70b-24-layers": {
         "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 24,

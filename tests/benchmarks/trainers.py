@@ -79,6 +79,23 @@ def write_pairs(folder: Path) -> Path:
     return folder
 
 
+def write_long(folder: Path, num_tokens: int) -> Path:
+    """Write a tokens folder of examples of so many tokens each, the first half untrained, unless it is there."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not (folder / "train.parquet").exists():
+        folder.mkdir(exist_ok=True)
+        generator, kind = np.random.default_rng(3), pa.list_(pa.int32())
+        ids = [generator.integers(10, 100_000, num_tokens).tolist() for _ in range(4)]
+        labels = [[-100] * (num_tokens // 2) + row[num_tokens // 2 :] for row in ids]
+        names = [f"long {number}" for number in range(len(ids))]
+        columns = {"example_id": names, "input_ids": pa.array(ids, kind), "labels": pa.array(labels, kind)}
+        pq.write_table(pa.table(columns), folder / "train.parquet")
+    return folder
+
+
 def hold_out(tokens: Path, folder: Path) -> Path:
     """Write a tokens folder with the same rows to train, and 64 of them held out, unless it is there."""
     import pyarrow.parquet as pq
@@ -133,11 +150,14 @@ def run_ours(folder: Path, settings: dict[str, Any], steps: int) -> dict[str, An
     # A training of all weights is left before its end: what its last step writes, 90 GB for 7B, is not timed anyway.
     is_left = settings.get("method", "lora") != "lora"
     is_whole = settings.pop("whole", False)  # the stage is timed, with its start and the held-out losses
+    long = settings.pop("long", 0)
     config = TrainingConfig(**settings, max_steps=steps + is_left, checkpoint_every_steps=10_000)
     run = folder / "run"
     if "RANK" not in os.environ:
         shutil.rmtree(run, ignore_errors=True)
     tokens = write_pairs(folder / "pairs") if config.is_paired else folder / "tokens"
+    if long:
+        tokens = write_long(folder / f"long-{long}", long)
     if is_whole or config.sweep.is_on:
         tokens = hold_out(tokens, folder / "held-out")
     job = TrainingJob(folder / "model", tokens, run, config, seed=0, identity="benchmark")
