@@ -13,7 +13,7 @@ from tasks.decoder.dropout import Dropout, Mask, MaskedTensor, derive_key
 from tasks.decoder.elementwise import Quantized
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 EVERYTHING = not IS_INTERPRETED or os.environ.get("SFT_FAMILIES") == "all"
 # The interpreter takes milliseconds for a row, cuts 16-bit numbers off in place of rounding them, and knows no float8.
 NUM_ROWS = 3 if IS_INTERPRETED else 77
