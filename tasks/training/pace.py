@@ -37,7 +37,7 @@ _DECISIVE = (
     *("optimizer", "micro_batch", "gradient_accumulation_steps", "packing", "tokens_per_pack", "engine", "precision"),
     *("base_weights", "gradient_checkpointing", "num_processes", "num_nodes", "strategy"),
 )
-_FURTHER = ("objective", "sweep", "base_dropout")
+_FURTHER = ("objective", "sweep", "base_dropout", "context_parallel")
 """Noted where they are not as usual: lines of earlier releases have none of them."""
 
 

@@ -312,7 +312,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/sft-bench"), help="models and logs")
     parser.add_argument("--only", nargs="*", default=list(RUNS), help="runs to do")
-    parser.add_argument("--peer", nargs="*", default=[], help="NAME=PATH, first on the peer's PYTHONPATH")
+    parser.add_argument(
+        "--peer", nargs="*", action="extend", default=[], help="NAME=PATH, first on the peer's PYTHONPATH"
+    )
     parser.add_argument("--limit", type=int, default=240, help="seconds a run may take")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
