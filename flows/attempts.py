@@ -17,9 +17,10 @@ from flows.ending import ignore_signals
 from flows.gpu_stages import StageLostError
 from flows.records import describe_environment, keep_log
 from schemas.artifacts import ModelRef, SourceRef
-from schemas.config import RunConfig
+from schemas.config import SETTINGS_OF_PLACE, RunConfig
 from tasks import storage, tracking
 from tasks.training.place import find_place
+from tasks.training.records import TrainingCrash
 
 _SOURCE_TAG, _MODEL_TAG, _HOST_TAG = "sft.source_digest", "sft.base_model_digest", "sft.host"
 _FLOW_RUN_TAG = "sft.prefect_flow_run"
@@ -51,6 +52,8 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
         tracking.log_text(run_id, describe_environment(), "environment/requirements.txt")
     else:
         get_run_logger().info("Going on with interrupted run %s", run_id)
+        for change in _differences(tracking.recorded_config(run_id), config.model_dump(mode="json")):
+            get_run_logger().info("It began with %s", change)
         tracking.reopen_run(run_id)
     tracking.set_tags(run_id, {_FLOW_RUN_TAG: flow_run.id})
     if PREFECT_UI_URL.value():  # a temporary server has no pages
@@ -61,7 +64,7 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
             yield run_id
             ignore_signals()  # from here on it is finished, and a process that says otherwise is started again
             status = "FINISHED"
-        except (ResumeError, StageLostError):
+        except (ResumeError, StageLostError, TrainingCrash):
             raise  # refused and nothing done, or cut short: the run can still be resumed
         except Exception:
             status = "FAILED"
@@ -101,7 +104,9 @@ def git_commit() -> str:
 
 
 def _digest_config(config: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    """Return a digest of all settings but those that say on how many GPUs a training runs: it goes on with others."""
+    values = config.model_dump(mode="json", exclude={"training": set(SETTINGS_OF_PLACE)})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _choose_run(config: RunConfig, digest: str, resume: str) -> str | None:

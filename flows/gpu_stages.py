@@ -26,6 +26,7 @@ from tasks import tracking
 from tasks.base_model import locate_base_model
 from tasks.caching import is_cached, run_stage
 from tasks.registry import bases
+from tasks.training.records import TrainingCrash
 
 TRAIN, EVALUATE = "train/train", "evaluate/evaluate"
 _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not started again
@@ -134,6 +135,10 @@ def _run_on_pool(name: str, stage: str, kind: type[R], parameters: dict[str, Any
         if child.state.is_completed():
             return _take(parent_run_id, stage, kind)
         where = f"{stage} on the GPU pool (flow run {child.name})"
+        if child.state.is_failed() and TrainingCrash.__name__ in (child.state.message or ""):
+            raise StageLostError(
+                f"{where} failed, and the same run goes on from its last checkpoint: {child.state.message}"
+            )
         if child.state.is_failed():
             raise StageFailedError(f"{where} failed: {child.state.message}")
         if not child.state.is_crashed():

@@ -25,6 +25,7 @@ from schemas.evaluation_config import (
 )
 from schemas.section import Section
 from schemas.training_config import (
+    SETTINGS_OF_PLACE,
     DpoConfig,
     SweepConfig,
     TrainingConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "JUDGED_METRICS",
     "PREFERENCE",
     "PREFERENCE_METRICS",
+    "SETTINGS_OF_PLACE",
     "DataConfig",
     "DatasetConfig",
     "DpoConfig",

@@ -58,6 +58,10 @@ class SweepConfig(Section):
         return self
 
 
+SETTINGS_OF_PLACE = ("num_processes", "num_nodes", "min_nodes", "strategy")
+"""Settings of a training that say where it is computed, and do not change what comes out: it can go on with others."""
+
+
 class TrainingConfig(Section):
     """What is trained, and how."""
 

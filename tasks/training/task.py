@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from schemas.artifacts import AdaptedWeights, AdapterRef, ModelRef, TokensRef
-from schemas.config import TrainingConfig
+from schemas.config import SETTINGS_OF_PLACE, TrainingConfig
 from tasks import storage, tracking
 from tasks.training.candidates import name_candidates
 from tasks.training.cards import complete_folder
@@ -194,7 +194,7 @@ def _identity(base_model: ModelRef, tokens: TokensRef, config: TrainingConfig, s
 
     Where it is computed is no part of it: a run may go on with another number of processes.
     """
-    settings = config.model_dump(mode="json", exclude={"num_processes", "num_nodes", "min_nodes", "strategy"})
+    settings = config.model_dump(mode="json", exclude=set(SETTINGS_OF_PLACE))
     parts = [base_model.digest, tokens.digest, settings, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

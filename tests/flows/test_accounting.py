@@ -1,13 +1,16 @@
 """No row vanishes between ingestion and tokenization."""
 
+from typing import Any
+
 import pytest
 
 from flows.accounting import account_rows, check_rejected, describe_rows, describe_run
-from flows.attempts import _differences
+from flows.attempts import _differences, _digest_config
 from flows.rejected import judge_rejected
 from schemas.artifacts import DatasetRef, TokensRef
 from schemas.config import DataConfig
 from schemas.loading import parse_config
+from tests.flows.test_form import make
 
 
 def _dataset(rows_in: int) -> DatasetRef:
@@ -87,3 +90,11 @@ def test_differences_name_each_setting_with_both_values() -> None:
     before = {"seed": 1, "training": {"rank": 4, "alpha": 8.0}}
     now = {"seed": 1, "training": {"rank": 8, "alpha": 8.0}, "name": "x"}
     assert _differences(before, now) == ["name: None -> 'x'", "training.rank: 4 -> 8"]
+
+
+def test_a_run_may_go_on_with_another_number_of_gpus_and_with_no_other_setting() -> None:
+    def digest(**training: Any) -> str:
+        return _digest_config(make(training=training))
+
+    assert digest(num_processes=2, strategy="fsdp") == digest(num_processes="auto") == digest()
+    assert digest(rank=32) != digest()

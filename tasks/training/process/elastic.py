@@ -12,7 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tasks.training.process.failures import name_lost_rank
 from tasks.training.process.messages import TrainingJob
+from tasks.training.records import TrainingCrash
 
 CONF_VARIABLE = "SFT_RENDEZVOUS_CONF"
 """Settings of the rendezvous in torchrun's form (--rdzv-conf): key=value,key=value."""
@@ -43,10 +45,12 @@ def start_ranks(job: TrainingJob, path: Path) -> None:
         path: of the job as a file.
 
     Raises:
-        ChildFailedError: one of them failed (and told the launcher why, if it could); the others were stopped.
+        TrainingCrash: one of them was killed by a signal; the others were stopped.
+        ChildFailedError: one of them failed, and told the launcher why; the others were stopped.
         RendezvousError: the machines do not meet any more.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = job.config
@@ -63,7 +67,14 @@ def start_ranks(job: TrainingJob, path: Path) -> None:
             **patience,
             **_describe_meeting(job),
         )
-        elastic_launch(launch, sys.executable)("-m", _MODULE, str(path))
+        try:
+            elastic_launch(launch, sys.executable)("-m", _MODULE, str(path))
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            if failure.exitcode >= 0:
+                raise
+            lost = name_lost_rank(failure.local_rank, config.num_own_processes, failure.exitcode)
+            raise TrainingCrash(lost) from error
 
 
 def _describe_meeting(job: TrainingJob) -> dict[str, Any]:

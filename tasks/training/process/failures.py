@@ -24,6 +24,9 @@ def choose_error(errors: Sequence[Mapping[str, str]], log: Path) -> Exception:
     error = next((error for error in errors if error["type"] in kinds), errors[0])
     if error["type"] in kinds:
         return kinds[error["type"]](error["message"])
+    lost = next((error for error in errors if error["type"] == TrainingCrash.__name__), None)
+    if lost is not None:  # of the agent, which knows which process the others lost
+        return TrainingCrash(f"{lost['message']}{read_tail(log)}")
     return TrainingCrash(
         f"the training failed with {error['type']}: {error['message']}\n{error['traceback']}(log: {log})"
     )
@@ -41,6 +44,17 @@ def is_known(error: Mapping[str, str]) -> bool:
     return error["type"] in _known_errors()
 
 
+def name_lost_rank(local_rank: int, number: int, code: int) -> str:
+    """Say which of a machine's processes was killed.
+
+    Args:
+        local_rank: of the process, from 0; on a machine with GPUs the GPU's number, too.
+        number: processes of this machine.
+        code: exit code, negative: a signal.
+    """
+    return f"process {local_rank + 1} of {number} (local rank {local_rank}) of the training {name_end(code)}"
+
+
 def name_end(code: int | None) -> str:
     """Say how a process ended that had no outcome, from its exit code (negative: a signal; None: it lives)."""
     if code is None:
@@ -48,7 +62,7 @@ def name_end(code: int | None) -> str:
     if code >= 0:
         return f"ended with exit code {code} without an outcome"
     cause = ", perhaps by the kernel because the machine's memory was used up" if -code == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{cause}. The same run goes on from the last checkpoint"
+    return f"was killed by {signal.Signals(-code).name}{cause}. The same command goes on from the last checkpoint"
 
 
 def read_tail(log: Path) -> str:

@@ -80,7 +80,7 @@ def run_training(
     patience = Patience(read_stop_seconds() if stop_seconds is None else stop_seconds, silence_seconds)
     listeners = Listeners(on_step, on_eval, on_log)
     if job.endpoint is None:
-        return _supervise(job, path, listeners, patience, None)
+        return _keep_training(job, path, listeners, patience)
     if not job.leads:
         return _supervise(job, path, listeners, patience, Attendance(on_log, MOST_FAILURES_AS_GUEST))
     with leading(job) as offer:
@@ -112,6 +112,32 @@ def _supervise(
         except BaseException:
             supervisor.stop(patience.stop_seconds)
             raise
+
+
+def _keep_training(job: TrainingJob, path: Path, listeners: Listeners, patience: Patience) -> TrainingOutcome:
+    """Run one machine's processes; where they are lost, start them again from their last checkpoint.
+
+    What is lost twice without a new checkpoint in between would be lost for ever: the second loss is raised.
+    """
+    changes: list[str] = []
+    while True:
+        reached = _find_last_checkpoint(job)
+        try:
+            outcome = _supervise(job, path, listeners, patience, None)
+            return replace(outcome, warnings=(*outcome.warnings, *changes))
+        except TrainingCrash as crash:
+            step = _find_last_checkpoint(job)
+            if step <= reached:
+                raise
+            sentence = f"The training was lost and goes on from the checkpoint of step {step}"
+            changes.append(sentence)
+            listeners.on_log(logging.WARNING, f"{sentence}: {str(crash).partition(chr(10))[0]}")
+
+
+def _find_last_checkpoint(job: TrainingJob) -> int:
+    """Return the step of the last checkpoint; 0 where there is none."""
+    names = (path.name.removeprefix("step-") for path in (job.run_folder / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _lead(

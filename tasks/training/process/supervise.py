@@ -286,7 +286,7 @@ class Supervisor:
                 raise TrainingCrash(
                     f"the training's process {connection.pid} ({connection.role}) gave no sign of life for "
                     f"{now - connection.heard:.0f} s and was killed: it was stopped, or the machine is out of memory. "
-                    f"The same run goes on from the last checkpoint{read_tail(self._log)}"
+                    f"The same command goes on from the last checkpoint{read_tail(self._log)}"
                 )
         if not self._has_spoken and now - self._started > _START_SECONDS:
             self._has_given_up = True

@@ -1,6 +1,8 @@
 """Several ranks optimize the same sum as one: real processes over gloo."""
 
+import os
 import random
+import signal
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -258,9 +260,31 @@ def test_death_of_one_rank_ends_all(base_model: Path, many_tokens: Path, tmp_pat
     def kill() -> None:
         max(find_processes(job), key=lambda process: process.pid).kill()
 
-    with pytest.raises(TrainingCrash):
+    with pytest.raises(TrainingCrash, match=r"process 2 of 2 \(local rank 1\) of the training was killed by SIGKILL"):
         run_training(job, on_step=at_step(3, kill))
     assert find_processes(job) == []
+
+
+def test_a_lost_rank_is_started_again_from_the_last_checkpoint(
+    base_model: Path, many_tokens: Path, alone: "Curves", tmp_path: Path
+) -> None:
+    """The training goes on by itself, says so, and ends where the undisturbed one does."""
+    job = TrainingJob(base_model, many_tokens, tmp_path, CONFIG.model_copy(update={"num_processes": 2}), 5, "x")
+    lost: list[int] = []
+    said: list[str] = []
+
+    def kill(record: StepRecord) -> None:
+        if not lost and list_checkpoints(job):
+            lost.append(max(find_processes(job), key=lambda process: process.pid).pid)
+            os.kill(lost[0], signal.SIGKILL)
+
+    outcome = run_training(job, on_step=kill, on_log=lambda level, text: said.append(text))
+    (warning,) = (text for text in outcome.warnings if "goes on" in text)
+    assert warning == "The training was lost and goes on from the checkpoint of step 8"
+    assert any(text.startswith(warning + ": process 2 of 2") for text in said)
+    assert lost
+    assert outcome.resumed_from_step == 8
+    assert farthest(load_file(outcome.adapter / "adapter_model.safetensors"), alone.adapter) < 1e-5
 
 
 def test_processes_without_work_are_refused() -> None:
