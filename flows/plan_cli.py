@@ -83,9 +83,11 @@ def show_plan(plan: "RunPlan", out: Console) -> None:
         for option in plan.memory.options:
             out.print(f"  {escape(option.settings)}: {_write_bytes(option.least_bytes)} at least", soft_wrap=True)
     if plan.num_idle_gpus:
+        most = plan.num_idle_gpus + plan.num_processes
+        number = f"auto, or {most}" if plan.num_sharing == 1 else f"{most}"
         out.print(
             f"[yellow]{count_of(plan.num_idle_gpus, 'GPU')} of this machine would be idle: set "
-            f"training.num_processes to auto, or {plan.num_idle_gpus + plan.num_processes}[/]",
+            f"training.num_processes to {number}[/]",
             soft_wrap=True,
         )
     for warning in plan.warnings:
@@ -119,7 +121,8 @@ def _tell_steps(plan: "RunPlan") -> str:
 
 def _tell_device(plan: "RunPlan") -> str:
     processes = f", {plan.num_processes} processes" if plan.num_processes > 1 else ""
-    return plan.device + processes
+    shared = f", each {plan.num_sharing} share an example's tokens" if plan.num_sharing > 1 else ""
+    return plan.device + processes + shared
 
 
 def _tell_memory(plan: "RunPlan") -> str:
@@ -130,10 +133,12 @@ def _tell_memory(plan: "RunPlan") -> str:
         seen = f"; at its highest {_write_bytes(int(peak.value))} ({bar}), by earlier trainings of this model here"
     if need.loaded_bytes:
         seen = f"; at its start {_write_bytes(need.loaded_bytes)}, until the weights are in 8 bits{seen}"
+    on_each = " on each device" if plan.num_processes > 1 else ""
+    part = f" with 1/{plan.num_sharing} of the longest example" if plan.num_sharing > 1 else ""
     return (
-        f"at least {_write_bytes(need.least_bytes)} of {_write_bytes(memory.capacity_bytes)}: weights "
+        f"at least {_write_bytes(need.least_bytes)}{on_each} of {_write_bytes(memory.capacity_bytes)}: weights "
         f"{_write_bytes(need.weights_bytes)}, {need.num_trained:,} trained values with gradient and optimizer "
-        f"{_write_bytes(need.trained_bytes)}, the smallest pass {_write_bytes(need.least_pass_bytes)}{seen}"
+        f"{_write_bytes(need.trained_bytes)}, the smallest pass{part} {_write_bytes(need.least_pass_bytes)}{seen}"
     )
 
 

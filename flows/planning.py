@@ -60,6 +60,8 @@ class RunPlan:
     sizes: Sizes
     device: str
     num_processes: int
+    num_sharing: int
+    """Processes that share each example's tokens."""
     num_idle_gpus: int
     memory: Memory
     cached: tuple[str, ...]
@@ -158,13 +160,20 @@ def _put_together(
         sizes=found.sizes,
         device=speeds.name_device(),
         num_processes=config.training.num_own_processes,
-        num_idle_gpus=max(0, num_gpus - config.training.num_own_processes),
+        num_sharing=config.training.context_parallel,
+        num_idle_gpus=_count_idle(config, num_gpus),
         memory=memory,
         cached=kept.stages,
         times=times,
         seconds=add_up(times),
         rate=rate,
     )
+
+
+def _count_idle(config: RunConfig, num_gpus: int) -> int:
+    """Return how many GPUs are idle that further processes could take."""
+    idle, sharing = max(0, num_gpus - config.training.num_own_processes), config.training.context_parallel
+    return idle // sharing * sharing
 
 
 def _plan_memory(

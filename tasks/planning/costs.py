@@ -52,16 +52,17 @@ def list_terms(work: Mapping[str, float]) -> Floats:
 
     Args:
         work: of a training's steps, as `tasks.training.pace` notes it: counts over all ranks and sizes of the model;
-            `flop` is the useful work of a token of its body, `head_flop` of a row of its head.
+            `flop` is the useful work of a token of its body, `head_flop` of a row of its head. Ranks that share a pass
+            (`sharing`; one where a line does not say) each do all of its layers, for their part of its tokens.
     """
-    ranks, again = max(1.0, work["ranks"]), work["recomputed"]
+    ranks, again, sharing = max(1.0, work["ranks"]), work["recomputed"], work.get("sharing", 1.0)
     layers, hidden, trained = work["layers"], work["hidden"], work["trained"]
     passes, tokens, rows, squares = (work[name] / ranks for name in ("passes", "tokens", "head_rows", "squares"))
     return np.array(
         [
             work["steps"],
             work["steps"] * trained,
-            passes * layers * (1 + again / 2),
+            passes * sharing * layers * (1 + again / 2),
             tokens * work["flop"] * (1 + again / 2) + rows * work["head_flop"],
             tokens * layers * hidden * (1 + again / 3) + rows * work["vocabulary"] / 2,
             tokens * work["adapter_flop"] * (1 + again / 3),

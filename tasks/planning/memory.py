@@ -42,7 +42,8 @@ class MemoryNeed:
     trained_bytes: int
     """What is trained, its gradient and the optimizer's moments."""
     least_pass_bytes: int
-    """The smallest forward pass: the layers' inputs of one example, and some logits. A lower bound."""
+    """The smallest forward pass: the layers' inputs of one example, or of this device's part of it, and some logits. A
+    lower bound."""
     num_trained: int
     loaded_bytes: int = 0
     """The base as it is loaded, where the training makes another form of it on the device (FP8)."""
@@ -143,6 +144,8 @@ def _list_changes(config: TrainingConfig, dtype: torch.dtype) -> Iterator[dict[s
         rows = config.micro_batch * config.gradient_accumulation_steps
         if number > config.num_ranks and number <= rows:
             yield {"num_processes": number, "strategy": "fsdp"}
+        if number > config.context_parallel:  # whole weights on each, and a part of the tokens
+            yield {"num_processes": number, "context_parallel": number}
 
 
 def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: int) -> MemoryNeed:
@@ -171,8 +174,9 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
         trained = trained if config.is_lora else -(-trained // ranks)
     layers, hidden = int(sizes.num_hidden_layers), int(sizes.hidden_size)
     vocabulary = int(sizes.vocab_size)
-    logits = min(_SMALLEST_LOGITS, longest * vocabulary * _FP32)
-    least_pass = layers * hidden * longest * dtype.itemsize + logits
+    own = -(-longest // config.context_parallel)
+    logits = min(_SMALLEST_LOGITS, own * vocabulary * _FP32)
+    least_pass = layers * hidden * own * dtype.itemsize + logits
     loaded = 0
     if config.base_weights == "fp8":
         loaded = (share if is_fused else int)(total * dtype.itemsize) + num_trained * _FP32

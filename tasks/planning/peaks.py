@@ -6,6 +6,7 @@
 A fit like that of the time (`tasks.planning.costs`). What is counted to the byte is taken as counted; what libraries
 take, and how much a layer keeps of a token, are measured. On a CPU a training is a part of the run's process, which
 holds more than a trial's: it has evaluated the base model. What earlier runs held before their trainings is noted.
+Ranks that share a pass (`training.context_parallel`) each hold their part of its tokens.
 """
 
 import statistics
@@ -90,7 +91,7 @@ def count_rank(config: TrainingConfig) -> int:
 def _list_terms(peak: Peak, device: str) -> Floats:
     """Return the parts [K] of the memory, as they would usually be."""
     work, size = peak.work, peak.itemsize
-    tokens, layers, hidden = work["largest_pass"], work["layers"], work["hidden"]
+    tokens, layers, hidden = work["largest_pass"] / work.get("sharing", 1.0), work["layers"], work["hidden"]
     hidden_kept, width_kept = _PARTS_KEPT
     a_layer = tokens * (hidden_kept * hidden + width_kept * work["width"]) * size
     kept = layers * (1 - work["recomputed"])

@@ -20,7 +20,8 @@ _MOST = 60
 """Trainings whose costs are looked at, the newest."""
 _KIND = {
     **{"method": "lora", "use_dora": "False", "optimizer": "adamw", "precision": "auto", "base_weights": "full"},
-    **{"num_processes": "1", "num_nodes": "1", "strategy": "ddp", "objective": "sft", "sweep": "", "base_dropout": ""},
+    **{"num_processes": "1", "num_nodes": "1", "strategy": "ddp", "context_parallel": "1"},
+    **{"objective": "sft", "sweep": "", "base_dropout": ""},
 }
 _FEW = 20
 """The newest of a kind are taken: libraries and drivers change."""

@@ -132,6 +132,7 @@ def _foresee(
     config = question.config
     need = count_need(question.folder, config, dtype=_dtype(question), longest=1)
     sizes = measure_products(question.model, config, count_flop(question.folder, config), need.num_trained)
+    sizes["sharing"] = float(config.context_parallel)
 
     def lay(layout: PassLayout) -> dict[str, float]:
         return {**foresee_work(examples, config, layout, seed=seed), **sizes}
@@ -148,7 +149,7 @@ def _foresee(
     for part in {None: (0.0, 1.0), False: (0.0,), True: (1.0,)}[config.gradient_checkpointing]:
         layout = replace(whole, recomputed=part)
         layout = replace(layout, tokens_per_forward=_fit_tokens(question, own, layout, sizes))
-        if layout.tokens_per_forward >= min(whole.tokens_per_forward, FULL_TOKENS):
+        if layout.tokens_per_forward >= min(whole.tokens_per_forward, FULL_TOKENS * config.context_parallel):
             break
     return lay(layout)
 
@@ -161,7 +162,8 @@ def _fit_tokens(question: _Question, own: Sequence[Speed], layout: PassLayout, s
         other = json.loads(speed.settings)
         is_alike = all(other.get(name) == kind[name] for name in ("method", "precision", "base_weights", "optimizer"))
         if is_alike and speed.work["recomputed"] == layout.recomputed and speed.work["room"]:
-            return min(most, int(speed.work["room"]))
+            own_room = int(speed.work["room"] / speed.work.get("sharing", 1.0))
+            return min(most, own_room * question.config.context_parallel)
     peaks = _list_peaks(question, own)
 
     def measure(tokens: int) -> float:

@@ -24,8 +24,9 @@ class PassLayout:
     """How an engine lays a step's rows out."""
 
     is_flat: bool
-    """ExampleLengths end to end, else side by side with padding."""
+    """Examples end to end, else side by side with padding."""
     tokens_per_forward: int
+    """Of a rank, or of those that share a pass."""
     recomputed: float = 0.0
     """Part of the layers that run again in the backward pass."""
 
@@ -131,6 +132,7 @@ def foresee_work(
         "recomputed": layout.recomputed,
         "flat": float(layout.is_flat),
         "ranks": float(config.num_ranks),
+        "sharing": float(config.context_parallel),
     }
 
 
@@ -142,7 +144,8 @@ def _lay_out_step(
     ranks = config.num_ranks
     found = []
     if layout.is_flat:
-        for part in cut_flat_step(examples.table, window, layout.tokens_per_forward, num_parts=ranks):
+        num_parts = ranks // config.context_parallel
+        for part in cut_flat_step(examples.table, window, layout.tokens_per_forward, num_parts=num_parts):
             own = lengths[part]
             tokens, learned = int(own.sum()), int(trained[part].sum())
             padding = -tokens % FLAT_MULTIPLE
@@ -184,4 +187,5 @@ def foresee_layout(
         return PassLayout(False, config.micro_batch * longest, recomputed)
     if config.tokens_per_pack != "auto":
         most = min(most, max(config.tokens_per_pack, int(lengths.max())))
-    return PassLayout(True, min(most, GPU_TOKENS if is_gpu else CPU_TOKENS), recomputed)
+    own = min(most, GPU_TOKENS if is_gpu else CPU_TOKENS)
+    return PassLayout(True, own * config.context_parallel, recomputed)

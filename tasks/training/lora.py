@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
+from tasks.decoder.across import can_divide
 from tasks.families.adaptation import EMBEDDINGS, HEAD, AdaptationPlan, plan_adaptation
 from tasks.families.classes import FamilyError
 from tasks.training.checkpoints import publish_folder
@@ -34,8 +35,10 @@ def plan_adapter(model: PreTrainedModel, config: TrainingConfig) -> AdaptationPl
         config: the training section.
 
     Raises:
-        TrainingError: a named module is not in the model, or a setting does not go with experts.
+        TrainingError: a named module is not in the model, a setting does not go with experts, or the model has not the
+            heads for processes that share examples.
     """
+    _check_heads(model, config)
     try:
         plan = plan_adaptation(model, config.target_modules)
     except FamilyError as error:
@@ -43,6 +46,18 @@ def plan_adapter(model: PreTrainedModel, config: TrainingConfig) -> AdaptationPl
     _check_names(model, config.modules_to_save)
     _check_experts(model, plan, config)
     return plan
+
+
+def _check_heads(model: PreTrainedModel, config: TrainingConfig) -> None:
+    """Refuse what `engines.shared_tokens` would, where the model's config already says so."""
+    size, text = config.context_parallel, model.config.get_text_config()
+    heads = int(getattr(text, "num_attention_heads", None) or 0)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    if size > 1 and heads and not can_divide(heads, keys, size):
+        raise TrainingError(
+            f"training.context_parallel is {size}, and the model's {heads} heads with {keys} of keys cannot be divided "
+            f"among {size} processes: set it to a number that divides both, or to 1"
+        )
 
 
 def build_lora_config(model: PreTrainedModel, plan: AdaptationPlan, config: TrainingConfig) -> LoraConfig:

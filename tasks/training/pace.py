@@ -197,6 +197,7 @@ class PaceClock:
             **{name: float(number) for name, number in self._work.items()},
             "steps": float(self._num_counted),
             "ranks": float(job.config.num_ranks),
+            "sharing": float(job.config.context_parallel),
             "recomputed": outcome.recomputed_part,
             "flat": float(outcome.is_flat),
             "room": float(outcome.room_tokens),

@@ -194,9 +194,12 @@ def describe_idle(config: TrainingConfig) -> str | None:
     """Say which GPUs of this machine will not train, and how they would; None where there are none."""
     idle = count_gpus() - config.num_own_processes
     rows = config.micro_batch * config.gradient_accumulation_steps
-    if idle < 1 or config.num_ranks >= rows:
+    sharing = config.context_parallel
+    if idle < sharing or config.num_ranks // sharing >= rows:
         return None
     told = f"{count_of(idle, 'GPU')} of this machine {'is' if idle == 1 else 'are'} not used by this training"
+    if sharing > 1:
+        return f"{told}: training.num_processes may be {count_gpus() // sharing * sharing}"
     return f"{told}: training.num_processes auto takes all of them"
 
 

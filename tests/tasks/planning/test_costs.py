@@ -112,3 +112,12 @@ def test_a_part_of_the_conversations_stands_for_all(split: Path) -> None:
     whole, part = read_examples(split, config), read_examples(split, config, share=0.5)
     assert isinstance(whole, ExampleLengths)
     assert len(part.rows) == 2 * len(whole.rows)
+
+
+def test_ranks_that_share_a_pass_each_do_its_layers_for_a_part_of_its_tokens(split: Path) -> None:
+    alone, both = (
+        list_terms(make_work(split, {"rank": 8, "micro_batch": 1, "gradient_accumulation_steps": 4, **more}))
+        for more in ({}, {"num_processes": 2, "context_parallel": 2})
+    )
+    assert both[2] == alone[2]  # each rank goes through every layer
+    assert both[3:] == pytest.approx(alone[3:] / 2)

@@ -12,6 +12,7 @@ from tasks.models import load_model
 from tasks.planning.memory import count_flop, count_need, fits, list_options
 from tasks.training.lora import collect_trained
 from tasks.training.methods import attach_trained
+from tasks.training.records import TrainingError
 from tasks.training.throughput import count_useful_flop
 
 MODEL = Path(__file__).parents[3] / "deploy" / "demo" / "base_model"
@@ -83,3 +84,21 @@ def test_where_the_layers_are_divided_their_share_and_two_of_them_are_counted() 
     assert need.trained_bytes == count_need(MODEL, one, **whole).trained_bytes
     general = four.model_copy(update={"engine": "general"})
     assert count_need(MODEL, general, **whole).weights_bytes == total
+
+
+def test_devices_that_share_examples_hold_the_whole_model_and_their_part_of_the_tokens() -> None:
+    whole: dict[str, Any] = {"dtype": torch.float32, "longest": 512}
+    config = TrainingConfig(micro_batch=1)
+    alone = count_need(MODEL, config, **whole)
+    both = count_need(MODEL, TrainingConfig(micro_batch=1, num_processes=2, context_parallel=2), **whole)
+    assert (both.weights_bytes, both.trained_bytes) == (alone.weights_bytes, alone.trained_bytes)
+    assert both.least_pass_bytes == alone.least_pass_bytes / 2 == 256 * (4 * 256 + 2048) * 4
+    capacity = int((both.least_bytes + alone.least_bytes) / 2 / 0.9)
+    options = list_options(MODEL, config, capacity_bytes=capacity, **whole)
+    assert "training.num_processes 2, training.context_parallel 2" in [option.settings for option in options]
+
+
+def test_heads_that_cannot_be_divided_are_refused_before_anything_is_loaded() -> None:
+    config = TrainingConfig(micro_batch=1, num_processes=3, context_parallel=3)
+    with pytest.raises(TrainingError, match=r"8 heads with 2 of keys cannot be divided among 3 processes"):
+        count_need(MODEL, config, dtype=torch.float32, longest=512)

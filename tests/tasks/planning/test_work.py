@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from schemas.config import TrainingConfig
-from tasks.planning.work import PassLayout, foresee_work, read_examples
+from tasks.planning.work import PassLayout, foresee_layout, foresee_work, read_examples
 from tasks.training.batches import form_flat_step, form_padded_step, iterate_steps, lay_out, open_rows
 from tasks.training.pace import count_tokens
 from tasks.training.schedule import count_steps
@@ -47,6 +47,31 @@ def test_the_work_is_that_of_the_training(tmp_path: Path, layout: PassLayout, se
     for name in ("passes", "tokens", "squares", "head_rows"):
         assert found[name] == sum(each[name] for each in counted), name
     assert found["largest_pass"] == max(each["largest_pass"] for each in counted)
+
+
+def test_ranks_that_share_examples_take_the_same_passes(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(5).integers(4, 900, 200).tolist()
+    split = write_split(tmp_path / "train.parquet", lengths)
+    config = TrainingConfig(micro_batch=8, num_epochs=1, num_processes=4, context_parallel=2)
+    examples = read_examples(split, config)
+    layout = foresee_layout(examples, config, is_gpu=False)
+    alone = foresee_layout(examples, TrainingConfig(micro_batch=8), is_gpu=False)
+    assert layout.tokens_per_forward == 2 * alone.tokens_per_forward
+    found = foresee_work(examples, config, layout, seed=9)
+    lay_out(split, tmp_path / "laid", config)
+    table, rows = open_rows(tmp_path / "laid")
+    _, num_steps = count_steps(len(rows), config)
+
+    def form(table: Any, rows: Any) -> Any:
+        return form_flat_step(table, rows, layout.tokens_per_forward, num_parts=2)  # two groups of two ranks
+
+    counted = [
+        count_work(batches)
+        for batches in iterate_steps(table, rows, config, seed=9, first=0, last=num_steps, form_step=form)
+    ]
+    for name in ("passes", "tokens", "squares", "head_rows"):
+        assert found[name] == sum(each[name] for each in counted), name
+    assert (found["ranks"], found["sharing"]) == (4, 2)
 
 
 def test_a_table_in_parts_is_counted_as_one(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ def test_idle_gpus_are_told_where_they_could_train(monkeypatch: pytest.MonkeyPat
     assert told == "1 GPU of this machine is not used by this training: training.num_processes auto takes all of them"
     assert describe_idle(TrainingConfig(num_processes=4)) is None
     assert describe_idle(TrainingConfig(num_processes=2, micro_batch=2)) is None  # a step has no more rows
+    shared = describe_idle(TrainingConfig(num_processes=2, context_parallel=2, micro_batch=2))
+    assert shared == "2 GPUs of this machine are not used by this training: training.num_processes may be 4"
+    assert describe_idle(TrainingConfig(num_processes=3, context_parallel=3)) is None  # one is no group
 
 
 def test_another_word_than_auto_is_refused() -> None:
