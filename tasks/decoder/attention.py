@@ -67,7 +67,17 @@ class Segments:
 
     def move(self, device: torch.device) -> "Segments":
         """Return the segments with their borders on a device."""
-        return Segments(self.borders.to(device, non_blocking=True), self.lengths)
+        return Segments(send(self.borders, device), self.lengths)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host's on a device, in the order of its work, which nobody waits for.
+
+    From memory that may be paged out, a GPU's driver copies only once all that was queued before is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Attention(Protocol):

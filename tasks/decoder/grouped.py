@@ -269,7 +269,7 @@ class GroupedProjection:
         if self.num_further:
             outer = self.matrices[:, : self.num_out, self.num_in :]
             small = multiply_grouped(rows.values, outer, ends)
-            rows.joint[:, self.num_out :].copy_(small)
+            copy_rows(small, rows.joint[:, self.num_out :])
         if not needs_input:
             return small, None
         return small, multiply_grouped(rows.joint, self.matrices[:, :, : self.num_in], ends)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from schemas.config import TrainingConfig
-from tasks.decoder.attention import Segments
+from tasks.decoder.attention import Segments, send
 from tasks.decoder.dropout import derive_key
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.records import TrainingError
@@ -92,11 +92,11 @@ class Batch:
         segments, trained = self.segments, self.trained
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            input_ids=send(self.input_ids, device),
+            targets=send(self.targets, device),
+            position_ids=None if self.position_ids is None else send(self.position_ids, device),
             segments=None if segments is None else segments.move(device),
-            trained=None if trained is None else trained.to(device, non_blocking=True),
+            trained=None if trained is None else send(trained, device),
         )
 
 

@@ -113,7 +113,7 @@ class FusedEngine:
             return None
         loss = self._replay(batch, scale)
         if loss is None and self.router_loss is None and self.decoder.list_head_parameters():
-            factor = torch.tensor(scale, device=self.device)
+            factor = torch.full((), scale, device=self.device)  # filled there: a copy would wait for the device
             loss = self._compute_losses(self._start(batch), scale=factor).sum()
             (loss * factor).backward()
             return loss.detach()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.config import TrainingConfig
+from tasks.decoder.attention import send
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch
 from tasks.training.records import TrainingError
@@ -103,5 +104,5 @@ def _mask_padding(batch: Batch) -> Tensor | None:
     num_places = batch.input_ids.shape[1]
     if all(length == num_places for length in batch.row_lengths):
         return None
-    lengths = torch.tensor(batch.row_lengths, device=batch.input_ids.device)
+    lengths = send(torch.tensor(batch.row_lengths), batch.input_ids.device)
     return (torch.arange(num_places, device=lengths.device)[None] < lengths[:, None]).long()
