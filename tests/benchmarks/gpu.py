@@ -61,6 +61,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-gemma4-e4b-lean": ("ours", "gemma4-e4b", {**_LEAN, "gradient_checkpointing": True}, 10),
     "ours-gemma4-e4b-general": ("ours", "gemma4-e4b", {**_LEAN, "engine": "general"}, 8),
     "ours-30b-a3b-lean": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
+    # As many layers are recomputed as the memory asks for.
+    "ours-30b-a3b": ("ours", "qwen3-30b-a3b", _EXPERTS, 8),
     "ours-30b-a3b-fp8": (
         "ours",
         "qwen3-30b-a3b",
@@ -76,6 +78,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     ),
     "ours-30b-a3b-general": ("ours", "qwen3-30b-a3b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-gpt-oss-20b": ("ours", "gpt-oss-20b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
+    "ours-gpt-oss-20b-kept": ("ours", "gpt-oss-20b", _EXPERTS, 8),
     "ours-gpt-oss-20b-fp8": (
         "ours",
         "gpt-oss-20b",

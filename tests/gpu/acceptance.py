@@ -89,7 +89,7 @@ def tell_long(given: Inputs) -> Report:
     code = first.process.wait(120)
     seconds = time.monotonic() - began
     _expect(code == 130, f"exit code {code} after Ctrl-C: {first.last_lines()}")
-    reached = max(int(path.name.removeprefix("step-")) for path in first.checkpoints())
+    reached = _find_last_step(first)
     second = start_run(config, folder)
     report = second.wait(_LIMIT)
     steps = report["training"]["steps"]
@@ -148,12 +148,12 @@ def tell_lost_gpu(given: Inputs) -> Report:
     _expect(len(ranks) == 2, f"{len(ranks)} processes train")
     ranks[1].kill()
     _wait(first, lambda: "The training was lost and goes on" in first.log.read_text(errors="replace"), "the loss")
-    again = len(first.checkpoints())
-    _wait(first, lambda: len(first.checkpoints()) > again, "another checkpoint")
+    again = _find_last_step(first)
+    _wait(first, lambda: _find_last_step(first) > again, "another checkpoint")
     os.killpg(first.process.pid, signal.SIGINT)
     code = first.process.wait(120)
     _expect(code == 130, f"exit code {code} after Ctrl-C: {first.last_lines()}")
-    reached = max(int(path.name.removeprefix("step-")) for path in first.checkpoints())
+    reached = _find_last_step(first)
     config["training"]["num_processes"] = 1
     second = start_run(config, folder, CUDA_VISIBLE_DEVICES="0")
     report = second.wait(_LIMIT)
@@ -331,6 +331,11 @@ def _wait(run: SftRun, holds: Callable[[], bool], what: str) -> None:
         if run.process.poll() is not None or time.monotonic() > deadline:
             raise StoryError(f"the run ended, or {_LIMIT:.0f} s passed, before {what}: {run.last_lines()}")
         time.sleep(0.05)
+
+
+def _find_last_step(run: SftRun) -> int:
+    """Return the step of a run's last checkpoint; 0: there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in run.checkpoints()), default=0)
 
 
 def _find_line(run: SftRun, text: str) -> str:
