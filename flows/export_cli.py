@@ -58,7 +58,7 @@ def export(
         if json_:
             typer.echo(json.dumps(made.as_values(), indent=2, ensure_ascii=False))
         else:
-            show_exported(made)
+            show_exported(made, tells_folder=output is None)
         if output is not None:
             shutil.copytree(made.folder, output, dirs_exist_ok=True)
             console.print(f"Its files are in {escape(str(output))}", soft_wrap=True)
@@ -69,8 +69,8 @@ def export(
         fail(error)
 
 
-def show_exported(made: "Exported") -> None:
-    """Print what was made and how near it is."""
+def show_exported(made: "Exported", *, tells_folder: bool = True) -> None:
+    """Print what was made, how near it is, and where this machine keeps it."""
     from flows.export_versions import tell_proof
     from flows.terminal import make_metrics_table
 
@@ -83,4 +83,5 @@ def show_exported(made: "Exported") -> None:
     out.print(make_metrics_table(title, "version", made.before, made.delta, other="export"))
     for note in made.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-    out.print(f"[dim]{escape(str(made.folder))}[/]", soft_wrap=True)
+    if tells_folder:
+        out.print(f"Its files are in {escape(str(made.folder))}", soft_wrap=True)

@@ -110,7 +110,7 @@ def tell_proof(proof: ExportProof) -> str:
     """Return what was found in a sentence."""
     return (
         f"{proof.agreement:.1%} of {proof.num_positions:,} greedy tokens agree, "
-        f"{proof.acceptance:.1%} but for near ties, KL {proof.mean_kl:.2g} nats a token "
+        f"{proof.acceptance:.1%} where near ties count as equal, KL {proof.mean_kl:.2g} nats a token "
         f"(at most {proof.largest_kl:.2g}), {proof.stop_agreement:.1%} of {proof.num_stops:,} ends of answers are the "
         "same"
     )
@@ -177,7 +177,7 @@ def _check(found: Exported, least_agreement: float) -> None:
     if proof.acceptance < least_agreement or proof.stop_agreement < least_agreement:
         raise ExportError(
             f"{found.form} of {found.parent} is not registered: {tell_proof(proof)}, and {least_agreement:.0%} of "
-            "tokens, near ties apart, and of ends are wanted: take a form with more bits, or lower --min-agreement"
+            "tokens, near ties counted as equal, and of ends are wanted: take a form with more bits, or lower --min-agreement"
         )
 
 

@@ -139,7 +139,13 @@ def serve(served: ServedModel, options: ServingOptions, *, on_start: Callable[[]
     Raises:
         ServingError: the address cannot be used.
     """
-    app = Guard(create_app(served, api_key=options.api_key), hosts=list_hosts(options), origins=())
+    app = Guard(
+        create_app(served, api_key=options.api_key),
+        hosts=list_hosts(options),
+        origins=(),
+        name_help="Use one of its own, or start it with --allow-host and yours.",
+        page_help="Have the page's own server ask it.",
+    )
     config = uvicorn.Config(
         app, host=options.host.strip("[]"), port=options.port, log_level="warning", server_header=False
     )

@@ -19,7 +19,8 @@ HOSTS, ORIGINS, AUTH = "SFT_GUARD_HOSTS", "SFT_GUARD_ORIGINS", "SFT_AUTH"
 """What a served process is told: names and pages, with commas between, and whether a log-in is asked for."""
 _FRAMES = (b"x-frame-options", b"SAMEORIGIN")  # no page of others around ours: its clicks would be the reader's
 
-_FOREIGN_PAGE = 403, "Pages of other origins may not use this server. Add yours to SFT_ALLOWED_ORIGINS."
+_NAME_HELP = "Use one of its own, or add yours to SFT_ALLOWED_ORIGINS."
+_PAGE_HELP = "Add yours to SFT_ALLOWED_ORIGINS."
 
 
 class Guard:
@@ -29,10 +30,22 @@ class Guard:
         app: the server.
         hosts: names and addresses that it is reached by, without ports; IPv6 in brackets.
         origins: pages beside its own that may ask, such as `https://mlflow.example.org`.
+        name_help: what to do where a name is refused.
+        page_help: what to do where a page is.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str], origins: Iterable[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Iterable[str],
+        origins: Iterable[str],
+        name_help: str = _NAME_HELP,
+        page_help: str = _PAGE_HELP,
+    ) -> None:
         self._app = app
+        self._foreign_name = 400, f"This server is not reached by that name. {name_help}"
+        self._foreign_page = 403, f"Pages of other origins may not use this server. {page_help}"
         self._hosts = frozenset(host.lower() for host in hosts)
         self._origins = frozenset(origin.lower() for origin in origins)
 
@@ -55,14 +68,11 @@ class Guard:
         """Return the HTTP status and the reason of a refusal; None lets the request pass."""
         hosts = _values(scope, b"host")
         if len(hosts) != 1 or _name(hosts[0]) not in self._hosts:
-            return (
-                400,
-                "This server is not reached by that name. Use one of its own, or add yours to SFT_ALLOWED_ORIGINS.",
-            )
+            return self._foreign_name
         for origin in _values(scope, b"origin"):
             if origin not in self._origins and urlsplit(origin).netloc != hosts[0]:
-                return _FOREIGN_PAGE
-        return _FOREIGN_PAGE if _is_part_of_foreign_page(scope) else None
+                return self._foreign_page
+        return self._foreign_page if _is_part_of_foreign_page(scope) else None
 
 
 def create_prefect() -> Guard:

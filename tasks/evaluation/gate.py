@@ -166,6 +166,7 @@ def _check_guard(name: str, change: Delta, margin: float, rival: str) -> GateChe
         f"a loss of up to {margin:g} is tolerated"
     )
     if not passed:
-        lost = "it got worse" if metric.gain(change.value) < 0 else "it did not get worse, but these rows leave it open"
+        is_lost = -metric.gain(change.value) > margin
+        lost = "it got worse" if is_lost else f"these rows leave a loss of {worst:.4g} open"
         finding += f": {lost} (registry.gate.guards)"
     return GateCheck(kind="guard", passed=passed, finding=finding)

@@ -1,6 +1,6 @@
 """What MLflow knows of runs and registered versions, as rows for a terminal or a program."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,6 +10,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from tasks import tracking
+from tasks.registry.exports import FORM_TAG
 from tasks.registry.versions import GATE_TAG, REASONS_TAG, ROLLED_BACK_TAG, RUN_TAG
 
 _ID_LENGTH = 8
@@ -41,8 +42,9 @@ class VersionRow:
     registered: str
     base_model: str
     verdict: str
+    """The gate's; of an export, which no gate has judged, that it is one."""
     reasons: str
-    """Why the gate let it pass or refused it, or why it was rolled back."""
+    """Why the gate let it pass or refused it, or why it was rolled back; of an export, how near it is."""
     run: str
 
 
@@ -89,12 +91,18 @@ def list_versions(name: str | None) -> list[VersionRow]:
                     aliases=", ".join(sorted(alias for alias, number in aliases.items() if number == version.version)),
                     registered=_format_time(version.creation_timestamp),
                     base_model=version.tags.get("sft.base_model", ""),
-                    verdict="rolled back" if ROLLED_BACK_TAG in version.tags else version.tags.get(GATE_TAG, ""),
+                    verdict=_tell_verdict(version.tags),
                     reasons=reasons,
                     run=version.tags[RUN_TAG],
                 )
             )
     return rows
+
+
+def _tell_verdict(tags: Mapping[str, str]) -> str:
+    if ROLLED_BACK_TAG in tags:
+        return "rolled back"
+    return "exported" if FORM_TAG in tags else tags.get(GATE_TAG, "")
 
 
 def compare_runs(runs: Sequence[str]) -> RunComparison:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from tasks import tracking
+from tasks.registry.exports import FORM_TAG
 from tasks.registry.versions import GATE_TAG, REASONS_TAG, ROLLED_BACK_TAG, RUN_TAG
 
 
@@ -39,7 +40,16 @@ def _fill(folder: Path) -> list[str]:
         client.create_model_version("support", source=str(folder), tags=version)
     client.set_model_version_tag("support", "2", ROLLED_BACK_TAG, "too terse")
     client.set_registered_model_alias("support", "champion", "1")
+    client.create_registered_model("support-int8")
+    tags = {**version, FORM_TAG: "int8", REASONS_TAG: "int8 of support/1: 99 % agree"}  # the verdict is its parent's
+    client.create_model_version("support-int8", source=str(folder), tags=tags)
     return ids
+
+
+def test_an_export_is_not_called_promoted() -> None:
+    (export,) = json.loads(run("models", "support-int8", "--json"))
+    assert (export["verdict"], export["aliases"]) == ("exported", "")
+    assert "exported: int8 of support/1" in run("models", "support-int8")
 
 
 def run(*words: str) -> str:

@@ -80,7 +80,11 @@ def test_the_command_serves_on_loopback_by_its_own_names(tmp_path: Path) -> None
         assert model["id"] == "small"
         refused = httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"}, timeout=60)
         assert refused.status_code == 400
-        assert httpx.get(f"{url}/health", headers={"Origin": "http://evil.example"}, timeout=60).status_code == 403
+        assert "--allow-host" in refused.text  # what this server reads
+        assert "SFT_ALLOWED_ORIGINS" not in refused.text
+        foreign = httpx.get(f"{url}/health", headers={"Origin": "http://evil.example"}, timeout=60)
+        assert foreign.status_code == 403
+        assert "SFT_ALLOWED_ORIGINS" not in foreign.text
     finally:
         server.send_signal(signal.SIGINT)
     assert server.wait(timeout=60) == 0

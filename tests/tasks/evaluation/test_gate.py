@@ -176,6 +176,14 @@ def test_a_guard_says_by_how_much_it_was_broken() -> None:
     )
 
 
+def test_a_guard_that_is_broken_by_the_interval_alone_says_so() -> None:
+    change = {"chrf": Delta(value=-2.233, ci_low=-6.819, ci_high=0.0)}
+    assert judge({**_BETTER, **change}, GateConfig(metric="nll"))[1] == (
+        "chrf against the base model: changed by -2.233 (interval -6.819 to 0); a loss of up to 5 is tolerated: these "
+        "rows leave a loss of 6.819 open (registry.gate.guards)",
+    )
+
+
 def test_what_has_to_gain_is_no_guard() -> None:
     assert "chrf" not in gate_module.find_margins(GateConfig(metric="chrf"))
     assert gate_module.find_margins(GateConfig(guards={"rouge_l": 0.1, "chrf": None})) == {
