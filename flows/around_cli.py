@@ -23,16 +23,21 @@ def init(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, a new one. Default: print it.")
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="How the rows are read, such as data.columns={prompt: Frage}. Repeatable."),
+    ] = None,
 ) -> None:
     """Write a short commented config for a dataset and a model, from what is found in them."""
     prepare_environment(cache=True)
-    from flows.first_config import make_config
-
     if output is not None and output.exists():
         fail(ConfigError(f"{output}: is there already; give another name"))
     check_files(output=output)
     try:
-        made = make_config(data, model)
+        with console.status("Counting rows and tokens"):
+            from flows.first_config import make_config
+
+            made = make_config(data, model, set_ or ())
     except ValueError as error:
         fail(error)
     if output is None:

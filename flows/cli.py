@@ -92,7 +92,7 @@ def run(
     from flows.temporary_server import ServerStartError, starting_server
 
     try:
-        with starting_server(), garbage.importing():
+        with console.status("Starting"), starting_server(), garbage.importing():
             from flows import stages  # noqa: F401  takes as long as the server
             from flows.ending import end_with_run, ignore_signals, take_outcome
             from flows.pipeline import sft_pipeline
@@ -167,10 +167,16 @@ def _load(path: Path, overrides: list[str] | None, set_: list[str] | None) -> Ru
 
 def _export(translation: Translation, path: Path) -> None:
     """Do an export of LLaMA-Factory's."""
+    from flows.importing import find_trained
+
     if translation.kind == "chat":
         fail(ConfigError(f"{path}: it trains nothing (no do_train, no export_dir): sft chat {path} talks to its model"))
     values = translation.values
-    merge(values["adapter"], Path(values["folder"]), values["base_model"], values["max_shard_size"])
+    try:
+        adapter = find_trained(values["adapter"])
+    except ConfigError as error:
+        fail(error)
+    merge(adapter, Path(values["folder"]), values["base_model"], values["max_shard_size"])
 
 
 @app.command()
@@ -241,11 +247,12 @@ def check(
     loaded = load_for_data(data, config, set_)
     check_files(json_=json_, html=html)
     prepare_environment(cache=True)
-    from flows.check_tables import show_check
-    from flows.checking import check_dataset
-
     try:
-        found = check_dataset(loaded.read_data, loaded.model, loaded.tokenization, seed=loaded.seed, page=html)
+        with console.status("Counting rows and tokens"):
+            from flows.check_tables import show_check
+            from flows.checking import check_dataset
+
+            found = check_dataset(loaded.read_data, loaded.model, loaded.tokenization, seed=loaded.seed, page=html)
     except ValueError as error:
         fail(error)
     if json_ is not None:

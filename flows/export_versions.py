@@ -177,7 +177,8 @@ def _check(found: Exported, least_agreement: float) -> None:
     if proof.acceptance < least_agreement or proof.stop_agreement < least_agreement:
         raise ExportError(
             f"{found.form} of {found.parent} is not registered: {tell_proof(proof)}, and {least_agreement:.0%} of "
-            "tokens, near ties counted as equal, and of ends are wanted: take a form with more bits, or lower --min-agreement"
+            "tokens, near ties counted as equal, and of ends are wanted: take a form with more bits, or lower "
+            "--min-agreement"
         )
 
 

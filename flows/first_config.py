@@ -1,23 +1,28 @@
 """`sft init`: a short commented config for a dataset and a model, from what is found in them."""
 
+import json
 import re
 import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from flows.checking import Check, check_dataset
 from schemas.config import DataConfig, ModelConfig, RunConfig, TokenizationConfig
-from schemas.loading import parse_config, quote_text
+from schemas.loading import ConfigError, apply_override, parse_config, quote_text
 from tasks.ingestion.errors import DataError
 from tasks.models import read_context_length
+from tasks.plurals import count_of
 from tasks.registry.bases import find_tokenizer_folder
 from tasks.visible_text import make_visible
 
 _FEWEST_HELD_OUT, _MOST_HELD_OUT = 30, 500
 _HELD_OUT_PART = 0.1
 _LONGEST = 131_072
+_KEPT = ("to train", "held out")
 # Answers that are short enough to be right or wrong as a whole.
 _SHORT_ANSWER_TOKENS = 16
 # Training rows up to which there are so many epochs.
@@ -33,24 +38,46 @@ class FirstConfig:
     check: Check
 
 
-def make_config(data: str, base_model: str) -> FirstConfig:
+def make_config(data: str, base_model: str, settings: Iterable[str] = ()) -> FirstConfig:
     """Return a config for a dataset and a model.
 
     Args:
         data: file, folder or hub name; of conversations, or of pairs of answers.
         base_model: folder, hub name or version of the registry.
+        settings: `data.field=value`, by which the dataset is read; they stand in the config too.
 
     Raises:
-        ValueError: the dataset or the tokenizer cannot be read.
+        ValueError: the dataset or the tokenizer cannot be read, or a setting is wrong.
     """
+    given = _read_settings(data, base_model, settings)
     model = ModelConfig(base_model=base_model)
     place = find_tokenizer_folder(model)
     context = (read_context_length(place) if (place / "config.json").is_file() else None) or _LONGEST
     length = TokenizationConfig(max_length=min(context, _LONGEST))
-    found = _check(DataConfig(source=data), model, length)
-    text = _write(data, base_model, context, found)
+    found = _check(DataConfig.model_validate({"source": data, **given}), model, length)
+    text = _write(data, base_model, context, found, given)
     parse_config(yaml.safe_load(text))
     return FirstConfig(text, found)
+
+
+def _read_settings(data: str, base_model: str, settings: Iterable[str]) -> dict[str, Any]:
+    """Return settings of the section data, by their names.
+
+    Raises:
+        ConfigError: one is of another section, unknown, or out of bounds.
+    """
+    values: dict[str, Any] = {"data": {}}
+    for setting in settings:
+        name = setting.partition("=")[0].strip()
+        if not name.startswith("data.") or name == "data.source":
+            raise ConfigError(
+                f"--set {setting}: only settings of data change how the rows are read: write others into the config"
+            )
+        apply_override(values, setting)
+    given: dict[str, Any] = dict(values["data"])
+    whole = {"name": "init", "model": {"base_model": base_model}, "data": {"source": data, **given}}
+    parse_config({**whole, "registry": {"name": "init"}}, "--set")
+    return given
 
 
 def _check(data: DataConfig, model: ModelConfig, length: TokenizationConfig) -> Check:
@@ -82,10 +109,10 @@ def choose_length(longest: int, context: int) -> int:
     return min(context, max(512, 1 << (longest - 1).bit_length()))
 
 
-def _write(data: str, base_model: str, context: int, found: Check) -> str:
+def _write(data: str, base_model: str, context: int, found: Check, given: Mapping[str, Any]) -> str:
     lengths, answers = found.masks["tokens_per_example"], found.masks["trained_tokens_per_example"]
     num_kept = found.rows["to train"] + found.rows["held out"]
-    fraction = choose_fraction(num_kept)
+    fraction = given.get("eval_fraction", choose_fraction(num_kept))
     num_held_out = round(num_kept * fraction)
     length = choose_length(int(lengths["max"]), context)
     epochs = next((count for most, count in _EPOCHS if num_kept <= most), 1)
@@ -101,7 +128,12 @@ def _write(data: str, base_model: str, context: int, found: Check) -> str:
     rate = "1.0e-5" if is_paired else "1.0e-4"
     longest = f"{lengths['max']:,}" + (": the model has positions for no more" if lengths["max"] >= context else "")
     shown = " ".join(make_visible(shlex.quote(data)).splitlines())
-    return f"""# Made from {found.rows["rows in"]:,} rows: {_list_rows(found)}.
+    more = "".join(
+        f"  {name}: {json.dumps(value, ensure_ascii=False)}\n"
+        for name, value in given.items()
+        if name != "eval_fraction"
+    )
+    return f"""# Made from {count_of(found.rows["rows in"], "row")}: {_list_rows(found)}.
 # All settings and their meaning: docs/settings.md; how one row looks: sft check {shown} --config THIS_FILE
 name: {name}
 
@@ -110,8 +142,8 @@ model:
 
 data:
   source: {quote_text(data)}
-  eval_fraction: {fraction:<8}     # about {num_held_out:,} rows are held out{too_few}
-
+  eval_fraction: {fraction:<8}     # about {num_held_out:,} of them are held out{too_few}
+{more}
 tokenization:
   # Half of the examples have {lengths["median"]:.0f} tokens or fewer, the longest has {longest}.
   max_length: {length}
@@ -138,4 +170,8 @@ def _shorten(data: str) -> str:
 
 
 def _list_rows(found: Check) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in found.rows.items() if count and name != "rows in")
+    """Return where rows went; which of those that are kept will be held out, the config says."""
+    rows = {name: count for name, count in found.rows.items() if count and name not in ("rows in", *_KEPT)}
+    kept = f"{sum(found.rows[name] for name in _KEPT):,} to train on or hold out"
+    others = [count_of(rows[name], "duplicate") if name == "duplicates" else f"{rows[name]:,} {name}" for name in rows]
+    return ", ".join([kept, *others])

@@ -15,7 +15,7 @@ from flows.console import console, escape
 from schemas.config import ModelConfig, RunConfig
 from schemas.foreign import name_program, translate_any
 from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
-from schemas.llamafactory.training import is_there
+from schemas.llamafactory.training import is_there, name_by_folder
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
 from tasks.visible_text import make_visible
@@ -42,6 +42,7 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
     translation = translate_file(path, values, overrides)
     check_usable(translation, path)
     if translation.kind != "train":
+        _tell_not_done(translation)
         return translation
     config = override_config(_in_order(translation.values), tuple(set_), str(path))
     num_lines = {kind: len(translation.list_lines(kind)) for kind in ("becomes", "implied")}
@@ -50,9 +51,13 @@ def load_any(path: Path, overrides: Iterable[str] = (), set_: Iterable[str] = ()
         f"{num_lines['implied']} hold anyway. The table: sft import {make_visible(str(path))}",
         markup=False,
     )
+    _tell_not_done(translation)
+    return config
+
+
+def _tell_not_done(translation: Translation) -> None:
     for line in translation.list_lines("not done"):
         console.print(f"[yellow]not done:[/] {escape(_word(line))}")
-    return config
 
 
 def translate_file(path: Path, values: dict[str, Any], overrides: Iterable[str] = ()) -> Translation:
@@ -119,13 +124,37 @@ def read_chat(model: str) -> ChatTarget:
             f"{path}: not a chat config of LLaMA-Factory's (that has model_name_or_path): name a model or a folder"
         )
     check_usable(translation, path)
-    for line in translation.list_lines("not done"):
-        console.print(f"[yellow]not done:[/] {escape(_word(line))}")
+    _tell_not_done(translation)
     chat = translation.values
     base_model = chat["base_model"]
-    return ChatTarget(
-        chat.get("adapter") or _find_folder(base_model), base_model, chat["temperature"], chat["max_new_tokens"]
-    )
+    target = find_trained(chat["adapter"]) if chat.get("adapter") else _find_folder(base_model)
+    return ChatTarget(target, base_model, chat["temperature"], chat["max_new_tokens"])
+
+
+def find_trained(adapter: str) -> str:
+    """Return the folder of an adapter; where there is none, the version that a training with this output_dir made.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(adapter).expanduser().exists():
+        return adapter
+    from tasks.registry.versions import CHAMPION, find_by_address, find_newest
+
+    name = name_by_folder(adapter)
+    version = find_newest(name) if name else None
+    if version is None:
+        with suppress(ValueError):
+            return "/".join(find_by_address(adapter, default_alias=CHAMPION))
+        registered = (
+            f", and no registered model {name}, as a training with this output_dir would have made" if name else ""
+        )
+        raise ConfigError(
+            f"adapter_name_or_path = {adapter}: there is no such folder{registered}: train first (sft run), or name "
+            "the folder of an adapter, or NAME/VERSION of the registry"
+        )
+    console.print(f"{escape(adapter)} is what {name}/{version} was trained as: it is taken from the registry")
+    return f"{name}/{version}"
 
 
 def _find_folder(base_model: str) -> str:

@@ -44,10 +44,10 @@ def plan(
     except ConfigError as error:
         fail(error)
     prepare_environment(cache=True)
-    from flows.planning import plan_run
-
     try:
         with console.status("Looking") as status:
+            from flows.planning import plan_run
+
             made = plan_run(loaded, most=sample, rate=rate, measures=measure, on_phase=status.update)
     except ValueError as error:
         fail(error)
@@ -145,11 +145,12 @@ def _tell_memory(plan: "RunPlan") -> str:
 def _tell_time(plan: "RunPlan") -> str:
     if plan.seconds is not None:
         return _write_seconds(plan.seconds)
-    known = _write_seconds(plan.known_seconds) if plan.known_seconds.high else "nothing"
+    if not plan.known_seconds.high:
+        return "unknown on this machine until a run has been done here. --measure trains eight steps"
     missing = ", ".join(time.stage for time in plan.times if time.seconds is None)
     return (
-        f"unknown on this machine until a run has been done here ({missing}); known of the rest: {known}. "
-        "--measure trains eight steps"
+        f"unknown on this machine until a run has been done here ({missing}); known of the rest: "
+        f"{_write_seconds(plan.known_seconds)}. --measure trains eight steps"
     )
 
 
@@ -157,6 +158,8 @@ def _tell_price(plan: "RunPlan") -> str:
     price = plan.price
     if price is None:
         known = plan.known_seconds.scale((plan.rate or 0.0) / 3600)
+        if not known.high:
+            return "unknown, as the time is"
         return f"at least {known.low:,.2f} at {plan.rate:g} an hour; the time is not known"
     return f"{price.value:,.2f} ({price.low:,.2f} to {price.high:,.2f}) at {plan.rate:g} an hour"
 

@@ -45,15 +45,20 @@ def read_name(work: Work) -> None:
     """Name the run and the registered model by run_name, or by the output folder."""
     (output, _), (name, _) = work.take("output_dir", ""), work.take("run_name", "")
     key, shown = ("output_dir", output) if name == NOT_GIVEN else ("run_name", name)
-    parts = [part for part in Path(str(shown)).parts if part not in ("saves", "output", "outputs", "/", "..")]
-    text = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in "-".join(parts))
-    text = text.encode("ascii", "ignore").decode().strip("-._")
+    text = name_by_folder(str(shown))
     place = "weights and reports are in the registry and in MLflow"
     if shown != NOT_GIVEN and text:
         work.put(key, shown, "name", text)
         work.put(key, shown, "registry.name", text, place)
     if output not in (NOT_GIVEN, shown):
         work.say("output_dir", output, "implied", place)
+
+
+def name_by_folder(folder: str) -> str:
+    """Return the name of a registered model for an output folder; nothing where no letter of it can be in a name."""
+    parts = [part for part in Path(folder).parts if part not in ("saves", "output", "outputs", "/", "..")]
+    text = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in "-".join(parts))
+    return text.encode("ascii", "ignore").decode().strip("-._")
 
 
 def _read_settings(work: Work) -> None:

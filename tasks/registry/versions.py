@@ -171,6 +171,12 @@ def find_version(name: str, tag: str, value: str) -> ModelVersion | None:
     return found[0] if found else None
 
 
+def find_newest(name: str) -> str | None:
+    """Return the newest version of a registered model, or None where there is none."""
+    found = tracking.client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], max_results=1)
+    return str(found[0].version) if found else None
+
+
 def find_by_address(address: str, *, default_alias: str) -> tuple[str, str]:
     """Return name and version of `NAME`, `NAME/VERSION` or `NAME@alias`, each also with `models:/` before it.
 

@@ -71,7 +71,6 @@ INLINE: dict[str, str] = {
     ".venv/bin/sft run my_sft.yaml": "tests/end_to_end/test_llamafactory.py::test_documented_training_runs_as_it_is",
     "sft publish FILE --name support --recipe support.yaml": f"{_STORY}"
     "::test_published_data_starts_the_run_that_makes_the_next_champion",
-    "mlflow models serve": _SERVED,
     "prefect work-pool create gpu --type kubernetes --base-job-template deploy/kubernetes/gpu-pool.json": _POOL,
     "python -m tasks.training.reference CONFIG": "tests/tasks/training/test_reference.py",
     "python -m docs.settings_page": "tests/docs/test_settings_page.py::test_page_is_that_of_the_model",

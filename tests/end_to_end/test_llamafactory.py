@@ -54,3 +54,23 @@ def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: 
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1
     assert "--output merged: is there already" in again.stderr
+    # Its next two files name the output_dir, where LLaMA-Factory would have left the adapter.
+    keys = f"model_name_or_path: {BASE_MODEL}\nadapter_name_or_path: saves/model-4b/lora/sft\ntemplate: qwen3_nothink\n"
+    (tmp_path / "merge_lora.yaml").write_text(keys + "export_dir: exported\n")
+    (tmp_path / "inference.yaml").write_text(keys + "do_sample: false\nmax_new_tokens: 8\n")
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flows.cli", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    exported = call("run", "merge_lora.yaml")
+    assert exported.returncode == 0, exported.stderr[-2000:]
+    assert "saves/model-4b/lora/sft is what model-4b-lora-sft/1 was trained as" in exported.stderr
+    weights = [tmp_path / folder / "model.safetensors" for folder in ("exported", "merged")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    answers = [
+        call("chat", target, "--prompt", "Name number 3.", "--max-tokens", "8")
+        for target in ("inference.yaml", "merged")
+    ]
+    assert [answer.returncode for answer in answers] == [0, 0], answers[0].stderr[-2000:]
+    assert answers[0].stdout == answers[1].stdout

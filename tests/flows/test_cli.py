@@ -2,8 +2,12 @@
 
 import html
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +129,24 @@ def test_check_takes_the_length_that_the_model_has_positions_for(tmp_path: Path)
     assert all(warning in text for warning in found["warnings"])
     assert found["problems"]
     assert all(problem in text for problem in found["problems"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("run", "deploy/configs/demo.yaml"), "Starting"),
+        (("check", "deploy/demo/data/train.jsonl"), "Counting rows and tokens"),
+    ],
+)
+def test_the_first_wait_is_not_silent(words: tuple[str, ...], told: str) -> None:
+    seen, shown = pty.openpty()
+    command = [sys.executable, "-m", "flows.cli", *words]
+    with subprocess.Popen(command, stdout=shown, stderr=shown, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(shown)
+        text = ""
+        while told not in text and (found := os.read(seen, 1000)):
+            text += found.decode(errors="replace")
+        process.kill()
+    os.close(seen)
+    assert told in text
+    assert "Base model" not in text  # the first line of a run

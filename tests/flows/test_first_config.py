@@ -71,6 +71,33 @@ def test_entries_of_an_index_give_the_name(tmp_path: Path) -> None:
     assert load_config(config).registry.name == "base-model-my-rows"
 
 
+def test_columns_of_other_names_are_mapped_as_the_error_says(tmp_path: Path) -> None:
+    data, config = tmp_path / "odd.csv", tmp_path / "mine.yaml"
+    data.write_text("Frage,Antwort\n" + "".join(f"Frage {number}?,Antwort {number}\n" for number in range(60)))
+    result = CliRunner().invoke(app, ["init", str(data), str(MODEL)])
+    assert result.exit_code == 1
+    assert "--set 'data.columns={prompt: ONE_OF_YOURS, completion: ANOTHER}'" in result.output
+    mapping = ["--set", "data.columns={prompt: Frage, completion: Antwort}", "--set", "data.screen=report"]
+    result = CliRunner().invoke(app, ["init", str(data), str(MODEL), *mapping, "--output", str(config)])
+    assert result.exit_code == 0, result.output
+    loaded = load_config(config).data
+    assert (loaded.columns, loaded.screen) == ({"prompt": "Frage", "completion": "Antwort"}, "report")
+    for wrong, told in (("training.rank=8", "only settings of data"), ("data.colums={}", "did you mean columns?")):
+        result = CliRunner().invoke(app, ["init", str(data), str(MODEL), "--set", wrong])
+        assert result.exit_code == 1
+        assert told in " ".join(result.output.split())
+
+
+def test_the_first_line_and_the_fraction_do_not_contradict_each_other(tmp_path: Path) -> None:
+    data, config = write_rows(tmp_path / "rows.jsonl", 200, "Yes"), tmp_path / "mine.yaml"
+    with data.open("a") as file:
+        file.write('{"instruction": "Question 0?", "output": "Yes 0."}\n')
+    assert CliRunner().invoke(app, ["init", str(data), str(MODEL), "--output", str(config)]).exit_code == 0
+    text = config.read_text()
+    assert text.startswith("# Made from 201 rows: 200 to train on or hold out, 1 duplicate.\n")
+    assert "0.18         # about 36 of them are held out" in text
+
+
 def test_rows_that_are_neither_conversations_nor_pairs_are_told_as_conversations(tmp_path: Path) -> None:
     data = tmp_path / "text.jsonl"
     data.write_text('{"text": "Once upon a time"}\n' * 50)

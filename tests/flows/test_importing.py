@@ -176,6 +176,19 @@ def test_chat_answers_with_the_adapter(place: Path, models: tuple[Path, Path]) -
     assert answers["adapter"].stdout != answers["base"].stdout
 
 
+def test_an_adapter_that_is_nowhere_is_told_with_what_would_have_made_it(place: Path) -> None:
+    keys = {"model_name_or_path": str(_TOKENIZER), "adapter_name_or_path": "saves/mine/lora/sft"}
+    for words in (
+        ("run", write(place / "merge.yaml", **keys, export_dir="merged")),
+        ("chat", write(place / "chat.yaml", **keys), "--prompt", "x"),
+    ):
+        result = call(*words)
+        assert result.exit_code == 1
+        told = " ".join(result.stderr.split())
+        assert "saves/mine/lora/sft: there is no such folder, and no registered model mine-lora-sft" in told
+        assert "train first" in told
+
+
 def test_merge_takes_an_adapter_or_a_checkpoint(place: Path, models: tuple[Path, Path]) -> None:
     base, adapter = models
     result = call("merge", adapter, "merged", "--base-model", base)

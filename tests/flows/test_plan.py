@@ -55,7 +55,8 @@ def test_counts_are_those_of_the_data_and_unknown_times_are_said(config: Path) -
     assert made["cached"] == []
     assert made["seconds"] is made["price"] is None
     text = CliRunner().invoke(app, ["plan", str(config), "--rate", "3.5"]).stdout
-    assert "unknown on this machine until a run has been done here" in text
+    assert "time      unknown on this machine until a run has been done here. --measure trains eight steps" in text
+    assert "price     unknown, as the time is" in text
     assert "25, 10 an epoch" in text
 
 

@@ -19,6 +19,10 @@ NO_CONVERSATIONS: dict[tuple[str, ...], str] = {
     ("text",): "rows of plain text (continued pretraining) hold no answer that could be trained apart from a prompt: "
     "give rows with a prompt and its answer, such as prompt and completion",
 }
+_MAPPING = (
+    "rename them, or say what yours hold: data.columns: {prompt: ONE_OF_YOURS, completion: ANOTHER} in the config, or "
+    "--set 'data.columns={prompt: ONE_OF_YOURS, completion: ANOTHER}'"
+)
 
 
 def find_layout(rows: Sequence[Any], reading: Reading, where: str) -> Layout | None:
@@ -116,5 +120,5 @@ def _describe_wrong_columns(present: Counter[str], reading: Reading, where: str)
     advice = next((text for columns, text in kinds.items() if present.keys() >= set(columns)), None)
     return (
         f"{where}: the columns {', '.join(map(repr, present)) or '(none)'} do not make {wanted}{mapped} "
-        f"(required: {known}): {advice or 'rename them, or map them, such as data.columns: {prompt: question}'}"
+        f"(required: {known}): {advice or _MAPPING}"
     )
