@@ -232,10 +232,13 @@ def _explain_answers(found: _Findings, difference: float | None, limit: float) -
             + ", ".join(found.other_tokens[:3])
         )
     if difference is not None and difference > limit:
-        reasons.append(
-            f"log-probabilities differ by {difference:.2g} nats in the mean, above {limit:.2g}: other weights, another "
-            "precision, or a quantized copy"
+        has_other_prompts = found.other_ids or found.longer
+        why = (
+            "other prompts alone may do that"
+            if has_other_prompts
+            else "other weights, another precision, or a quantized copy"
         )
+        reasons.append(f"log-probabilities differ by {difference:.2g} nats in the mean, above {limit:.2g}: {why}")
         base = fmean(found.base_differences) if found.base_differences else None
         if base is not None and base < min(difference, 10 * limit):
             reasons.append(f"it answers as its base model does ({base:.2g} nats from it): the training is not served")

@@ -52,11 +52,13 @@ def read_needs(
 ) -> VllmNeeds:
     """Read what a model folder needs of the server; see VllmNeeds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    context = read_context_length(folder)
     return VllmNeeds(
         folder=folder,
         name=name,
-        context=read_context_length(folder),
-        trained_length=trained_length,
+        context=context,
+        # Tokenization cuts at the model's positions, where its own limit is above them.
+        trained_length=trained_length and min(trained_length, context or trained_length),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         syntax=syntax,
         stop_ids=stop_ids,

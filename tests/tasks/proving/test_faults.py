@@ -120,6 +120,7 @@ def test_another_template_is_found_out(parrot: Path, probes: ServingProbes) -> N
     with opening(parrot, tokenizer=tokenizer) as served:
         proof = prove(served, probes)
     assert any("another chat template" in reason for reason in proof.reasons), proof.reasons
+    assert not any("other weights" in reason for reason in proof.reasons), proof.reasons  # the prompts may be all
 
 
 def test_another_tokenizer_is_found_out(parrot: Path, probes: ServingProbes, tmp_path: Path) -> None:

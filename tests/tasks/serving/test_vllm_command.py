@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.serving.call_syntax import JsonCalls
-from tasks.serving.vllm_command import VllmNeeds, check_command, count_gpus, write_command
+from tasks.serving.vllm_command import VllmNeeds, check_command, count_gpus, read_needs, write_command
 
 
 @pytest.fixture
@@ -59,6 +60,15 @@ def test_lost_stop_ids_and_another_model_are_said(needs: VllmNeeds, tmp_path: Pa
     assert "it serves /other" in check_command(words, needs)[0]
     with pytest.raises(ValueError, match="is no `vllm serve"):
         check_command(["python", "-m", "http.server"], needs)
+
+
+def test_no_example_is_longer_than_the_models_context(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    rest: dict[str, Any] = {"syntax": None, "stop_ids": frozenset({3}), "template": "{{ x }}"}
+    needs = read_needs(tmp_path, "mine", **rest, trained_length=2048)  # the setting's default
+    assert check_command(write_command(needs), needs) == []
+    assert "examples of up to 512" in check_command(write_command(needs, length=256), needs)[0]
 
 
 def test_float32_weights_are_not_halved_by_default(needs: VllmNeeds) -> None:
