@@ -5,13 +5,14 @@ experts, and a module whose parameters hold a matrix of each expert. PEFT wraps 
 """
 
 from collections.abc import Callable
-from typing import Any
+from inspect import signature
+from typing import Any, cast
 
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from tasks.decoder.expert_elementwise import Gate
-from tasks.decoder.experts import ExpertLayer
+from tasks.decoder.experts import ExpertLayer, Route, Routed
 from tasks.decoder.grouped import ExpertPart, build_grouped_projection
 from tasks.decoder.known_layers import KnownExperts
 from tasks.decoder.module_reading import UnknownDecoderError, check_modules
@@ -66,7 +67,7 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
 
     def build() -> ExpertLayer:
         return ExpertLayer(
-            route=router,
+            route=_find_route(block, router),
             shared_gate=getattr(block, known.shared_gate) if shared and known.shared_gate else None,
             gate_up=build_grouped_projection(gate_up),
             gate=gate,
@@ -75,6 +76,13 @@ def read_experts(block: Any, known: KnownExperts | None, activation: str) -> Cal
         )
 
     return build
+
+
+def _find_route(block: Any, router: Any) -> Route:
+    """Return the router, with the bias of its choice where a block holds that and hands it over (MiniMax M2)."""
+    if "e_score_correction_bias" not in signature(router.forward).parameters:
+        return cast("Route", router)
+    return lambda hidden: cast("Routed", router(hidden, block.e_score_correction_bias))
 
 
 def _check_marks(experts: Any, marks: dict[str, bool]) -> None:

@@ -23,7 +23,8 @@ from tasks.decoder.grouped import AnyGrouped, ExpertAdapters
 from tasks.decoder.norms import Norm
 from tasks.decoder.projections import AnyProjection
 
-Route = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Routed = tuple[Tensor, Tensor, Tensor]
+Route = Callable[[Tensor], Routed]
 
 
 @dataclass(frozen=True)

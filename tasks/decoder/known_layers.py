@@ -132,6 +132,7 @@ _NORMED_AFTER = KnownLayer(
 KNOWN_LAYERS: dict[str, KnownLayer] = {
     "LlamaDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
+    "Qwen2VLDecoderLayer": _LLAMA,
     "Qwen2_5_VLDecoderLayer": _LLAMA,
     "SeedOssDecoderLayer": _LLAMA,
     "GraniteDecoderLayer": _LLAMA,
@@ -203,5 +204,14 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
     "YoutuDecoderLayer": _LLAMA,
     "Dots1DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=_SHARED),
     "Ernie4_5_MoeDecoderLayer": KnownLayer(is_interleaved=True, experts=_SHARED),
+    "CwmDecoderLayer": _LLAMA,
+    "GraniteSWADecoderLayer": KnownLayer(has_sinks=True),
+    "MellumDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts(), rope=_rope_by_type),
+    "SolarOpenDecoderLayer": KnownLayer(experts=_SHARED),
+    "HYV3DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=_SHARED),
+    "ExaoneMoeDecoderLayer": KnownLayer(
+        head_norms=_HEAD_NORMS, experts=_SHARED, window=_hybrid_window, rope=_rope_where_sliding
+    ),
+    "MiniMaxM2DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, norms_rows=True, experts=KnownExperts()),
     "Exaone4DecoderLayer": replace(_NORMED_AFTER, window=_hybrid_window, rope=_rope_where_sliding),
 }

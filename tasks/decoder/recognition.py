@@ -53,7 +53,7 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None, *, divided: 
     base: Any = model.get_base_model() if is_adapted else model
     config = base.config.get_text_config()
     inner: Any = getattr(base, "model", None)
-    inner = getattr(inner, "language_model", inner)  # of a composite: its text part
+    inner = getattr(inner, "language_model", getattr(inner, "text_model", inner))  # of a composite: its text part
     layers = list(getattr(inner, "layers", ()))
     unknown = sorted({type(layer).__name__ for layer in layers} - KNOWN_LAYERS.keys())
     if unknown or not layers:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from schemas.artifacts import AdaptedWeights
 from tasks.families.classes import FamilyError
-from tasks.families.registry import Family, explain_skipped, find_family
+from tasks.families.registry import Family, explain_refused, explain_skipped, find_family
 
 ALL_LINEAR = "all-linear"
 ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS = "routers", "output head", "embeddings", "other parts", "convolutions"
@@ -95,8 +95,8 @@ def plan_adaptation(model: Any, target_modules: Sequence[str]) -> AdaptationPlan
         FamilyError: a name is not in the text decoder; the message lists those that are. Or nothing would be adapted.
     """
     family = find_family(model.config)
-    if family.refused:
-        raise FamilyError(f"{model.config.model_type}: {family.refused}")
+    if why := explain_refused(model.config):
+        raise FamilyError(f"{model.config.model_type}: {why}")
     found = list(_find_weights(model, family))
     if tuple(target_modules) == (ALL_LINEAR,):
         weights = tuple(found)
@@ -217,7 +217,8 @@ def _name_kind(model: nn.Module, path: str, module: nn.Module, *, part: str, hea
     """Return what a weight is for."""
     if module is head:
         return HEAD
-    if part and not f"{path}.".startswith(f"{part}."):
+    is_beside = bool(part) and not f"{path}.".startswith(f"{part}.")
+    if is_beside or set(find_family(model.config).outside) & set(path.split(".")):
         return OUTSIDE
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS

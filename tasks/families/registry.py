@@ -22,6 +22,10 @@ class Family:
     """Name of a module, and why no adapter stands beside the linear weights in it."""
     refused: str = ""
     """Why it is not trained here, and what would do, in words."""
+    is_encoder: bool = False
+    """Each token sees all of them, unless the config's `is_decoder` is true."""
+    outside: tuple[str, ...] = ()
+    """Modules inside its text decoder that see no token of a text run."""
 
 
 FAMILIES = (
@@ -32,19 +36,47 @@ FAMILIES = (
     Family(("mamba2", "falcon_h1", "nemotron_h"), skipped={"out_proj": _MAMBA_KERNEL}),
     Family(("jamba",), skipped={"dt_proj": _READS_WEIGHT}),
     Family(
-        ("glm_moe_dsa", "deepseek_v32", "deepseek_v4"),
-        skipped={"indexer": "it chooses the positions that attention reads, and such a choice has no gradient"},
-    ),
-    Family(
         ("gemma3n", "gemma3n_text"),
         skipped={"correction_coefs": _READS_WEIGHT},
     ),
-)
+    Family(("phi4_multimodal",), outside=("embed_tokens_extend",)),
+    Family(("git",), outside=("image_encoder", "visual_projection")),
+    Family(
+        (
+            "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "xmod",
+        ),
+        is_encoder=True,
+    ),
+    Family(
+        ("cpmant", "xlnet", "paligemma"),
+        refused="its text is a prefix, in which each token sees those after it: choose a model that writes token by "
+        "token",
+    ),
+)  # fmt: skip
+
+
+_EVERY_FAMILY: Mapping[str, str] = {
+    "indexer": "it chooses the positions that attention reads, and such a choice has no gradient"
+}
+"""As `Family.skipped`."""
+
+
+def explain_refused(config: Any) -> str:
+    """Return why nothing of a model is trained here, and what would do; empty where it may be."""
+    family = find_family(config)
+    if family.is_encoder and not getattr(config, "is_decoder", False):
+        return "it is an encoder, in which each token sees those after it: choose a model that writes token by token"
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) is True:
+        return "its config has each token see those after it: choose a model that writes token by token"
+    return family.refused
 
 
 def explain_skipped(family: Family, path: str) -> str:
     """Return why no adapter of a family stands beside the module at a path; empty where one may."""
-    return next((family.skipped[name] for name in path.split(".") if name in family.skipped), "")
+    known = {**_EVERY_FAMILY, **family.skipped}
+    return next((known[name] for name in path.split(".") if name in known), "")
 
 
 def find_family(config: Any) -> Family:

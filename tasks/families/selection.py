@@ -12,7 +12,7 @@ from torch import nn
 from schemas.artifacts import AdaptedWeights
 from tasks.families.adaptation import OUTSIDE, find_text_part, list_kinds
 from tasks.families.classes import FamilyError
-from tasks.families.registry import find_family
+from tasks.families.registry import explain_refused
 
 VECTORS = "norms, biases and other vectors"
 _NO_TOKEN = "see no token of a text run"
@@ -43,9 +43,8 @@ def select_weights(model: Any, *, num_layers: int | None, modules: Sequence[str]
     Raises:
         FamilyError: a family that is not trained here, a module that is not in the model, or fewer layers than asked.
     """
-    family = find_family(model.config)
-    if family.refused:
-        raise FamilyError(f"{model.config.model_type}: {family.refused}")
+    if why := explain_refused(model.config):
+        raise FamilyError(f"{model.config.model_type}: {why}")
     chosen = None if num_layers is None else _choose(model, num_layers, modules)
     kinds = list_kinds(model)
     weights = []

@@ -78,7 +78,9 @@ def load_trained(base_model: Path, folder: Path, *, dtype: torch.dtype | None, d
     if not has_own_weights(folder):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        _take_left_out(adapted, folder)
+        return adapted
     changes = read_trained_changes(folder, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,3 +88,21 @@ def load_trained(base_model: Path, folder: Path, *, dtype: torch.dtype | None, d
             if isinstance(change, Replacement):
                 parameter.copy_(change.values)
     return model.eval()
+
+
+@torch.no_grad()
+def _take_left_out(adapted: Any, folder: Path) -> None:
+    """Copy the matrices that PEFT has left as they begin, with nothing but a warning.
+
+    It renames those of some families while it loads them, as transformers does with the weights of older checkpoints,
+    and then takes a matrix for another one. The file has them by their names in the model.
+    """
+    held = {name.replace(".default.", "."): value for name, value in adapted.named_parameters() if ".lora_" in name}
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    for name, value in tensors.items():
+        if ".lora_B." not in name or name not in held or held[name].shape != value.shape:
+            continue
+        first = name.replace(".lora_B.", ".lora_A.")
+        if bool(value.any()) and not bool(held[name].any()) and first in held:
+            held[name].copy_(value)
+            held[first].copy_(tensors[first])

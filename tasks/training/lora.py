@@ -50,10 +50,14 @@ def plan_adapter(model: PreTrainedModel, config: TrainingConfig) -> AdaptationPl
 
 def _check_heads(model: PreTrainedModel, config: TrainingConfig) -> None:
     """Refuse what `engines.shared_tokens` would, where the model's config already says so."""
-    size, text = config.context_parallel, model.config.get_text_config()
-    heads = int(getattr(text, "num_attention_heads", None) or 0)
-    keys = int(getattr(text, "num_key_value_heads", None) or heads)
-    if size > 1 and heads and not can_divide(heads, keys, size):
+    size = config.context_parallel
+    if size == 1:
+        return
+    # As a dict: a config whose layers differ in such a number (Gemma 4) does not give it as an attribute.
+    text = model.config.get_text_config().to_dict()
+    heads = int(text.get("num_attention_heads") or 0)
+    keys = int(text.get("num_key_value_heads") or heads)
+    if heads and not can_divide(heads, keys, size):
         raise TrainingError(
             f"training.context_parallel is {size}, and the model's {heads} heads with {keys} of keys cannot be divided "
             f"among {size} processes: set it to a number that divides both, or to 1"

@@ -114,7 +114,8 @@ def prepare_training(
     parameters = collect_trained(adapted)
     start = take_fingerprints(adapted, parameters)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
-    engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype)
+    longest = 0 if eval_table is None else int(eval_table.lengths.max())
+    engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype, longest=longest)
     if found:
         notes = (describe_dropout(found, is_kept=config.base_dropout), *notes)
     if config.is_lora or not is_sharded(config):  # else they go to the device in parts

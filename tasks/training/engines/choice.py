@@ -28,7 +28,7 @@ from tasks.training.engines.memory_fit import LARGEST_FORWARD, SMALLEST_FULL_FOR
 from tasks.training.engines.router_loss import find_router_loss
 from tasks.training.engines.self_check import Trial, comparing_some, forget_grads, try_model, verify
 from tasks.training.engines.shared_tokens import share_tokens
-from tasks.training.engines.short_cuts import take_short_cuts
+from tasks.training.engines.short_cuts import find_rope_limit, take_short_cuts
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
 from tasks.training.records import TrainingError
@@ -49,13 +49,24 @@ def choose_engine(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    longest: int = 0,
 ) -> tuple[Engine, tuple[str, ...]]:
     """Return the engine and the lines that say what was chosen and why.
+
+    Args:
+        model: with what is trained.
+        table: the examples.
+        rows: of a step.
+        config: the training section.
+        device: of the training.
+        dtype: of its products.
+        longest: tokens of other examples that will go through it (held-out ones), where those are longer.
 
     Raises:
         TrainingError: the config insists on the fused engine, which does not know this model or adapter.
     """
-    engine, notes = _choose(model, table, rows, config, device=device, dtype=dtype)
+    longest = max(longest, int(table.lengths.max()))
+    engine, notes = _choose(model, table, rows, config, device=device, dtype=dtype, longest=longest)
     return share_tokens(engine, config), notes
 
 
@@ -67,8 +78,9 @@ def _choose(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    longest: int,
 ) -> tuple[Engine, tuple[str, ...]]:
-    reason = _exclude_fused(config)
+    reason = _exclude_fused(config) or _exclude_long(model, longest)
     if not reason:
         divided = DividedLayers(device) if is_sharded(config) else None
         try:
@@ -89,7 +101,7 @@ def _choose(
             f"the fused engine does not do this {type(find_base(model)).__name__}: {reason}; set "
             "training.engine to auto" + (" and training.base_weights to full" if config.base_weights == "fp8" else "")
         )
-    return _build_general(model, table, rows, config, reason, device=device, dtype=dtype)
+    return _build_general(model, table, rows, config, reason, device=device, dtype=dtype, longest=longest)
 
 
 def _exclude_fused(config: TrainingConfig) -> str:
@@ -99,6 +111,14 @@ def _exclude_fused(config: TrainingConfig) -> str:
     if is_sharded(config) and not config.is_lora:
         return f"training.strategy is {config.strategy} and training.method {config.method}"
     return "training.engine is general" if config.engine == "general" else ""
+
+
+def _exclude_long(model: PeftModel, longest: int) -> str:
+    """Return why examples cannot lie end to end in the fused engine, which knows one set of positions' frequencies."""
+    limit = find_rope_limit(find_base(model).config.get_text_config())
+    if limit is None or longest <= limit:
+        return ""
+    return f"its positions turn with another frequency in rows above {limit:,} tokens, and an example has {longest:,}"
 
 
 def _build_fused(
@@ -144,6 +164,7 @@ def _build_fused(
         )
         # A recorded pass would hold the matrices of the slots in which they lay when it was recorded.
         may_record = divided is None and not engine.num_recomputed and router_loss is None
+        may_record = may_record and find_rope_limit(find_base(model).config.get_text_config()) is None
         if may_record and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
             recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=engine.logits_bytes)
@@ -199,12 +220,13 @@ def _build_general(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    longest: int,
 ) -> tuple[GeneralEngine, tuple[str, ...]]:
     """Try out which short cuts the model's own forward pass allows, and fit it into the memory."""
     place = next(model.parameters()).device  # the CPU still, where the base is going to be divided
     engine = build_engine(model, device=device, dtype=dtype, micro_batch=config.micro_batch, tokens_per_forward=1)
     with _comparing(model, config):
-        engine, notes = take_short_cuts(engine, table, packing=config.packing, place=place)
+        engine, notes = take_short_cuts(engine, table, packing=config.packing, place=place, longest=longest)
     most_tokens = _count_step_tokens(table, rows, config)
     if engine.attend is None:
         most_tokens = engine.micro_batch * max(int(table.lengths[list(row)].sum()) for row in rows)

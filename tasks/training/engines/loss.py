@@ -5,6 +5,7 @@ Dimensions: `B` rows, `S` tokens a row, `N` chosen positions, `V` vocabulary.
 What is faster is compared with this before a training (`self_check`), and in the tests.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.nn import functional as F  # noqa: N812 (the name that everybody read
 
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.batches import Batch, form_batch
+from tasks.training.methods import find_base
+from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable
 
 # Positions of an example used to try out the short cuts: enough for attention to matter, cheap on any model.
@@ -59,6 +62,28 @@ def isolates_packed(model: nn.Module, table: TokenTable, device: torch.device) -
     packed, _ = _compute_logits(model, form_batch(pair, [[0, 1]]).move(device))
     alone, _ = _compute_logits(model, form_batch(pair, [[1]]).move(device))
     return _is_close(packed[int(pair.offsets[1]) :], alone)
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, table: TokenTable, device: torch.device) -> None:
+    """Try out whether the logits of a piece stay the same when its last token is another one.
+
+    Raises:
+        TrainingError: they do not: the model would learn to copy what it should predict.
+    """
+    piece = cut_trial(table, count=1)
+    if len(piece.input_ids) < 2:
+        return
+    found, _ = _compute_logits(model, form_batch(piece, [[0]]).move(device))
+    input_ids = piece.input_ids.copy()
+    input_ids[-1] = input_ids[0] if input_ids[0] != input_ids[-1] else (input_ids[-1] or 2) - 1
+    other, _ = _compute_logits(model, form_batch(replace(piece, input_ids=input_ids), [[0]]).move(device))
+    if not _is_close(other[:-1], found[:-1]):
+        kind = type(find_base(model)).__name__
+        raise TrainingError(
+            f"this {kind} sees the tokens after the one whose successor it predicts, as encoders do: choose a model "
+            "that writes text token by token"
+        )
 
 
 def _compute_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

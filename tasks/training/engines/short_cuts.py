@@ -26,7 +26,7 @@ from tasks.training.engines.flat_attention import FlatLayout, find_kinds, laid_o
 from tasks.training.engines.flat_delta_net import find_delta_nets, use_flat_delta_nets
 from tasks.training.engines.general import GeneralEngine, autocast_to
 from tasks.training.engines.liger import use_liger
-from tasks.training.engines.loss import cut_trial, isolates_packed, sum_token_losses
+from tasks.training.engines.loss import check_causal, cut_trial, isolates_packed, sum_token_losses
 from tasks.training.engines.self_check import Trial, compare, forget_grads, try_model
 from tasks.training.token_table import TokenTable
 
@@ -35,7 +35,7 @@ _LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 
 def take_short_cuts(
-    engine: GeneralEngine, table: TokenTable, *, packing: bool, place: torch.device
+    engine: GeneralEngine, table: TokenTable, *, packing: bool, place: torch.device, longest: int = 0
 ) -> tuple[GeneralEngine, list[str]]:
     """Return the engine with the short cuts that its model allows, and a line for each that it does not.
 
@@ -44,6 +44,10 @@ def take_short_cuts(
         table: the examples.
         packing: whether rows hold several examples.
         place: where the model is: its device, or the CPU still, where it is going to be divided.
+        longest: tokens of other examples that will go through it, where those are longer.
+
+    Raises:
+        TrainingError: the model sees later tokens than the one that it predicts the next of.
     """
     model, notes = engine.model, []
     # Where the model is not on its device yet, the trial takes the attention that is exact anywhere.
@@ -51,11 +55,13 @@ def take_short_cuts(
     tried = replace(engine, device=place)
     trial = Checker(try_model(model, table, place, engine.dtype, drops=False), cut_trial(table, count=2))
     model.eval()
+    with autocast_to(engine.dtype, place):
+        check_causal(model, table, place)
     if reason := trial.refuse(replace(tried, has_chunked_head=True)):
         notes.append(f"this model's output head cannot be computed at chosen positions alone ({reason}): slower")
     else:
         engine, tried = replace(engine, has_chunked_head=True), replace(tried, has_chunked_head=True)
-    longest = int(table.lengths.max())
+    longest = max(longest, int(table.lengths.max()))
     if changes_with_length(engine.base.config.get_text_config(), longest):
         model.train()
         notes.append(f"this model's positions depend on the row's length above {longest:,} tokens: one example a pass")
@@ -109,14 +115,20 @@ def changes_with_length(config: Any, longest: int) -> bool:
         config: of the text decoder.
         longest: tokens of the longest example.
     """
+    limit = find_rope_limit(config)
+    return limit is not None and longest > limit
+
+
+def find_rope_limit(config: Any) -> int | None:
+    """Return the tokens of a row above which positions turn with another frequency; None where they never do."""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
         if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPES:
             found = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-            return longest > int(found or config.max_position_embeddings)
-    return False
+            return int(found or config.max_position_embeddings)
+    return None
 
 
 def _factor_adapters(engine: GeneralEngine, trial: Checker) -> str:

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from flows.preflight import check_model
+from schemas.config import TrainingConfig
 from tasks.families.adaptation import CONVOLUTIONS, EMBEDDINGS, HEAD, OUTSIDE, ROUTER
+from tests.tasks.families import tiny
 from tests.tasks.families.matrix import Outcome, run_case
+from tests.tasks.families.shapes import SHAPES
 from tests.tasks.families.table import TABLE, name_rows, write_table
-from tests.tasks.families.tiny import CASES
+from tests.tasks.families.tiny import CASES, save_model
 
 EVERYTHING = os.environ.get("SFT_FAMILIES") == "all"
 # One of each kind: dense, with experts in each layout, recurrent, composite.
@@ -25,6 +29,7 @@ CHOSEN = (
     "deepseek_v3",
     "gpt_oss",
     "granitemoe",
+    "laguna",
     "llama4",
     "hunyuan_v1_moe",
     "qwen3_5_moe",
@@ -43,8 +48,20 @@ _outcomes: dict[str, Outcome] = {}
 
 @pytest.mark.parametrize("case", CASES if EVERYTHING else CHOSEN)
 def test_a_family_is_trained_merged_and_proven(case: str, tmp_path: Path) -> None:
-    outcome = run_case(case, tmp_path)
-    _outcomes[case] = outcome
+    _outcomes[case] = outcome = run_case(case, tmp_path)
+    check(outcome)
+
+
+@pytest.mark.parametrize("shape", SHAPES if EVERYTHING else ("gemma4_values_are_keys", "phi3_longrope"))
+def test_an_unusual_shape_is_trained_merged_and_proven(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.SETTINGS, shape, SHAPES[shape])
+    check_model(save_model(shape, tmp_path / "base"), TrainingConfig())
+    check(run_case(shape, tmp_path))
+
+
+def check(outcome: Outcome) -> None:
     kinds = {row.kind: row for row in outcome.adapted}
     for left_alone in (ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS):
         if left_alone in kinds:

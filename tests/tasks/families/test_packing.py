@@ -9,8 +9,10 @@ from schemas.config import TrainingConfig
 from tasks.families.packing import find_row_limit
 from tasks.training.batches import form_batch
 from tasks.training.engines.choice import choose_engine
+from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.loss import sum_token_losses
 from tasks.training.lora import attach_adapter
+from tasks.training.records import TrainingError
 from tests.tasks.families import tiny
 from tests.tasks.training.engines.test_router_loss import build_table
 
@@ -23,6 +25,16 @@ YARN = {
 }
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("case", "settings"),
     [
@@ -31,6 +43,7 @@ YARN = {
         ("glm_moe_dsa", {"index_topk": 64}),
         ("ministral3", {"rope_parameters": YARN}),
         ("mistral", {"sliding_window": 16}),
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     ],
 )
 def test_packed_examples_stay_apart(case: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +58,30 @@ def test_packed_examples_stay_apart(case: str, settings: dict[str, Any], monkeyp
         alone = sum(float(sum_token_losses(plain, form_batch(table, [[index]]))) for index in range(3))
         packed = sum(float(engine.sum_losses(batch)) for batch in engine.form_step(table, [[0, 1, 2]]))
     assert packed == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("longest", [0, 65])
+def test_the_fused_engine_takes_examples_whose_positions_turn_alike(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}
+    monkeypatch.setitem(tiny.SETTINGS, "phi3", settings)
+    config = TrainingConfig(rank=4)
+    model = attach_adapter(tiny.build_model("phi3"), config, seed=0)
+    table = build_table(64, 30)
+    cpu = torch.device("cpu")
+    engine, notes = choose_engine(model, table, [[0], [1]], config, device=cpu, dtype=torch.float32, longest=longest)
+    assert isinstance(engine, FusedEngine) is (longest == 0)
+    said = "its positions turn with another frequency in rows above 64 tokens, and an example has 65"
+    assert any(said in note for note in notes) is (longest == 65)
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    config = TrainingConfig(rank=4)
+    model = attach_adapter(tiny.build_model("gemma3_text"), config, seed=0)
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(TrainingError, match="Gemma3ForCausalLM sees the tokens after the one"):
+        choose_engine(model, build_table(20, 20), [[0]], config, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_the_limit_is_the_smallest() -> None:

@@ -96,6 +96,15 @@ _MLA = {"num_key_value_heads": 4}
 _DENSE_FIRST = {"first_k_dense_replace": 1}
 _DENSE_THEN_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_GLM_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "image_size": 28, "patch_size": 14,
+    "out_hidden_size": _HIDDEN, "spatial_merge_size": 1,
+}  # fmt: skip
+_AUDIO = {
+    "d_model": 16, "hidden_size": 16, "intermediate_size": 16, "encoder_ffn_dim": 16, "encoder_layers": 1,
+    "num_hidden_layers": 1, "encoder_attention_heads": 2, "num_attention_heads": 2, "num_mel_bins": 16,
+    "max_source_positions": 32,
+}  # fmt: skip
 _QWEN_VISION = {
     "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": _HIDDEN,
     "num_position_embeddings": 16, "patch_size": 4, "deepstack_visual_indexes": [0],
@@ -150,9 +159,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minicpm3": _MLA,
     "nanochat": {},
     "vaultgemma": _SLIDING,
+    "beam": {},
+    "biogpt": {},
+    "bloom": {},
+    "codegen": {"rotary_dim": 4},
+    "cwm": {},
+    "diffllama": {},
+    "doge": {},
+    "flint": {},
+    "gemma4_unified_text": {},
+    "gpt_bigcode": {},
+    "gpt_neo": {
+        "num_layers": 2, "num_heads": 4, "attention_layers": ["global", "local"],
+        "attention_types": [[["global", "local"], 1]], "window_size": 8,
+    },
+    "gptj": {"rotary_dim": 4},
+    "granite_swa": {},
+    "hyperclovax": {},
+    "jais2": {},
+    "mpt": {},
+    "persimmon": {},
+    "xglm": {},
+    "youtu": _MLA,
     # experts
     "qwen2_moe": {},
     "qwen3_moe": {},
+    "laguna": {},
+    "aria_text": {},
+    "axk1": _MLA,
+    "cohere2_moe": {},
+    "deepseek_v32": {**_DENSE_FIRST, **_MLA},
+    "granitemoe_swa": {},
+    "hy_v3": {},
+    "hy_v4": {},
+    "inkling_text": {},
+    "jetmoe": {},
+    "kolibri1": {},
+    "mellum": _SLIDING,
+    "minimax": {},
+    "minimax_m3_vl_text": {},
+    "solar_open": {},
     "mixtral": {},
     "olmoe": {},
     "flex_olmo": {},
@@ -214,6 +260,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model_type": "granitemoehybrid", **_HYBRID, "num_local_experts": 0, "num_experts_per_tok": 0,
         "mamba_n_heads": 8, "mamba_d_head": 8,
     },
+    "recurrent_gemma": {},
+    "rwkv": {},
+    "zamba2": {
+        "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "nemotron_h": {
@@ -265,6 +317,39 @@ SETTINGS: dict[str, dict[str, Any]] = {
             **_VISION, "image_size": 16, "patch_size": 8, "vision_output_dim": 16, "projector_input_dim": 16,
             "projector_output_dim": 16,
         },
+    },
+    "qwen2_vl": {
+        "text_config": _MROPE,
+        "vision_config": {
+            "embed_dim": 16, "hidden_size": _HIDDEN, "depth": 1, "num_heads": 2, "patch_size": 14,
+            "spatial_merge_size": 1,
+        },
+    },
+    "glm4v": {"text_config": _MROPE, "vision_config": _GLM_VISION},
+    "glm4v_moe": {"text_config": {**_MROPE, **_DENSE_FIRST}, "vision_config": _GLM_VISION},
+    "smolvlm": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
+    },
+    "llava_onevision": {
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {**_VISION, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+    },
+    "aya_vision": {
+        "text_config": {"model_type": "cohere2", **_SLIDING},
+        "vision_config": {**_VISION, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+    },
+    "lfm2_vl": {
+        "text_config": {
+            "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "full_attn_idxs": None,
+            "block_multiple_of": 8,
+        },
+        "vision_config": {**_VISION, "model_type": "siglip2_vision_model", "patch_size": 14},
+    },
+    "voxtral": {"text_config": {"model_type": "llama"}, "audio_config": {"model_type": "voxtral_encoder", **_AUDIO}},
+    "qwen2_audio": {
+        "text_config": {"model_type": "qwen2"},
+        "audio_config": {"model_type": "qwen2_audio_encoder", **_AUDIO},
     },
     "llava": {
         "text_config": {"model_type": "llama"},
