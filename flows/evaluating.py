@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from flows.targets import Target
 from schemas.artifacts import Delta
 from schemas.config import RunConfig
-from tasks import storage
+from tasks import storage, tracking
 from tasks.base_model import limit_length
 from tasks.evaluation.comparison import compare
 from tasks.evaluation.conversations import find_conversations
@@ -21,6 +21,7 @@ from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.scoring import Evaluation, evaluate_sets
 from tasks.ingestion.dataset import build_dataset
 from tasks.partitions import copy_table
+from tasks.plurals import count_of
 from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
@@ -41,6 +42,16 @@ class Evaluated:
     table: pl.DataFrame
     """EvaluationRows of the model, with the base's answers where it was compared."""
     notes: tuple[str, ...]
+    num_trained_on: int | None
+    """Of the evaluated rows, those that the version was trained on; None where that is not known."""
+
+    @property
+    def warning(self) -> str:
+        """What a reader of the metrics has to know; empty for nothing."""
+        if not self.num_trained_on:
+            return ""
+        part = f"{self.num_trained_on:,} of {count_of(self.rows['evaluated'], 'row')}"
+        return f"{self.target} was trained on {part}: what is measured there says little of rows that are new to it"
 
     def write_json(self, path: Path) -> None:
         """Write all but the table as a JSON object."""
@@ -82,11 +93,28 @@ def evaluate_target(
     num_asked = found.rows["example_id"].n_unique()
     rows |= {"evaluated": num_asked, "not asked": rows["not asked"] - num_asked}
     metrics = average_rows(found.rows)
+    num_known, told = _count_known(target, found.rows)
+    notes = (*notes, *told)
     if base is None:
-        return Evaluated(target.label, "", rows, metrics, {}, {}, found.rows, notes)
+        return Evaluated(target.label, "", rows, metrics, {}, {}, found.rows, notes, num_known)
     compared = compare(base.rows, found.rows, config.evaluation, seed=config.seed, conversations=conversations)
     table = found.rows.with_columns(base.rows["answer"].alias("answer_base"))
-    return Evaluated(target.label, target.base_label, rows, metrics, compared.before, compared.delta, table, notes)
+    return Evaluated(
+        target.label, target.base_label, rows, metrics, compared.before, compared.delta, table, notes, num_known
+    )
+
+
+def _count_known(target: Target, rows: pl.DataFrame) -> tuple[int | None, tuple[str, ...]]:
+    """Return how many of the rows a version was trained on, and why that is not known where it is not."""
+    if target.dataset is None:
+        return None, ()
+    asked, known = set(rows["example_id"]), set()
+    try:
+        for part in tracking.read_parts(target.dataset, "train.parquet"):
+            known |= asked.intersection(pl.read_parquet(part, columns=["example_id"])["example_id"])
+    except tracking.ArtifactError as error:
+        return None, (f"its training rows are gone, so that some of these may be among them ({error})",)
+    return len(known), ()
 
 
 def _prepare(target: Target, config: RunConfig, folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:

@@ -42,6 +42,8 @@ class Target:
     base: Path | None
     """Folder of what it was made from; None where nobody knows."""
     base_label: str = ""
+    dataset: Ref | None = None
+    """What a registered version was trained on; None of a folder."""
 
 
 def is_trained_folder(target: str) -> bool:
@@ -78,7 +80,9 @@ def opening_target(target: str, *, base_model: str = "", max_shard_size: str = "
         name, version = find_by_address(target or only_champion(), default_alias=CHAMPION)
         folder = fetch_version(name, version)
         base_folder, label = (Path(named.uri), named.name) if named else find_base_of(name, version)
-        yield Target(f"{name} version {version}", folder, base_folder, label)
+        recorded = get_version(name, version).tags.get("sft.dataset")
+        dataset = Ref.model_validate_json(recorded) if recorded else None
+        yield Target(f"{name} version {version}", folder, base_folder, label, dataset)
 
 
 def is_version(target: str) -> bool:

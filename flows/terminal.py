@@ -136,6 +136,8 @@ def show_evaluated(found: "Evaluated") -> None:
     console.print(f"{rows_in} in = {add_up_rows(found.rows)}", markup=False, soft_wrap=True)
     for note in found.notes:
         console.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+    if found.warning:
+        console.print(f"[yellow]warning:[/] {escape(found.warning)}", soft_wrap=True)
     title = f"{found.target} on {count_of(found.rows['evaluated'], 'row')}"
     if found.base:
         console.print(make_metrics_table(f"{title}, beside {found.base}", "base", found.base_metrics, found.delta))

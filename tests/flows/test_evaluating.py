@@ -12,8 +12,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from schemas.artifacts import ModelRef
-from schemas.config import DataConfig, EvaluationConfig, TrainingConfig
+from flows.evaluating import evaluate_target
+from flows.targets import Target
+from schemas.artifacts import ModelRef, Ref
+from schemas.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
+from tasks import tracking
 from tasks.evaluation.scoring import evaluate_model
 from tasks.ingestion.dataset import build_dataset
 from tasks.tokenization.examples import tokenize_dataset
@@ -144,3 +147,29 @@ def test_a_trained_folder_can_be_used_by_itself(trained: Path) -> None:
         assert f"| base model | `{BASE_MODEL}` |" in card
         assert "More Information Needed" not in card
         assert call("chat", folder, "--prompt", "Say 3.", "--max-tokens", "4").exit_code == 0
+
+
+def test_rows_that_the_version_was_trained_on_are_counted(rows: Path, tmp_path: Path) -> None:
+    """Of 24 rows that it was asked it was trained on ten, and another file's ten."""
+    values = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(14, 34)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    build_dataset(
+        DataConfig(source=str(tmp_path / "own.jsonl"), eval_fraction=0.0), seed=0, folder=tmp_path / "dataset"
+    )
+    run = tracking.client().create_run(tracking.open_experiment("evaluating")).info.run_id
+    uri, digest = tracking.publish(tmp_path / "dataset", run, "dataset")
+    config = RunConfig.model_validate(
+        {
+            "name": "x",
+            "model": {"base_model": str(BASE_MODEL)},
+            "data": {"source": str(rows), "max_rejected_fraction": 0.5},
+            "evaluation": {"max_new_tokens": 4, "num_resamples": 100},
+            "registry": {"name": "x"},
+        }
+    )
+    target = Target("mine version 1", BASE_MODEL, None, dataset=Ref(uri=uri, digest=digest))
+    found = evaluate_target(target, config, with_base=False)
+    assert (found.rows["evaluated"], found.num_trained_on) == (24, 10)
+    assert found.warning.startswith("mine version 1 was trained on 10 of 24 rows")
+    folder = evaluate_target(Target("base", BASE_MODEL, None), config, with_base=False)
+    assert (folder.num_trained_on, folder.warning) == (None, "")
