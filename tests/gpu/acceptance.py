@@ -153,7 +153,7 @@ def tell_lost_gpu(given: Inputs) -> Report:
     os.killpg(first.process.pid, signal.SIGINT)
     code = first.process.wait(120)
     _expect(code == 130, f"exit code {code} after Ctrl-C: {first.last_lines()}")
-    reached = _find_last_step(first)
+    reached, lost = _find_last_step(first), _find_line(first, "The training was lost")
     config["training"]["num_processes"] = 1
     second = start_run(config, folder, CUDA_VISIBLE_DEVICES="0")
     report = second.wait(_LIMIT)
@@ -163,7 +163,6 @@ def tell_lost_gpu(given: Inputs) -> Report:
     _expect(list(curve) == list(expected), f"steps {min(curve)} to {max(curve)} of {max(expected)}")
     apart = max(abs(curve[step] - expected[step]) / expected[step] for step in expected)
     _expect(apart < _APART, f"the losses are {apart:.2%} apart")
-    lost = _find_line(first, "The training was lost")
     return {**report, "note": f"{lost}; from step {reached} on one GPU; losses at most {apart:.3%} apart"}
 
 
@@ -171,9 +170,11 @@ def read_curve(folder: Path, report: Report) -> dict[int, float]:
     """Return the training losses of a run by its step, as MLflow has them."""
     from mlflow import MlflowClient
 
-    history = MlflowClient(f"sqlite:///{folder}/home/mlflow.db").get_metric_history(
-        report["mlflow_run_id"], "train/loss"
-    )
+    client = MlflowClient(f"sqlite:///{folder}/home/mlflow.db")
+    experiment = client.get_run(report["mlflow_run_id"]).info.experiment_id
+    of_stage = f"tags.mlflow.parentRunId = '{report['mlflow_run_id']}' AND attributes.run_name = 'train'"
+    (stage,) = client.search_runs([experiment], of_stage)
+    history = client.get_metric_history(stage.info.run_id, "train/loss")
     return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
 
 
