@@ -40,7 +40,8 @@ class BudgetError(ValueError):
 def describe_run(config: RunConfig) -> str:
     """Return a name that a person can read: what for, model, dataset, date (UTC)."""
     source = config.data.source
-    data = source.removeprefix("datasets:/") if source.startswith("datasets:/") else PurePath(source).stem
+    place, _, entries = source.partition("#")  # of an index of LLaMA-Factory's
+    data = source.removeprefix("datasets:/") if source.startswith("datasets:/") else entries or PurePath(place).stem
     return f"{config.name}: {PurePath(config.model.base_model).name} on {data}, {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 

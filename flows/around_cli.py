@@ -82,6 +82,8 @@ def runs(
         took = "" if row.seconds is None else f"  {row.seconds:,.0f} s"
         outcome = f"  {row.version} {row.verdict}" if row.version else ""
         _print_entry(f"{shorten_id(row.run)}  {row.started}  {row.status.lower()}{took}{outcome}", row.name)
+        if row.failure:
+            _console().print(Padding(escape(row.failure), (0, 0, 0, 4)))
     if not rows:
         _console().print("There are no runs yet.")
 

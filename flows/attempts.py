@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from platform import node
 from typing import Any
@@ -24,6 +24,7 @@ from tasks.training.records import TrainingCrash
 
 _SOURCE_TAG, _MODEL_TAG, _HOST_TAG = "sft.source_digest", "sft.base_model_digest", "sft.host"
 _FLOW_RUN_TAG = "sft.prefect_flow_run"
+_LONGEST_FAILURE = 500
 
 
 class ResumeError(ValueError):
@@ -66,11 +67,19 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
             status = "FINISHED"
         except (ResumeError, StageLostError, TrainingCrash):
             raise  # refused and nothing done, or cut short: the run can still be resumed
-        except Exception:
+        except Exception as error:
             status = "FAILED"
+            with suppress(Exception):  # of tracking: why the run failed is told by its own error
+                tracking.set_tags(run_id, {tracking.FAILURE_TAG: _describe_failure(error)})
             raise
         finally:
             tracking.end_run(run_id, status)
+
+
+def _describe_failure(error: Exception) -> str:
+    """Return the error's kind and its first line, as `sft runs` shows it."""
+    first = str(error).partition("\n")[0].rstrip(":")
+    return f"{type(error).__name__}: {first}"[:_LONGEST_FAILURE]
 
 
 def check_inputs(run_id: str, source: SourceRef, base_model: ModelRef) -> None:

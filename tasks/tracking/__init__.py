@@ -37,6 +37,7 @@ from tasks.tracking.curves import log_metrics, metric_log, training_curves
 from tasks.tracking.runs import (
     CONFIG_FILE,
     CONFIG_TAG,
+    FAILURE_TAG,
     PARENT_TAG,
     STAGE_TAG,
     TAKES_TAG,
@@ -58,6 +59,7 @@ from tasks.tracking.stopwatch import tracking_time
 __all__ = [
     "CONFIG_FILE",
     "CONFIG_TAG",
+    "FAILURE_TAG",
     "MODEL_SUBFOLDER",
     "PARENT_TAG",
     "STAGE_TAG",

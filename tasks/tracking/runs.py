@@ -34,6 +34,7 @@ RESULT_TAG = "sft.result"
 TAKES_TAG = "sft.takes."
 """Begins the tags that name the runs whose kept results a pipeline run has taken, set when it takes them."""
 CONFIG_TAG = "sft.config_digest"
+FAILURE_TAG = "sft.failure"
 CONFIG_FILE = "config.json"
 _MAX_PARAM_CHARS = 500  # MLflow takes 6,000; longer than this nobody reads in a table
 

@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_API_URL
 
 from tasks import tracking
 from tasks.ingestion.dataset import build_dataset
+from tasks.registry.listing import list_runs
 from tests.end_to_end.conftest import ROOT, RunPipeline
 
 pytestmark = pytest.mark.slow
@@ -96,6 +97,8 @@ def test_a_model_path_that_does_not_exist(run_pipeline: RunPipeline, write_rows:
     with pytest.raises(ValueError, match=r"model\.base_model = './no/such/model': no such folder"):
         run_pipeline(settings)
     assert _last_flow_state() == "FAILED"
+    (newest,) = list_runs(limit=1)
+    assert newest.failure.startswith("BaseModelError: model.base_model = './no/such/model': no such folder")
 
 
 def test_weights_that_can_hide_code_are_refused(

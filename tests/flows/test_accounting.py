@@ -84,6 +84,8 @@ def test_held_out_rows_that_are_all_rejected_stop_the_run_that_wanted_some() -> 
 def test_a_run_is_named_by_what_model_and_dataset() -> None:
     config = parse_config({"name": "n", "model": {"base_model": "Qwen/Q-1B"}, "data": {"source": "a/rows.jsonl"}})
     assert describe_run(config).startswith("n: Q-1B on rows, 20")
+    entries = config.model_copy(update={"data": DataConfig(source="data/dataset_info.json#identity,support")})
+    assert describe_run(entries).startswith("n: Q-1B on identity,support, 20")
 
 
 def test_differences_name_each_setting_with_both_values() -> None:

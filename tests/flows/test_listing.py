@@ -66,6 +66,21 @@ def test_runs_of_the_pipeline_are_listed_newest_first(database: list[str]) -> No
     assert [row["run"] for row in json.loads(run("runs", "--json", "--limit", "1"))] == [database[1]]
 
 
+def test_a_failed_run_says_why() -> None:
+    client, experiment = tracking.client(), tracking.open_experiment("failing")
+    tags = {tracking.CONFIG_TAG: "x", tracking.FAILURE_TAG: "DataError: 7 of 267 rows are rejected"}
+    ids = [client.create_run(experiment, tags=tags, start_time=10).info.run_id for _ in range(2)]
+    for run_id, status in zip(ids, ("FAILED", "FINISHED"), strict=True):  # the second went on and came to its end
+        client.set_terminated(run_id, status=status)
+    try:
+        rows = {row["run"]: row["failure"] for row in json.loads(run("runs", "--json"))}
+        assert [rows[run_id] for run_id in ids] == ["DataError: 7 of 267 rows are rejected", ""]
+        assert run("runs").count("DataError: 7 of 267 rows are rejected") == 1
+    finally:
+        for run_id in ids:
+            client.delete_run(run_id)
+
+
 def test_runs_are_compared_in_what_differs(database: list[str]) -> None:
     text = run("runs", database[0], database[1][:12])
     assert "training.learning_rate" in text
