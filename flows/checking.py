@@ -10,11 +10,9 @@ from flows.rejected import describe_place, judge_rejected
 from schemas.config import DataConfig, ModelConfig, TokenizationConfig
 from tasks import storage
 from tasks.base_model import limit_length
-from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.quality_page import write_quality_page
 from tasks.ingestion.reject_groups import group_rejects
-from tasks.plurals import count_of
 from tasks.registry.bases import find_tokenizer_folder
 from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import PARTS, TokenizationError, tokenize_dataset
@@ -105,20 +103,7 @@ def check_dataset(
         rejected=rejected,
         places={group.reason: [describe_place(row) for row in group.rows] for group in groups},
         warnings=(*quality["warnings"], *warnings),
-        notes=(*prepared.notes, *_tell_sampling(counts)),
+        notes=prepared.notes,
         masks=masks["train"],
         max_length=masks["max_length"],
     )
-
-
-def _tell_sampling(counts: DatasetCounts) -> tuple[str, ...]:
-    """Say what numbers and weights of rows took away or repeated: `rows in` is what is left."""
-    told = []
-    if number := counts.rows_left_out:
-        verb = "is" if number == 1 else "are"
-        told.append(
-            f"{count_of(number, 'usable row')} {verb} left out (num_rows, weight, max_eval_rows), not in rows in"
-        )
-    if number := counts.rows_repeated:
-        told.append(f"{count_of(number, 'copy', 'copies')} of rows, made by weights above 1, in rows in")
-    return tuple(told)

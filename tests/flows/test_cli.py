@@ -150,14 +150,3 @@ def test_the_first_wait_is_not_silent(words: tuple[str, ...], told: str) -> None
     os.close(seen)
     assert told in text
     assert "Base model" not in text  # the first line of a run
-
-
-@pytest.mark.parametrize(("number", "told"), [(10, "26 usable rows are left out"), (35, "1 usable row is left out")])
-def test_rows_that_a_mixture_leaves_out_are_told(tmp_path: Path, number: int, told: str) -> None:
-    """Of the mixture's 40 rows 36 are there to be trained."""
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"prompt": f"Other {n}?", "completion": "Yes."}) + "\n" for n in range(2)))
-    mixture = f"data.mixture=[{{source: {_write(tmp_path, 0)}, num_rows: {number}}}]"
-    result = _runner.invoke(app, ["check", str(other), "--set", mixture])
-    assert result.exit_code == 0, result.output
-    assert told in " ".join(result.output.split())
