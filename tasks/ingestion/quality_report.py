@@ -15,6 +15,7 @@ from tasks.ingestion.splitting.mixture import Division
 from tasks.ingestion.splitting.near_duplicates import THRESHOLD, BestMatch
 from tasks.ingestion.splitting.shard_summary import ShardSummary, SourceStats
 from tasks.ingestion.splitting.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
+from tasks.plurals import count_of
 
 
 def describe_dataset(
@@ -56,7 +57,7 @@ def describe_dataset(
         *_warn_of_found(found, screen),
     ]
     warnings += _warn_of_datasets(intakes, division)
-    warnings += [f"not read: {name} ({number} time(s))" for name, number in unused.items() if number]
+    warnings += [f"not read: {name} ({count_of(number, 'time')})" for name, number in unused.items() if number]
     return {
         "counts": {**asdict(counts), "rows_read": counts.rows_read},
         "datasets": [describe_portion(intake, division, number) for number, intake in enumerate(intakes)],
@@ -168,12 +169,12 @@ def _warn_of_datasets(intakes: Sequence[SourceStats], division: Division) -> lis
         unused = counts["rows_unused"]
         left_out = counts["rows_left_out"] - unused
         if unused:
-            warnings.append(f"{unused} held-out row(s) beyond data.max_eval_rows are not used")
+            warnings.append(f"{count_of(unused, 'held-out row')} beyond data.max_eval_rows not used")
         if left_out:
-            warnings.append(f"{intake.name}: {left_out} training row(s) are left out by its weight or num_rows")
+            warnings.append(f"{intake.name}: {count_of(left_out, 'training row')} left out by its weight or num_rows")
         if counts["rows_repeated"]:
             repeated = counts["rows_repeated"]
-            warnings.append(f"{intake.name}: its weight repeats training rows, {repeated} time(s) in all")
+            warnings.append(f"{intake.name}: its weight repeats training rows: {count_of(repeated, 'copy', 'copies')}")
         if not counts["rows_train"] and not counts["rows_eval"] and not unused:
             warnings.append(f"{intake.name}: none of its {intake.num_rows} row(s) is trained or held out")
     return warnings

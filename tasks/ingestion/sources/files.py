@@ -8,6 +8,7 @@ from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.layouts import Reading
 from tasks.ingestion.sources.remote_files import RemoteFile
+from tasks.plurals import count_of
 
 KINDS: dict[str, str] = {
     ".json": "json",
@@ -171,7 +172,7 @@ def warn_of_folder(files: list[SourceFile], skipped: list[str]) -> tuple[str, ..
     warnings = []
     if skipped:
         shown = ", ".join(skipped[:10]) + (", …" if len(skipped) > 10 else "")
-        warnings.append(f"{len(skipped)} file(s) of the folder are not rows and were not read: {shown}")
+        warnings.append(f"no rows, and not read: {count_of(len(skipped), 'file')} of the folder: {shown}")
     held_out = [file.name for file in files if _names_held_out(file.name)]
     if held_out and len(held_out) < len(files):
         warnings.append(

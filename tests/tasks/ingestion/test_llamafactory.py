@@ -57,7 +57,7 @@ def test_columns_that_are_given_have_no_defaults_beside_them(tmp_path: Path) -> 
     source = write_index(tmp_path, {"one": {"file_name": "rows.json", "columns": columns}}, rows=rows)
     _, conversations, quality = read(source, tmp_path)
     assert conversations[0] == [("system", "c"), ("user", "a0"), ("assistant", "b")]
-    assert "not read: column input (2 time(s))" in quality["warnings"]
+    assert "not read: column input (2 times)" in quality["warnings"]
 
 
 def test_tags_without_a_system_tag_keep_the_rows_and_warn(tmp_path: Path) -> None:

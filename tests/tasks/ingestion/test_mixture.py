@@ -149,8 +149,8 @@ def test_mixture_of_three_is_accounted_for_row_by_row(tmp_path: Path, write_line
     for name in ("rows_read", "rows_train", "rows_eval", "rows_duplicate", "rows_leaked", "rows_left_out"):
         assert sum(entry[name] for entry in quality["datasets"]) == quality["counts"][name]
     assert quality["statistics"]["train"]["num_rows"] == 45 + 45 + 30
-    assert "rows.jsonl: 45 training row(s) are left out by its weight or num_rows" in quality["warnings"]
-    assert "rows.jsonl: its weight repeats training rows, 45 time(s) in all" in quality["warnings"]
+    assert "rows.jsonl: 45 training rows left out by its weight or num_rows" in quality["warnings"]
+    assert "rows.jsonl: its weight repeats training rows: 45 copies" in quality["warnings"]
 
 
 def test_dataset_holds_out_the_same_rows_alone_and_in_every_mixture(tmp_path: Path, write_lines: WriteLines) -> None:

@@ -146,9 +146,7 @@ def test_folders_and_patterns_name_files_as_folders_here_do(bucket: Any, tmp_pat
     assert [file.name for file in there.files] == [file.name for file in here.files] == [
         "a.jsonl", "deep/b.jsonl", "deep/er/c.jsonl",
     ]  # fmt: skip
-    assert (
-        there.warnings == here.warnings == ("1 file(s) of the folder are not rows and were not read: deep/notes.txt",)
-    )
+    assert there.warnings == here.warnings == ("no rows, and not read: 1 file of the folder: deep/notes.txt",)
     assert find("s3://data/folder/*/*.jsonl") == ["deep/b.jsonl"]
     assert find("s3://data/folder/**/[bc].jsonl") == ["deep/b.jsonl", "deep/er/c.jsonl"]
     for source, what in (("s3://data/folder/x*", "nothing is there"), ("s3://data/none.jsonl", "cannot be read")):

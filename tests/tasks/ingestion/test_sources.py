@@ -53,9 +53,7 @@ def test_folder_gives_its_dataset_files_by_path_and_says_what_it_left_out(tmp_pa
         (tmp_path / name).touch()
     (source,) = find_sources(DatasetConfig(source=str(tmp_path)))
     assert [file.name for file in source.files] == ["a.csv", "b.jsonl", "sub/c.parquet"]
-    assert source.warnings == (
-        "3 file(s) of the folder are not rows and were not read: README.md, dataset_info.json, e.json.gz",
-    )
+    assert source.warnings == ("no rows, and not read: 3 files of the folder: README.md, dataset_info.json, e.json.gz",)
 
 
 @pytest.mark.parametrize("name", ["test.jsonl", "validation-00000-of-00001.parquet", "eval/rows.json"])
