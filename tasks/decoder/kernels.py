@@ -36,7 +36,7 @@ from tasks.decoder.row_programs import (
 _GATE_BLOCK = 1024
 _COPY_BLOCK = 4096
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_tables: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor, int]] = {}
+_tables: dict[tuple[tuple[int, int, int, int, int, float], ...], tuple[Tensor, Tensor, int]] = {}
 _VOCABULARY_BLOCK = 8192
 _ROW_BLOCK = 4096
 _SUM_ROWS, _SUM_BLOCK = 256, 128  # of a program that adds up rows
@@ -265,14 +265,18 @@ def copy_matrices(copies: Sequence[Copy]) -> None:
         for copy in copies:
             copy.target.copy_(copy.source * copy.scale)
         return
-    key = tuple((copy.source.data_ptr(), copy.target.data_ptr()) for copy in copies)
+    # With sizes and scales: another decoder's matrices may lie where those of one that is gone have lain.
+    key = tuple(
+        (
+            copy.source.data_ptr(), copy.target.data_ptr(), copy.source.numel(), copy.source.shape[1],
+            copy.target.stride(0), copy.scale,
+        )
+        for copy in copies
+    )  # fmt: skip
     if key not in _tables:
-        rows = [
-            (*places, copy.source.numel(), copy.source.shape[1], copy.target.stride(0))
-            for places, copy in zip(key, copies, strict=True)
-        ]
         scales = torch.tensor([copy.scale for copy in copies], dtype=torch.float32, device=source.device)
         _tables.clear()  # of one decoder at a time
+        rows = [row[:-1] for row in key]
         _tables[key] = torch.tensor(rows, device=source.device), scales, max(row[2] for row in rows)
     table, scales, largest = _tables[key]
     copy_matrices_program[(len(copies), triton.cdiv(largest, _COPY_BLOCK))](

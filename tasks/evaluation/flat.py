@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from tasks.decoder.attention import Segments, attend
+from tasks.families.packing import find_row_limit
 
 _NAME = "sft_flat"
 # What some models add to the scores; a layout knows nothing of it.
@@ -139,6 +140,8 @@ def check_model(model: PreTrainedModel) -> None:
     for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
         if rope.get("rope_type") in _CHANGING_ROPES:
             raise UnsupportedModelError(f"its rotary angles are {rope['rope_type']}")
+    if limit := find_row_limit(config):
+        raise UnsupportedModelError(limit[1])
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError("it takes no positions")
     rows = make_trial_rows(model)

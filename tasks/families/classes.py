@@ -1,5 +1,6 @@
 """Which class of transformers a checkpoint loads with: its own, so that nothing of a composite is left behind."""
 
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,15 +57,28 @@ def choose_class(config: Any, place: object) -> "type[PreTrainedModel]":
     candidates = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     flat: list[Any] = [kind for entry in candidates for kind in (entry if isinstance(entry, tuple) else (entry,))]
     named = getattr(config, "architectures", None) or []
-    for kind in flat:
-        if kind.__name__ in named:
-            return kind
     if not flat:
         raise FamilyError(
             f"{place}: {config.model_type} ({', '.join(named) or 'no architecture named'}) is no language model that "
             "writes text token by token: choose a causal one"
         )
-    return flat[0]
+    kind = next((kind for kind in flat if kind.__name__ in named), flat[0])
+    _check_forward(kind, place)
+    return kind
+
+
+def _check_forward(kind: Any, place: object) -> None:
+    """Raise FamilyError unless text is all that a model's forward pass needs."""
+    arguments = signature(kind.forward).parameters
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    wanted = [name for name, each in arguments.items() if each.kind in named and each.default is Parameter.empty]
+    further = [name for name in wanted if name not in ("self", "input_ids")]
+    if further or "input_ids" not in arguments:
+        needs = f"needs {' and '.join(further)}" if further else "takes no text by itself"
+        raise FamilyError(
+            f"{place}: {kind.__name__} {needs}, so that it is not trained here, where text alone is read: choose a "
+            "language model"
+        )
 
 
 def _first_line(error: Exception) -> str:

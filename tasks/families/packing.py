@@ -20,6 +20,8 @@ def find_row_limit(config: Any) -> tuple[int, str] | None:
         limits.append((int(scale), f"its attention is scaled by the place in the row from {scale:,} tokens on"))
     if top := getattr(config, "index_topk", None):
         limits.append((int(top), f"its attention chooses {top:,} tokens of the row"))
+    if budget := getattr(config, "indexer_budget", None):
+        limits.append((0, f"its attention chooses {budget:,} groups of neighbouring tokens of the row"))
     if any("compressed" in kind for kind in kinds):
         limits.append((0, "its attention puts neighbouring tokens of the row together"))
     return min(limits, default=None)

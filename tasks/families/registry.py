@@ -40,6 +40,7 @@ FAMILIES = (
         skipped={"correction_coefs": _READS_WEIGHT},
     ),
     Family(("phi4_multimodal",), outside=("embed_tokens_extend",)),
+    Family(("fuyu",), outside=("vision_embed_tokens",)),
     Family(("git",), outside=("image_encoder", "visual_projection")),
     Family(
         (

@@ -158,6 +158,13 @@ def _swaps_last(operation: Any, change: Change) -> bool:
 
 def name_missing(sources: Mapping[str, Sources], skeleton: nn.Module, name: str) -> MergeError:
     """Return the error for a changed tensor that no stored one makes."""
+    quantization = getattr(getattr(skeleton, "config", None), "quantization_config", None)
+    how = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if how and how != "mxfp4":
+        return MergeError(
+            f"{name}: this checkpoint is quantized ({how}), and what is trained is merged into full weights: choose "
+            "the unquantized model (float32, bfloat16 or float16)"
+        )
     return MergeError(
         f"{name}: none of the base model's {len(sources)} stored weights is this one of {type(skeleton).__name__}: "
         "fetch the whole checkpoint again, unquantized (float32, bfloat16 or float16)"

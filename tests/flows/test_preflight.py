@@ -36,6 +36,8 @@ def test_settings_that_do_not_go_with_the_model(settings: dict[str, Any], said: 
     [
         ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder model.*choose a decoder-only one"),
         ({"model_type": "clip"}, "clip .* is no language model that writes text token by token: choose a causal one"),
+        ({"model_type": "blip-2"}, "Blip2ForConditionalGeneration needs pixel_values, so that it is not trained here"),
+        ({"model_type": "qwen2_5_omni"}, "Qwen2_5OmniForConditionalGeneration takes no text by itself.*choose a lang"),
         ({"model_type": "never-heard-of"}, "describes no model that this transformers knows"),
     ],
 )
@@ -55,4 +57,9 @@ def test_quantized_and_missing_weights(tmp_path: Path) -> None:
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"down_proj.weight: none of the base model's 23 stored weights is this one"):
+        check_model(tmp_path, TrainingConfig())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"down_proj.weight: this checkpoint is quantized \(gptq\).*choose the unq"):
         check_model(tmp_path, TrainingConfig())

@@ -164,7 +164,6 @@ def _build_fused(
         )
         # A recorded pass would hold the matrices of the slots in which they lay when it was recorded.
         may_record = divided is None and not engine.num_recomputed and router_loss is None
-        may_record = may_record and find_rope_limit(find_base(model).config.get_text_config()) is None
         if may_record and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
             recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=engine.logits_bytes)

@@ -78,3 +78,6 @@ def test_matrices_are_copied_in_one_launch_as_one_by_one() -> None:
         for source, scale in zip(sources, (1.0, 0.5, 0.3), strict=True)
     )
     assert int(joint.count_nonzero()) == expected
+    # Another decoder's matrices lie where these have lain, and have another scale.
+    kernels.copy_matrices([Copy(a, b, 2.0) for a, b in zip(sources, targets, strict=True)])
+    assert all(torch.equal(b, (a * 2.0).to(torch.bfloat16)) for a, b in zip(sources, targets, strict=True))

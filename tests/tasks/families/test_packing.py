@@ -1,5 +1,6 @@
 """Packs longer than what a family's attention counts by give each example the loss that it has alone."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,8 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
 
 
 def test_the_limit_is_the_smallest() -> None:
+    chosen = SimpleNamespace(indexer_budget=64)  # of Qwen 4's groups of tokens
+    assert find_row_limit(chosen) == (0, "its attention chooses 64 groups of neighbouring tokens of the row")
     assert find_row_limit(tiny.build_config("qwen3")) is None
     config = tiny.build_config("llama4_text")
     assert find_row_limit(config) == (64, "its attention works in chunks of 64 tokens from the row's start")
