@@ -1,11 +1,16 @@
-"""A dataset folder becomes a tokens folder: train.parquet, eval.parquet, rejects.parquet, masks.json, tokenizer/."""
+"""A dataset folder becomes a tokens folder: train.parquet, eval.parquet, rejects.parquet, masks.json, tokenizer/.
+
+Where train.parquet is a folder of parts, there is train.index beside it.
+"""
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -20,6 +25,7 @@ from tasks.tokenization.groups import EXAMPLES, REJECTS, read_report
 from tasks.tokenization.reporting import MaskReport
 from tasks.tokenization.saving import check_saved, probe, save_prompt_settings, save_stops, save_tokenizer
 from tasks.tokenization.shards import (
+    INDEX,
     PAIRS,
     PART,
     TableShare,
@@ -34,6 +40,7 @@ from tasks.tokenization.shards import (
 )
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, REJECT_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer
+from tasks.tokenization.token_index import count_indexed, index_part, name_index, read_index, write_index
 
 PARTS = ("train", "eval")
 _PART_NAMES = {"train": "training", "eval": "held-out"}
@@ -152,6 +159,10 @@ def tokenize_stored(
     check_saved(prepared, saved, loaded.result())
     names = [name for part in PARTS for name, _ in files[part]]
     stored = dict(zip(names, made, strict=True))
+    own = [name for name, _ in files["train"]]
+    if own != ["train.parquet"]:
+        indices = (read_index(folder / "shards" / name / INDEX) for name in own)
+        write_index(name_index(folder / "train.parquet"), chain.from_iterable(indices))
     reports = {part: MaskReport() for part in PARTS}
     refused: list[Path] = []
     for part in PARTS:
@@ -182,6 +193,8 @@ def _merge_reports(report: MaskReport, shards: Sequence[Path]) -> list[Path]:
 def _check_counts(folder: Path, part: str, num_rows: int, num_examples: int, report: MaskReport) -> None:
     """Compare the rows that a table has, and the examples that were written, with those that were counted."""
     found, wanted = report.num_conversations, report.num_examples
+    indexed = count_indexed(folder / f"{part}.parquet")
+    assert indexed in (None, wanted), f"{folder}: the index of {part} has {indexed} rows of {wanted}"
     assert found == num_rows, f"{folder}: of {num_rows} rows of {part}, {found} were tokenized"
     assert num_examples == wanted, f"{folder}: {part} has {num_examples} examples, and {wanted} were counted"
 
@@ -213,13 +226,16 @@ def join_shards(
     reports = {part: MaskReport() for part in PARTS}
     refused: list[Path] = []
     for part in PARTS:
-        for number, (file, own) in enumerate(_sort_by_file(plans[part], shards[part]).items()):
+        files = _sort_by_file(plans[part], shards[part])
+        for number, (file, own) in enumerate(files.items()):
             table = folder / f"{part}.parquet"
             if file.parent.name == table.name:
                 table.mkdir(exist_ok=True)
                 table = name_part(table, number)
             refused += _merge_reports(reports[part], own)
             _take_examples(own, table, is_own=own[0].is_relative_to(folder))
+        if part == "train" and (folder / "train.parquet").is_dir():
+            write_index(name_index(folder / "train.parquet"), _collect_indices(folder / "train.parquet", files))
         num_rows = sum(count_rows(file) for file in dict.fromkeys(planned.file for planned in plans[part]))
         _check_counts(folder, part, num_rows, count_rows(folder / f"{part}.parquet"), reports[part])
     return _finish(reports, refused, read_pairs(folder / "train.parquet"), prepared, folder, config)
@@ -267,6 +283,20 @@ def _finish(
     )
     _check_budgets(counts, train, folder / "rejects.parquet", prepared, config)
     return counts
+
+
+def _collect_indices(table: Path, shards: Mapping[Path, Sequence[Path]]) -> Iterator[Any]:
+    """Yield the index of each part: as its worker wrote it, or made here where several shards were joined.
+
+    Args:
+        table: of the tokens.
+        shards: of each file of the dataset's table, in order.
+    """
+    for number, own in enumerate(shards.values()):
+        if (own[0] / INDEX).is_file():
+            yield from read_index(own[0] / INDEX)
+        else:
+            yield index_part(name_part(table, number))
 
 
 def _sort_by_file(plan: Sequence[TableShare], shards: Sequence[Path]) -> dict[Path, list[Path]]:

@@ -23,6 +23,7 @@ from tasks.tokenization.groups import EXAMPLES, Fast, tokenize_group
 from tasks.tokenization.saving import Probe, probe
 from tasks.tokenization.tables import EXAMPLE_SCHEMA, join_batches
 from tasks.tokenization.templates import PreparedTokenizer, TemplateArgument, prepare_tokenizer
+from tasks.tokenization.token_index import index_part, write_index
 
 # A shard is a task with a result of its own: few rows keep all cores busy, many keep the tasks few.
 FEWEST_ROWS_PER_SHARD = 10_000
@@ -33,6 +34,8 @@ _SHARDS_WANTED = 16
 PART = "part.parquet"
 """In a shard of all row groups of a file: their examples."""
 PAIRS = "pairs.arrow"
+INDEX = "index.arrow"
+"""Beside PART: the index of its rows."""
 
 
 class TableShare(NamedTuple):
@@ -92,6 +95,7 @@ def tokenize_shard(
         join_batches(examples, EXAMPLE_SCHEMA, folder / PART)
         for path in examples:
             path.unlink()
+        write_index(folder / INDEX, [index_part(folder / PART)])
 
 
 def _open_fast(prepared: PreparedTokenizer, config: TokenizationConfig) -> Fast | None:
@@ -128,7 +132,7 @@ def work_on_stored_part(
         target: address of its examples.
         tokenizer_folder: a saved one, which has its template.
         config: masks and limits.
-        folder: gets counts and rejects of the row groups, and digests of pairs; made when missing.
+        folder: gets counts and rejects of the row groups, the index, and digests of pairs; made when missing.
 
     Returns:
         The examples in the store.

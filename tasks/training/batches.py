@@ -7,8 +7,10 @@ that a resumed training goes on exactly where it was. How they go through the mo
 side, or flat, all examples of a forward pass end to end.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tasks.decoder.attention import Segments, send
 from tasks.decoder.dropout import derive_key
 from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.records import TrainingError
+from tasks.training.step_plans import StepPlan, plan_steps, prepare_parts
 from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
 
 MAX_PACK_TOKENS = 16384
@@ -63,6 +66,8 @@ class Batch:
     """Of the trained tokens, where there are weights."""
     indices: tuple[int, ...] = ()
     """Numbers of the examples in their table."""
+    is_elsewhere: bool = False
+    """Of other ranks, all that they compute of a step: only counts, and no tokens that this rank would have to read."""
     owners: Tensor | None = None
     """[B, S] int64, of pairs: which of the batch's examples a position is of, on padding of any. Stays on the host."""
     reference: Tensor | None = None
@@ -118,7 +123,7 @@ def lay_out(split: Path, folder: Path, config: TrainingConfig) -> None:
         write_examples(split, folder, pairs=config.is_paired)
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    table = open_table(folder, group=_count_group(config))
+    table = open_table(folder, group=count_group(config))
     tokens_per_pack = choose_pack_tokens(table.group_lengths, config) if config.packing else None
     longest = int(table.group_lengths.max(initial=0))
     if tokens_per_pack is not None and longest > tokens_per_pack:
@@ -133,10 +138,10 @@ def lay_out(split: Path, folder: Path, config: TrainingConfig) -> None:
 
 def open_rows(folder: Path, config: TrainingConfig | None = None) -> tuple[TokenTable, Sequence[Sequence[int]]]:
     """Map what `lay_out` wrote: the examples, and the rows, each the numbers of its examples."""
-    return open_table(folder, group=1 if config is None else _count_group(config)), open_packs(folder)
+    return open_table(folder, group=1 if config is None else count_group(config)), open_packs(folder)
 
 
-def _count_group(config: TrainingConfig) -> int:
+def count_group(config: TrainingConfig) -> int:
     """Return how many examples go through the model together."""
     return 2 if config.is_paired else 1
 
@@ -166,10 +171,13 @@ def iterate_steps(
     first: int,
     last: int,
     form_step: FormStep | None = None,
+    turn: tuple[int, int] = (0, 1),
 ) -> Iterator[list[Batch]]:
     """Yield the micro batches of each optimizer step from `first` up to but not including `last`.
 
-    Each epoch is a new permutation of the rows, drawn from (seed, epoch).
+    Each epoch is a new order of the rows, drawn from (seed, epoch): see `order`. Of a table that is gone through in
+    windows this rank forms its own batches only, and one that counts what the others compute; and it prepares the parts
+    of the steps that come next.
 
     Args:
         table: the examples.
@@ -179,17 +187,45 @@ def iterate_steps(
         first: step.
         last: step.
         form_step: makes a step's batches of its rows; None: `form_padded_step` with the config's micro batch.
+        turn: this rank's number among those that batches are dealt to, and how many there are.
     """
-    rows_per_step = config.micro_batch * config.gradient_accumulation_steps
-    steps_per_epoch = -(-len(rows) // rows_per_step)
-    order, order_epoch = np.empty(0, np.int64), -1
-    for step in range(first, last):
-        epoch, position = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = np.random.default_rng([seed, epoch]).permutation(len(rows)), epoch
-        window = [rows[row] for row in order[position * rows_per_step : (position + 1) * rows_per_step]]
-        batches = form_step(table, window) if form_step else form_padded_step(table, window, config.micro_batch)
-        yield [replace(batch, dropout_key=derive_key(seed, step, i)) for i, batch in enumerate(batches)]
+    number, count = turn
+    user = object()
+    upcoming: deque[StepPlan] = deque()
+    plans = plan_steps(table, rows, config, seed=seed, first=first, last=last, turn=turn)
+    try:
+        while prepare_parts(upcoming, plans, table, user):
+            plan = upcoming.popleft()
+            form = form_step or partial(form_padded_step, micro_batch=config.micro_batch)
+            batches = form(table, plan.own)
+            places = range(number, count * len(batches), count) if plan.others else range(len(batches))
+            batches = [
+                replace(batch, dropout_key=derive_key(seed, plan.number, place))
+                for place, batch in zip(places, batches, strict=True)
+            ]
+            yield [*batches, count_elsewhere(table, plan.others)] if plan.others else batches
+    finally:
+        if table.parts is not None:
+            table.parts.prepare(user, [])
+
+
+def count_elsewhere(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
+    """Return what a step's sums want to know of rows that other ranks form."""
+    examples = np.concatenate([np.asarray(row) for row in rows])
+    num_tokens = int(table.lengths[examples].sum())
+    weighs = table.weights is not None
+    return Batch(
+        input_ids=torch.empty((1, num_tokens), dtype=torch.int64, device="meta"),
+        targets=torch.empty((1, num_tokens), dtype=torch.int64, device="meta"),
+        position_ids=None,
+        example_ids=("an example of another rank",) * len(examples),
+        num_tokens=num_tokens,
+        num_trained_tokens=int(table.trained[examples].sum()),
+        weights=torch.empty(0) if weighs else None,
+        total_weight=float(table.total_weights[examples].sum()) if weighs else 0.0,
+        indices=tuple(examples.tolist()),
+        is_elsewhere=True,
+    )
 
 
 def form_padded_step(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from tasks.training.token_table import TokenTable
 
 T = TypeVar("T")
 _BUCKET = 1 << 26  # gradients summed in one collective
+_EXAMPLES_AT_ONCE = 4096  # of a part, whose tokens are copied
 _TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs is an error, and no run that never ends
 
 
@@ -89,12 +91,17 @@ def shard_batches(batches: Sequence[Batch], *, is_even: bool, num_sharing: int =
     """Return this rank's micro batches with weight 1.
 
     Args:
-        batches: of the whole step, longest first: dealt in turns, so that each rank gets its share of long ones.
+        batches: of the whole step, longest first: dealt in turns, so that each rank gets its share of long ones; or
+            this rank's, and one that counts those of the others.
         num_sharing: see `find_turn`.
         is_even: give each rank as many, filled up with micro batches of weight 0, for models whose forward pass is a
             collective.
     """
     number, count = find_turn(num_sharing)
+    if any(batch.is_elsewhere for batch in batches):  # they were dealt before they were formed
+        own = [batch for batch in batches if not batch.is_elsewhere]
+        num_turns = max(gather(len(own))) if is_even else len(own)
+        return [(batch, 1.0) for batch in own] + [(own[-1], 0.0)] * (num_turns - len(own))
     mine = [(batch, 1.0) for batch in batches[number::count]]
     num_turns = -(-len(batches) // count) if is_even else len(mine)
     return mine + [(batches[-1], 0.0)] * (num_turns - len(mine))
@@ -246,9 +253,14 @@ def share_table(table: TokenTable, num_sharing: int = 1) -> list[tuple[TokenTabl
     return [(part, counts) for part, _, counts in share_examples(table, num_sharing)]
 
 
-def share_examples(table: TokenTable, num_sharing: int = 1) -> list[tuple[TokenTable, NDArray[np.int64], bool]]:
-    """Do what `share_table` does, and tell the examples' numbers in the whole table as well; pairs stay together."""
+def share_examples(table: TokenTable, num_sharing: int = 1) -> Iterable[tuple[TokenTable, NDArray[np.int64], bool]]:
+    """Do what `share_table` does, and tell the examples' numbers in the whole table as well; pairs stay together.
+
+    Of a table in parts each rank takes whole parts, some thousands of examples at a time.
+    """
     number, num_ranks = find_turn(num_sharing)
+    if table.parts is not None:
+        return _share_parts(table, number, num_ranks)
     num_groups = len(table.group_lengths)
     order = np.argsort(-table.group_lengths, kind="stable")
     num_dealt = num_groups - num_groups % num_ranks
@@ -259,9 +271,26 @@ def share_examples(table: TokenTable, num_sharing: int = 1) -> list[tuple[TokenT
     return [(_choose(table, indices), indices, counts) for indices, counts in chosen]
 
 
+def _share_parts(
+    table: TokenTable, number: int, num_ranks: int
+) -> Iterator[tuple[TokenTable, NDArray[np.int64], bool]]:
+    """Yield this rank's share, as many pieces as every other rank has; one without so many has its last one again."""
+    bounds, size, user = table.parts.bounds, _EXAMPLES_AT_ONCE * table.group, object()
+    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(num_ranks)]
+    for part, (start, stop) in enumerate(pairwise(bounds.tolist())):
+        pieces[part % num_ranks] += [(part, at, min(at + size, stop)) for at in range(start, stop, size)]
+    own = pieces[number] or pieces[0]
+    for turn in range(max(map(len, pieces))):
+        part, start, stop = own[min(turn, len(own) - 1)]
+        table.parts.prepare(user, list(dict.fromkeys(each[0] for each in own[turn : turn + 2])) or [part])
+        indices = np.arange(start, stop)
+        yield _choose(table, indices), indices, bool(pieces[number]) and turn < len(own)
+    table.parts.prepare(user, [])
+
+
 def _choose(table: TokenTable, indices: np.ndarray[Any, Any]) -> TokenTable:
     """Return a table of the chosen examples."""
-    if len(indices) == len(table.example_ids):
+    if len(indices) == len(table.example_ids) and table.parts is None:
         return table
     spans = [slice(int(table.offsets[i]), int(table.offsets[i + 1])) for i in indices]
     return replace(
@@ -272,4 +301,7 @@ def _choose(table: TokenTable, indices: np.ndarray[Any, Any]) -> TokenTable:
         targets=np.concatenate([table.targets[span] for span in spans]),
         weights=None if table.weights is None else np.concatenate([table.weights[span] for span in spans]),
         reference=None if table.reference is None else table.reference[indices],
+        index=None,
+        parts=None,
+        head=None,
     )

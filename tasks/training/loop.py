@@ -47,6 +47,7 @@ from tasks.training.shared_checkpoints import bring_checkpoints, share_result
 from tasks.training.steps import Run, do_step, evaluate, iterate, save
 from tasks.training.sweep import train_sweep
 from tasks.training.throughput import measure_peak
+from tasks.training.token_parts import describe_parts, reading_parts
 from tasks.training.validation import count_evals_since_best, find_overfitting
 from tasks.training.writing import CheckpointWriter
 
@@ -68,6 +69,7 @@ def train_adapter(
     identity: str,
     objective: Objective | None = None,
     place: Place | None = None,
+    tokens_address: str | None = None,
     tells: bool | None = None,
     on_step: OnStep = lambda record: None,
     on_eval: OnEval = lambda record: None,
@@ -87,6 +89,7 @@ def train_adapter(
         identity: digest of data, config and base model; checkpoints with another one are refused.
         objective: what a step optimizes; None: as the config says.
         place: that machines share, each with a run folder of its own: for the checkpoints, and what was trained.
+        tokens_address: of the tokens' folder in a store, where this one lacks parts of a large train.parquet.
         tells: whether this rank writes curves for people; None: the first one does.
         on_step: called after each optimizer step; after a resume, steps since the checkpoint come again.
         on_eval: called after each evaluation.
@@ -100,7 +103,7 @@ def train_adapter(
     if config.sweep.is_on:
         return train_sweep(
             base_model, tokens, run_folder, config, seed=seed, identity=identity, train=train_adapter,
-            on_step=on_step, on_eval=on_eval, should_stop=should_stop, place=place,
+            on_step=on_step, on_eval=on_eval, should_stop=should_stop, place=place, tokens_address=tokens_address,
         )  # fmt: skip
     saved = run_folder / "checkpoints"
     passed_over = bring_checkpoints(place, saved, with_best=config.keeps_best) if place is not None else []
@@ -108,34 +111,38 @@ def train_adapter(
     checkpoint = None if found is None else saved / found.name
     with _naming_shortage(base_model, config):
         examples = run_folder / f"examples-{machine()}"
-        setup = prepare_training(base_model, tokens, examples, config, seed=seed, objective=objective)
+        setup = prepare_training(
+            base_model, tokens, examples, config, seed=seed, objective=objective, tokens_address=tokens_address
+        )
     _tell(setup)
-    run = Run(setup, Progress(), identity, [*passed_over, *warnings], peak_memory_bytes=read_memory(setup.device))
-    run.tokens_per_second_at_peak = _estimate_peak(setup)
-    seed_per_rank(seed, 0)
-    if checkpoint is not None:
-        _restore(run, checkpoint)
-    resumed_from_step = run.progress.step if checkpoint is not None else None
-    with _naming_shortage(base_model, config):
-        run.setup = _divide(setup)
-        if config.is_paired:
-            run.setup = _with_reference(run.setup, run_folder, identity, place, has_begun=checkpoint is not None)
+    with reading_parts(setup.table.parts):
+        run = Run(setup, Progress(), identity, [*passed_over, *warnings], peak_memory_bytes=read_memory(setup.device))
+        run.tokens_per_second_at_peak = _estimate_peak(setup)
+        seed_per_rank(seed, 0)
+        if checkpoint is not None:
+            _restore(run, checkpoint)
+        resumed_from_step = run.progress.step if checkpoint is not None else None
+        with _naming_shortage(base_model, config):
+            run.setup = _divide(setup)
+            if config.is_paired:
+                run.setup = _with_reference(run.setup, run_folder, identity, place, has_begun=checkpoint is not None)
 
-    with_tensorboard = "tensorboard" in config.report_to and (is_rank0() if tells is None else tells)
-    with (
-        CheckpointWriter(saved, keep=config.keep_checkpoints, place=place) as writer,
-        open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step)
-        if with_tensorboard
-        else nullcontext() as record,
-    ):
-        on_steps: list[OnStep] = [record, on_step] if record else [on_step]
-        on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
-        _run_steps(run, on_steps, on_evals, writer, should_stop)
-    adapter_step, unmoved = _save_chosen(run, run_folder, place)
-    run.warnings += unmoved
-    return _describe(
-        run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
-    )
+        with_tensorboard = "tensorboard" in config.report_to and (is_rank0() if tells is None else tells)
+        with (
+            CheckpointWriter(saved, keep=config.keep_checkpoints, place=place) as writer,
+            open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step)
+            if with_tensorboard
+            else nullcontext() as record,
+        ):
+            on_steps: list[OnStep] = [record, on_step] if record else [on_step]
+            on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
+            _run_steps(run, on_steps, on_evals, writer, should_stop)
+        _tell_parts(setup)
+        adapter_step, unmoved = _save_chosen(run, run_folder, place)
+        run.warnings += unmoved
+        return _describe(
+            run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
+        )
 
 
 def _tell(setup: Setup) -> None:
@@ -145,6 +152,13 @@ def _tell(setup: Setup) -> None:
     costs = describe_costs(config, setup.parameters, engine.partition(",")[0], setup.dtype)
     for sentence in (*setup.notes, *costs, *describe_trained(setup.adapted, config)):
         logger.info(sentence)
+
+
+def _tell_parts(setup: Setup) -> None:
+    """Say what of a large table was read and fetched."""
+    parts = setup.table.parts
+    if parts is not None:
+        logger.info(describe_parts(gather(parts.counts), len(parts)))
 
 
 def _with_reference(setup: Setup, run_folder: Path, identity: str, place: Place | None, *, has_begun: bool) -> Setup:
@@ -190,7 +204,7 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
     efficiency = 1.0
     if setup.config.packing:
         tokens_per_pack = choose_pack_tokens(setup.table.lengths, setup.config)
-        efficiency = packing_efficiency(setup.table.lengths.tolist(), setup.rows, tokens_per_pack)
+        efficiency = packing_efficiency([int(setup.table.lengths.sum())], setup.rows, tokens_per_pack)
     return TrainingOutcome(
         adapter=adapter,
         num_steps=progress.step,

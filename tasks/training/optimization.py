@@ -109,9 +109,10 @@ def _explain(
 ) -> TrainingError:
     """Return the error that names the step, and the examples of the ranks on which a loss is not finite."""
     wrong = [batch for batch, value in zip(batches, sums, strict=True) if not math.isfinite(value)]
-    names = [name for batch in wrong or batches for name in batch.example_ids]
+    named = [pair for batch in wrong or batches for pair in zip(batch.example_ids, batch.indices, strict=True)]
+    names = [name for name, _ in named]
     if wrong and not is_sharded(setup.config):
-        names = _find_culprits(setup, names) or names
+        names = _find_culprits(setup, named) or names
     what = "the loss" if wrong else "the gradient's norm"
     message = (
         f"step {step}: {what} is not finite (losses {sums}, gradient norm {norm}, learning rate {learning_rate:.3g}) "
@@ -123,12 +124,11 @@ def _explain(
 
 
 @torch.no_grad()
-def _find_culprits(setup: Setup, names: list[str]) -> list[str]:
-    """Return those of the examples whose own loss is not finite."""
-    indices = {name: index for index, name in enumerate(setup.table.example_ids)}
+def _find_culprits(setup: Setup, named: list[tuple[str, int]]) -> list[str]:
+    """Return those of the examples, each with its number, whose own loss is not finite."""
     culprits = []
-    for name in names:
-        losses = [setup.engine.sum_losses(batch) for batch in setup.engine.form_step(setup.table, [[indices[name]]])]
+    for name, index in named:
+        losses = [setup.engine.sum_losses(batch) for batch in setup.engine.form_step(setup.table, [[index]])]
         if not all(torch.isfinite(loss).item() for loss in losses):
             culprits.append(name)
     return culprits

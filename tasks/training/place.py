@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,8 +64,13 @@ class Place:
             listed = dict(zip(names, pool.map(lambda path: self._put(path, folder, name), files), strict=True))
         self.write_text(f"{name}/{_LIST}", json.dumps(listed))
 
-    def fetch_folder(self, name: str, folder: Path) -> None:
+    def fetch_folder(self, name: str, folder: Path, leave: Collection[str] = ()) -> None:
         """Make a folder of this machine the one of that name; files that are the same already are not read again.
+
+        Args:
+            name: of the folder in the place.
+            folder: of this machine.
+            leave: files that are not fetched; those that are here already stay.
 
         Raises:
             DamageError: it is not there, or not what was put there.
@@ -73,8 +78,9 @@ class Place:
         wanted = self.list_files(name)
         if wanted is None:
             raise DamageError(f"{self.address}/{name}: no such folder is there, or it was not written to its end")
+        fetched = [(file, found) for file, found in wanted.items() if file not in leave]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            list(pool.map(lambda item: self._fetch(f"{name}/{item[0]}", folder / item[0], *item[1]), wanted.items()))
+            list(pool.map(lambda item: self._fetch(f"{name}/{item[0]}", folder / item[0], *item[1]), fetched))
         for path in [path for path in folder.rglob("*") if path.is_file()]:
             if path.relative_to(folder).as_posix() not in wanted:
                 path.unlink()

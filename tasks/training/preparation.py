@@ -24,11 +24,13 @@ from tasks.training.engines.base_dropout import describe_dropout, find_dropout, 
 from tasks.training.engines.choice import choose_engine
 from tasks.training.engines.engine import Engine
 from tasks.training.frozen import load_base
+from tasks.training.indexed_table import lay_out_index, open_indexed
 from tasks.training.lora import collect_trained
 from tasks.training.methods import attach_trained, count_trained
 from tasks.training.movement import take_fingerprints
 from tasks.training.objective import SFT, Objective
 from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
+from tasks.training.order import is_windowed
 from tasks.training.preferences import choose_objective
 from tasks.training.records import TrainingError
 from tasks.training.schedule import count_steps
@@ -83,6 +85,7 @@ def prepare_training(
     *,
     seed: int,
     objective: Objective | None = None,
+    tokens_address: str | None = None,
 ) -> Setup:
     """Lay the examples out, load the model with what is trained, and seed torch, numpy and Python.
 
@@ -93,12 +96,13 @@ def prepare_training(
         config: the training section.
         seed: of the adapter's start, and of what comes after.
         objective: what a step optimizes; None: as the config says.
+        tokens_address: of the tokens' folder in a store, where this one lacks parts of a large train.parquet.
 
     Raises:
         TrainingError: no examples, an example with nothing to learn, an unknown module, ids outside the vocabulary,
             early stopping without held-out examples, or an engine or kind of weights that cannot be had here.
     """
-    table, rows, eval_table = _read_splits(tokens, folder, config)
+    table, rows, eval_table = _read_splits(tokens, folder, config, tokens_address)
     device = choose_device()
     dtype = choose_dtype(config.precision, device)
     model = load_base(base_model, config, dtype=dtype, device=device)
@@ -158,13 +162,19 @@ def prepare_training(
 
 
 def _read_splits(
-    tokens: Path, folder: Path, config: TrainingConfig
+    tokens: Path, folder: Path, config: TrainingConfig, address: str | None
 ) -> tuple[TokenTable, Sequence[Sequence[int]], TokenTable | None]:
-    """Return the training examples, their rows, and the held-out examples or None, mapped from disk on every rank."""
+    """Return the training examples, their rows, and the held-out examples or None, mapped from disk on every rank.
+
+    Of a large table in parts only the index is laid out, and each part when it is needed.
+    """
     path = tokens / "eval.parquet"
     num_eval = count_rows(path) if path.exists() else 0
-    if not count_rows(tokens / "train.parquet"):
-        raise TrainingError(f"{tokens / 'train.parquet'}: no training examples: check the dataset's rejects")
+    train, place = tokens / "train.parquet", folder.with_name(f"{folder.name}-parts")
+    large = is_windowed(tokens)
+    rows: Sequence[Sequence[int]]
+    if not large and not count_rows(train):
+        raise TrainingError(f"{train}: no training examples: check the dataset's rejects")
     setting = "early_stopping_patience" if config.early_stopping_patience is not None else "keep"
     if not num_eval and (config.keeps_best or config.early_stopping_patience is not None):
         raise TrainingError(
@@ -173,13 +183,20 @@ def _read_splits(
         )
 
     def write() -> None:
-        lay_out(tokens / "train.parquet", folder / "train", config)
+        shutil.rmtree(place, ignore_errors=True)  # of an attempt that was killed
+        if large:
+            lay_out_index(train, folder / "train", config, address)
+        else:
+            lay_out(train, folder / "train", config)
         if num_eval:
             lay_out(path, folder / "eval", config.model_copy(update={"packing": False}))
 
     try:
         run_once_per_node(write)
-        table, rows = open_rows(folder / "train", config)
+        if large:
+            table, rows = open_indexed(train, folder / "train", place, config, address)
+        else:
+            table, rows = open_rows(folder / "train", config)
         return table, rows, open_rows(folder / "eval", config)[0] if num_eval else None
     finally:
         run_once_per_node(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -190,9 +207,10 @@ def _check_vocabulary(model: PreTrainedModel, *tables: TokenTable | None) -> Non
     embedding: Any = model.get_input_embeddings()
     size = int(embedding.weight.shape[0])
     for table in tables:
-        highest = int(table.input_ids.max()) if table is not None else -1
-        if table is not None and highest >= size:
-            where = int(np.searchsorted(table.offsets, int(table.input_ids.argmax()), side="right")) - 1
+        if table is None:
+            continue
+        highest, where = table.find_highest()
+        if highest >= size:
             raise TrainingError(
                 f"example {table.example_ids[where]} has token id {highest}, but the base model's embedding has {size} "
                 "rows: the tokenizer does not belong to this model, or has added tokens"

@@ -23,6 +23,7 @@ from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError
 from tasks.training.schedule import compute_learning_rate
 from tasks.training.sharding import has_collective_passes, is_sharded
+from tasks.training.step_plans import find_row_parts
 from tasks.training.validation import sum_held_out
 from tasks.training.writing import CheckpointWriter
 
@@ -48,6 +49,8 @@ class Run:
 def iterate(run: Run) -> Iterator[list[Batch]]:
     """Give the micro batches of the steps that are still to be done."""
     setup = run.setup
+    turn = find_turn(count_sharing(setup.config))
+    num_parts = turn[1] if find_row_parts(setup.rows) is None else 1  # else a rank forms its own batches only
     steps = iterate_steps(
         setup.table,
         setup.rows,
@@ -55,7 +58,8 @@ def iterate(run: Run) -> Iterator[list[Batch]]:
         seed=setup.seed,
         first=run.progress.step,
         last=setup.num_steps,
-        form_step=partial(setup.engine.form_step, num_parts=find_turn(count_sharing(setup.config))[1]),
+        form_step=partial(setup.engine.form_step, num_parts=num_parts),
+        turn=turn,
     )
     return look_ahead(steps)
 
@@ -122,8 +126,15 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
 def count_work(batches: Sequence[Batch]) -> dict[str, int]:
     """Return what a step's time goes by: passes, tokens with padding, rows of the head, squares of lengths.
 
-    And the tokens of its largest pass, by which its memory goes.
+    And the tokens of its largest pass, by which its memory goes. What other ranks do counts as what this one does for
+    as many tokens, where this one did not form it.
     """
+    own = [batch for batch in batches if not batch.is_elsewhere]
+    if len(own) < len(batches):
+        share = sum(batch.num_tokens for batch in own) / sum(batch.num_tokens for batch in batches)
+        counts = count_work(own)
+        largest = counts.pop("largest_pass")
+        return {name: round(count / share) for name, count in counts.items()} | {"largest_pass": largest}
     return {
         "passes": len(batches),
         "tokens": sum(batch.input_ids.numel() for batch in batches),

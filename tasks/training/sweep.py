@@ -44,6 +44,7 @@ from tasks.training.sharding import is_sharded
 from tasks.training.shared_checkpoints import bring_checkpoints
 from tasks.training.steps import look_ahead
 from tasks.training.sweep_checkpoints import restore_sweep, take_sweep
+from tasks.training.token_parts import describe_parts, reading_parts
 from tasks.training.writing import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def train_sweep(
     on_eval: Callable[[EvalRecord], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
     place: Place | None = None,
+    tokens_address: str | None = None,
 ) -> TrainingOutcome:
     """Train all candidates of a config, going on from their newest checkpoint, and keep the best adapter.
 
@@ -78,6 +80,7 @@ def train_sweep(
         on_eval: the same.
         should_stop: see there.
         place: see there.
+        tokens_address: see there.
 
     Raises:
         TrainingError: as there; there is no held-out example, or every candidate was given up.
@@ -88,8 +91,9 @@ def train_sweep(
         if world_size() > 1 or is_sharded(config):
             raise UnknownDecoderError("several processes train it")
         setup = prepare_training(
-            base_model, tokens, run_folder / "examples", candidates[0].config, seed=candidates[0].seed
-        )
+            base_model, tokens, run_folder / "examples", candidates[0].config, seed=candidates[0].seed,
+            tokens_address=tokens_address,
+        )  # fmt: skip
         if setup.eval_table is None:
             raise TrainingError(
                 "training.sweep chooses by held-out loss, and there are no held-out examples: set data.eval_fraction"
@@ -97,16 +101,23 @@ def train_sweep(
         lanes = _attach(setup, candidates)
     except UnknownDecoderError as error:
         logger.warning("The candidates of the sweep are trained one after the other: %s", error)
+        if setup is not None and setup.table.parts is not None:
+            setup.table.parts.close()
         del setup
-        arguments: dict[str, Any] = {"identity": identity, "should_stop": should_stop}
+        arguments: dict[str, Any] = {
+            "identity": identity, "should_stop": should_stop, "tokens_address": tokens_address
+        }  # fmt: skip
         listeners: dict[str, Callable[[Any], None]] = {"on_step": on_step, "on_eval": on_eval}
         return train_in_turn(base_model, tokens, run_folder, candidates, train, arguments, listeners, place)
     logger.info("Training with the %s", lanes.describe())
     run = _Sweep(setup, lanes, candidates, run_folder, identity, place)
-    run.begin()
-    with CheckpointWriter(run.saved, keep=config.keep_checkpoints, place=place) as writer:
-        run.train(writer, on_step, on_eval, should_stop)
-    return run.end()
+    with reading_parts(setup.table.parts):
+        run.begin()
+        with CheckpointWriter(run.saved, keep=config.keep_checkpoints, place=place) as writer:
+            run.train(writer, on_step, on_eval, should_stop)
+        if (parts := setup.table.parts) is not None:
+            logger.info(describe_parts([parts.counts], len(parts)))
+        return run.end()
 
 
 def _attach(setup: Setup, candidates: Sequence[Candidate]) -> LaneEngine:

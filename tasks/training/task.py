@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from uuid import UUID
 
 import polars as pl
@@ -20,6 +21,7 @@ from schemas.config import SETTINGS_OF_PLACE, TrainingConfig
 from tasks import storage, tracking
 from tasks.training.candidates import name_candidates
 from tasks.training.cards import complete_folder
+from tasks.training.order import is_windowed
 from tasks.training.pace import PaceClock, count_tokens
 from tasks.training.process.launch import describe_idle, run_training, settle_processes
 from tasks.training.process.messages import TrainingJob
@@ -52,9 +54,11 @@ def train(
         tracking.metric_log(run_id) as log,
         _progress_bar() as progress,
     ):
+        tokens_folder, tokens_address = _find_tokens(tokens)
         job = TrainingJob(
             base_model=tracking.resolve(base_model),
-            tokens=tracking.resolve(tokens),
+            tokens=tokens_folder,
+            tokens_address=tokens_address,
             run_folder=folder,
             config=config,
             seed=seed,
@@ -83,6 +87,14 @@ def train(
     speed = f"{ref.tokens_per_second:,.0f}"
     logger.info("Trained %d steps at %s tokens/s, final loss %.4f", ref.num_steps, speed, ref.final_loss)
     return ref
+
+
+def _find_tokens(tokens: TokensRef) -> tuple[Path, str | None]:
+    """Return the tokens' folder, and the address of parts that it lacks: of a large table each rank fetches its own."""
+    folder = tracking.resolve_some(tokens, "eval.parquet")
+    if is_windowed(folder) and (address := tracking.find_address(tokens)) is not None:
+        return folder, address
+    return tracking.resolve(tokens), None
 
 
 def _tabulate(adapted: Sequence[AdaptedWeights]) -> pl.DataFrame:

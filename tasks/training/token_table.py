@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tasks.partitions import list_parts
 from tasks.tokenization.labels import IGNORE_INDEX
+from tasks.training.order import RowParts
 from tasks.training.packing import pack
 
 EXAMPLES_PER_WINDOW = 100_000
@@ -62,7 +63,9 @@ class Names(Sequence[str]):
 class Packs(Sequence[list[int]]):
     """The examples of each pack, by number."""
 
-    def __init__(self, order: Numbers, bounds: Numbers) -> None:
+    def __init__(self, order: Numbers, bounds: Numbers, parts: RowParts | None = None) -> None:
+        self.parts = parts
+        """Of a table that is gone through in windows of parts."""
         self._order = order
         self._bounds = bounds
 
@@ -97,6 +100,12 @@ class TokenTable:
     """Examples that go through the model together: 2 where they are pairs, the chosen and the rejected in turn."""
     reference: NDArray[np.float32] | None = None
     """[N] log-probability that the model the training began as gives each answer, where an objective wants it."""
+    index: "TableIndex | None" = None
+    """What is known of the examples without their tokens, where these are in parts that are read when needed."""
+    parts: Any = None
+    """The `token_parts.TokenParts` that names and tokens are read from: spans of one example at a time."""
+    head: "TokenTable | None" = None
+    """The first examples, the same on every rank, where the tokens are in parts."""
 
     @cached_property
     def lengths(self) -> Numbers:
@@ -109,10 +118,44 @@ class TokenTable:
         lengths: Numbers = self.lengths.reshape(-1, self.group).sum(axis=1)
         return lengths
 
+    @cached_property
+    def trained(self) -> NDArray[Any]:
+        """Positions of each example that have something to predict, [N]."""
+        return _count_trained(self.targets, self.offsets[1:]) if self.index is None else self.index.trained
+
+    @cached_property
+    def total_weights(self) -> NDArray[np.float64]:
+        """Sum of the weights of these positions, [N]."""
+        if self.index is not None:
+            return self.index.total_weights
+        assert self.weights is not None
+        counted = np.where(self.targets != IGNORE_INDEX, self.weights, np.float32(0)).astype(np.float64)
+        return np.add.reduceat(counted, self.offsets[:-1]) if len(counted) else counted
+
+    def find_highest(self) -> tuple[int, int]:
+        """Return the highest token id, and the example that has it."""
+        if self.index is not None:
+            example = int(self.index.highest.argmax())
+            return int(self.index.highest[example]), example
+        place = int(self.input_ids.argmax())
+        return int(self.input_ids[place]), int(np.searchsorted(self.offsets, place, side="right")) - 1
+
     def list_groups(self, groups: Numbers) -> Numbers:
         """Return the examples of groups, in order."""
         examples: Numbers = (groups[:, None] * self.group + np.arange(self.group)).ravel()
         return examples
+
+
+@dataclass(frozen=True)
+class TableIndex:
+    """What is known of a table's examples without their tokens."""
+
+    trained: NDArray[np.int32]
+    """[N] positions that have something to predict."""
+    highest: NDArray[np.int32]
+    """[N] the highest token id."""
+    total_weights: NDArray[np.float64]
+    """[N] sum of the weights of the trained positions."""
 
 
 def write_examples(tokens: Path, folder: Path, *, pairs: bool = False) -> None:
@@ -154,8 +197,13 @@ def write_examples(tokens: Path, folder: Path, *, pairs: bool = False) -> None:
 
 
 def write_packs(
-    folder: Path, tokens_per_pack: int | None, *, window: int = EXAMPLES_PER_WINDOW, group: int = 1
-) -> None:
+    folder: Path,
+    tokens_per_pack: int | None,
+    *,
+    window: int = EXAMPLES_PER_WINDOW,
+    group: int = 1,
+    parts: Numbers | None = None,
+) -> list[int]:
     """Pack the examples that `write_examples` wrote.
 
     Args:
@@ -163,6 +211,10 @@ def write_packs(
         tokens_per_pack: token budget of a pack; None: every group is a pack of its own.
         window: groups that are packed together.
         group: examples that stay together.
+        parts: [P + 1] groups before each part of the table, where those of a part are packed together instead.
+
+    Returns:
+        The packs before each window or part, and all.
 
     Raises:
         ValueError: a group has more tokens than a pack holds.
@@ -171,8 +223,14 @@ def write_packs(
     with (folder / "packs").open("wb") as packs, (folder / "bounds").open("wb") as bounds:
         files = {"packs": packs, "bounds": bounds}
         _append(files, bounds=np.zeros(1, np.int64))
-        for start in range(0, len(offsets) - 1, window):
-            lengths = np.diff(offsets[start : start + window + 1])
+        starts = parts[:-1].tolist() if parts is not None else range(0, len(offsets) - 1, window)
+        stops = parts[1:].tolist() if parts is not None else [start + window for start in starts]
+        num_packs = [0]
+        for start, stop in zip(starts, stops, strict=True):
+            lengths = np.diff(offsets[start : stop + 1])
+            if not len(lengths):  # a part of which every row was rejected
+                num_packs.append(num_packs[-1])
+                continue
             if tokens_per_pack is None:
                 order, ends = np.arange(len(lengths)), np.arange(1, len(lengths) + 1)
             else:
@@ -180,6 +238,8 @@ def write_packs(
                 order, ends = np.concatenate([np.asarray(one, np.int64) for one in packed]), _add_up(packed)
             examples = (start + order)[:, None] * group + np.arange(group)
             _append(files, packs=examples.ravel(), bounds=(start + ends) * group)
+            num_packs.append(num_packs[-1] + len(ends))
+    return num_packs
 
 
 def open_table(folder: Path, *, group: int = 1) -> TokenTable:
@@ -190,9 +250,9 @@ def open_table(folder: Path, *, group: int = 1) -> TokenTable:
     return TokenTable(Names(names), offsets, input_ids, targets, weights, group)
 
 
-def open_packs(folder: Path) -> Packs:
+def open_packs(folder: Path, parts: RowParts | None = None) -> Packs:
     """Map packs into memory; their files may be deleted then."""
-    return Packs(_open(folder, "packs"), _open(folder, "bounds"))
+    return Packs(_open(folder, "packs"), _open(folder, "bounds"), parts)
 
 
 class _Named:
@@ -325,11 +385,15 @@ def _append(files: dict[str, Any], **arrays: NDArray[Any]) -> None:
 
 
 def _open(folder: Path, name: str) -> NDArray[Any]:
+    return open_array(folder, name, _TYPES[name])
+
+
+def open_array(folder: Path, name: str, kind: str) -> NDArray[Any]:
     """Map an array into memory; nothing cannot be mapped."""
     path = folder / name
     if not path.stat().st_size:
-        return np.zeros(0, _TYPES[name])
-    return np.memmap(path, _TYPES[name], mode="r")
+        return np.zeros(0, kind)
+    return np.memmap(path, kind, mode="r")
 
 
 def cut_by_length(table: TokenTable) -> Iterator[list[list[int]]]:

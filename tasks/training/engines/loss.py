@@ -102,6 +102,7 @@ def _is_close(left: Tensor, right: Tensor) -> bool:
 
 def cut_trial(table: TokenTable, *, count: int) -> TokenTable:
     """Make a table of `count` short pieces of the first examples; every second position is trained."""
+    table = table.head or table
     last = len(table.example_ids) - 1
     spans = [(int(table.offsets[min(i, last)]), int(table.offsets[min(i, last) + 1])) for i in range(count)]
     pieces = [table.input_ids[begin : min(end, begin + TRIAL_TOKENS)] for begin, end in spans]

@@ -66,6 +66,7 @@ def _train(
                 seed=job.seed,
                 identity=job.identity,
                 place=None if job.place is None else open_place(job.place),
+                tokens_address=job.tokens_address,
                 on_step=partial(handover.send, on_step),
                 on_eval=partial(handover.send, on_eval),
                 should_stop=handover.should_stop,

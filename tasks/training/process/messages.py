@@ -34,6 +34,8 @@ class TrainingJob:
     """What they meet under (torchrun's --rdzv-id)."""
     leads: bool = True
     """The pipeline's run is on this machine."""
+    tokens_address: str | None = None
+    """Of the tokens' folder in a store, where the one here lacks parts of a large train.parquet."""
 
 
 def write_job(job: TrainingJob, path: Path) -> None:
@@ -49,6 +51,7 @@ def write_job(job: TrainingJob, path: Path) -> None:
         "endpoint": job.endpoint,
         "round_id": job.round_id,
         "leads": job.leads,
+        "tokens_address": job.tokens_address,
     }
     path.write_text(json.dumps(values), encoding="utf-8")
 

@@ -21,8 +21,9 @@ from typing import Any
 import psutil
 
 from schemas.config import TrainingConfig
-from tasks import storage
+from tasks import storage, stored_files
 from tasks.dependencies import digest_files, list_libraries
+from tasks.training.order import is_windowed
 from tasks.training.place import TEAM_VARIABLE, Place, find_place
 from tasks.training.process.elastic import split_endpoint
 from tasks.training.process.messages import TrainingJob
@@ -35,6 +36,7 @@ RENDEZVOUS_VARIABLE = "SFT_RENDEZVOUS"
 _JOBS, _FOLDERS, _TRAININGS, _ENDING = "jobs", "folders", "trainings", ".json"
 _RESOLVE_SECONDS = 60.0
 _CONNECT_SECONDS = 5.0
+_TABLE = "train.parquet"
 _NUM_SHOWN = 5
 
 
@@ -56,6 +58,8 @@ class Offer:
     """Of code and libraries."""
     written: float
     """Seconds since 1970, by the leader's clock."""
+    tokens_address: str | None = None
+    """Of the tokens' folder in a store, where the one in the place lacks parts of it."""
 
 
 def prepare_job(job: TrainingJob) -> TrainingJob:
@@ -141,6 +145,7 @@ def write_offer(job: TrainingJob, base_model: str, tokens: str) -> None:
         "round_id": job.round_id,
         "fingerprint": take_fingerprint(),
         "written": time.time(),
+        "tokens_address": job.tokens_address,
     }
     place.write_text(f"{_JOBS}/{_name(job)}{_ENDING}", json.dumps(values))
 
@@ -182,11 +187,12 @@ def take_offer(place: Place, offer: Offer, folder: Path) -> TrainingJob:
         TrainingError: this machine has another version of the product or of a library, or the place cannot be read.
     """
     _compare(offer.fingerprint, take_fingerprint())
-    for name in (offer.base_model, offer.tokens):
-        place.fetch_folder(f"{_FOLDERS}/{name}", folder / _FOLDERS / name)
+    model, tokens = (f"{_FOLDERS}/{name}" for name in (offer.base_model, offer.tokens))
+    place.fetch_folder(model, folder / model)
+    address = _fetch_tokens(place, tokens, folder / tokens, offer.tokens_address)
     return TrainingJob(
-        base_model=folder / _FOLDERS / offer.base_model,
-        tokens=folder / _FOLDERS / offer.tokens,
+        base_model=folder / model,
+        tokens=folder / tokens,
         run_folder=folder / _TRAININGS / offer.name,
         config=TrainingConfig.model_validate(offer.config),
         seed=offer.seed,
@@ -195,7 +201,32 @@ def take_offer(place: Place, offer: Offer, folder: Path) -> TrainingJob:
         endpoint=offer.endpoint,
         round_id=offer.round_id,
         leads=False,
+        tokens_address=address,
     )
+
+
+def _fetch_tokens(place: Place, name: str, folder: Path, address: str | None) -> str | None:
+    """Fetch a tokens folder; of a large one the parts stay where they are, and their ranks fetch those they need.
+
+    Args:
+        place: that has it.
+        name: of the folder there.
+        folder: of this machine.
+        address: of the store that has the parts, where the place has not.
+
+    Returns:
+        The address of the parts, where they were left.
+    """
+    listed = place.list_files(name) or {}
+    parts = {file: found for file, found in listed.items() if file.startswith(f"{_TABLE}/")}
+    place.fetch_folder(name, folder, leave=parts)
+    if not is_windowed(folder):
+        place.fetch_folder(name, folder)
+        return address
+    if not parts:
+        return address
+    stored_files.write_list(folder, {file: stored_files.StoredFile(*found) for file, found in parts.items()})
+    return place.below(name).address
 
 
 def clear_training(job: TrainingJob) -> None:

@@ -86,6 +86,7 @@ def _train(job: TrainingJob, connection: WorkerConnection) -> None:
             seed=job.seed,
             identity=job.identity,
             place=None if job.place is None else open_place(job.place),
+            tokens_address=job.tokens_address,
             tells=is_first and job.leads,
             on_step=tell_step if is_first else lambda record: None,
             on_eval=tell_evaluation if is_first else lambda record: None,
