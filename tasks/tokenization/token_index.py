@@ -14,7 +14,6 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tasks.tokenization.labels import IGNORE_INDEX
-from tasks.tokenization.tables import open_batches
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -58,9 +57,10 @@ def index_part(part: Path) -> Any:
 
 def write_index(path: Path, batches: Iterable[Any]) -> None:
     """Write the batches of a table's parts, in their order."""
-    with open_batches(path, INDEX_SCHEMA) as file:
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA, options=options) as writer:
         for batch in batches:
-            file.write_batch(batch)
+            writer.write_batch(batch)
 
 
 def read_index(path: Path) -> Iterator[Any]:
