@@ -30,7 +30,7 @@ from tasks.training.indexed_table import lay_out_index, open_indexed
 from tasks.training.loop import train_adapter
 from tasks.training.order import RowParts, count_parts_per_window
 from tasks.training.preparation import prepare_training
-from tasks.training.records import TrainingError, TrainingStopped
+from tasks.training.records import StepRecord, TrainingError, TrainingStopped
 from tasks.training.steps import Run, do_step, iterate
 from tasks.training.token_parts import PartCounts
 from tasks.training.token_table import Packs, TokenTable, open_packs, open_table, write_examples, write_packs
@@ -195,6 +195,10 @@ def test_a_rank_holds_few_parts_and_its_disk_as_few(tmp_path: Path, monkeypatch:
     assert not list((tmp_path / "parts").glob("*/made"))
 
 
+def _note(losses: list[float], record: StepRecord) -> None:
+    losses.append(record.loss)
+
+
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_losses_are_those_of_everything_in_memory(
     base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: Any
@@ -209,7 +213,7 @@ def test_losses_are_those_of_everything_in_memory(
             losses: list[float] = []
             outcome = train_adapter(
                 base_model, tokens, tmp_path / name, config, seed=5, identity="x",
-                on_step=lambda record, losses=losses: losses.append(record.loss),
+                on_step=partial(_note, losses),
             )  # fmt: skip
         told[name] = (losses, load_file(outcome.adapter / "adapter_model.safetensors"), outcome.num_packs)
     assert told["lazy"][0] == pytest.approx(told["whole"][0], abs=1e-6 if objective == "dpo" else 0)
