@@ -40,6 +40,7 @@ def take_slice(batch: Batch, number: int, size: int) -> Batch:
         trained=_choose_rows(targets[0]),
         num_tokens=max(0, min(batch.num_tokens, span.stop) - span.start),
         num_trained_tokens=int(counts.sum()),
+        dropout_key=batch.dropout_key ^ number,  # masks go by the row: each slice's are others
         weights=weights,
         total_weight=0.0 if weights is None else float(weights[counts].double().sum()),
     )

@@ -62,6 +62,7 @@ def test_slices_hold_every_token_and_every_target_once(size: int) -> None:
     table = replace(table, weights=torch.rand(len(table.input_ids)).numpy())
     batch = form_flat_batch(table, range(4))
     slices = [take_slice(batch, number, size) for number in range(size)]
+    assert len({part.dropout_key for part in slices}) == size  # a row's mask goes by its number in its slice
     whole = batch.input_ids.shape[1]
     assert torch.equal(torch.cat([each.input_ids for each in slices], 1)[:, :whole], batch.input_ids)
     assert torch.equal(torch.cat([each.targets for each in slices], 1)[:, :whole], batch.targets)
