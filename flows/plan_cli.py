@@ -135,9 +135,10 @@ def _tell_memory(plan: "RunPlan") -> str:
         seen = f"; at its start {_write_bytes(need.loaded_bytes)}, until the weights are in 8 bits{seen}"
     on_each = " on each device" if plan.num_processes > 1 else ""
     part = f" with 1/{plan.num_sharing} of the longest example" if plan.num_sharing > 1 else ""
+    weights = _write_bytes(need.weights_bytes - need.passing_bytes)
     return (
         f"at least {_write_bytes(need.least_bytes)}{on_each} of {_write_bytes(memory.capacity_bytes)}: weights "
-        f"{_write_bytes(need.weights_bytes)}, {need.num_trained:,} trained values with gradient and optimizer "
+        f"{weights}, {need.num_trained:,} trained values with gradient and optimizer "
         f"{_write_bytes(need.trained_bytes)}, the smallest pass{part} {_write_bytes(need.least_pass_bytes)}{seen}"
     )
 

@@ -61,7 +61,8 @@ class Decoder:
     weights: TrainedWeights | None = None
     """The decoder's own, where those are trained and there is no adapter."""
     divided: DividedLayers | None = None
-    """Gathers the layers' frozen weights, where ranks have divided these among them."""
+    """Gathers the layers' frozen weights where ranks have divided these among them, or makes the working copies of
+    trained ones."""
 
     def invalidate(self) -> None:
         """Say that what is trained has changed."""
@@ -72,9 +73,9 @@ class Decoder:
 
     def refresh(self) -> None:
         """Bring the working copies of what is trained up to date; cheap when nothing has changed."""
-        if self.weights is not None:
-            self.weights.refresh()
-        if refresh(self._groups(), getattr(self.ops, "copy_matrices", None)) and self.divided is not None:
+        has_changed = self.weights is not None and self.weights.refresh()
+        has_changed |= refresh(self._groups(), getattr(self.ops, "copy_matrices", None))
+        if has_changed and self.divided is not None:
             self.divided.forget()
 
     def bind_gradients(self) -> Tensor | None:

@@ -10,7 +10,7 @@ A layer that is not in a slot has matrices of NaN that take no memory: nothing c
 Gathering is a collective: every rank has to go through the same passes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class _Location(NamedTuple):
 
 
 @dataclass
-class _Part:
+class LayerPart:
     """What one way reads of a layer."""
 
     share: Tensor
@@ -75,7 +75,7 @@ class DividedLayers:
         self.device = device
         self.modules: list[nn.Module] = []
         """The model's own, layer by layer."""
-        self._layers: list[dict[str, _Part]] = []
+        self._layers: list[dict[str, LayerPart]] = []
         self._slots = (_Slot(), _Slot())
         # Before the products, where both are ready: little work for which the next layer waits.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -92,6 +92,10 @@ class DividedLayers:
         shares = sum(part.share.numel() for layer in self._layers for part in layer.values())
         return shares + sum(room.numel() for slot in self._slots for room in slot.rooms.values())
 
+    def describe(self) -> str:
+        """Say what lies where."""
+        return f"frozen layers divided among {self.num_ranks} ranks"
+
     def take(self, module: nn.Module, build: Callable[[], Layer]) -> Layer:
         """Bring the next layer to the device, build it, and keep this rank's share of it alone.
 
@@ -105,6 +109,20 @@ class DividedLayers:
         self._layers.append({})
         self._divide(len(self._layers) - 1, layer)
         return layer
+
+    def add_layer(self, matrices: Mapping[str, Sequence[Matrix]]) -> None:
+        """Have the next layer's matrices written by their own `fill` whenever they are wanted; nothing is kept of them.
+
+        Args:
+            matrices: by the way that reads them.
+        """
+        parts = {}
+        for name, found in matrices.items():
+            places, num_bytes = _lay_out(found)
+            parts[name] = LayerPart(torch.empty(0, dtype=torch.uint8, device=self.device), places, num_bytes)
+            for matrix in found:
+                matrix.hide()
+        self._layers.append(parts)
 
     def replace(self, number: int, change: Callable[[], Layer]) -> Layer:
         """Have a layer made anew of its whole weights, and keep this rank's share of the new one."""
@@ -230,21 +248,15 @@ class DividedLayers:
     def _allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _cut(self, matrices: Sequence[Matrix]) -> tuple[_Part, Tensor]:
+    def _cut(self, matrices: Sequence[Matrix]) -> tuple[LayerPart, Tensor]:
         """Return this rank's share of some matrices, and all their bytes."""
-        places, end = [], 0
-        for matrix in matrices:
-            values = matrix.values
-            places.append(
-                _Location(end, tuple(values.shape), values.dtype, matrix._replace(values=values.new_empty(0)))
-            )
-            end += _round_up(values.numel() * values.element_size(), _ALIGNMENT)
+        places, end = _lay_out(matrices)
         total = _round_up(end, _ALIGNMENT * self.num_ranks)
         whole = torch.zeros(total, dtype=torch.uint8, device=self.device)
         for place, matrix in zip(places, matrices, strict=True):
             _view(whole, place).copy_(matrix.values)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return _Part(whole.view(self.num_ranks, -1)[rank].clone(), tuple(places), total), whole
+        return LayerPart(whole.view(self.num_ranks, -1)[rank].clone(), places, total), whole
 
     def _gather(self, number: int, parts: Sequence[str]) -> _Slot:
         """Begin to gather what of some parts of a layer is not there, and return their slot."""
@@ -267,7 +279,7 @@ class DividedLayers:
         return slot
 
     @torch.no_grad()
-    def _bring(self, layer: dict[str, _Part], slot: _Slot, names: Sequence[str]) -> None:
+    def _bring(self, layer: dict[str, LayerPart], slot: _Slot, names: Sequence[str]) -> None:
         for name in names:
             part, room = layer[name], slot.rooms[name]
             self._collect(part, room)
@@ -275,7 +287,7 @@ class DividedLayers:
                 if place.matrix.fill is not None:
                     place.matrix.fill(_view(room, place))
 
-    def _collect(self, part: _Part, room: Tensor) -> None:
+    def _collect(self, part: LayerPart, room: Tensor) -> None:
         """Put all ranks' shares of a part into a room."""
         if self.num_ranks > 1:
             _all_gather(room[: part.num_bytes], part.share)
@@ -313,6 +325,16 @@ class WayBack(torch.autograd.Function):
 def _name_backward(number: int, num_recomputed: int) -> tuple[str, ...]:
     """Return the parts that a layer's gradient reads; one that runs again reads all."""
     return _ALL if number < num_recomputed else (BOTH, BACKWARD)
+
+
+def _lay_out(matrices: Sequence[Matrix]) -> tuple[tuple[_Location, ...], int]:
+    """Return where matrices lie one after the other, without their values, and the bytes up to their end."""
+    places, end = [], 0
+    for matrix in matrices:
+        values = matrix.values
+        places.append(_Location(end, tuple(values.shape), values.dtype, matrix._replace(values=values.new_empty(0))))
+        end += _round_up(values.numel() * values.element_size(), _ALIGNMENT)
+    return tuple(places), end
 
 
 def _round_up(size: int, step: int) -> int:

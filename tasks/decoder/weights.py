@@ -60,15 +60,16 @@ class TrainedWeights:
         self.versions = []
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the working copies up to date; cheap when nothing has changed."""
+    def refresh(self) -> bool:
+        """Bring the working copies up to date, and say whether anything has changed; cheap when nothing has."""
         versions = read_versions(self.parameters)
         if self.versions == versions:
-            return
+            return False
         for parameter, target, shift, factor in self.copies:
             is_plain = shift == 0.0 and factor == 1.0
             target.copy_(parameter if is_plain else (parameter + shift) * factor)
         self.versions = versions
+        return True
 
     def bind(self) -> Tensor | None:
         """Give the parameters gradients of zero that lie end to end, and have passes add to them in place.

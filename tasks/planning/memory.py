@@ -5,7 +5,7 @@ measures them itself (`tasks.training.engines.memory_fit`) and fits passes and r
 one example with every layer recomputed; the highest use of earlier trainings is in `tasks.speeds`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ class MemoryNeed:
     num_trained: int
     loaded_bytes: int = 0
     """The base as it is loaded, where the training makes another form of it on the device (FP8)."""
+    passing_bytes: int = 0
+    """Of the weights, 16-bit copies that the training holds for two layers at a time where the memory is short."""
 
     @property
     def fixed_bytes(self) -> int:
@@ -56,7 +58,7 @@ class MemoryNeed:
     @property
     def least_bytes(self) -> int:
         """With the smallest pass, and before it, while the base lies there as it was loaded."""
-        return max(self.fixed_bytes + self.least_pass_bytes, self.loaded_bytes)
+        return max(self.fixed_bytes - self.passing_bytes + self.least_pass_bytes, self.loaded_bytes)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
     if config.precision == "bf16":
         dtype = torch.bfloat16
     values = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
-    total = sum(values.values())
+    total, passing = sum(values.values()), 0
     sizes = skeleton.config.get_text_config()
     if config.is_lora:
         plan = plan_adapter(skeleton, config)
@@ -161,13 +163,16 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
         num_trained += sum(values[name] for name in saved)
         weights = int(total * dtype.itemsize - _count_saved(plan, config, dtype))
     else:
-        num_trained = sum(weight.num_values for weight in plan_weights(skeleton, config) if not weight.skipped)
+        chosen = [weight for weight in plan_weights(skeleton, config) if not weight.skipped]
+        num_trained = sum(weight.num_values for weight in chosen)
         # Trained values are fp32 and counted below; the fused engine holds a 16-bit copy of each.
         weights = (total - num_trained) * dtype.itemsize + (num_trained * 2 if dtype != torch.float32 else 0)
     trained = num_trained * (2 * _FP32 + count_moment_bytes(config))
     ranks = config.num_ranks
     is_divided = config.strategy != "ddp" and ranks > 1
     is_fused = is_divided and config.strategy == "fsdp" and config.is_lora and config.engine != "general"
+    if not config.is_lora and not is_divided and dtype != torch.float32 and config.engine != "general":
+        passing = _count_passing(skeleton, {weight.name for weight in chosen})
     share = partial(_count_share, skeleton, total, ranks, dtype)
     if is_divided:
         weights = share(weights) if is_fused else -(-weights // ranks)
@@ -182,7 +187,24 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
         loaded = (share if is_fused else int)(total * dtype.itemsize) + num_trained * _FP32
         # The backward pass transposes the experts of one product at a time.
         least_pass += max((weight.num_values for weight in plan.weights if _is_expert_stack(weight)), default=0)
-    return MemoryNeed(weights, trained, least_pass, num_trained, loaded)
+    return MemoryNeed(weights, trained, least_pass, num_trained, loaded, passing)
+
+
+def _count_passing(skeleton: Any, trained: Set[str]) -> int:
+    """Return the bytes of 16-bit copies of the layers' trained matrices, but for the two largest layers'."""
+    chosen = {id(parameter) for name, parameter in skeleton.named_parameters() if name in trained}
+    sizes = sorted(
+        sum(each.numel() for each in layer.parameters() if each.dim() == 2 and id(each) in chosen)
+        for layer in _list_layers(skeleton)
+    )
+    return 2 * sum(sizes[:-2])
+
+
+def _list_layers(skeleton: Any) -> Sequence[Any]:
+    """Return the text decoder's layers; none where the fused engine does not know it."""
+    decoder = skeleton.get_decoder() or skeleton
+    layers: Sequence[Any] = getattr(getattr(decoder, "language_model", decoder), "layers", ())
+    return layers
 
 
 def _count_share(skeleton: Any, total: int, ranks: int, dtype: torch.dtype, weights_bytes: int) -> int:
@@ -195,9 +217,7 @@ def _count_share(skeleton: Any, total: int, ranks: int, dtype: torch.dtype, weig
         dtype: of what is outside the layers, which each holds whole.
         weights_bytes: of the model in the form that it is held in.
     """
-    decoder = skeleton.get_decoder() or skeleton
-    layers = getattr(getattr(decoder, "language_model", decoder), "layers", ())
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in _list_layers(skeleton)]
     if not sizes:  # the fused engine does not know it
         return -(-weights_bytes // ranks)
     outside = (total - sum(sizes)) * dtype.itemsize

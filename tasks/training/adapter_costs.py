@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from schemas.config import TrainingConfig
+from tasks.decoder.passing_copies import PASSING
 from tasks.training.own_weights import describe_cost
 
 # A value in fp32, its gradient and AdamW's two moments.
@@ -21,13 +22,13 @@ def describe_costs(
     Args:
         config: of the training.
         parameters: what is trained, by name.
-        engine: that trains, in a word or two.
+        engine: that trains, as it describes itself.
         dtype: of its products.
     """
     if not config.is_lora:
-        has_copies = engine.startswith("fused") and dtype != torch.float32
+        has_copies = engine.startswith("fused") and dtype != torch.float32 and PASSING not in engine
         return [describe_cost(parameters, config, copy_bytes=dtype.itemsize if has_copies else 0)]
-    sentences = []
+    engine, sentences = engine.partition(",")[0], []
     if config.use_rslora:
         scale = config.alpha / math.sqrt(config.rank)
         sentences.append(f"rsLoRA trains with the {engine} at no cost: the adapter's scale alone differs ({scale:.3g})")

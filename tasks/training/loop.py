@@ -149,7 +149,7 @@ def _tell(setup: Setup) -> None:
     """Say with what is trained, and what of it is slow; the warnings at the end have it too, an hour later."""
     config, engine = setup.config, setup.engine.describe()
     logger.info("Training with the %s", engine)
-    costs = describe_costs(config, setup.parameters, engine.partition(",")[0], setup.dtype)
+    costs = describe_costs(config, setup.parameters, engine, setup.dtype)
     for sentence in (*setup.notes, *costs, *describe_trained(setup.adapted, config)):
         logger.info(sentence)
 

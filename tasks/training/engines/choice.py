@@ -3,9 +3,10 @@
 What is decided here is said in a line each, so that nobody has to guess why a training is slow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -17,6 +18,7 @@ from tasks.decoder.decoder import LOGITS_BYTES, Decoder
 from tasks.decoder.divided import DividedLayers
 from tasks.decoder.float8 import check_expert_products, count_unquantized, quantize_decoder
 from tasks.decoder.passes import PassRecorder, can_record
+from tasks.decoder.passing_copies import pass_copies
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adamw import count_moment_bytes
@@ -151,19 +153,17 @@ def _build_fused(
     if config.tokens_per_pack != "auto":
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
     if device.type == "cuda":
-        trained = list(collect_trained(model).values())
-        engine = fit_all_ranks(
-            fit_memory(
-                engine,
-                trained=trained,
-                most_tokens=most_tokens,
-                recompute=config.gradient_checkpointing,
-                longest_pass=-(-int(table.lengths.max()) // count_sharing(config)),
-                moment_bytes=count_moment_bytes(config),
-            )
+        fit = partial(
+            fit_memory,
+            trained=list(collect_trained(model).values()),
+            most_tokens=most_tokens,
+            recompute=config.gradient_checkpointing,
+            longest_pass=-(-int(table.lengths.max()) // count_sharing(config)),
+            moment_bytes=count_moment_bytes(config),
         )
+        engine = save_copies(fit_all_ranks(fit(engine)), most_tokens, lambda leaner: fit_all_ranks(fit(leaner)))
         # A recorded pass would hold the matrices of the slots in which they lay when it was recorded.
-        may_record = divided is None and not engine.num_recomputed and router_loss is None
+        may_record = engine.decoder.divided is None and not engine.num_recomputed and router_loss is None
         if may_record and can_record(engine.decoder, device):
             longest = int(table.lengths.max())
             recorder = PassRecorder(engine.decoder, device, longest=longest, logits_bytes=engine.logits_bytes)
@@ -176,6 +176,23 @@ def _build_fused(
         layers = engine.num_layers if config.gradient_checkpointing else 0
         engine = replace(engine, tokens_per_forward=min(most_tokens, CPU_TOKENS), num_recomputed=layers)
     return engine, tuple(notes)
+
+
+def save_copies(engine: FusedEngine, most_tokens: int, fit: Callable[[FusedEngine], FusedEngine]) -> FusedEngine:
+    """Keep the working copies of trained weights for two layers at a time where the memory is too short for all.
+
+    Args:
+        engine: fitted into the memory with all of them.
+        most_tokens: of a step.
+        fit: fits an engine into the memory anew.
+    """
+    is_short = engine.num_recomputed and engine.tokens_per_forward < min(most_tokens, SMALLEST_FULL_FORWARD)
+    if not is_short or engine.decoder.divided is not None:
+        return engine
+    passing = pass_copies(engine.decoder)
+    if passing is None:
+        return engine
+    return fit(replace(engine, decoder=replace(engine.decoder, divided=passing), num_recomputed=0))
 
 
 def _recognize(

@@ -163,5 +163,5 @@ class FusedEngine:
         if self.context is not None:
             how += f", {self.context[1]} ranks share its tokens"
         if self.decoder.divided is not None:
-            how += f", frozen layers divided among {self.decoder.divided.num_ranks} ranks"
+            how += f", {self.decoder.divided.describe()}"
         return f"fused engine, up to {self.tokens_per_forward:,} tokens a forward pass{recomputed}, {how}"

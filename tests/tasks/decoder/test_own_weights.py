@@ -1,5 +1,6 @@
 """The fused decoder with trained weights of its own, against the model's own forward pass, in small sizes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.passing_copies import PassingCopies, pass_copies
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.training.batches import form_flat_batch
+from tasks.training.engines.choice import save_copies
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import collect_trained
 from tasks.training.own_weights import choose_weights
@@ -207,3 +210,97 @@ def test_a_weight_outside_of_what_is_known_is_refused() -> None:
     model.extra = torch.nn.Linear(2, 2)
     with pytest.raises(UnknownDecoderError, match=r"extra\.weight is trained"):
         recognize_decoder(model, torch.float32)
+
+
+def list_matrices(layer: Any) -> list[Tensor]:
+    return [projection.matrix for projection in layer.projections]
+
+
+def use_passing_copies(engine: FusedEngine) -> FusedEngine:
+    passing = pass_copies(engine.decoder)
+    assert passing is not None
+    return replace(engine, decoder=replace(engine.decoder, divided=passing))
+
+
+on_every_device = pytest.mark.parametrize(
+    "device",
+    [
+        CPU,
+        pytest.param(
+            torch.device("cuda"),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+    ids=str,
+)
+
+
+@on_every_device
+@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_copies_of_two_layers_at_a_time_compute_the_same(family: str, recomputed: int, device: torch.device) -> None:
+    """Bit by bit, before and after the weights have moved, and without a gradient."""
+    batch = form_flat_batch(draw_table(), ORDER)
+    found = []
+    for is_passing in (False, True):
+        model = build(family, torch.bfloat16).to(device)
+        engine = replace(recognize(model, torch.bfloat16, recomputed=recomputed), device=device)
+        engine = use_passing_copies(engine) if is_passing else engine
+        assert engine.describe().endswith("16-bit copies of two layers at a time") == is_passing
+        optimizer = torch.optim.AdamW(list(collect_trained(model).values()), lr=1e-2, fused=True)
+        engine.attach_to(optimizer)
+        assert engine.bind_gradients() is not None
+        told: list[Any] = []
+        for _ in range(2):
+            loss = engine.replay_gradient(batch, SCALE)
+            assert loss is not None
+            optimizer.step()
+            with torch.no_grad():
+                told += [float(loss), float(engine.sum_losses(batch))]
+        found.append((told, take_grads(model)))
+    (told, grads), (other_told, other_grads) = found
+    assert told == other_told
+    assert told[2] != told[0]
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+def test_copies_that_no_layer_in_a_slot_has_take_no_memory() -> None:
+    model = build("llama", torch.bfloat16)
+    engine = use_passing_copies(recognize(model, torch.bfloat16))
+    assert engine.decoder.weights is not None
+    held = {copy.target.untyped_storage().data_ptr() for copy in engine.decoder.weights.copies}
+    kept = [matrix for layer in engine.decoder.layers for matrix in list_matrices(layer)]
+    assert all(matrix.untyped_storage().nbytes() == 2 and bool(matrix.isnan().all()) for matrix in kept)
+    assert held.isdisjoint(matrix.untyped_storage().data_ptr() for matrix in kept)
+    with torch.no_grad():
+        engine.sum_losses(form_flat_batch(draw_table(), ORDER))
+    are_shown = [not list_matrices(layer)[0].isnan().any() for layer in engine.decoder.layers]
+    assert are_shown == [False] * (len(are_shown) - 2) + [True, True]
+
+
+def test_frozen_layers_keep_their_matrices_and_fp32_has_no_copies() -> None:
+    model = build("qwen3", torch.bfloat16, method="freeze", trained_layers=1)
+    engine = use_passing_copies(recognize(model, torch.bfloat16))
+    first, *_, last = engine.decoder.layers
+    assert not any(matrix.isnan().any() for matrix in list_matrices(first))
+    assert all(matrix.isnan().all() for matrix in list_matrices(last))
+    assert pass_copies(recognize(build("qwen3")).decoder) is None
+
+
+def test_copies_pass_where_the_memory_is_short_for_all() -> None:
+    """Of an engine that had to recompute and to cut its passes; one that did not is left as it is."""
+    model = build("llama", torch.bfloat16)
+    short = replace(recognize(model, torch.bfloat16, recomputed=2), tokens_per_forward=2048)
+    fitted: list[FusedEngine] = []
+
+    def fit(engine: FusedEngine) -> FusedEngine:
+        fitted.append(engine)
+        return replace(engine, num_recomputed=1)
+
+    for enough in (replace(short, num_recomputed=0), replace(short, tokens_per_forward=8192)):
+        assert save_copies(enough, 16384, fit) is enough
+    leaner = save_copies(short, 16384, fit)
+    assert isinstance(leaner.decoder.divided, PassingCopies)
+    assert leaner.num_recomputed == 1
+    assert [engine.num_recomputed for engine in fitted] == [0]
+    assert save_copies(leaner, 16384, fit) is leaner

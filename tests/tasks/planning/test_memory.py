@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from schemas.config import TrainingConfig
+from tasks.decoder.passing_copies import pass_copies
+from tasks.decoder.recognition import recognize_decoder
 from tasks.models import load_model
 from tasks.planning.memory import count_flop, count_need, fits, list_options
 from tasks.training.lora import collect_trained
 from tasks.training.methods import attach_trained
+from tasks.training.own_weights import choose_weights
 from tasks.training.records import TrainingError
 from tasks.training.throughput import count_useful_flop
 
@@ -69,6 +72,31 @@ def test_experts_in_8_bits_are_counted_to_the_byte(tmp_path: Path) -> None:
     packed = count_need(tmp_path, TrainingConfig(base_weights="nf4"), **whole)
     attention = 2 * 2 * (64 * 64 + 32 * 64)
     assert full.weights_bytes - packed.weights_bytes == pytest.approx(attention * (2 - 0.515875), abs=1)
+
+
+def test_copies_of_all_layers_but_two_are_not_among_the_least(tmp_path: Path) -> None:
+    """What the training holds with copies of two layers at a time is counted to the byte."""
+    AutoConfig.for_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = TrainingConfig(method="full")
+    need = count_need(tmp_path, config, dtype=torch.bfloat16, longest=10)
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
+    assert need.passing_bytes == 2 * 3 * layer
+    assert need.least_bytes == need.fixed_bytes - need.passing_bytes + need.least_pass_bytes
+    assert count_need(tmp_path, config, dtype=torch.float32, longest=10).passing_bytes == 0
+    general = config.model_copy(update={"engine": "general"})
+    assert count_need(tmp_path, general, dtype=torch.bfloat16, longest=10).passing_bytes == 0
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.bfloat16)
+    decoder = recognize_decoder(choose_weights(model, config, dtype=torch.bfloat16), torch.bfloat16)
+    assert decoder.weights is not None
+    before = sum(copy.target.numel() for copy in decoder.weights.copies)
+    passing = pass_copies(decoder)
+    assert passing is not None
+    assert 2 * (before - sum(copy.target.numel() for copy in decoder.weights.copies)) == 2 * 5 * layer
+    # Each matrix in a slot begins at a multiple of 256 bytes.
+    assert 0 <= passing.held_bytes - 2 * 2 * layer < 2 * 4 * 256
 
 
 def test_where_the_layers_are_divided_their_share_and_two_of_them_are_counted() -> None:
