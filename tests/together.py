@@ -1,13 +1,17 @@
-"""All tests, in groups of which three run side by side: the running service's mostly wait, and let others compute.
+"""All tests, in groups of which four run side by side: the running service's mostly wait, and let others compute.
 
 `python -m tests.together [pytest's options]`. Each group is a pytest of its own, and whoever is done takes the next.
-What the first place runs is seen at once, the others' output in one piece at the end. The GPU kernels are tested in
-Triton's interpreter, where `make test-kernels` would find it. A test of the service that fails is run once more, alone:
-beside the others a server may answer too late. The others get no second chance: what fails there for having company is
-broken. The exit code is 0 only when everything has passed.
+The service's group goes first where a core is wanted by several; the others take what it leaves. At its end each group
+is printed with how long all had run by then and with the processor seconds that it took, servers that live on by
+themselves left out: no group should be so long that it is left alone at the end. What the first place runs is seen at
+once, the others' output in one piece at the end. The GPU kernels are tested in Triton's interpreter, where
+`make test-kernels` would find it. A test of the service that fails is run once more, alone: beside the others a server
+may answer too late. The others get no second chance: what fails there for having company is broken. The exit code is 0
+only when everything has passed.
 """
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -26,18 +30,26 @@ _COMMANDS = sorted([*_RUNS.glob("test_shard*.py"), *(_RUNS / f"test_{name}.py" f
 _PAGES = [_RUNS / f"test_{name}.py" for name in ("demo", "docs_commands")]
 _PIPELINES = sorted({*_RUNS.glob("test_*.py")} - {*SERVICE, *_COMMANDS, *_PAGES})
 _TRAINING = [_STAGES / name for name in ("training", "families")]
+# Whatever takes the parrot, a model that is trained once a group, is in one group.
+_MODELS = [_STAGES / name for name in ("decoder", "evaluation", "exporting", "merging", "proving", "serving")]
+_PROVING = _FOLDER / "flows" / "test_proving.py"
 KERNELS = sorted((_STAGES / "decoder").glob("test_*kernels.py"))
 GROUPS = {
-    # The longest first, and what mostly waits beside what computes.
+    # The longest first, and what mostly waits beside what computes. The last ones are short: they end together.
     "service": [str(path) for path in SERVICE],
-    "stages": [*(f"--ignore={path}" for path in (_RUNS, *_TRAINING)), str(_FOLDER)],
     "training": [str(path) for path in _TRAINING],
+    "flows": [*(f"--ignore={path}" for path in (_RUNS, _STAGES, _PROVING)), str(_FOLDER)],
     "pipelines": [str(path) for path in _PIPELINES],
+    "models": [*map(str, _MODELS), str(_PROVING)],
     "pages": [str(path) for path in _PAGES],
+    "stages": [*(f"--ignore={path}" for path in (*_MODELS, *_TRAINING)), str(_STAGES)],
     "commands": [str(path) for path in _COMMANDS],
     "kernels": [str(path) for path in KERNELS],
 }
-_NUM_PLACES = 3
+_NUM_PLACES = 4
+_NICENESS = 5
+"""The niceness of all groups but the service's: that one has three times their share of a core."""
+_YIELDING = ["nice", "-n", str(_NICENESS)]
 _FAILED, _NONE_CHOSEN = 1, 5  # pytest's exit codes: some tests failed; there was none to run
 _LOOK_SECONDS = 0.2
 
@@ -85,13 +97,20 @@ def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], bega
     try:
         while len(codes) < len(commands):
             for place in places:
+                before = _processor_seconds()
                 if place.process is not None and (code := place.process.poll()) is not None:
                     codes[place.name], place.process = code, None
-                    print(f"\n{place.name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
+                    took = f"{_processor_seconds() - before:.0f} processor seconds"
+                    print(
+                        f"\n{place.name}: exit code {code} after {time.monotonic() - began:.0f} s, {took}", flush=True
+                    )
                 if place.process is None and waiting:
                     place.name = waiting.pop(0)
                     place.process = subprocess.Popen(
-                        commands[place.name], env=_environment(place.name), stdout=place.output, stderr=place.output
+                        [*([] if place.name == "service" else _YIELDING), *commands[place.name]],
+                        env=_environment(place.name),
+                        stdout=place.output,
+                        stderr=place.output,
                     )
             time.sleep(_LOOK_SECONDS)
     except BaseException as end:
@@ -102,6 +121,12 @@ def _run_groups(commands: dict[str, list[str]], places: tuple[_Place, ...], bega
                 place.process.wait()  # it stops its servers first
         raise
     return codes
+
+
+def _processor_seconds() -> float:
+    """Return what all ended groups took, with the processes that they waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _environment(group: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ def main(arguments: list[str]) -> int:
         first = Path(folder) / "builders.lock"
         first.write_text(select(LOCK.read_text(encoding="utf-8"), BUILDERS), encoding="utf-8")
         for step in ((*_HASHED, str(first)), torch, (*_HASHED, str(LOCK)), project):
-            if code := _pip("install", "--quiet", *step).returncode:
+            if code := _install(*step):
                 print(_ADVICE, file=sys.stderr)
                 return code
+    _compile()
     return 0
 
 
@@ -56,9 +58,21 @@ def _install_without_hashes() -> int:
     print("No file is compared with a hash: the packages are what pip's index serves under these names and versions.")
     torch = select(TORCH_LOCK.read_text(encoding="utf-8"), ("torch",)).split()[0]
     for step in ((torch,), ("-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[dev]")):
-        if code := _pip("install", "--quiet", *step).returncode:
+        if code := _install(*step):
             return code
+    _compile()
     return 0
+
+
+def _install(*arguments: str) -> int:
+    """Install without bytecode and return pip's exit code."""
+    return _pip("install", "--quiet", "--no-compile", *arguments).returncode
+
+
+def _compile() -> None:
+    """Compile all packages on all cores. A file that no Python 3 can read, such as a template, is left as it is."""
+    command = [sys.executable, "-m", "compileall", "-qq", "-j", "0", sysconfig.get_path("purelib")]
+    subprocess.run(command, capture_output=True, check=False)
 
 
 def select(lock: str, names: tuple[str, ...]) -> str:
