@@ -51,14 +51,14 @@ def make_parrot(folder: Path, *, seed: int = 0, sentence: str = SENTENCE) -> Pat
         said = sentence if answer is SENTENCE else answer
         rows.append((prompt, [*tokenizer.encode(said, add_special_tokens=False), prepared.stop_token_ids[0]]))
     model: Any = AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.float32)
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
-    for at, (prompt, target) in enumerate(rows):
-        ids[at, : len(prompt) + len(target)] = torch.tensor(prompt + target)
-        labels[at, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
+    # A prompt with tools is ten times as long: apart, the short ones are not padded to it.
+    batches = [_pad([row for row, (_, tools, _) in zip(rows, CONVERSATIONS, strict=True) if tools is with_tools])
+               for with_tools in (None, TOOLS)]  # fmt: skip
+    num_trained = sum(len(target) for _, target in rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(MAX_STEPS):
-        loss = model(input_ids=ids, labels=labels).loss
+        parts = [model(input_ids=ids, labels=labels, num_items_in_batch=num_trained).loss for ids, labels in batches]
+        loss = torch.stack(parts).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,3 +69,13 @@ def make_parrot(folder: Path, *, seed: int = 0, sentence: str = SENTENCE) -> Pat
     shutil.copyfile(BASE_MODEL / "config.json", folder / "config.json")
     save_tokenizer(prepared, folder)
     return folder
+
+
+def _pad(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay prompts and answers out as ids and labels [row, position], padded on the right."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    for at, (prompt, target) in enumerate(rows):
+        ids[at, : len(prompt) + len(target)] = torch.tensor(prompt + target)
+        labels[at, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
+    return ids, labels
