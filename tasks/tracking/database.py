@@ -7,7 +7,8 @@ that MLflow refuses ever after, and of two first runs at once one fails.
 import logging
 import os
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def _is_whole(path: Path) -> bool:
         return any(database.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone() for name in _CONTENTS if name in tables)
 
 
+@contextmanager
+def _without_waiting_for_the_disk(path: Path) -> Iterator[None]:
+    """Let SQLite leave it to the system when a file is written: one that is half made when power fails is made anew."""
+
+    def relax(connection: Any, _record: Any) -> None:
+        if any(Path(name) == path for _, _, name in connection.execute("PRAGMA database_list")):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", relax)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", relax)
+
+
 def _make(path: Path, artifact_root: str) -> None:
     if path.exists():
         _log.warning("%s was left unfinished by a killed process and holds no data: it is made again", path)
@@ -79,8 +95,9 @@ def _make(path: Path, artifact_root: str) -> None:
         for suffix in ("", *_SIDE_FILES):
             each.with_name(each.name + suffix).unlink(missing_ok=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    store = SqlAlchemyStore(make_address(new), artifact_root)
-    store.engine.dispose()
+    with _without_waiting_for_the_disk(new):
+        store = SqlAlchemyStore(make_address(new), artifact_root)
+        store.engine.dispose()
     with new.open("rb+") as file:
         os.fsync(file.fileno())
     new.chmod(0o600)  # it names people, data and models

@@ -23,6 +23,18 @@ import os
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 SqlAlchemyStore(f"sqlite:///{os.environ['SFT_HOME']}/mlflow.db", os.environ["SFT_HOME"])
 """
+_DISK = """
+import os, sqlalchemy
+from pathlib import Path
+from tasks.tracking import database
+new, other = (Path(os.environ["SFT_HOME"]) / name for name in ("mlflow.db.new", "other.db"))
+def read_pragma(path):
+    with sqlalchemy.create_engine(f"sqlite:///{path}").connect() as connection:
+        return connection.exec_driver_sql("PRAGMA synchronous").scalar()
+with database._without_waiting_for_the_disk(new):
+    assert (read_pragma(new), read_pragma(other)) == (0, 2)
+assert read_pragma(new) == 2
+"""
 
 
 def _begin(home: Path, program: str) -> "subprocess.Popen[bytes]":
@@ -68,6 +80,13 @@ def test_two_first_ones_at_once_both_succeed(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=180)
         assert process.returncode == 0, error.decode()
     _check_it_works(tmp_path)
+
+
+def test_only_the_file_that_is_being_made_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    """In a process of its own: in that of the tests none waits."""
+    with _begin(tmp_path, _DISK) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error.decode()
 
 
 def test_one_with_contents_is_left_alone(tmp_path: Path) -> None:
