@@ -66,19 +66,25 @@ def isolates_packed(model: nn.Module, table: TokenTable, device: torch.device) -
 
 @torch.no_grad()
 def check_causal(model: nn.Module, table: TokenTable, device: torch.device) -> None:
-    """Try out whether the logits of a piece stay the same when its last token is another one.
+    """Try out whether the logits of a piece's first half stay the same when its second half is another one.
 
     Raises:
-        TrainingError: they do not: the model would learn to copy what it should predict.
+        TrainingError: those of most positions do not (rounding may send single tokens to other experts): the model
+            would learn to copy what it should predict.
     """
     piece = cut_trial(table, count=1)
-    if len(piece.input_ids) < 2:
+    half = len(piece.input_ids) // 2
+    if not half:
         return
     found, _ = _compute_logits(model, form_batch(piece, [[0]]).move(device))
+    first = int(piece.input_ids[0])
     input_ids = piece.input_ids.copy()
-    input_ids[-1] = input_ids[0] if input_ids[0] != input_ids[-1] else (input_ids[-1] or 2) - 1
+    input_ids[half:] = np.where(input_ids[half:] == first, first - 1 if first else 1, first)
     other, _ = _compute_logits(model, form_batch(replace(piece, input_ids=input_ids), [[0]]).move(device))
-    if not _is_close(other[:-1], found[:-1]):
+    limit = max(1e-3, 4 * torch.finfo(found.dtype).eps)
+    before, after = found[:half].float(), other[:half].float()
+    differs = (after - before).norm(dim=-1) > limit * before.norm(dim=-1)
+    if 2 * int(differs.sum()) > half:
         kind = type(find_base(model)).__name__
         raise TrainingError(
             f"this {kind} sees the tokens after the one whose successor it predicts, as encoders do: choose a model "
