@@ -7,6 +7,7 @@ that neither its memory nor the disk grows with the table.
 
 import shutil
 import time
+from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,6 +142,8 @@ class TokenParts:
         self.bounds = bounds
         self.counts = PartCounts()
         self._source, self._folder, self._offsets, self._group = source, folder, offsets, group
+        self._firsts: list[int] = bounds[:-1].tolist()
+        self._starts: list[int] = offsets[bounds[:-1]].tolist()
         self._sign = f"used-by-{rank}"
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="token-parts")
         self._held: dict[int, Future[dict[str, Any]]] = {}
@@ -149,11 +152,6 @@ class TokenParts:
 
     def __len__(self) -> int:
         return len(self._source.names)
-
-    def find(self, examples: Numbers) -> Numbers:
-        """Return the part of each example."""
-        found: Numbers = np.searchsorted(self.bounds, examples, side="right") - 1
-        return found
 
     def prepare(self, user: Hashable, wanted: Sequence[int]) -> None:
         """Begin to lay out the parts that somebody needs next, in this order, and let go of those that nobody needs."""
@@ -173,9 +171,8 @@ class TokenParts:
         Raises:
             TrainingError: the part is gone, or damaged.
         """
-        example = int(np.searchsorted(self._offsets, start, side="right")) - 1
-        number = int(self.find(np.asarray([example]))[0])
-        first = int(self._offsets[self.bounds[number]])
+        number = bisect_right(self._starts, start) - 1  # of parts without tokens the one after them
+        first = self._starts[number]
         values = self._get(number).get(name)
         if values is None:  # weights, of a part in which every label weighs 1
             return np.ones(stop - start, np.float32)
@@ -185,7 +182,7 @@ class TokenParts:
 
     def read_name(self, example: int) -> str:
         """Return the id of an example."""
-        number = int(self.find(np.asarray([example]))[0])
+        number = bisect_right(self._firsts, example) - 1
         return str(self._get(number)["example_ids"][example - int(self.bounds[number])])
 
     def close(self) -> None:

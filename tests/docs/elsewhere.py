@@ -66,6 +66,7 @@ ELSEWHERE: dict[str, str] = {
 
 INLINE: dict[str, str] = {
     "python -m tests.benchmarks.cluster --rows 1000000 --rounds 2 --lose": _MODULES,
+    "python -m tests.benchmarks.token_parts": _MODULES,
     "python -m tests.benchmarks.scale_simulation": "tests/benchmarks/test_scale_simulation.py"
     "::test_the_page_has_the_tables_that_are_printed",
     ".venv/bin/sft run my_sft.yaml": "tests/end_to_end/test_llamafactory.py::test_documented_training_runs_as_it_is",

@@ -29,14 +29,17 @@ from tasks.training.checkpoints import Progress
 from tasks.training.indexed_table import lay_out_index, open_indexed
 from tasks.training.loop import train_adapter
 from tasks.training.order import RowParts, count_parts_per_window
+from tasks.training.place import open_place
 from tasks.training.preparation import prepare_training
+from tasks.training.process.messages import TrainingJob
+from tasks.training.process.team import find_offer, leading, prepare_job, take_offer
 from tasks.training.records import StepRecord, TrainingError, TrainingStopped
 from tasks.training.steps import Run, do_step, iterate
 from tasks.training.token_parts import PartCounts
 from tasks.training.token_table import Packs, TokenTable, open_packs, open_table, write_examples, write_packs
 from tests.object_store import KEYS, serve_bucket
 from tests.tasks.training.conftest import draw_examples, write_split
-from tests.tasks.training.ranks import on_two_ranks
+from tests.tasks.training.ranks import find_port, on_two_ranks
 
 CONFIG = TrainingConfig(
     rank=4, alpha=8, learning_rate=1e-2, micro_batch=4, gradient_accumulation_steps=2, num_epochs=1,
@@ -352,6 +355,32 @@ def test_a_part_that_is_damaged_or_gone_is_named(
     with pytest.raises(TrainingError, match=r"000003\.parquet is gone"):
         train()
     assert not list((tmp_path / "run").glob("examples*"))
+
+
+def test_a_machine_that_joins_leaves_the_parts_where_they_are(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that machines share: it reads there those that its batches need."""
+    tokens, shared = write_parts(tmp_path / "tokens"), tmp_path / "shared"
+    monkeypatch.setenv("SFT_TEAM", str(shared))
+    monkeypatch.setenv("SFT_RENDEZVOUS", f"127.0.0.1:{find_port()}")
+    config = CONFIG.model_copy(update={"num_nodes": 2})
+    place = open_place(str(shared))
+    with leading(prepare_job(TrainingJob(base_model, tokens, tmp_path / "run", config, 5, "x"))):
+        offer = find_offer(place)
+        assert offer is not None
+        for _ in range(2):  # and when it joins again
+            job = take_offer(place, offer, tmp_path / "guest")
+            assert (job.tokens / "eval.parquet").is_file()
+            assert not (job.tokens / "train.parquet").exists()
+    assert job.tokens_address is not None
+    found = open_lazily(job.tokens, tmp_path / "there", config, job.tokens_address)
+    expected = list_steps(open_lazily(tokens, tmp_path / "here", config), config)
+    assert [describe(step) for step in list_steps(found, config)] == [describe(step) for step in expected]
+    part = Path(job.tokens_address) / "train.parquet" / "000004.parquet"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    with pytest.raises(TrainingError, match=rf"{part} is damaged: its sha256 is not"):
+        list_steps(open_lazily(job.tokens, tmp_path / "damaged", config, job.tokens_address), config)
 
 
 def test_a_local_part_that_is_cut_short_or_another_one_is_named(base_model: Path, tmp_path: Path) -> None:
