@@ -321,6 +321,26 @@ def test_two_ranks_fetch_the_parts_of_their_own_batches_only(
     assert sum(counts.fetched_bytes for _, counts, _ in ranks) < 1.7 * alone[1].fetched_bytes
 
 
+def train_divided(number: int, base_model: Path, tokens: Path, folder: Path) -> list[float]:
+    """Train with passes that are collectives; return the losses."""
+    order.GROUPS_PER_WINDOW = 60
+    config, losses = CONFIG.model_copy(update={"strategy": "fsdp", "max_steps": 10}), list[float]()
+    train_adapter(
+        base_model, tokens, folder, config, seed=5, identity="x",
+        on_step=lambda record: losses.append(record.loss),
+    )  # fmt: skip
+    return losses
+
+
+def test_ranks_that_gather_weights_do_as_many_passes(base_model: Path, tmp_path: Path) -> None:
+    tokens, losses = write_parts(tmp_path / "tokens"), list[float]()
+    config = CONFIG.model_copy(update={"max_steps": 10})
+    train_adapter(base_model, tokens, tmp_path / "alone", config, seed=5, identity="x", on_step=partial(_note, losses))
+    for found in on_two_ranks(train_divided, base_model, tokens, tmp_path / "two", folder=tmp_path / "ranks"):
+        assert found == pytest.approx(losses, abs=1e-5)
+    assert not list((tmp_path / "two").glob("examples*"))
+
+
 def test_in_few_steps_only_the_parts_of_a_window_are_fetched(
     base_model: Path, tmp_path: Path, stored: tuple[Path, str, Any]
 ) -> None:
