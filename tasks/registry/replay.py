@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlflow.artifacts
 import mlflow.pyfunc
@@ -15,11 +15,13 @@ import polars as pl
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tasks import tracking
-from tasks.partitions import list_parts, list_row_groups
+from tasks.partitions import list_row_groups
 
 NUM_REPLAYED = 32
 _MOST_ROW_GROUPS = 4
 _MOST_NAMED = 3
+
+T = TypeVar("T")
 
 
 class ReplayError(ValueError):
@@ -64,22 +66,30 @@ def fetch_logged(uri: str, weights: Path, folder: Path) -> Path:
     return folder
 
 
-def replay_rows(model: Path, read_parts: Callable[[Sequence[int]], Iterable[Path]], tokens: Path) -> Replay:
+ReadParts = Callable[[Sequence[int]], Iterable[Path]]
+"""Gives the files of a table, those of some numbers first, each of them perhaps for that time only."""
+
+
+def replay_rows(
+    model: Path, read_rows: ReadParts, read_examples: ReadParts, num_parts: int, masks_file: Path
+) -> Replay:
     """Ask a logged model for the prompts of some training rows, and compare.
 
     Args:
         model: the folder of the MLflow model, with its MLmodel file.
-        read_parts: gives the files of train.parquet of the dataset, those of some numbers first.
-        tokens: with train.parquet of examples, and masks.json.
+        read_rows: of train.parquet of the dataset.
+        read_examples: of train.parquet of the tokens, whose parts have the same rows.
+        num_parts: of the tokens.
+        masks_file: masks.json of the tokens.
 
     Raises:
         ReplayError: a prompt differs, or a request is refused.
     """
     loaded = mlflow.pyfunc.load_model(str(model), model_config={"weights": False})
-    masks = json.loads((tokens / "masks.json").read_text(encoding="utf-8"))
-    examples = list(_choose_examples(tokens / "train.parquet"))
+    masks = json.loads(masks_file.read_text(encoding="utf-8"))
+    examples = list(_choose_examples(read_examples, num_parts))
     numbers = sorted({example.part for example in examples})
-    conversations = _read_conversations(read_parts(numbers), {example.example_id for example in examples})
+    conversations = _read_conversations(read_rows(numbers), {example.example_id for example in examples})
     differences, num_equal, num_cut = [], 0, 0
     for example in examples:
         place, messages, tools = conversations[example.example_id]
@@ -101,18 +111,24 @@ def replay_rows(model: Path, read_parts: Callable[[Sequence[int]], Iterable[Path
     return Replay(num_equal, num_cut)
 
 
-def _choose_examples(table: Path) -> Iterator[_Trained]:
-    """Yield examples evenly over the table, from few row groups; of several of one conversation any."""
-    parts = list_parts(table)
-    groups = [group for group in list_row_groups(table) if group.num_rows]
-    chosen = groups[:: max(1, len(groups) // _MOST_ROW_GROUPS)][:_MOST_ROW_GROUPS]
-    for group in chosen:
-        columns = ["example_id", "input_ids", "labels"]
-        frame = pl.DataFrame(pq.ParquetFile(group.part).read_row_group(group.number, columns=columns))
-        each = max(1, math.ceil(frame.height * len(chosen) / NUM_REPLAYED))
-        for example_id, input_ids, labels in frame.gather_every(each).rows():
-            starts = [at for at, label in enumerate(labels) if label >= 0 and (at == 0 or labels[at - 1] < 0)]
-            yield _Trained(example_id, input_ids, starts, parts.index(group.part))
+def _choose_examples(read_parts: ReadParts, num_parts: int) -> Iterator[_Trained]:
+    """Yield examples evenly over the table, from few row groups of few parts; of several of one conversation any."""
+    numbers = _spread(range(num_parts), _MOST_ROW_GROUPS)
+    for number, part in zip(numbers, read_parts(numbers), strict=False):  # what comes after them is not read
+        groups = [group for group in list_row_groups(part) if group.num_rows]
+        chosen = _spread(groups, max(1, _MOST_ROW_GROUPS // len(numbers)))
+        for group in chosen:
+            columns = ["example_id", "input_ids", "labels"]
+            frame = pl.DataFrame(pq.ParquetFile(group.part).read_row_group(group.number, columns=columns))
+            each = max(1, math.ceil(frame.height * len(chosen) * len(numbers) / NUM_REPLAYED))
+            for example_id, input_ids, labels in frame.gather_every(each).rows():
+                starts = [at for at, label in enumerate(labels) if label >= 0 and (at == 0 or labels[at - 1] < 0)]
+                yield _Trained(example_id, input_ids, starts, number)
+
+
+def _spread(among: Sequence[T], most: int) -> Sequence[T]:
+    """Return at most so many, evenly over all."""
+    return among[:: max(1, len(among) // most)][:most]
 
 
 def _read_conversations(

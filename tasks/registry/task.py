@@ -185,8 +185,9 @@ def _replay(merged: MergedRef, dataset: DatasetRef, tokens: TokensRef) -> str:
     """
     with storage.new_folder() as folder:
         model = fetch_logged(merged.uri, tracking.resolve(merged), folder)
-        read_parts = partial(tracking.read_parts, dataset, "train.parquet")
-        replay = replay_rows(model, read_parts, tracking.resolve(tokens))
+        rows, examples = (partial(tracking.read_parts, ref, "train.parquet") for ref in (dataset, tokens))
+        masks = tracking.resolve_some(tokens, "masks.json") / "masks.json"
+        replay = replay_rows(model, rows, examples, tracking.count_parts(tokens, "train.parquet"), masks)
     get_run_logger().info("Replay: %s training rows give the logged model the prompts of training", replay.num_equal)
     return f"passed: {replay.num_equal} rows, {replay.num_cut} cut for length left out"
 

@@ -167,6 +167,14 @@ def read_parts(ref: Ref, table: str, first: Sequence[int] = ()) -> Iterator[Path
             yield _fetch(ref, name, listed[name], place)
 
 
+def count_parts(ref: Ref, table: str) -> int:
+    """Return of how many files a table is, here or in a store."""
+    folder = _find_folder(ref)
+    if not stored_files.find_absent(folder, [table]):
+        return len(list_parts(folder / table))
+    return sum(name == table or name.startswith(f"{table}/") for name in stored_files.read_list(folder))
+
+
 def find_address(ref: Ref) -> str | None:
     """Return the address of a folder of a run's artifacts, where workers can read files themselves; else None."""
     if not ref.uri.startswith("runs:/"):

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from schemas.config import TokenizationConfig
-from tasks import tracking
+from tasks import storage, tracking
 from tasks.registry import versions
-from tasks.registry.replay import ReplayError, fetch_logged, replay_rows
+from tasks.registry.replay import Replay, ReplayError, fetch_logged, replay_rows
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer
 from tests.tasks.tokenization.conversations import say
@@ -44,11 +46,41 @@ def log(model: Path, folder: Path) -> Path:
     return fetch_logged(uri, model, folder)
 
 
+def replay_whole(logged: Path, dataset: Path, tokens: Path) -> Replay:
+    """Replay rows of tables that are one file each."""
+    rows, examples = ([folder / "train.parquet"] for folder in (dataset, tokens))
+    return replay_rows(logged, lambda _: rows, lambda _: examples, 1, tokens / "masks.json")
+
+
+def test_of_a_table_in_parts_few_are_read(tracked: Path, work: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Rows of four parts of ten are asked again, and no other part of either table is opened."""
+    model, dataset, tokens = work
+    read: dict[str, list[int]] = {"rows": [], "examples": []}
+
+    def cut(name: str, table: Path) -> Callable[[Sequence[int]], Iterator[Path]]:
+        frame = pl.read_parquet(table)
+        parts = list(frame.iter_slices(-(-frame.height // 10)))
+
+        def read_parts(first: Sequence[int]) -> Iterator[Path]:
+            for number in [*first, *(number for number in range(len(parts)) if number not in first)]:
+                read[name].append(number)
+                with storage.new_folder() as place:  # gone when the next one is asked for
+                    parts[number].write_parquet(place / "part.parquet")
+                    yield place / "part.parquet"
+
+        return read_parts
+
+    rows, examples = cut("rows", dataset / "train.parquet"), cut("examples", tokens / "train.parquet")
+    replay = replay_rows(log(model, tmp_path / "logged"), rows, examples, 9, tokens / "masks.json")
+    assert read == {"rows": [0, 2, 4, 6], "examples": [0, 2, 4, 6]}
+    assert replay == (20, 0)
+
+
 def test_training_rows_give_the_logged_model_the_prompts_of_training(
     tracked: Path, work: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     model, dataset, tokens = work
-    replay = replay_rows(log(model, tmp_path / "logged"), lambda _: [dataset / "train.parquet"], tokens)
+    replay = replay_whole(log(model, tmp_path / "logged"), dataset, tokens)
     assert replay == (20, 1)  # every second of 41 rows, of which the last was cut
 
 
@@ -82,4 +114,4 @@ def test_a_model_that_sees_other_prompts_is_refused(
     model, dataset, tokens = work
     change(model)
     with pytest.raises(ReplayError, match=message):
-        replay_rows(log(model, tmp_path / "logged"), lambda _: [dataset / "train.parquet"], tokens)
+        replay_whole(log(model, tmp_path / "logged"), dataset, tokens)
