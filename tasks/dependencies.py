@@ -8,7 +8,9 @@ import hashlib
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _OWN = ("flows", "schemas", "tasks")
 # They carry results from stage to stage and make none.
 _CARRIERS = {"mlflow", "prefect", "ray"}
+_MOST_PARSINGS = 10
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -79,13 +82,26 @@ def _reach(module: str, root: Path) -> tuple[set[Path], set[str]]:
 def _read_imports(source: bytes) -> frozenset[str]:
     """Return the dotted names that a module imports; of `from a import b` both a and a.b, as b may be a module."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"a relative import of {node.module}: write the whole name"
             names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return frozenset(names)
+
+
+def _parse(source: bytes) -> ast.Module:
+    """Parse a module, again where another thread did so at the same time.
+
+    CPython 3.11 counts the depth of all threads' syntax trees together, and then finds it wrong ("AST constructor
+    recursion depth mismatch").
+    """
+    for _ in range(_MOST_PARSINGS - 1):
+        with suppress(SystemError):
+            return ast.parse(source)
+        time.sleep(0.05)
+    return ast.parse(source)
 
 
 def _find_modules(name: str, root: Path) -> Iterator[Path]:

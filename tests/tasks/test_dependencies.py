@@ -1,5 +1,6 @@
 """A stage's key follows its imports: each module it reaches counts, and no other does."""
 
+import ast
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def test_a_change_in_any_file_that_a_stage_reaches_changes_its_digest_and_no_oth
         _add_line(path)
         found.add(digest_files(module, tree))
     assert len(found) == 1 + len(reached) > 35
+
+
+def test_a_parsing_that_another_thread_disturbed_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, disturbed = ast.parse, [SystemError("AST constructor recursion depth mismatch")] * 2
+
+    def parse_disturbed(source: bytes) -> ast.Module:
+        if disturbed:
+            raise disturbed.pop()
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", parse_disturbed)
+    assert dependencies._read_imports(b"import json  # read nowhere else") == {"json"}
+    monkeypatch.setattr(ast, "parse", lambda source: (_ for _ in ()).throw(SystemError("always")))
+    with pytest.raises(SystemError, match="always"):
+        dependencies._read_imports(b"import csv  # read nowhere else")
 
 
 def _add_line(path: Path) -> None:
