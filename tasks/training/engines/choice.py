@@ -41,6 +41,8 @@ from tasks.training.token_table import TokenTable
 CPU_TOKENS = 2048
 # On a GPU, where its memory takes them; with fewer than the full ones, layers are rather recomputed.
 GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
+# A layer of 8,192 tokens that runs again takes as long as the copies of so many layers take to be made twice.
+_COPIES_A_LAYER = 6
 
 
 def choose_engine(
@@ -161,7 +163,12 @@ def _build_fused(
             longest_pass=-(-int(table.lengths.max()) // count_sharing(config)),
             moment_bytes=count_moment_bytes(config),
         )
-        engine = save_copies(fit_all_ranks(fit(engine)), most_tokens, lambda leaner: fit_all_ranks(fit(leaner)))
+        engine = save_copies(
+            fit_all_ranks(fit(engine)),
+            most_tokens,
+            lambda leaner: fit_all_ranks(fit(leaner)),
+            may_keep=config.gradient_checkpointing is None,
+        )
         # A recorded pass would hold the matrices of the slots in which they lay when it was recorded.
         may_record = engine.decoder.divided is None and not engine.num_recomputed and router_loss is None
         if may_record and can_record(engine.decoder, device):
@@ -178,16 +185,20 @@ def _build_fused(
     return engine, tuple(notes)
 
 
-def save_copies(engine: FusedEngine, most_tokens: int, fit: Callable[[FusedEngine], FusedEngine]) -> FusedEngine:
-    """Keep the working copies of trained weights for two layers at a time where the memory is too short for all.
+def save_copies(
+    engine: FusedEngine, most_tokens: int, fit: Callable[[FusedEngine], FusedEngine], *, may_keep: bool
+) -> FusedEngine:
+    """Keep the working copies of trained weights for two layers at a time where other things need their memory more.
 
     Args:
         engine: fitted into the memory with all of them.
         most_tokens: of a step.
         fit: fits an engine into the memory anew.
+        may_keep: layers that run again now need not once there is memory for what they compute.
     """
     is_short = engine.num_recomputed and engine.tokens_per_forward < min(most_tokens, SMALLEST_FULL_FORWARD)
-    if not is_short or engine.decoder.divided is not None:
+    is_slow = may_keep and engine.num_recomputed * _COPIES_A_LAYER > engine.num_layers
+    if not (is_short or is_slow) or engine.decoder.divided is not None:
         return engine
     passing = pass_copies(engine.decoder)
     if passing is None:

@@ -287,8 +287,9 @@ def test_frozen_layers_keep_their_matrices_and_fp32_has_no_copies() -> None:
     assert pass_copies(recognize(build("qwen3")).decoder) is None
 
 
-def test_copies_pass_where_the_memory_is_short_for_all() -> None:
-    """Of an engine that had to recompute and to cut its passes; one that did not is left as it is."""
+@pytest.mark.parametrize("is_full", [False, True])
+def test_copies_pass_where_the_memory_is_short_for_all(is_full: bool) -> None:
+    """Of an engine that had to cut its passes, or recomputes although it need not; another one is left as it is."""
     model = build("llama", torch.bfloat16)
     short = replace(recognize(model, torch.bfloat16, recomputed=2), tokens_per_forward=2048)
     fitted: list[FusedEngine] = []
@@ -297,10 +298,11 @@ def test_copies_pass_where_the_memory_is_short_for_all() -> None:
         fitted.append(engine)
         return replace(engine, num_recomputed=1)
 
-    for enough in (replace(short, num_recomputed=0), replace(short, tokens_per_forward=8192)):
-        assert save_copies(enough, 16384, fit) is enough
-    leaner = save_copies(short, 16384, fit)
+    keeping, full = replace(short, num_recomputed=0), replace(short, tokens_per_forward=8192)
+    for enough, may_keep in ((keeping, True), (full, False)):
+        assert save_copies(enough, 16384, fit, may_keep=may_keep) is enough
+    leaner = save_copies(full if is_full else short, 16384, fit, may_keep=is_full)
     assert isinstance(leaner.decoder.divided, PassingCopies)
     assert leaner.num_recomputed == 1
     assert [engine.num_recomputed for engine in fitted] == [0]
-    assert save_copies(leaner, 16384, fit) is leaner
+    assert save_copies(leaner, 16384, fit, may_keep=is_full) is leaner
