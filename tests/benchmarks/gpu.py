@@ -90,6 +90,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "ours-moonlight-16b": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "gradient_checkpointing": True}, 8),
     "ours-moonlight-16b-general": ("ours", "moonlight-16b-a3b", {**_EXPERTS, "engine": "general"}, 6),
     "ours-olmo3-7b": ("ours", "olmo3-7b", {**_KEPT, "gradient_checkpointing": False}, 11),
+    "ours-olmo3-7b-fp8": ("ours", "olmo3-7b", {**_KEPT, "gradient_checkpointing": False, "base_weights": "fp8"}, 12),
     # Pairs: a step has as many tokens as the peer's 16 pairs.
     "ours-7b-dpo": ("ours", "qwen2.5-7b", {"objective": "dpo", "micro_batch": 16, "learning_rate": 1e-5}, 20),
     "trl-7b-dpo": (
@@ -283,6 +284,7 @@ TABLE: list[tuple[str, str, str, float, float | None]] = [
     ("Gemma 4 E4B, bf16, beside TRL's best", "ours-gemma4-e4b", "trl-gemma4-e4b", 1.3, None),
     ("Gemma 4 E4B, general engine", "ours-gemma4-e4b-general", "trl-gemma4-e4b", 1.0, None),
     ("OLMo 3 7B, bf16", "ours-olmo3-7b", "unsloth-olmo3-7b", 1.3, None),
+    ("OLMo 3 7B, FP8 base", "ours-olmo3-7b-fp8", "unsloth-olmo3-7b", 1.3, None),
     ("OLMo 3 7B, bf16, beside TRL's best", "ours-olmo3-7b", "trl-olmo3-7b", 1.3, None),
     ("Qwen3 30B-A3B, experts adapted, checkpointing", "ours-30b-a3b-lean", "unsloth-30b-a3b-lean", 2.0, 80.0),
     ("Qwen3 30B-A3B, beside TRL's best", "ours-30b-a3b-lean", "trl-30b-a3b-lean", 2.0, 80.0),
@@ -405,6 +407,8 @@ def call(name: str, work: Path, path: str | None, limit: int) -> dict[str, Any]:
     }
     if RUNS[name][0] != "ours":  # ours has what the product sets itself, as for its users
         environment |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    elif RUNS[name][2].get("method", "lora") != "lora":  # not in a process of the product's: see `trainers.run_ours`
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     inherited = os.environ.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT), None if path else inherited]))
     log = work / f"{name}.log"

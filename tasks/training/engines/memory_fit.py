@@ -95,8 +95,8 @@ def fit_memory(
     if lean is None:
         return _plan(small, fewest, most_tokens)
     tokens = lean.count_tokens(free_bytes)
-    wanted = max(SMALLEST_FULL_FORWARD, longest_pass)
-    if kept is None or min(tokens, max(most_tokens, longest_pass)) <= wanted:
+    wanted = max(min(most_tokens, SMALLEST_FULL_FORWARD), longest_pass)
+    if kept is None or tokens <= wanted:
         return _plan(small, tokens, most_tokens)
     # What is left over at a full forward pass keeps some layers' activations.
     tokens = wanted
