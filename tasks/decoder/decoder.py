@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from tasks.decoder.dropout import Dropout
 from tasks.decoder.forward import Forward
 from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.head import Head, HeadLoss, TrainedHeadLoss
+from tasks.decoder.host_inputs import HostInputs, HostMemory
 from tasks.decoder.layer import Layer, attend_scaled, run_layer
 from tasks.decoder.layer_inputs import LayerInputs
 from tasks.decoder.mixers import DeltaNet, KeysValues, name_shared
@@ -122,6 +124,9 @@ def compute_losses(
     logits_bytes: int = LOGITS_BYTES,
     runs_all: bool = False,
     scale: Tensor | None = None,
+    piece_tokens: int = 0,
+    host: HostMemory | None = None,
+    num_in_host: int = 0,
 ) -> Tensor:
     """Return -log p(target) of the trained positions [N] (nats, fp32); 0 where a target does not count.
 
@@ -140,6 +145,9 @@ def compute_losses(
         runs_all: the last layer runs at all positions, for the sake of its router's logits.
         scale: [] fp32: what the gradient of every loss is going to be, where gradients are bound and that is known: a
             trained head's own is then made with the losses.
+        piece_tokens: of the pieces in which recomputed layers run their gated layer; 0: whole.
+        host: where inputs of recomputed layers can lie.
+        num_in_host: layers, from the first, whose input lies there; not the last recomputed one, which is wanted first.
     """
     stream, delta, source = decoder.embed(input_ids), None, None
     dropout = decoder.dropout if torch.is_grad_enabled() else None
@@ -154,6 +162,10 @@ def compute_losses(
     if decoder.layer_inputs is not None:
         own_inputs = decoder.layer_inputs.compute(input_ids, stream, decoder.ops, dropout)
     shared: dict[str, KeysValues | None] = {}
+    inputs = None
+    if host is not None and num_in_host and torch.is_grad_enabled():
+        inputs = HostInputs(host)
+        num_in_host = min(num_in_host, num_recomputed - 1)
     for number, (layer, own_input) in enumerate(zip(decoder.layers, own_inputs, strict=True)):
         select = trained if number == len(decoder.layers) - 1 and not runs_all else None
         keeps, reads = name_shared(layer.mixer)
@@ -163,13 +175,19 @@ def compute_losses(
         arguments = shared.get(reads), own_input
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
-            contexts = partial(_open_contexts, is_unused=layer.is_output_unread)
+            contexts = partial(_open_contexts, is_unused=layer.is_unread_with(piece_tokens))
+            run = partial(run, piece_tokens=piece_tokens)
+            if inputs is not None and number < num_in_host:
+                run = partial(_run_taken, inputs, number, run)
+                stream = inputs.replace(number, stream)
             stream, delta, kept = checkpoint(
                 run, *arguments, stream, None, None, key, use_reentrant=False, preserve_rng_state=False,
                 context_fn=contexts,
             )  # fmt: skip
         else:
             stream, delta, kept = run(*arguments, stream, delta, source, key)
+        if inputs is not None and number == num_in_host:
+            stream, delta = inputs.announce(number - 1, stream, delta)
         if decoder.divided is not None:
             stream, delta = WayBack.apply(decoder.divided, number, num_recomputed, stream, delta)
         shared |= {keeps: kept} if keeps else {}
@@ -185,6 +203,19 @@ def compute_losses(
         assert scale is None or decoder.has_bound_gradients()
         losses = HeadLoss.apply(*settings, scale, *trained_head)
     return losses
+
+
+def _run_taken(
+    inputs: HostInputs,
+    number: int,
+    run: Callable[..., tuple[Tensor, Tensor | None, KeysValues | None]],
+    shared: KeysValues | None,
+    own_input: Tensor | None,
+    placeholder: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor | None, KeysValues | None]:
+    """Run a layer whose input lies in the host's memory."""
+    return run(shared, own_input, inputs.take(number, placeholder), *arguments)
 
 
 def _select(delta: Tensor | None, positions: Tensor) -> Tensor | None:

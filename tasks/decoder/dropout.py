@@ -63,6 +63,8 @@ class Mask(NamedTuple):
     """A column is dropped where its 16 bits are below it."""
     scale: float
     """One over the share that is kept, exactly: the mean is that of the tensor."""
+    first_row: int = 0
+    """Number of the tensor's first row in the forward pass."""
 
 
 class MaskedTensor(NamedTuple):
@@ -81,6 +83,8 @@ class Dropout:
     """Share of the columns that is dropped, rounded to a multiple of 1 / 65536."""
     key: Tensor
     """[1] int64, on the decoder's device."""
+    first_row: int = 0
+    """Number in the forward pass of the first row of the tensors that are masked: of a piece of its tokens."""
 
     def start_forward(self, key: int) -> None:
         """Set the key of the next forward pass and its backward pass, in the order of the device's work.
@@ -96,7 +100,7 @@ class Dropout:
     def mask(self, site: int) -> Mask:
         """Return the mask of a site."""
         threshold = min(round(self.p * _STEPS), _STEPS - 1)
-        return Mask(self.key, site, threshold, _STEPS / (_STEPS - threshold))
+        return Mask(self.key, site, threshold, _STEPS / (_STEPS - threshold), self.first_row)
 
 
 def number_site(layer: int, name: str) -> int:
@@ -141,6 +145,6 @@ def draw_words(key: Tensor, counters: tuple[Tensor, ...], *, rounds: int = ROUND
 
 def apply_mask(values: Tensor, mask: Mask) -> Tensor:
     """Return values [T, H], fp32 or wider, masked and scaled."""
-    rows = torch.arange(values.shape[0], device=values.device)
+    rows = torch.arange(mask.first_row, mask.first_row + values.shape[0], device=values.device)
     kept = draw_kept(mask, rows, values.shape[1])
     return torch.where(kept, values * mask.scale, 0.0)

@@ -20,9 +20,9 @@ def activate(values, ACTIVATION: tl.constexpr) -> Any:
     return 0.5 * values * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * values * (1 - tanh * tanh) * inner_slope
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def gate_program(
-    gate_up, out, dropped, key, gate_stride, out_stride, dropped_stride, width, site, threshold, scale,
+    gate_up, out, dropped, key, gate_stride, out_stride, dropped_stride, width, site, first_row, threshold, scale,
     ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store activation(left half) * right half of a block."""
@@ -36,15 +36,15 @@ def gate_program(
     result = (value * right).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, result, mask=inside)
     if DROP:
-        kept = draw_kept(key, site, row, start, threshold, BLOCK)
+        kept = draw_kept(key, site, first_row + row, start, threshold, BLOCK)
         masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
         tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def gate_backward_program(
-    grad, gate_up, out, side, key, grad_stride, gate_stride, out_stride, side_stride, width, site, threshold, scale,
-    ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+    grad, gate_up, out, side, key, grad_stride, gate_stride, out_stride, side_stride, width,
+    site, first_row, threshold, scale, ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store the gradient of both halves, and the gated values (masked where there is dropout) over their own."""
     row = tl.program_id(0).to(tl.int64)
@@ -56,7 +56,7 @@ def gate_backward_program(
     incoming = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if DROP:
         further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        kept = draw_kept(key, site, row, start, threshold, BLOCK)
+        kept = draw_kept(key, site, first_row + row, start, threshold, BLOCK)
         incoming += tl.where(kept, further * scale, 0.0)
     value, slope = activate(left, ACTIVATION)
     tl.store(out + row * out_stride + columns, (incoming * right * slope).to(out.dtype.element_ty), mask=inside)
@@ -68,10 +68,10 @@ def gate_backward_program(
     tl.store(grad + row * grad_stride + columns, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def gate_rows_program(
     gate_up, out, quantized, scales, dropped, key, gate_stride, out_stride, dropped_stride, width,
-    site, threshold, scale, ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+    site, first_row, threshold, scale, ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """`gate_program` for a whole row; the row is still in the cache when its largest value is known."""
     row = tl.program_id(0).to(tl.int64)
@@ -87,17 +87,17 @@ def gate_rows_program(
         result = (value * right).to(out.dtype.element_ty)
         tl.store(out + columns, result, mask=inside)
         if DROP:
-            kept = draw_kept(key, site, row, start, threshold, BLOCK)
+            kept = draw_kept(key, site, first_row + row, start, threshold, BLOCK)
             masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
             tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
         highest = tl.maximum(highest, tl.abs(result.to(tl.float32)))
     _requantize(out, quantized + row * width, scales + row, highest, width, BLOCK)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def gate_backward_rows_program(
     grad, gate_up, out, quantized, scales, side, key, grad_stride, gate_stride, out_stride, side_stride, width,
-    site, threshold, scale, ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
+    site, first_row, threshold, scale, ACTIVATION: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """`gate_backward_program` for a whole row; the row is still in the cache when its largest value is known."""
     row = tl.program_id(0).to(tl.int64)
@@ -113,7 +113,7 @@ def gate_backward_rows_program(
         incoming = tl.load(grad + columns, mask=inside, other=0.0).to(tl.float32)
         if DROP:
             further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            kept = draw_kept(key, site, row, start, threshold, BLOCK)
+            kept = draw_kept(key, site, first_row + row, start, threshold, BLOCK)
             incoming += tl.where(kept, further * scale, 0.0)
         value, slope = activate(left, ACTIVATION)
         left_grad = (incoming * right * slope).to(out.dtype.element_ty)

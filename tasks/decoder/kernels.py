@@ -294,12 +294,13 @@ def _round_up(width: int) -> int:
     return max(COLUMNS_PER_CALL, triton.next_power_of_2(width))
 
 
-def _unfold(masked: MaskedTensor | None, other: Tensor) -> tuple[Tensor, int, Tensor, int, int, float]:
-    """Return values, their row stride, key, site, threshold and scale; anything where the kernel does not look."""
+def _unfold(masked: MaskedTensor | None, other: Tensor) -> tuple[Tensor, int, Tensor, int, int, int, float]:
+    """Return values, row stride, key, site, first row, threshold and scale; anything where the kernel does not look."""
     if masked is None:
-        return other, 0, other, 0, 0, 1.0
+        return other, 0, other, 0, 0, 0, 1.0
     mask = masked.mask
-    return masked.values, masked.values.stride(0), mask.key, mask.site, mask.threshold, mask.scale
+    numbers = mask.site, mask.first_row, mask.threshold, mask.scale
+    return masked.values, masked.values.stride(0), mask.key, *numbers
 
 
 def _side(quantized: Quantized | None, other: Tensor) -> tuple[Tensor, Tensor]:

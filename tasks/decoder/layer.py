@@ -20,7 +20,8 @@ from tasks.decoder.forward import Forward
 from tasks.decoder.further_blocks import Scale
 from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.mixers import KeysValues, Mixer, list_inner, mix
-from tasks.decoder.norms import Norm
+from tasks.decoder.norms import Norm, list_parameters
+from tasks.decoder.pieces import InPieces
 from tasks.decoder.projections import AnyProjection
 from tasks.decoder.weights import WeightGroup
 
@@ -86,6 +87,16 @@ class Layer:
         return self.down if self.is_output_unread and self.experts is None else None
 
     @property
+    def can_run_in_pieces(self) -> bool:
+        """Whether its gated layer can; routed experts gather their rows from all tokens."""
+        return self.experts is None
+
+    def is_unread_with(self, piece_tokens: int) -> bool:
+        """`is_output_unread`; in pieces, what comes after the last product is in them."""
+        is_plain = self.layer_input is None and self.stream_scale is None
+        return self.is_output_unread or (piece_tokens > 0 and self.can_run_in_pieces and is_plain)
+
+    @property
     def is_output_unread(self) -> bool:
         """A layer that runs again for its gradient has no use for its output."""
         is_plain = self.gate_out_norm is None and self.output_scale == 1.0
@@ -102,6 +113,8 @@ def run_layer(
     delta: Tensor | None,
     source: AnyProjection | None,
     key: Tensor | None,
+    *,
+    piece_tokens: int = 0,
 ) -> tuple[Tensor, Tensor | None, KeysValues | None]:
     """Return the stream after the mixer, what the gated layer adds to it, and keys and values for later layers.
 
@@ -115,6 +128,7 @@ def run_layer(
         delta: [T, H], added first.
         source: the projection that made delta.
         key: of dropout, for `checkpoint` alone: it refuses to run the layer again once an argument has changed.
+        piece_tokens: of the pieces in which the gated layer runs where that can be; 0: whole.
     """
     ops, dropout = forward.ops, forward.dropout
     stream, rows = _normed_project(layer.input_norm, layer.qkv, ops, dropout, stream, delta, source)
@@ -125,14 +139,10 @@ def run_layer(
     delta, source = _finish(delta, layer.output, layer.attention_out_norm, layer.output_scale, ops)
     if layer.experts is not None and not layer.expert_norms:
         return *_run_experts(layer, layer.experts, ops, dropout, stream, delta, source), kept
-    assert layer.gate_up is not None
-    assert layer.down is not None
-    stream, gate_up = _normed_project(layer.gate_norm, layer.gate_up, ops, dropout, stream, delta, source)
-    delta = _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
-    source = layer.down
-    if layer.experts is not None:
-        delta, source = _run_beside(layer, layer.experts, ops, stream, delta), None
-    delta, _ = _finish(delta, source, layer.gate_out_norm, layer.output_scale, ops)
+    if layer.can_run_in_pieces and piece_tokens > 0:
+        stream, delta = _run_pieces(layer, forward, piece_tokens, stream, delta, source)
+    else:
+        stream, delta = _run_gated(layer, ops, dropout, stream, delta, source)
     if layer.layer_input is not None:
         assert own_input is not None
         stream = stream + delta
@@ -141,6 +151,43 @@ def run_layer(
     if layer.stream_scale is not None:
         return (stream + delta) * layer.stream_scale, None, kept
     return stream, delta, kept
+
+
+def _run_gated(
+    layer: Layer,
+    ops: ModuleType,
+    dropout: Dropout | None,
+    stream: Tensor,
+    delta: Tensor,
+    source: AnyProjection | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the stream with delta added, and what the gated layer, and routed experts beside it, add to it."""
+    assert layer.gate_up is not None
+    assert layer.down is not None
+    stream, gate_up = _normed_project(layer.gate_norm, layer.gate_up, ops, dropout, stream, delta, source)
+    delta = _gated_project(layer, layer.gate_up, layer.down, ops, dropout, gate_up)
+    source = layer.down
+    if layer.experts is not None:
+        delta, source = _run_beside(layer, layer.experts, ops, stream, delta), None
+    return stream, _finish(delta, source, layer.gate_out_norm, layer.output_scale, ops)[0]
+
+
+def _run_pieces(
+    layer: Layer, forward: Forward, size: int, stream: Tensor, delta: Tensor, source: AnyProjection | None
+) -> tuple[Tensor, Tensor]:
+    """Do as `_run_gated` in pieces of tokens."""
+    assert layer.gate_up is not None
+    assert layer.down is not None
+
+    def run(dropout: Dropout | None, stream: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        return _run_gated(layer, forward.ops, dropout, stream, delta, None)
+
+    adapters = *layer.gate_up.adapters.parameters, *layer.down.adapters.parameters
+    parameters = *adapters, *list_parameters(layer.gate_norm, layer.gate_out_norm)
+    result: tuple[Tensor, Tensor] = InPieces.apply(
+        stream, delta, run, size, forward.dropout, source, layer.is_output_unread, *parameters
+    )
+    return result
 
 
 def _run_experts(

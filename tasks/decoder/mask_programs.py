@@ -24,9 +24,9 @@ def draw_kept(key, site, row, start, threshold, BLOCK: tl.constexpr) -> Any:
     return tl.reshape(halves.to(tl.int32), [BLOCK]) >= threshold
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def drop_program(
-    values, dropped, key, values_stride, dropped_stride, width, site, threshold, scale, BLOCK: tl.constexpr
+    values, dropped, key, values_stride, dropped_stride, width, site, first_row, threshold, scale, BLOCK: tl.constexpr
 ) -> Any:  # fmt: skip
     """Store a masked copy of a block."""
     row = tl.program_id(0).to(tl.int64)
@@ -34,13 +34,13 @@ def drop_program(
     columns = start + tl.arange(0, BLOCK)
     inside = columns < width
     loaded = tl.load(values + row * values_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    result = tl.where(draw_kept(key, site, row, start, threshold, BLOCK), loaded * scale, 0.0)
+    result = tl.where(draw_kept(key, site, first_row + row, start, threshold, BLOCK), loaded * scale, 0.0)
     tl.store(dropped + row * dropped_stride + columns, result.to(dropped.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def drop_backward_program(
-    grad, values, side, key, grad_stride, values_stride, side_stride, width, site, threshold, scale,
+    grad, values, side, key, grad_stride, values_stride, side_stride, width, site, first_row, threshold, scale,
     BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Add the masked side gradient of a block to its gradient, and store the masked values in the side's place."""
@@ -53,7 +53,7 @@ def drop_backward_program(
     total = tl.load(grad + columns, mask=inside, other=0.0).to(tl.float32)
     further = tl.load(side + columns, mask=inside, other=0.0).to(tl.float32)
     loaded = tl.load(values + row * values_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    kept = draw_kept(key, site, row, start, threshold, BLOCK)
+    kept = draw_kept(key, site, first_row + row, start, threshold, BLOCK)
     total += tl.where(kept, further * scale, 0.0)
     result = tl.where(kept, loaded * scale, 0.0)
     tl.store(grad + columns, total.to(grad.dtype.element_ty), mask=inside)

@@ -11,10 +11,11 @@ import triton.language as tl
 from tasks.decoder.mask_programs import draw_kept
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def add_norm_program(
     residual, delta, weight, total, out, rstd_out, quantized, scales, dropped, key,
-    residual_stride, delta_stride, total_stride, out_stride, dropped_stride, width, eps, site, threshold, scale,
+    residual_stride, delta_stride, total_stride, out_stride, dropped_stride, width, eps,
+    site, first_row, threshold, scale,
     HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store residual + delta, and its norm times the weight."""
@@ -33,17 +34,17 @@ def add_norm_program(
     result = (values * rstd * factor).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, result, mask=inside)
     if DROP:
-        kept = draw_kept(key, site, row, 0, threshold, BLOCK)
+        kept = draw_kept(key, site, first_row + row, 0, threshold, BLOCK)
         masked = tl.where(kept, result.to(tl.float32) * scale, 0.0)
         tl.store(dropped + row * dropped_stride + columns, masked.to(dropped.dtype.element_ty), mask=inside)
     if QUANTIZE:
         _store_quantized(result.to(tl.float32), quantized + row * width, scales + row, columns, inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
 def norm_backward_program(
     grad, total, rstd_in, weight, residual_grad, out, quantized, scales, side, key,
-    grad_stride, total_stride, residual_stride, out_stride, side_stride, width, site, threshold, scale,
+    grad_stride, total_stride, residual_stride, out_stride, side_stride, width, site, first_row, threshold, scale,
     HAS_RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Store the gradient of a norm's input, with the stream's own gradient added."""
@@ -56,7 +57,7 @@ def norm_backward_program(
     scaled = tl.load(grad + row * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if DROP:
         further = tl.load(side + row * side_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        scaled += tl.where(draw_kept(key, site, row, 0, threshold, BLOCK), further * scale, 0.0)
+        scaled += tl.where(draw_kept(key, site, first_row + row, 0, threshold, BLOCK), further * scale, 0.0)
     scaled *= factor
     result = (scaled - normed * (tl.sum(scaled * normed, axis=0) / width)) * rstd
     if HAS_RESIDUAL:

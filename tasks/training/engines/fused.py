@@ -9,6 +9,7 @@ from torch import Tensor
 from tasks.decoder.across import AcrossRanks
 from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, compute_losses
+from tasks.decoder.host_inputs import HostMemory
 from tasks.decoder.passes import FlatBatch, PassRecorder
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines.router_loss import RouterLoss
@@ -32,6 +33,12 @@ class FusedEngine:
     """Of small passes on a GPU."""
     router_loss: RouterLoss | None = None
     """Added to the loss where gradients are taken."""
+    piece_tokens: int = 0
+    """Of the pieces in which layers that run again compute their gated layer; 0: whole."""
+    num_in_host: int = 0
+    """Of the layers that run again, those whose input lies in the host's memory."""
+    host: HostMemory | None = None
+    """Where they lie."""
     context: tuple[int, int] | None = None
     """This rank's number, and how many there are, where ranks share the tokens of a batch; see `shared_tokens`."""
 
@@ -102,6 +109,9 @@ class FusedEngine:
             logits_bytes=self.logits_bytes,
             runs_all=runs_all,
             scale=scale,
+            piece_tokens=self.piece_tokens,
+            host=self.host,
+            num_in_host=self.num_in_host,
         )
 
     def replay_gradient(self, batch: Batch, scale: float) -> Tensor | None:
