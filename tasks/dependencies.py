@@ -62,6 +62,7 @@ def _reach(module: str, root: Path) -> tuple[set[Path], set[str]]:
     start = _find_module(module, root)
     assert start is not None, f"{module} is no module of {root}"
     reached: set[Path] = set()
+    names: set[str] = set()
     libraries: set[str] = set()
     waiting = [start]
     while waiting:
@@ -69,7 +70,8 @@ def _reach(module: str, root: Path) -> tuple[set[Path], set[str]]:
         if path in reached:
             continue
         reached.add(path)
-        for name in _read_imports(path.read_bytes()):
+        for name in _read_imports(path.read_bytes()) - names:  # the same ones are imported by many
+            names.add(name)
             first = name.split(".")[0]
             if first in _OWN:
                 waiting += _find_modules(name, root)
