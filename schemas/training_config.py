@@ -189,6 +189,11 @@ class TrainingConfig(Section):
         return self.num_own_processes * self.num_nodes
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows (packs, or examples where they are not packed) of an optimizer step, over all processes."""
+        return self.micro_batch * self.gradient_accumulation_steps
+
+    @property
     def is_paired(self) -> bool:
         """Whether pairs of answers are trained."""
         return self.objective == "dpo"
@@ -247,11 +252,10 @@ class TrainingConfig(Section):
                 "that train together, or lower min_nodes"
             )
         num_ranks = self.num_ranks // self.context_parallel
-        rows_per_step = self.micro_batch * self.gradient_accumulation_steps
-        if num_ranks > rows_per_step:
+        if num_ranks > self.rows_per_step:
             raise ValueError(
                 f"{num_ranks} processes (num_processes {self.num_processes} x num_nodes {self.num_nodes}) share the "
-                f"rows of a step, but there are {rows_per_step} (micro_batch {self.micro_batch} x "
+                f"rows of a step, but there are {self.rows_per_step} (micro_batch {self.micro_batch} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}): raise one of the two"
             )
         return self

@@ -143,7 +143,7 @@ def _list_changes(config: TrainingConfig, dtype: torch.dtype) -> Iterator[dict[s
         yield lora
         yield {**lora, "base_weights": "nf4"}
     for number in (2, 4, 8):
-        rows = config.micro_batch * config.gradient_accumulation_steps
+        rows = config.rows_per_step
         if number > config.num_ranks and number <= rows:
             yield {"num_processes": number, "strategy": "fsdp"}
         if number > config.context_parallel:  # whole weights on each, and a part of the tokens

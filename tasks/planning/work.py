@@ -44,7 +44,7 @@ class ExampleLengths:
     def count_step_tokens(self, config: TrainingConfig) -> int:
         """Return the most tokens that a step can hold."""
         lengths = sorted((int(self.table.lengths[row].sum()) for row in self.rows), reverse=True)
-        return sum(lengths[: config.micro_batch * config.gradient_accumulation_steps])
+        return sum(lengths[: config.rows_per_step])
 
 
 def read_examples(split: Path, config: TrainingConfig, *, share: float = 1.0) -> ExampleLengths:
@@ -109,7 +109,7 @@ def foresee_work(
         seed: of the order.
     """
     rows = examples.rows
-    per_step = config.micro_batch * config.gradient_accumulation_steps
+    per_step = config.rows_per_step
     steps_per_epoch, num_steps = count_steps(len(rows), config)
     counts, laid_out = np.zeros(4), min(num_steps, max(_MOST_STEPS, min(steps_per_epoch, 4 * _MOST_STEPS)))
     largest = 0

@@ -155,9 +155,8 @@ def choose_pack_tokens(lengths: NDArray[Any], config: TrainingConfig) -> int:
     if config.tokens_per_pack != "auto":
         return config.tokens_per_pack
     longest, total = int(lengths.max(initial=1)), int(lengths.sum())
-    rows_per_step = config.micro_batch * config.gradient_accumulation_steps
     budget = MAX_PACK_TOKENS
-    while budget > MIN_PACK_TOKENS and total < MIN_STEPS_PER_EPOCH * rows_per_step * budget:
+    while budget > MIN_PACK_TOKENS and total < MIN_STEPS_PER_EPOCH * config.rows_per_step * budget:
         budget //= 2
     return max(budget, longest)
 

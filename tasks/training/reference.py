@@ -107,7 +107,7 @@ def tokenize(config: RunConfig, base_model: Path) -> tuple[list[Example], list[E
 
 def plan_steps(examples: Sequence[Example], config: TrainingConfig, *, seed: int) -> Iterator[list[Example]]:
     """Yield the examples of each optimizer step; every epoch goes through all of them in a new order."""
-    size = config.micro_batch * config.gradient_accumulation_steps
+    size = config.rows_per_step
     steps_per_epoch = math.ceil(len(examples) / size)
     num_steps = max(1, math.ceil(steps_per_epoch * config.num_epochs))
     shuffle = random.Random(seed).sample

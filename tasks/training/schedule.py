@@ -25,7 +25,7 @@ def count_steps(num_rows: int, config: TrainingConfig) -> tuple[int, int]:
         num_rows: examples, or packs when packing.
         config: micro batch, accumulation, epochs and max_steps.
     """
-    steps_per_epoch = math.ceil(num_rows / (config.micro_batch * config.gradient_accumulation_steps))
+    steps_per_epoch = math.ceil(num_rows / config.rows_per_step)
     num_steps = max(1, math.ceil(steps_per_epoch * config.num_epochs))
     return steps_per_epoch, min(num_steps, config.max_steps or num_steps)
 

@@ -44,7 +44,7 @@ def plan_steps(
     """Yield the rows of each step."""
     number, count = turn
     parts = find_row_parts(rows)
-    rows_per_step = config.micro_batch * config.gradient_accumulation_steps
+    rows_per_step = config.rows_per_step
     steps_per_epoch = -(-len(rows) // rows_per_step)
     order, order_epoch = None, -1
     for step in range(first, last):

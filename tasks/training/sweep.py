@@ -132,7 +132,7 @@ def _attach(setup: Setup, candidates: Sequence[Candidate]) -> LaneEngine:
         attach_further(setup.model, _name(number), candidate.config, seed=candidate.seed)
     setup.model.to(setup.device)
     lengths = sorted((int(setup.table.lengths[list(row)].sum()) for row in setup.rows), reverse=True)
-    rows = setup.config.micro_batch * setup.config.gradient_accumulation_steps
+    rows = setup.config.rows_per_step
     names = [_name(number) for number in range(len(candidates))]
     return build_lanes(setup.engine, setup.model, names, setup.config, step_tokens=sum(lengths[:rows]))
 

@@ -131,7 +131,7 @@ def run_ours(config: RunConfig, folder: Path, seed: int, limit: float) -> Result
 def _count_tokens(config: RunConfig, found: Result) -> float:
     """Return the tokens that the training saw: those of its epochs, or of as many steps as were allowed."""
     examples = found["tokens"]["examples"]
-    batch = config.training.micro_batch * config.training.gradient_accumulation_steps
+    batch = config.training.rows_per_step
     epochs = config.training.num_epochs
     if config.training.max_steps is not None and not config.training.packing:
         epochs = min(epochs, config.training.max_steps * batch / examples)
@@ -143,7 +143,7 @@ def run_trl(config: RunConfig, folder: Path, path: str, limit: float) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     training = config.training
-    batch = training.micro_batch * training.gradient_accumulation_steps
+    batch = training.rows_per_step
     micro, result = training.micro_batch, Result()
     while micro >= 1:
         job = {

@@ -313,6 +313,5 @@ def fit_general(
 
 def _count_step_tokens(table: TokenTable, rows: Sequence[Sequence[int]], config: TrainingConfig) -> int:
     """Return the most tokens that a step can hold."""
-    rows_per_step = config.micro_batch * config.gradient_accumulation_steps
     lengths = sorted((int(table.lengths[list(row)].sum()) for row in rows), reverse=True)
-    return sum(lengths[:rows_per_step])
+    return sum(lengths[: config.rows_per_step])

@@ -112,7 +112,7 @@ def list_steps(
     found: tuple[TokenTable, Packs], config: TrainingConfig, turn: tuple[int, int] = (0, 1)
 ) -> list[list[Batch]]:
     table, rows = found
-    num_steps = 2 * -(-len(rows) // (config.micro_batch * config.gradient_accumulation_steps))
+    num_steps = 2 * -(-len(rows) // config.rows_per_step)
     form = partial(form_flat_step, tokens_per_forward=64) if config.is_paired else None
     return list(iterate_steps(table, rows, config, seed=5, first=0, last=num_steps, turn=turn, form_step=form))
 
