@@ -140,7 +140,8 @@ def _write_vllm(
 
     if check is None:
         written = write_vllm(model, host=host, port=port, length=length, name=names[0] if names else "")
-        typer.echo(shlex.join(written.words))
+        for words in filter(None, (written.copying, written.words)):
+            typer.echo(shlex.join(words))
         problems = written.problems
     else:
         problems = check_vllm(model, check, name=names[0] if names else "")

@@ -29,6 +29,8 @@ class VllmCommand:
 
     words: list[str]
     problems: list[str]
+    copying: list[str]
+    """The command that leaves a registered version in the folder that the other one names; none for a folder."""
 
 
 def write_vllm(target: str, *, host: str, port: int, length: int | None, name: str) -> VllmCommand:
@@ -40,7 +42,8 @@ def write_vllm(target: str, *, host: str, port: int, length: int | None, name: s
     needs = find_needs(target, name)
     num_gpus = count_gpus(needs, torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 1
     words = write_command(needs, host=host, port=port, length=length, num_gpus=num_gpus)
-    return VllmCommand(words, check_command(words, needs))
+    copying = ["sft", "merge", needs.version, needs.copy] if needs.version else []
+    return VllmCommand(words, check_command(words, needs), copying)
 
 
 def check_vllm(target: str, file: Path, *, name: str) -> list[str]:
@@ -66,12 +69,13 @@ def find_needs(target: str, name: str = "") -> VllmNeeds:
     """
     if is_trained_folder(target):
         raise VllmError(f"{target}: vLLM is given a whole model: sft merge {target} FOLDER makes one")
-    trained_length = None
+    trained_length, known = None, {}
     if not target or is_version(target):
         version = describe_version(target)
         folder = fetch_version(version.name, version.version)
         trained_length = tracking.recorded_config(version.tags[RUN_TAG])["tokenization"].get("max_length")
         label = version.name
+        known = {"version": f"{version.name}/{version.version}", "digest": version.digest}
     else:
         folder = Path(target).expanduser().resolve()
         label = name_target(target, folder.name)[0][0]
@@ -87,4 +91,5 @@ def find_needs(target: str, name: str = "") -> VllmNeeds:
         stop_ids=find_stop_ids((shipped,), tokenizer),
         template=str(tokenizer.chat_template),
         trained_length=trained_length,
+        **known,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.models import read_context_length
 from tasks.serving.call_syntax import CallSyntax
+from tasks.storage import digest_folder
 
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16", "float": "float32"}
 _SWITCHES = frozenset({"enable-auto-tool-choice", "trust-remote-code", "enforce-eager", "enable-prefix-caching"})
@@ -39,6 +40,15 @@ class VllmNeeds:
     """Of the weights."""
     quantization: str = ""
     """Method that the model's config names."""
+    version: str = ""
+    """NAME/VERSION in the registry: the folder is one of this machine's cache then, and is no address for a server."""
+    digest: str = ""
+    """Of the version's folder."""
+
+    @property
+    def copy(self) -> str:
+        """Return the folder that a command names: the model's, or the one that a version is copied into."""
+        return self.version.replace("/", "-") or str(self.folder)
 
 
 def read_needs(
@@ -49,6 +59,8 @@ def read_needs(
     stop_ids: frozenset[int],
     template: str,
     trained_length: int | None = None,
+    version: str = "",
+    digest: str = "",
 ) -> VllmNeeds:
     """Read what a model folder needs of the server; see VllmNeeds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -65,6 +77,8 @@ def read_needs(
         template=template,
         num_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         quantization=str((config.get("quantization_config") or {}).get("quant_method") or ""),
+        version=version,
+        digest=digest,
     )
 
 
@@ -89,7 +103,7 @@ def write_command(
     needs: VllmNeeds, *, host: str = "127.0.0.1", port: int = 8000, length: int | None = None, num_gpus: int = 1
 ) -> list[str]:
     """Return the command's words."""
-    words = ["vllm", "serve", str(needs.folder), "--served-model-name", needs.name]
+    words = ["vllm", "serve", needs.copy, "--served-model-name", needs.name]
     words += ["--host", host, "--port", str(port), "--dtype", needs.dtype]
     if length or needs.context:
         words += ["--max-model-len", str(length or needs.context)]
@@ -164,11 +178,14 @@ def _read_flags(words: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 def _check_model(model: str, flags: dict[str, str], needs: VllmNeeds) -> list[str]:
     problems = []
-    if not model or Path(model).expanduser().resolve() != needs.folder.resolve():
-        problems.append(f"it serves {model or 'no model'}: the model is {needs.folder}")
+    if not _is_model(model, needs):
+        wanted = (
+            f"{needs.version}, which `sft merge {needs.version} {needs.copy}` copies" if needs.version else needs.folder
+        )
+        problems.append(f"it serves {model or 'no model'}: the model is {wanted}")
     if needs.name not in flags.get("served-model-name", "").split():
         problems.append(f"clients would see a path as the model's name: --served-model-name {needs.name}")
-    if (other := flags.get("tokenizer")) and Path(other).expanduser().resolve() != needs.folder.resolve():
+    if (other := flags.get("tokenizer")) and not _is_model(other, needs):
         problems.append(f"--tokenizer {other}: the model's own tokenizer makes the prompts of training: leave it out")
     if (file := flags.get("chat-template")) is not None:
         path = Path(file).expanduser()
@@ -176,6 +193,16 @@ def _check_model(model: str, flags: dict[str, str], needs: VllmNeeds) -> list[st
         if text.strip() != needs.template.strip():
             problems.append(f"--chat-template {file[:80]} is not the template of training: leave it out")
     return problems
+
+
+def _is_model(given: str, needs: VllmNeeds) -> bool:
+    """Say whether a folder is the model's, or a copy of the version; a copy of the proposed name may be made yet."""
+    folder = Path(given).expanduser()
+    if not given or folder.resolve() == needs.folder.resolve():
+        return bool(given)
+    if needs.digest and folder.is_dir():
+        return digest_folder(folder) == needs.digest
+    return bool(needs.version) and given == needs.copy
 
 
 def _check_length(flags: dict[str, str], needs: VllmNeeds) -> list[str]:

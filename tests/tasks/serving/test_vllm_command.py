@@ -1,6 +1,8 @@
 """vLLM's command is what the model needs, and what a command does otherwise is said."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from tasks.serving.call_syntax import JsonCalls
 from tasks.serving.vllm_command import VllmNeeds, check_command, count_gpus, read_needs, write_command
+from tasks.storage import digest_folder
 
 
 @pytest.fixture
@@ -51,6 +54,22 @@ def test_what_would_be_otherwise_is_said(needs: VllmNeeds, changed: dict[str, st
         words += [flag, *([value] if value else [])] if value is not None else []
     (problem,) = check_command(words, needs)
     assert told in problem
+
+
+def test_a_version_is_served_from_a_copy_of_it(
+    needs: VllmNeeds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is one of the cache, which nobody could find, and which is cleared."""
+    monkeypatch.chdir(tmp_path)
+    version = replace(needs, version="mine/3", digest=digest_folder(tmp_path))
+    words = write_command(version)
+    assert words[:3] == ["vllm", "serve", "mine-3"]
+    assert check_command(words, version) == []  # it will be copied
+    shutil.copytree(needs.folder, tmp_path.with_name("elsewhere"))
+    assert check_command(["vllm", "serve", "../elsewhere", *words[3:]], version) == []
+    Path("mine-3").mkdir()
+    (problem,) = check_command(words, version)
+    assert problem == "it serves mine-3: the model is mine/3, which `sft merge mine/3 mine-3` copies"
 
 
 def test_lost_stop_ids_and_another_model_are_said(needs: VllmNeeds, tmp_path: Path) -> None:
