@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from schemas.plurals import count_of
 from tasks import garbage
 from tasks.families.weights import WeightsError, check_weights
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 _MOST_CHARACTERS = 500
+_GROUPED_SIZES = 8
+_EXPERT_DIMS = 3
 
 
 def shorten(error: Exception) -> str:
@@ -133,9 +136,23 @@ def load_model(
     except Exception as error:
         raise ModelError(f"{folder}: no language model loads from here ({shorten(error)})") from error
     _check_weights(folder, type(model).__name__, report)
+    if has_odd_experts(model):
+        model.set_experts_implementation("eager")  # one expert after the other
     if is_packed and dtype is not None:
         model.to(dtype)  # what was unpacked is in bf16
     return cast("PreTrainedModel", model.eval())
+
+
+def has_odd_experts(model: Any) -> bool:
+    """Say whether routed experts have sizes that PyTorch's grouped products do not take: rows on 16 bytes, in bf16."""
+    return any(
+        size % _GROUPED_SIZES
+        for module in model.modules()
+        if hasattr(module, "is_transposed")  # what transformers leaves on a module of experts
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == _EXPERT_DIMS
+        for size in parameter.shape[1:]
+    )
 
 
 def _is_mxfp4(config: Any) -> bool:
@@ -153,7 +170,7 @@ def _check_weights(folder: Path, kind: str, report: Mapping[str, Any]) -> None:
     ):
         if names:
             shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            problems.append(f"{len(names)} weight(s) are {what} the files: {shown}")
+            problems.append(f"{count_of(len(names), 'weight is', 'weights are')} {what} the files: {shown}")
     if report["mismatched_keys"]:
         problems.append(f"shapes differ: {', '.join(sorted(str(entry[0]) for entry in report['mismatched_keys'])[:8])}")
     if problems:

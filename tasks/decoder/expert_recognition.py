@@ -13,7 +13,7 @@ from torch import nn
 
 from tasks.decoder.expert_elementwise import Gate
 from tasks.decoder.experts import ExpertLayer, Route, Routed
-from tasks.decoder.grouped import ExpertPart, build_grouped_projection
+from tasks.decoder.grouped import ALIGNMENT, ExpertPart, build_grouped_projection
 from tasks.decoder.known_layers import KnownExperts
 from tasks.decoder.module_reading import UnknownDecoderError, check_modules
 
@@ -101,6 +101,10 @@ def _read_part(experts: Any, name: str, wrapper: Any | None) -> ExpertPart:
     bias, is_turned = getattr(experts, f"{name}_bias", None), bool(experts.is_transposed)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise UnknownDecoderError(f"its experts' {name} is trained")
+    if odd := [size for size in weight.shape[1:] if size % ALIGNMENT]:
+        raise UnknownDecoderError(
+            f"its experts' {name} has {odd[0]} rows or columns, which is no multiple of {ALIGNMENT}"
+        )
     bias = None if bias is None else bias.detach()
     if wrapper is None:
         return ExpertPart(weight, bias, None, None, 0.0, is_turned)

@@ -25,7 +25,8 @@ from tasks.decoder.expert_float8 import Float8Copy
 from tasks.decoder.grouped_products import multiply_grouped
 from tasks.decoder.rooms import copy_rows, make_room
 
-_ALIGNMENT = 8
+ALIGNMENT = 8
+"""In values of bf16."""
 
 
 class ExpertPart(NamedTuple):
@@ -279,7 +280,7 @@ def count_further(part: ExpertPart) -> int:
     """Return C of a parameter: its rank, one more with a bias, rounded up."""
     num_experts = part.weight.shape[0]
     wanted = (0 if part.lora_a is None else part.lora_a.shape[0] // num_experts) + (part.bias is not None)
-    return -(-wanted // _ALIGNMENT) * _ALIGNMENT
+    return -(-wanted // ALIGNMENT) * ALIGNMENT
 
 
 def build_grouped_projection(part: ExpertPart) -> GroupedProjection:

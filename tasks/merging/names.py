@@ -18,6 +18,7 @@ from tasks.merging.changes import Change, LowRank, MergeError, Replacement
 from tasks.merging.shards import FLOATS
 from tasks.merging.stored import StoredTensor, unpack
 
+_SHARED = "holds it together with others, and a merge is not written into a part of a tensor: choose another base model"
 _HOW = "its layout in the files is not one that a merge can be written in: choose a checkpoint as transformers saves it"
 
 
@@ -72,7 +73,7 @@ def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Chan
     """
     operations = list(sources.converter.operations) if sources.converter is not None else []
     if operations and len(sources.converter.target_patterns) > 1:
-        raise MergeError(f"{name}: {_HOW}")
+        raise MergeError(f"{name}: {sources.tensors[0].name} in the files {_SHARED}")
     groups = _order(sources)
     parts: list[Any] = [change]
     for operation in reversed(operations):
@@ -165,7 +166,19 @@ def name_missing(sources: Mapping[str, Sources], skeleton: nn.Module, name: str)
             f"{name}: this checkpoint is quantized ({how}), and what is trained is merged into full weights: choose "
             "the unquantized model (float32, bfloat16 or float16)"
         )
+    whole = _find_whole(sources, name)
+    if whole is not None:
+        return MergeError(f"{name}: {whole.name} in the files {_SHARED}")
     return MergeError(
         f"{name}: none of the base model's {len(sources)} stored weights is this one of {type(skeleton).__name__}: "
         "fetch the whole checkpoint again, unquantized (float32, bfloat16 or float16)"
     )
+
+
+def _find_whole(sources: Mapping[str, Sources], name: str) -> StoredTensor | None:
+    """Return the stored tensor of which a tensor of the model is a part, but not the first one; None if of none."""
+    for first_name, found in sources.items():
+        first, *others = found.converter.target_patterns if found.converter is not None else [""]
+        if any(first_name.replace(first, other) == name for other in others):
+            return found.tensors[0]
+    return None

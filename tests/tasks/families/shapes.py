@@ -59,6 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # experts
     "qwen3_moe_6_choose_1": {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 1},
     "qwen3_moe_5_choose_5": {"model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 5},
+    "qwen3_moe_of_22": {"model_type": "qwen3_moe", "moe_intermediate_size": 22},
     "qwen3_moe_1": {"model_type": "qwen3_moe", "num_experts": 1, "num_experts_per_tok": 1},
     "qwen3_moe_dense": {"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]},
     "deepseek_v3_groups": {

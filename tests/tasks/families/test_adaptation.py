@@ -75,7 +75,7 @@ def test_the_share_is_said_in_a_line() -> None:
     assert describe(rows).startswith("The adapter stands beside 99.4% of the text decoder's 43,264 linear weights")
     assert [row.skipped for row in rows if row.kind == "routers"] == [
         (
-            "routers: 2 weight(s) such as model.layers.0.mlp.gate.weight (stay as they are unless "
+            "routers: 2 weights such as model.layers.0.mlp.gate.weight (stay as they are unless "
             "training.target_modules names them)",
         )
     ]

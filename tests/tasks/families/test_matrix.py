@@ -61,6 +61,17 @@ def test_an_unusual_shape_is_trained_merged_and_proven(
     check(run_case(shape, tmp_path))
 
 
+def test_experts_whose_rows_are_not_on_16_bytes_are_trained_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's grouped products refuse them."""
+    monkeypatch.setitem(tiny.SETTINGS, "qwen3_moe_of_22", SHAPES["qwen3_moe_of_22"])
+    outcome = run_case("qwen3_moe_of_22", tmp_path)
+    check(outcome)
+    assert outcome.engine == "general"
+    assert "its experts' gate_up_proj has 44 rows or columns, which is no multiple of 8" in " ".join(outcome.warnings)
+
+
 def check(outcome: Outcome) -> None:
     kinds = {row.kind: row for row in outcome.adapted}
     for left_alone in (ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS):

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from flows.preflight import check_model
 from schemas.config import TrainingConfig
 from tasks.merging.changes import MergeError
 from tasks.merging.shards import write_shards
@@ -15,6 +16,7 @@ from tasks.merging.verification import describe_unmoved, verify_tensors
 from tasks.merging.weights import plan_merge
 from tasks.models import load_model
 from tasks.training.lora import attach_adapter, collect_trained, save_adapter
+from tests.tasks.families import tiny
 from tests.tasks.families.tiny import build_model, save_model
 
 
@@ -106,13 +108,13 @@ def test_what_is_damaged_or_unmoved_is_named(tmp_path: Path) -> None:
 
     router, expert = "model.layers.0.mlp.gate.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
     write(**{router: merged[router] + 1e-3})
-    with pytest.raises(MergeError, match=r"1 tensor\(s\) that were not trained differ.*mlp.gate.weight"):
+    with pytest.raises(MergeError, match=r"1 untrained tensor differs.*mlp.gate.weight"):
         verify_tensors(plan, folder)
     write(**{expert: merged[expert].bfloat16()})
     with pytest.raises(MergeError, match=r"experts.3.up_proj.weight is BF16 \[24, 32\], but the base model's is F32"):
         verify_tensors(plan, folder)
     write(spare=torch.ones(1))
-    with pytest.raises(MergeError, match=r"1 tensor\(s\) are not those of the base model, such as spare"):
+    with pytest.raises(MergeError, match=r"1 tensor is not those of the base model, such as spare"):
         verify_tensors(plan, folder)
     write(**{expert: base[expert]})
     assert describe_unmoved(verify_tensors(plan, folder)).startswith(
@@ -128,3 +130,15 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
     type(build_model("qwen3_moe"))(config).save_pretrained(tmp_path / "other")
     with pytest.raises(MergeError, match="this adapter was trained on another base model"):
         plan_merge(tmp_path / "other", adapter)
+
+
+@pytest.mark.parametrize("module", ["q_proj", "gate_proj"])  # the first part of a stored tensor, and another one
+def test_a_weight_that_is_stored_as_a_part_of_a_tensor_is_refused(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.SETTINGS, "hrm_text", {"num_layers_per_stack": 1, "num_hidden_layers": 2})
+    base_model = save_model("hrm_text", tmp_path / "base")
+    with pytest.raises(
+        MergeError, match=r"0\.(attn\.gqkv|mlp\.gate_up)_proj\.weight in the files holds it together with"
+    ):
+        check_model(base_model, TrainingConfig(target_modules=(module,)))
