@@ -56,7 +56,7 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
         for change in _differences(tracking.recorded_config(run_id), config.model_dump(mode="json")):
             get_run_logger().info("It began with %s", change)
         tracking.reopen_run(run_id)
-    tracking.set_tags(run_id, {_FLOW_RUN_TAG: flow_run.id})
+    tracking.set_tags(run_id, {_FLOW_RUN_TAG: flow_run.id, tracking.FAILURE_TAG: ""})  # why this attempt ends is open
     if PREFECT_UI_URL.value():  # a temporary server has no pages
         tracking.set_tags(run_id, {"sft.prefect_url": flow_run.ui_url})
     status = "KILLED"
@@ -65,11 +65,10 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
             yield run_id
             ignore_signals()  # from here on it is finished, and a process that says otherwise is started again
             status = "FINISHED"
-        except (ResumeError, StageLostError, TrainingCrash):
-            raise  # refused and nothing done, or cut short: the run can still be resumed
         except Exception as error:
-            status = "FAILED"
-            with suppress(Exception):  # of tracking: why the run failed is told by its own error
+            if not isinstance(error, (ResumeError, StageLostError, TrainingCrash)):
+                status = "FAILED"  # the others: refused and nothing done, or cut short: the run can still be resumed
+            with suppress(Exception):  # of tracking: why the run ended is told by its own error
                 tracking.set_tags(run_id, {tracking.FAILURE_TAG: _describe_failure(error)})
             raise
         finally:

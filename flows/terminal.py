@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from flows.check_tables import shorten
 from flows.console import escape
 from flows.environment import DATABASE_VARIABLE, run_defaults
 from schemas.artifacts import ComparisonReport, Delta, RunReport, SweepReport
+from schemas.plurals import add_up_rows, count_of
 from tasks import storage, tracking
 from tasks.evaluation.verdict import judge
-from tasks.plurals import add_up_rows, count_of
 from tasks.sqlite_files import find_path, make_address
 from tasks.visible_text import make_visible
 
@@ -34,6 +34,8 @@ _STAGES = "prefect.task_runs"
 """Prefect's logger of tasks."""
 _START_FIELD = 19  # of /proc/self/stat behind the name: when the process started, in ticks after boot
 _NUM_SHOWN = 3
+_warned: set[str] = set()
+"""What the console has shown as a warning."""
 _COLOURS = {"better": "green", "worse": "red", "unclear": "dim", "changed": "default"}
 
 
@@ -67,6 +69,8 @@ def _is_warning(record: logging.LogRecord) -> bool:
 def _show_controls(record: logging.LogRecord) -> bool:
     """Make control characters of a message visible; it may hold text of rows."""
     record.msg, record.args = make_visible(record.getMessage()), None
+    if _is_warning(record):
+        _warned.add(record.msg)
     return True
 
 
@@ -83,11 +87,12 @@ def show_outcome(report: RunReport, *, full_answers: bool = False, only_verdict:
     Args:
         report: of the run.
         full_answers: do not shorten questions and answers.
-        only_verdict: print the verdict with its reasons and the warnings, and nothing else.
+        only_verdict: print the verdict with its reasons and the warnings that no log line has shown, and nothing else.
     """
     console = Console(highlight=False)
     if only_verdict:
-        _show_verdict(console, report)
+        unseen = [warning for warning in report.evaluation.warnings if make_visible(warning) not in _warned]
+        _show_verdict(console, report, unseen)
         return
     console.print()
     if report.training.sweep is not None:
@@ -98,14 +103,14 @@ def show_outcome(report: RunReport, *, full_answers: bool = False, only_verdict:
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
     if comparison is not None and (answers := _answers_table(tracking.resolve(comparison), full=full_answers)).rows:
         console.print(answers)
-    _show_verdict(console, report)
+    _show_verdict(console, report, report.evaluation.warnings)
     stages = sum(report.durations_seconds.values())
     console.print(f"Took {lived_seconds():.0f} s, {stages:.0f} s of them in the stages. To look further:")
     console.print(f"  MLflow   {_mlflow_command(report.mlflow_run_id)}", soft_wrap=True)
     console.print(f"  Prefect  {_prefect_command(report.prefect_flow_run_id)}", soft_wrap=True)
 
 
-def _show_verdict(console: Console, report: RunReport) -> None:
+def _show_verdict(console: Console, report: RunReport, warnings: Sequence[str]) -> None:
     console.print(escape(report.evaluation.sentence))
     entry = report.registry
     colour = "green" if entry.verdict == "promoted" else "yellow"
@@ -118,7 +123,7 @@ def _show_verdict(console: Console, report: RunReport) -> None:
     for check in report.evaluation.checks:
         if check.kind == "probe" and check.passed:  # those that did not pass are among the reasons
             console.print(f"  {escape(check.finding)}", style="dim")
-    for warning in report.evaluation.warnings:
+    for warning in warnings:
         console.print(f"  [yellow]warning:[/] {escape(warning)}")
 
 

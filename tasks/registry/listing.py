@@ -31,7 +31,7 @@ class RunRow:
     """NAME/VERSION, or nothing."""
     verdict: str
     failure: str
-    """Why it failed; empty where it did not, or where that is not known."""
+    """Why it failed or was interrupted; empty where it was not, or where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _describe_run(run: Run) -> RunRow:
         else round((ended - run.info.start_time) / 1000, 1),
         version=run.data.tags.get("sft.version", ""),
         verdict=run.data.tags.get("sft.verdict", ""),
-        failure=run.data.tags.get(tracking.FAILURE_TAG, "") if run.info.status == "FAILED" else "",
+        failure=run.data.tags.get(tracking.FAILURE_TAG, "") if run.info.status in ("FAILED", "KILLED") else "",
     )
 
 

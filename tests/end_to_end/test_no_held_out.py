@@ -17,7 +17,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("asks", [True, False], ids=["questions and a probe", "nothing is asked"])
 def test_every_row_is_trained_and_the_version_stays_challenger(
-    run_pipeline: RunPipeline, tmp_path: Path, asks: bool, capsys: pytest.CaptureFixture[str]
+    run_pipeline: RunPipeline,
+    tmp_path: Path,
+    asks: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [{"prompt": f"Say {n}.", "completion": f"The number {n} comes after {n - 1}."} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -72,10 +76,14 @@ def test_every_row_is_trained_and_the_version_stays_challenger(
     assert "No row was held out" in shown
     assert "held-out rows" not in shown
     assert ("The same questions to both" in shown) == asks
+    first, *others = report.evaluation.warnings
+    monkeypatch.setattr("flows.terminal._warned", {first})  # of a line of the log
     show_outcome(report, only_verdict=True)
-    verdict = capsys.readouterr().out
+    verdict = " ".join(capsys.readouterr().out.split())
     assert "in the registry: refused" in verdict
-    assert "warning:" in verdict
+    assert others
+    assert first not in verdict
+    assert all(f"warning: {other}" in verdict for other in others)
     assert "Took" not in verdict
 
 

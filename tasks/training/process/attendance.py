@@ -3,8 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from schemas.plurals import count_of
 from tasks.training.records import TrainingCrash
 
 MOST_FAILURES = 6
@@ -15,13 +16,13 @@ MOST_FAILURES_AS_GUEST = 3
 
 @dataclass
 class Attendance:
-    """The team as its members last told of it; its changes as sentences, for people."""
+    """The team as its members last told of it; its changes become sentences, for people."""
 
     on_log: Callable[[int, str], None]
     most_failures: int = MOST_FAILURES
     machines: Counter[str] | None = None
-    changes: list[str] = field(default_factory=list)
-    """Losses, to stand among the training's warnings."""
+    on_loss: Callable[[str], None] = lambda sentence: None
+    """Gets what stands among the training's warnings."""
     last_step: int = 0
     cause: str | None = None
     """Why the round before ended, if something failed in it."""
@@ -35,7 +36,7 @@ class Attendance:
         """
         before, now = self.machines, Counter(machines)
         self.machines = now
-        size = f"{_count(now.total(), 'machine')} with {_count(num_processes, 'process', 'processes')}"
+        size = f"{count_of(now.total(), 'machine')} with {count_of(num_processes, 'process', 'processes')}"
         if before is None:
             self.on_log(logging.INFO, f"Training on {size}: {_list(now)}")
         elif before - now:
@@ -62,14 +63,10 @@ class Attendance:
         self.cause = self.cause or cause
 
     def _warn(self, sentence: str) -> None:
-        self.changes.append(sentence)
+        self.on_loss(sentence)
         self.on_log(logging.WARNING, sentence)
 
 
 def _list(machines: Counter[str]) -> str:
     """Name machines, with their number where several have the same name."""
     return ", ".join(name if number == 1 else f"{name} ({number})" for name, number in sorted(machines.items()))
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -11,16 +11,18 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from schemas.config import TrainingConfig
-from tasks.plurals import count_of
+from schemas.plurals import count_of
 from tasks.training.place import open_place
 from tasks.training.process.ahead import take_waiting
 from tasks.training.process.attendance import MOST_FAILURES, MOST_FAILURES_AS_GUEST, Attendance
 from tasks.training.process.elastic import read_stop_seconds
 from tasks.training.process.in_place import train_in_place
+from tasks.training.process.losses import note_loss, read_losses
 from tasks.training.process.messages import TrainingJob, write_job
 from tasks.training.process.supervise import Listeners, Supervisor
 from tasks.training.process.team import leading, meet_again, prepare_job
@@ -46,6 +48,8 @@ def run_training(
     silence_seconds: float = SILENCE_SECONDS,
 ) -> TrainingOutcome:
     """Train an adapter as `train_adapter` does, in this process or in processes of its own.
+
+    Losses of processes are among its warnings, also those of earlier attempts of the run.
 
     An interruption (Ctrl-C, SIGTERM as a cancelled Prefect run gets it) stops the training at the next step border,
     after a checkpoint, and is then raised on; so does an error in a callback where the training has its own process.
@@ -74,15 +78,22 @@ def run_training(
     job.run_folder.mkdir(parents=True, exist_ok=True)
     path = job.run_folder / "job.json"
     write_job(job, path)  # in place too: whoever opens a checkpoint later reads there what it is of
-    if in_place:
-        return train_in_place(job, on_step, on_eval)
-    _release_gpu()
     patience = Patience(read_stop_seconds() if stop_seconds is None else stop_seconds, silence_seconds)
-    listeners = Listeners(on_step, on_eval, on_log)
+    outcome = (
+        train_in_place(job, on_step, on_eval)
+        if in_place
+        else _run_processes(job, path, Listeners(on_step, on_eval, on_log), patience)
+    )
+    return replace(outcome, warnings=(*outcome.warnings, *read_losses(job)))
+
+
+def _run_processes(job: TrainingJob, path: Path, listeners: Listeners, patience: "Patience") -> TrainingOutcome:
+    """Run this machine's processes: alone, of the team that it leads, or as a guest of one."""
+    _release_gpu()
     if job.endpoint is None:
         return _keep_training(job, path, listeners, patience)
     if not job.leads:
-        return _supervise(job, path, listeners, patience, Attendance(on_log, MOST_FAILURES_AS_GUEST))
+        return _supervise(job, path, listeners, patience, Attendance(listeners.on_log, MOST_FAILURES_AS_GUEST))
     with leading(job) as offer:
         outcome = _lead(job, path, listeners, patience, offer)
         assert job.place is not None
@@ -119,18 +130,17 @@ def _keep_training(job: TrainingJob, path: Path, listeners: Listeners, patience:
 
     What is lost twice without a new checkpoint in between would be lost for ever: the second loss is raised.
     """
-    changes: list[str] = []
     while True:
         reached = _find_last_checkpoint(job)
         try:
-            outcome = _supervise(job, path, listeners, patience, None)
-            return replace(outcome, warnings=(*outcome.warnings, *changes))
+            return _supervise(job, path, listeners, patience, None)
         except TrainingCrash as crash:
             step = _find_last_checkpoint(job)
             if step <= reached:
+                note_loss(job, f"The training was lost after the checkpoint of step {step}, which ended an attempt")
                 raise
             sentence = f"The training was lost and goes on from the checkpoint of step {step}"
-            changes.append(sentence)
+            note_loss(job, sentence)
             listeners.on_log(logging.WARNING, f"{sentence}: {str(crash).partition(chr(10))[0]}")
 
 
@@ -144,19 +154,18 @@ def _lead(
     job: TrainingJob, path: Path, listeners: Listeners, patience: Patience, offer: Callable[[TrainingJob], None]
 ) -> TrainingOutcome:
     """Run this machine's processes of a team; where all of them are lost, they join the others again."""
-    attendance = Attendance(listeners.on_log, MOST_FAILURES)
+    attendance = Attendance(listeners.on_log, MOST_FAILURES, on_loss=partial(note_loss, job))
     num_lost, last_step = 0, 0
     while True:
         try:
-            outcome = _supervise(job, path, listeners, patience, attendance)
-            return replace(outcome, warnings=(*outcome.warnings, *attendance.changes))
+            return _supervise(job, path, listeners, patience, attendance)
         except TrainingCrash as crash:
             num_lost = num_lost + 1 if attendance.last_step == last_step else 1
             last_step = attendance.last_step
             if num_lost >= _MOST_LOST or attendance.num_failures >= attendance.most_failures:
                 raise
             sentence = f"This machine's processes were lost after step {last_step}, and join again"
-            attendance.changes.append(sentence)
+            note_loss(job, sentence)
             listeners.on_log(logging.WARNING, f"{sentence}: {str(crash).partition(chr(10))[0]}")
             if _CLOSED in str(crash):  # the others have come to an end, or one of them has given up for all
                 job = meet_again(job)
@@ -185,19 +194,17 @@ def settle_processes(config: TrainingConfig) -> TrainingConfig:
     """
     if config.num_processes != "auto":
         return config
-    rows = config.micro_batch * config.gradient_accumulation_steps
-    number = max(1, min(count_gpus(), rows // config.num_nodes))
+    number = max(1, min(count_gpus(), config.rows_per_step // config.num_nodes))
     return config.model_copy(update={"num_processes": number})
 
 
 def describe_idle(config: TrainingConfig) -> str | None:
     """Say which GPUs of this machine will not train, and how they would; None where there are none."""
     idle = count_gpus() - config.num_own_processes
-    rows = config.micro_batch * config.gradient_accumulation_steps
     sharing = config.context_parallel
-    if idle < sharing or config.num_ranks // sharing >= rows:
+    if idle < sharing or config.num_ranks // sharing >= config.rows_per_step:
         return None
-    told = f"{count_of(idle, 'GPU')} of this machine {'is' if idle == 1 else 'are'} not used by this training"
+    told = f"{count_of(idle, 'GPU of this machine is', 'GPUs of this machine are')} not used by this training"
     if sharing > 1:
         return f"{told}: training.num_processes may be {count_gpus() // sharing * sharing}"
     return f"{told}: training.num_processes auto takes all of them"

@@ -285,6 +285,9 @@ def test_a_lost_rank_is_started_again_from_the_last_checkpoint(
     assert lost
     assert outcome.resumed_from_step == 8
     assert farthest(load_file(outcome.adapter / "adapter_model.safetensors"), alone.adapter) < 1e-5
+    later = run_training(replace(job, config=CONFIG), in_place=True)  # an attempt that finds the last checkpoint
+    assert later.resumed_from_step == outcome.num_steps
+    assert warning in later.warnings
 
 
 def test_processes_without_work_are_refused() -> None:

@@ -11,13 +11,15 @@ from tasks.training.records import TrainingCrash
 Lines = list[tuple[int, str]]
 
 
-def attend(lines: Lines, most_failures: int = 6) -> Attendance:
-    return Attendance(lambda level, text: lines.append((level, text)), most_failures)
+def attend(lines: Lines, most_failures: int = 6, losses: list[str] | None = None) -> Attendance:
+    kept = [] if losses is None else losses
+    return Attendance(lambda level, text: lines.append((level, text)), most_failures, on_loss=kept.append)
 
 
 def test_changes_are_told_and_losses_are_kept_as_warnings() -> None:
     lines: Lines = []
-    team = attend(lines)
+    losses: list[str] = []
+    team = attend(lines, losses=losses)
     team.note_round(["a", "b", "b"], 6)
     team.note_step(7)
     team.note_failure("RuntimeError: reset by peer")
@@ -37,7 +39,7 @@ def test_changes_are_told_and_losses_are_kept_as_warnings() -> None:
             "A process was lost after step 10 (no word): 3 machines with 6 processes go on from the last checkpoint",
         ),
     ]
-    assert team.changes == [text for level, text in lines if level == logging.WARNING]
+    assert losses == [text for level, text in lines if level == logging.WARNING]
 
 
 def test_losses_without_a_step_between_them_come_to_an_end() -> None:
