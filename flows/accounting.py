@@ -25,9 +25,9 @@ from schemas.artifacts import (
     TrainingReport,
 )
 from schemas.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
+from schemas.plurals import count_of
 from tasks import tracking
 from tasks.ingestion.reject_groups import group_rejects
-from tasks.plurals import count_of
 
 WARNINGS_SHOWN = 10
 """Of a stage; quality.json and masks.json have all."""

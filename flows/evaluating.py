@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from flows.targets import Target
 from schemas.artifacts import Delta
 from schemas.config import RunConfig
+from schemas.plurals import count_of
 from tasks import storage, tracking
 from tasks.base_model import limit_length
 from tasks.evaluation.comparison import compare
@@ -21,7 +22,6 @@ from tasks.evaluation.metrics import average_rows
 from tasks.evaluation.scoring import Evaluation, evaluate_sets
 from tasks.ingestion.dataset import build_dataset
 from tasks.partitions import copy_table
-from tasks.plurals import count_of
 from tasks.registry.sources import bring_sources
 from tasks.tokenization.examples import tokenize_dataset
 from tasks.tokenization.templates import prepare_tokenizer

@@ -13,9 +13,9 @@ import yaml
 from flows.checking import Check, check_dataset
 from schemas.config import DataConfig, ModelConfig, RunConfig, TokenizationConfig
 from schemas.loading import ConfigError, apply_override, parse_config, quote_text
+from schemas.plurals import count_of
 from tasks.ingestion.errors import DataError
 from tasks.models import read_context_length
-from tasks.plurals import count_of
 from tasks.registry.bases import find_tokenizer_folder
 from tasks.visible_text import make_visible
 

@@ -18,6 +18,7 @@ from schemas.llamafactory.lines import NOT_GIVEN, KeyLine
 from schemas.llamafactory.training import is_there, name_by_folder
 from schemas.llamafactory.translation import Translation
 from schemas.loading import ConfigError, apply_override, override_config, read_mapping
+from schemas.plurals import count_of
 from tasks.visible_text import make_visible
 
 _MAX_SHOWN = 200
@@ -73,7 +74,7 @@ def check_usable(translation: Translation, path: Path) -> None:
     if refused:
         lines = "\n".join(f"  {_word(line)}" for line in refused)
         raise ConfigError(
-            f"{path}: {len(refused)} key(s) of {translation.program}'s that cannot be translated\n{lines}"
+            f"{path}: {count_of(len(refused), 'key')} of {translation.program}'s that cannot be translated\n{lines}"
         )
 
 

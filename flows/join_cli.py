@@ -9,6 +9,7 @@ import typer
 
 from flows.console import console, escape, fail, prepare_environment
 from schemas.loading import ConfigError
+from schemas.plurals import count_of
 
 app = typer.Typer()
 _SIGTERM_CODE = 128 + signal.SIGTERM
@@ -56,7 +57,7 @@ def join(
     except _EndedError:
         console.print("[yellow]This machine is taken away.[/] The others go on from the checkpoint.")
         raise typer.Exit(_SIGTERM_CODE) from None
-    console.print(f"Took part in {num_trainings} training{'' if num_trainings == 1 else 's'}, of which none is left.")
+    console.print(f"Took part in {count_of(num_trainings, 'training')}, of which none is left.")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from flows.config_options import ConfigFile, Overrides, Settings
 from flows.console import console, escape, fail, prepare_environment
 from schemas.loading import ConfigError
-from tasks.plurals import add_up_rows, count_of
+from schemas.plurals import add_up_rows, count_of
 
 if TYPE_CHECKING:
     from flows.planning import RunPlan

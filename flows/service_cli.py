@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from flows.console import console, fail
-from tasks.plurals import count_of
+from schemas.plurals import count_of
 
 app = typer.Typer()
 

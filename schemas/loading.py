@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.config import RunConfig
 from schemas.llamafactory.settings import LORA, SETTINGS
+from schemas.plurals import count_of
 
 _MAX_NODES = 10_000
 """Values of a config, those that aliases repeat counted each time; the whole config has about a hundred settings."""
@@ -108,7 +109,7 @@ def parse_config(values: dict[str, Any], where: str = "config") -> RunConfig:
     except ValidationError as error:
         lines = [_describe(detail) for detail in error.errors(include_url=False)]
         raise ConfigError(
-            f"{where}: {len(lines)} wrong setting(s)\n" + "\n".join(f"  {line}" for line in lines)
+            f"{where}: {count_of(len(lines), 'wrong setting')}\n" + "\n".join(f"  {line}" for line in lines)
         ) from None
     _check_homes(config, where)
     return config

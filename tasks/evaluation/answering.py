@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from schemas.plurals import count_of
 from tasks import execution, storage
 from tasks.evaluation.generation import Progress, find_stop_ids, generate_greedy, ignore_progress
 from tasks.evaluation.likelihood import score_targets
@@ -185,8 +186,8 @@ def _list_places(kind: str, num_processes: int) -> list[str]:
     found = execution.list_devices() or [str(number) for number in range(torch.cuda.device_count())]
     if num_processes > len(found):
         raise ValueError(
-            f"evaluation.num_processes is {num_processes}, and this machine shows {len(found)} GPU(s): set it to "
-            f"{len(found)}, or widen CUDA_VISIBLE_DEVICES"
+            f"evaluation.num_processes is {num_processes}, and this machine shows {count_of(len(found), 'GPU')}: set "
+            f"it to {len(found)}, or widen CUDA_VISIBLE_DEVICES"
         )
     return found[:num_processes]
 

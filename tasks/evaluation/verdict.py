@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from schemas.artifacts import Delta
+from schemas.plurals import count_of
 from tasks.evaluation.champion import Rival
 from tasks.evaluation.comparison import Comparison
 from tasks.evaluation.metrics import METRICS, is_derived
@@ -69,7 +70,7 @@ def describe_rival(rival: Rival) -> str:
     judged = {name: judge(name, report.delta[name]) for name in list_quality(report.delta)}
     better = [name for name in judged if judged[name] == "better"]
     worse = [name for name in judged if judged[name] == "worse"]
-    rows = f"{report.num_examples:,} held-out {'row' if report.num_examples == 1 else 'rows'}"
+    rows = count_of(report.num_examples, "held-out row")
     if better and worse:
         found = f"it is better in {_list_labels(better)}, but worse in {_list_labels(worse)}"
     elif better or worse:

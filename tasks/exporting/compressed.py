@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from schemas.plurals import count_of
 from tasks.exporting.errors import ExportError
 from tasks.merging.changes import build_skeleton
 
@@ -81,7 +82,10 @@ def write_compressed(parent: Path, folder: Path, bits: int) -> tuple[str, ...]:
     left = sorted({*others, *(set(linear) - packed)})
     _write_config(folder / "config.json", scheme, left)
     kept = [name for name in left if not name.endswith("lm_head")]
-    return (f"{len(kept)} linear layer(s) such as {kept[0]} stay in their own precision",) if kept else ()
+    if not kept:
+        return ()
+    layers = count_of(len(kept), "linear layer stays in its", "linear layers stay in their")
+    return (f"{layers} own precision, such as {kept[0]}",)
 
 
 def unfold_compressed(export: Path, target: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from schemas.artifacts import AdaptedWeights
+from schemas.plurals import count_of
 from tasks.families.classes import FamilyError
 from tasks.families.registry import Family, explain_refused, explain_skipped, find_family
 
@@ -181,7 +182,8 @@ def _explain(weights: Iterable[Weight]) -> list[str]:
         if weight.skipped:
             groups.setdefault((weight.kind, weight.skipped), []).append(weight)
     return [
-        f"{kind}: {len(members)} weight(s) such as {members[0].name} ({why})" for (kind, why), members in groups.items()
+        f"{kind}: {count_of(len(members), 'weight')} such as {members[0].name} ({why})"
+        for (kind, why), members in groups.items()
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from schemas.artifacts import AdaptedWeights
+from schemas.plurals import count_of
 from tasks.families.adaptation import OUTSIDE, find_text_part, list_kinds
 from tasks.families.classes import FamilyError
 from tasks.families.registry import explain_refused
@@ -94,7 +95,7 @@ def _explain(kind: str, members: Iterable[SelectedWeight]) -> Iterator[str]:
         if weight.skipped:
             groups.setdefault(weight.skipped, []).append(weight)
     for why, group in groups.items():
-        yield f"{kind}: {len(group)} weight(s) such as {group[0].name} ({why})"
+        yield f"{kind}: {count_of(len(group), 'weight')} such as {group[0].name} ({why})"
 
 
 def _choose(model: Any, num_layers: int, modules: Sequence[str]) -> set[int]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas.plurals import count_of
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.ingestion.rows.screening import KINDS, redact_text
 from tasks.pages import open_templates
-from tasks.plurals import count_of
 
 FILE_NAME = "quality.html"
 SAMPLES_SHOWN = 3

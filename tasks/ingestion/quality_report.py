@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from schemas.plurals import count_of
 from tasks.ingestion.counts import DatasetCounts
 from tasks.ingestion.rejects import Tally
 from tasks.ingestion.row_statistics import PLACES_SHOWN, Flagged, RowStatistics, find_outliers, gather_statistics
@@ -15,7 +16,6 @@ from tasks.ingestion.splitting.mixture import Division
 from tasks.ingestion.splitting.near_duplicates import THRESHOLD, BestMatch
 from tasks.ingestion.splitting.shard_summary import ShardSummary, SourceStats
 from tasks.ingestion.splitting.splits import DUPLICATE, EVAL, LEAKED, count_shared_prompts
-from tasks.plurals import count_of
 
 
 def describe_dataset(
@@ -129,7 +129,7 @@ def _describe_pairs(index: Index, pairs: Sequence[BestMatch]) -> list[dict[str, 
 def _warn_of_checks(checks: dict[str, dict[str, Any]]) -> list[str]:
     """Say what looks wrong in the texts, and where."""
     return [
-        f"{entry['num_rows']} row(s): {TEXT_PROBLEMS.get(code, 'much shorter or longer than the others')} "
+        f"{count_of(entry['num_rows'], 'row')}: {TEXT_PROBLEMS.get(code, 'much shorter or longer than the others')} "
         f"({', '.join(entry['places'])})"
         for code, entry in checks.items()
         if entry["num_rows"]
@@ -142,12 +142,14 @@ def _warn_of_likeness(nearest: Sequence[dict[str, Any]], num_pairs: int, num_sha
     if nearest:
         first = nearest[0]
         warnings.append(
-            f"{num_pairs} held-out row(s) are nearly repeated by a training row (Jaccard index at least {THRESHOLD}), "
+            f"{count_of(num_pairs, 'held-out row is', 'held-out rows are')} nearly repeated by a training row "
+            f"(Jaccard index at least {THRESHOLD}), "
             f"such as {first['eval_place']} by {first['train_place']} ({first['jaccard']:.4g}): "
             "their score flatters the model"
         )
     if num_shared:
-        warnings.append(f"{num_shared} held-out row(s) have a prompt that is also trained, with another answer")
+        shared = count_of(num_shared, "held-out row has", "held-out rows have")
+        warnings.append(f"{shared} a prompt that is also trained, with another answer")
     return warnings
 
 
@@ -155,7 +157,8 @@ def _warn_of_found(found: dict[str, dict[str, Any]], screen: Screen) -> list[str
     """Say what was found and done about it, never what it was."""
     done = "replaced" if screen == "redact" else "kept (data.screen: redact replaces them)"
     return [
-        f"{entry['num_rows']} row(s) hold {entry['num_found']} {KINDS[kind]}, {done}: {', '.join(entry['places'])}"
+        f"{count_of(entry['num_rows'], 'row holds', 'rows hold')} {entry['num_found']:,} {KINDS[kind]}, {done}: "
+        f"{', '.join(entry['places'])}"
         for kind, entry in found.items()
         if entry["num_rows"]
     ]
@@ -176,5 +179,5 @@ def _warn_of_datasets(intakes: Sequence[SourceStats], division: Division) -> lis
             repeated = counts["rows_repeated"]
             warnings.append(f"{intake.name}: its weight repeats training rows: {count_of(repeated, 'copy', 'copies')}")
         if not counts["rows_train"] and not counts["rows_eval"] and not unused:
-            warnings.append(f"{intake.name}: none of its {intake.num_rows} row(s) is trained or held out")
+            warnings.append(f"{intake.name}: none of its {count_of(intake.num_rows, 'row')} is trained or held out")
     return warnings

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from schemas.plurals import count_of
 from tasks.families.classes import FamilyError, choose_class, read_config
 
 _PREFIX = "base_model.model."
@@ -251,5 +252,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise MergeError(f"{path}: holds no tensors: there is nothing to merge")
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
-        raise MergeError(f"{path}: NaN or infinity in {len(broken)} tensor(s), such as {broken[0]}: train again")
+        raise MergeError(
+            f"{path}: NaN or infinity in {count_of(len(broken), 'tensor')}, such as {broken[0]}: train again"
+        )
     return tensors

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from schemas.plurals import count_of
 from tasks.merging.changes import MergeError
 from tasks.merging.shards import PlannedTensor, read_headers
 from tasks.merging.stored import StoredTensor, cut_bytes, read_block
@@ -43,7 +44,9 @@ def verify_tensors(plan: Sequence[PlannedTensor], folder: Path) -> WrittenTensor
     written = read_headers(folder)
     odd = sorted({tensor.name for tensor in plan} ^ written.keys())
     if odd:
-        raise MergeError(f"{folder}: {len(odd)} tensor(s) are not those of the base model, such as {odd[0]}")
+        raise MergeError(
+            f"{folder}: {count_of(len(odd), 'tensor is', 'tensors are')} not those of the base model, such as {odd[0]}"
+        )
     for tensor in plan:
         found = written[tensor.name]
         if (found.dtype, found.shape) != (tensor.source.dtype, tensor.source.shape):
@@ -57,8 +60,8 @@ def verify_tensors(plan: Sequence[PlannedTensor], folder: Path) -> WrittenTensor
     stray = [t.name for t, is_same, is_meant in zip(plan, same, meant, strict=True) if not is_same and not is_meant]
     if stray:
         raise MergeError(
-            f"{folder}: {len(stray)} tensor(s) that were not trained differ from the base model's, such as "
-            f"{', '.join(stray[:_NAMED])}: the files are damaged: merge again"
+            f"{folder}: {count_of(len(stray), 'untrained tensor differs', 'untrained tensors differ')} from the base "
+            f"model's, such as {', '.join(stray[:_NAMED])}: the files are damaged: merge again"
         )
     unmoved = [t.name for t, is_same, is_meant in zip(plan, same, meant, strict=True) if is_same and is_meant]
     return WrittenTensors(same.count(False), same.count(True), tuple(unmoved))

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TokenizationConfig
+from schemas.plurals import count_of
 from schemas.records import Rejects
 from tasks.tokenization.errors import MaskError
 from tasks.tokenization.labels import ID_TYPE, Example
@@ -253,7 +254,7 @@ def _settle(
 def _differ(made: Sequence[Example], expected: Sequence[Example]) -> str:
     """Say how examples differ from the rendered ones."""
     if len(made) != len(expected):
-        return f"{len(made)} example(s) in place of {len(expected)}"
+        return f"{count_of(len(made), 'example')} in place of {len(expected):,}"
     for example, wanted in zip(made, expected, strict=True):
         ids, others = example.input_ids, wanted.input_ids
         if ids != others:

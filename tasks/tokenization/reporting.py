@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from schemas.plurals import count_of
 from tasks.tokenization.containment import DROPPED
 from tasks.tokenization.encoding import decode
 from tasks.tokenization.labels import IGNORE_INDEX, Example
@@ -142,18 +143,20 @@ class MaskReport:
                 "model learns not to stop there"
             )
         warnings += [
-            f"the chat template leaves out {DROPPED[loss]} {number:,} time(s), as tokenization.allow_dropped allows"
+            f"the chat template leaves out {DROPPED[loss]} {count_of(number, 'time')}, as "
+            "tokenization.allow_dropped allows"
             for loss, number in self.dropped.items()
         ]
         warnings += [
-            f"{number:,} answer(s) end in the text {token!r}, which the model learns to write out before its end of "
-            "turn: remove it from the rows, or set tokenization.allow_special_tokens"
+            f"{count_of(number, 'answer ends', 'answers end')} in the text {token!r}, which the model learns to "
+            "write out before its end of turn: remove it from the rows, or set tokenization.allow_special_tokens"
             for token, number in self.literal_endings.items()
         ]
         if self.num_rendered_anew:
             warnings.append(
-                f"{self.num_rendered_anew:,} conversations in {self.num_groups_rendered:,} row group(s) were rendered "
-                f"one by one, which is slower: put together from the template's parts, {self.differences[0]}. The "
+                f"{count_of(self.num_rendered_anew, 'conversation')} in "
+                f"{count_of(self.num_groups_rendered, 'row group')} rendered one by one, which is slower: put together "
+                f"from the template's parts, {self.differences[0]}. The "
                 "labels are those of the rendering; please report the template"
             )
         return warnings

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from schemas.config import TrainingConfig
+from schemas.plurals import count_of
 from tasks.training.batches import Batch
 from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable
@@ -42,8 +43,8 @@ def init_process_group() -> Iterator[None]:
         number, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= num_gpus:
             raise TrainingError(
-                f"training.num_processes is over the {num_gpus} GPU(s) that this machine shows: set it to {num_gpus}, "
-                "or widen CUDA_VISIBLE_DEVICES"
+                f"training.num_processes is over the {count_of(num_gpus, 'GPU')} that this machine shows: set it "
+                f"to {num_gpus}, or widen CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_TIMEOUT)

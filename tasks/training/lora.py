@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.config import TrainingConfig
+from schemas.plurals import count_of
 from tasks.decoder.across import can_divide
 from tasks.families.adaptation import EMBEDDINGS, HEAD, AdaptationPlan, plan_adaptation
 from tasks.families.classes import FamilyError
@@ -222,7 +223,8 @@ def _check_attached(adapted: PeftModel, plan: AdaptationPlan) -> None:
     if wanted != found or still:
         odd = sorted(wanted ^ found) or still
         raise TrainingError(
-            f"PEFT attached another adapter than was planned: {len(odd)} weight(s) such as {odd[0]} differ: name "
+            "PEFT attached another adapter than was planned: "
+            f"{count_of(len(odd), 'weight differs', 'weights differ')}, such as {odd[0]}: name "
             "training.target_modules one by one, without them"
         )
 

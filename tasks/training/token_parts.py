@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from schemas.plurals import count_of
 from tasks import storage, stored_files
 from tasks.partitions import list_parts
-from tasks.plurals import count_of
 from tasks.training.records import TrainingError
 from tasks.training.token_table import WEIGHTS, open_table, write_examples
 

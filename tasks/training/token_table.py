@@ -269,7 +269,7 @@ class _Named:
 
     def __str__(self) -> str:
         shown = ", ".join(self.first)
-        return f"{self.count} example(s), such as {shown}" if self.count > 1 else f"example {shown}"
+        return f"{self.count:,} examples, such as {shown}" if self.count > 1 else f"example {shown}"
 
 
 def _read_batches(tokens: Path, *, has_weights: bool) -> Iterator[tuple[Any, ...]]:

@@ -95,7 +95,7 @@ def test_import_writes_a_config_of_ours_and_the_table_beside_it(place: Path) -> 
 def test_import_names_all_that_cannot_be_and_writes_nothing(place: Path) -> None:
     result = call("import", "my_sft.yaml", "stage=ppo", "neftune_noise_alpha=5")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "2 key(s) of LLaMA-Factory's that cannot be translated" in result.stderr
+    assert "2 keys of LLaMA-Factory's that cannot be translated" in result.stderr
     ours = call("import", Path(__file__).resolve().parents[2] / "deploy" / "configs" / "demo.yaml")
     assert ours.exit_code == 1
     assert "none of LLaMA-Factory's, TRL's or Axolotl's" in ours.stderr
@@ -238,4 +238,4 @@ def test_trls_file_is_run_and_imported_by_the_same_commands(place: Path) -> None
     bad = write(place / "bad.yaml", model_name_or_path="m", dataset_name="d", load_in_8bit=True)
     refused = call("run", bad)
     assert refused.exit_code == 1
-    assert "1 key(s) of TRL's that cannot be translated" in refused.stderr
+    assert "1 key of TRL's that cannot be translated" in refused.stderr

@@ -107,7 +107,7 @@ def test_errors_name_field_value_limit_and_way_out(change: dict[str, Any], words
     with pytest.raises(ConfigError) as caught:
         parse_config({**_SMALLEST, **change}, "my.yaml")
     assert words in str(caught.value)
-    assert str(caught.value).startswith("my.yaml: 1 wrong setting(s)")
+    assert str(caught.value).startswith("my.yaml: 1 wrong setting\n")
 
 
 def test_overrides_are_yaml_values(tmp_path: Path) -> None:

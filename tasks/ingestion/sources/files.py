@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from schemas.plurals import count_of
 from tasks.allowed_roots import check_allowed
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.layouts import Reading
 from tasks.ingestion.sources.remote_files import RemoteFile
-from tasks.plurals import count_of
 
 KINDS: dict[str, str] = {
     ".json": "json",

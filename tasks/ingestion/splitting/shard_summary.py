@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from schemas.config import DataConfig
+from schemas.plurals import count_of
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.pieces import find_stored, read_frame, read_summary
 from tasks.ingestion.rejects import Reject, Tally
@@ -135,12 +136,12 @@ def _warn_of_files(label: str, files: Sequence[dict[str, Any]], parts: Sequence[
     """Say which files are empty, and that rows are kept that another program would drop."""
     empty = [file["name"] for file in files if not file["num_rows"]]
     if empty:
-        yield f"{len(empty)} file(s) without a row: {', '.join(empty[:10])}"
+        yield f"{count_of(len(empty), 'file')} without a row: {', '.join(empty[:10])}"
     num_odd_turns = sum(part["num_odd_turns"] for part in parts)
     if num_odd_turns:
         yield (
-            f"{label}: {num_odd_turns} row(s) whose turns do not alternate strictly are kept here; "
-            "LLaMA-Factory would drop them without a word"
+            f"{label}: {count_of(num_odd_turns, 'row is', 'rows are')} kept here whose turns do not alternate: "
+            "LLaMA-Factory would drop such rows without a word"
         )
 
 

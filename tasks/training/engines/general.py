@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from schemas.plurals import count_of
 from tasks.decoder.attention import Attention, name_attention
 from tasks.decoder.decoder import choose_operations
 from tasks.training.batches import (
@@ -159,7 +160,8 @@ class GeneralEngine:
         """Say how it computes."""
         recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
         if self.attend is None:
-            how = f"up to {self.micro_batch} row(s) side by side and {self.tokens_per_forward:,} tokens a forward pass"
+            rows = count_of(self.micro_batch, "row")
+            how = f"up to {rows} side by side and {self.tokens_per_forward:,} tokens a forward pass"
         else:
             how = f"up to {self.tokens_per_forward:,} tokens end to end a forward pass"
             recomputed += f", {name_attention(self.attend)}"

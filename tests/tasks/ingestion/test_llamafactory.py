@@ -74,7 +74,7 @@ def test_tags_without_a_system_tag_keep_the_rows_and_warn(tmp_path: Path) -> Non
     assert len(conversations) == 3
     assert conversations[0][0] == ("system", "s")
     assert any("no system_tag" in warning for warning in quality["warnings"])
-    assert any("1 row(s) whose turns do not alternate" in warning for warning in quality["warnings"])
+    assert any("1 row is kept here whose turns do not alternate" in warning for warning in quality["warnings"])
 
 
 def test_turns_that_alternate_strictly() -> None:

@@ -214,7 +214,7 @@ def test_dataset_that_brings_nothing_is_told(tmp_path: Path, write_lines: WriteL
     a, b = write_lines("a.jsonl", rows), write_lines("b.jsonl", rows)
     counts = build(tmp_path / "out", source=str(a), mixture=[{"source": str(b)}])
     assert (counts.rows_train, counts.rows_eval, counts.rows_duplicate + counts.rows_leaked) == (18, 2, 20)
-    assert "b.jsonl: none of its 20 row(s) is trained or held out" in read_quality(tmp_path / "out")["warnings"]
+    assert "b.jsonl: none of its 20 rows is trained or held out" in read_quality(tmp_path / "out")["warnings"]
 
 
 ROW = st.tuples(st.sampled_from("ab"), st.integers(0, 12)).map(lambda row: json.dumps(ask(*row))) | st.just("{")

@@ -140,7 +140,7 @@ def test_report_counts_with_places_and_never_says_the_secret(tmp_path: Path, wri
     assert (found["email"]["num_rows"], found["email"]["num_found"]) == (2, 3)
     assert set(found["email"]["places"]) == {"rows.jsonl:1", "rows.jsonl:2"}
     assert (found["phone"]["num_found"], found["token"]["num_found"], found["password"]["num_rows"]) == (1, 1, 0)
-    assert any(warning.startswith("2 row(s) hold 3 e-mail addresses, kept") for warning in quality["warnings"])
+    assert any(warning.startswith("2 rows hold 3 e-mail addresses, kept") for warning in quality["warnings"])
     written = json.dumps(quality) + pl.read_parquet(tmp_path / "out" / "rejects.parquet").write_json()
     assert not [secret for secret in SECRETS if secret in written]
     assert "mail [EMAIL]" in written

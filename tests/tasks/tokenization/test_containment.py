@@ -185,7 +185,7 @@ def test_losses_and_spelled_ends_are_counted_in_masks_json_and_named_as_warnings
     assert masks["dropped_by_template"] == {"system": 3}
     assert masks["literal_endings"] == {"<|endoftext|>": 3}
     named = " ".join(counts.warnings)
-    assert "training rows: the chat template leaves out the system message 3 time(s)" in named
-    assert "3 answer(s) end in the text '<|endoftext|>'" in named
+    assert "training rows: the chat template leaves out the system message 3 times" in named
+    assert "3 answers end in the text '<|endoftext|>'" in named
     refused = tokenize_dataset(dataset, prepared, tmp_path / "refused", TokenizationConfig())
     assert refused.rows_rejected == {"dropped_system": 3}

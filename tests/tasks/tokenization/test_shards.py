@@ -135,7 +135,9 @@ def test_a_template_that_changes_under_way_has_its_rows_rendered_and_is_named(
     counts = tokenize_dataset(dataset, clock, tmp_path / "later", TokenizationConfig())
     anew = [warning for warning in counts.warnings if "rendered one by one" in warning]
     assert len(anew) == 2  # of the training part and of the held-out one
-    assert anew[0].startswith("the chat template clock.jinja, training rows: 100 conversations in 10 row group(s) were")
+    assert anew[0].startswith(
+        "the chat template clock.jinja, training rows: 100 conversations in 10 row groups rendered"
+    )
     assert "data.jsonl, line 2 became" in anew[0]
     masks = json.loads((tmp_path / "later" / "masks.json").read_text(encoding="utf-8"))["train"]
     assert (masks["num_rendered_anew"], masks["num_groups_rendered"]) == (100, 10)

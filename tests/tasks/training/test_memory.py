@@ -82,8 +82,8 @@ def test_padded_passes_have_fewer_rows_where_they_do_not_fit(tmp_path: Path, tok
     roomy, tight = prepare(model, tokens), prepare(model, tokens, most_tokens=60)
     wanted, found = do_steps(roomy, 2), do_steps(tight, 2)
     assert [record.loss for record in found] == pytest.approx([record.loss for record in wanted], abs=1e-5)
-    assert "up to 6 row(s) side by side" in roomy.setup.engine.describe()
-    assert "up to 1 row(s) side by side" in tight.setup.engine.describe()
+    assert "up to 6 rows side by side" in roomy.setup.engine.describe()
+    assert "up to 1 row side by side" in tight.setup.engine.describe()
     assert len(tight.warnings) == 3
 
 

@@ -104,5 +104,5 @@ def test_all_examples_that_teach_nothing_are_counted_and_the_first_ones_named(tm
     frame.with_columns(pl.when(chosen).then(nothing).otherwise(pl.col("labels")).alias("labels")).write_parquet(
         tmp_path / "train.parquet", row_group_size=7
     )
-    with pytest.raises(ValueError, match=r"5 example\(s\), such as e2, e8, e14: no trained token"):
+    with pytest.raises(ValueError, match=r"5 examples, such as e2, e8, e14: no trained token"):
         write_examples(tmp_path / "train.parquet", tmp_path / "packs")

@@ -1,6 +1,6 @@
 """One is no plural."""
 
-from tasks.plurals import add_up_rows, count_of
+from schemas.plurals import add_up_rows, count_of
 
 
 def test_one_is_no_plural() -> None:
