@@ -62,7 +62,7 @@ def _reach(module: str, root: Path) -> tuple[set[Path], set[str]]:
     start = _find_module(module, root)
     assert start is not None, f"{module} is no module of {root}"
     reached: set[Path] = set()
-    names: set[str] = set()
+    known: dict[str, Path | None] = {}
     libraries: set[str] = set()
     waiting = [start]
     while waiting:
@@ -70,11 +70,10 @@ def _reach(module: str, root: Path) -> tuple[set[Path], set[str]]:
         if path in reached:
             continue
         reached.add(path)
-        for name in _read_imports(path.read_bytes()) - names:  # the same ones are imported by many
-            names.add(name)
+        for name in _read_imports(path.read_bytes()):
             first = name.split(".")[0]
             if first in _OWN:
-                waiting += _find_modules(name, root)
+                waiting += _find_modules(name, root, known)
             elif first not in sys.stdlib_module_names:
                 libraries.add(first)
     return reached, libraries
@@ -106,12 +105,22 @@ def _parse(source: bytes) -> ast.Module:
     return ast.parse(source)
 
 
-def _find_modules(name: str, root: Path) -> Iterator[Path]:
-    """Give the files that Python reads for a dotted name: of its packages, and its own."""
+def _find_modules(name: str, root: Path, known: dict[str, Path | None]) -> Iterator[Path]:
+    """Give the files that Python reads for a dotted name: of its packages, and its own.
+
+    Args:
+        name: of a module, or of what is in one.
+        root: folder of the modules.
+        known: files that were looked for, by dotted names; what is found is added. Most names are asked for many times.
+    """
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
-        if (path := _find_module(".".join(parts[:end]), root)) is not None:
+        part = ".".join(parts[:end])
+        path = known[part] = known[part] if part in known else _find_module(part, root)
+        if path is not None:
             yield path
+            if path.name != "__init__.py":
+                return  # what comes behind is in the module
 
 
 def _find_module(name: str, root: Path) -> Path | None:
