@@ -26,6 +26,9 @@ from tasks.decoder.rooms import copy_rows
 PIECE_TOKENS = 8192
 """Of a piece: products with as many rows fill a large GPU."""
 
+_NUM_OTHERS = 7
+"""Arguments of `InPieces` before what is trained."""
+
 Gated = Callable[[Dropout | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(dropout, stream [P, H], delta [P, H]) -> the stream with delta added, and what the gated layer adds to it."""
 
@@ -61,22 +64,34 @@ class InPieces(torch.autograd.Function):
         """Run each piece again and go back through it."""
         stream, delta, _, *parameters = ctx.saved_tensors
         run, size, dropout, source, is_output_unread = ctx.settings
-        if source is None:
-            result = torch.empty_like(stream)
-        else:
-            result = source.allocate_grad(len(stream))[0]
-            source.forget_grad()  # its float8 copy would have to be made of the whole: the projection makes its own
+        needs_stream, needs_delta, *_ = ctx.needs_input_grad
+        trained = [number for number in range(len(parameters)) if ctx.needs_input_grad[_NUM_OTHERS + number]]
         sums: list[Tensor | None] = [None] * len(parameters)
+        result = _make_room(stream, source) if needs_stream or needs_delta else None
         for piece, masks in _cut(len(stream), size, dropout):
-            inputs = [tensor[piece].detach().requires_grad_() for tensor in (stream, delta)]
+            inputs = stream[piece].detach(), delta[piece].detach().requires_grad_(result is not None)
             with torch.enable_grad(), last_output_unused() if is_output_unread else nullcontext():
                 outputs = run(masks, *inputs)
-            found = torch.autograd.grad(
-                outputs, [*inputs, *parameters], [total_grad[piece], grad[piece]], allow_unused=True
-            )
-            copy_rows(found[1], result[piece])
-            _add(sums, found[2:])
-        return result, result, None, None, None, None, None, *sums
+            grads = total_grad[piece], grad[piece]
+            wanted = [parameters[number] for number in trained]
+            if result is None:  # nothing before this layer is trained, and nothing of what joins the stream
+                _add(sums, trained, torch.autograd.grad(outputs[1], wanted, grads[1], allow_unused=True))
+                continue
+            # The stream's gradient is that of what joins it: it is their sum which goes on.
+            of_delta, *found = torch.autograd.grad(outputs, [inputs[1], *wanted], grads, allow_unused=True)
+            copy_rows(of_delta, result[piece])
+            _add(sums, trained, found)
+        others = [None] * (_NUM_OTHERS - 2)
+        return result if needs_stream else None, result if needs_delta else None, *others, *sums
+
+
+def _make_room(like: Tensor, source: AnyProjection | None) -> Tensor:
+    """Return room for a gradient [T, H] where the projection that made what joined the stream wants it."""
+    if source is None:
+        return torch.empty_like(like)
+    room = source.allocate_grad(len(like))[0]
+    source.forget_grad()  # a float8 copy is of all rows at once: the projection makes its own
+    return room
 
 
 def _cut(num_tokens: int, size: int, dropout: Dropout | None) -> Iterator[tuple[slice, Dropout | None]]:
@@ -86,9 +101,9 @@ def _cut(num_tokens: int, size: int, dropout: Dropout | None) -> Iterator[tuple[
         yield slice(start, min(start + size, num_tokens)), masks
 
 
-def _add(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+def _add(sums: list[Tensor | None], numbers: Sequence[int], grads: Sequence[Tensor | None]) -> None:
     """Add a piece's gradients; those that are added in place elsewhere are None."""
-    for number, grad in enumerate(grads):
+    for number, grad in zip(numbers, grads, strict=True):
         if grad is not None:
             before = sums[number]
             sums[number] = grad if before is None else before.add_(grad)

@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +109,6 @@ def run_pass(engine: FusedEngine, batch: Batch, grads: torch.Tensor) -> float:
 
 def measure(engine: FusedEngine, batch: Batch, grads: torch.Tensor, way: str, *, warms_up: bool = True) -> Found:
     """Return what a pass takes."""
-    from dataclasses import replace
-
     piece_tokens, in_host = _WAYS[way]
     host = HostMemory(engine.device) if in_host else None
     num_in_host = engine.num_layers - 1 if in_host else 0

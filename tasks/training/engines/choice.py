@@ -39,6 +39,8 @@ from tasks.training.token_table import TokenTable
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
+# Part of the longest example from which on it may yet fit: what is planned for leaves a tenth of the memory.
+_SURE = 0.85
 # On a GPU, where its memory takes them; with fewer than the full ones, layers are rather recomputed.
 GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
 # A layer of 8,192 tokens that runs again takes as long as the copies of so many layers take to be made twice.
@@ -203,7 +205,25 @@ def save_copies(
     passing = pass_copies(engine.decoder)
     if passing is None:
         return engine
-    return fit(replace(engine, decoder=replace(engine.decoder, divided=passing), num_recomputed=0))
+    leaner = replace(engine, decoder=replace(engine.decoder, divided=passing), num_recomputed=0)
+    return fit(replace(leaner, piece_tokens=0, num_in_host=0, host=None, longest_fit=0))
+
+
+def _refuse_too_long(engine: FusedEngine, longest: int, config: TrainingConfig) -> None:
+    """Refuse an example for which all that an engine can do is not enough.
+
+    Raises:
+        TrainingError: it needs more than all of the memory, that included which is never planned for.
+    """
+    sharing = count_sharing(config)
+    if not engine.longest_fit or engine.longest_fit >= _SURE * longest / sharing:
+        return
+    done = ", ".join(filter(None, ("every layer recomputed", engine.describe_long())))
+    raise TrainingError(
+        f"the longest example has {longest:,} tokens, and here examples of about {engine.longest_fit * sharing:,} fit "
+        f"({done}): lower tokenization.max_length, have GPUs share examples by training.context_parallel, or train "
+        "where the GPU or the host has more free memory"
+    )
 
 
 def _recognize(

@@ -11,6 +11,7 @@ from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.host_inputs import HostMemory
 from tasks.decoder.passes import FlatBatch, PassRecorder
+from tasks.decoder.pieces import PIECE_TOKENS
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines.router_loss import RouterLoss
 from tasks.training.slices import take_slice
@@ -39,6 +40,8 @@ class FusedEngine:
     """Of the layers that run again, those whose input lies in the host's memory."""
     host: HostMemory | None = None
     """Where they lie."""
+    longest_fit: int = 0
+    """Tokens of the longest example that fits, where the longest of the training is not expected to; 0: it does."""
     context: tuple[int, int] | None = None
     """This rank's number, and how many there are, where ranks share the tokens of a batch; see `shared_tokens`."""
 
@@ -157,19 +160,32 @@ class FusedEngine:
         return self.decoder.bind_gradients()
 
     def shrink(self) -> "FusedEngine | None":
-        """Recompute all layers, then halve the forward pass down to 512 tokens."""
+        """Recompute all layers, then run gated layers in pieces, then halve the forward pass down to 512 tokens."""
         if self.num_recomputed < len(self.decoder.layers):
             return replace(self, num_recomputed=len(self.decoder.layers), recorder=None)
+        if not self.piece_tokens and any(layer.can_run_in_pieces for layer in self.decoder.layers):
+            return replace(self, piece_tokens=PIECE_TOKENS, recorder=None)
         if self.tokens_per_forward > 512:
             tokens = self.tokens_per_forward // 2
             return replace(self, tokens_per_forward=tokens, room_tokens=tokens, recorder=None)
         return None
+
+    def describe_long(self) -> str:
+        """Say what is done for the sake of long examples alone; nothing where that is nothing."""
+        parts = []
+        if self.piece_tokens:
+            parts.append(f"gated layers in pieces of {self.piece_tokens:,} tokens")
+        if self.num_in_host:
+            parts.append(f"inputs of {self.num_in_host} layers in the host's memory")
+        return ", ".join(parts)
 
     def describe(self) -> str:
         """Say how it computes."""
         recomputed = f", {self.num_recomputed} layers recomputed" if self.num_recomputed else ""
         attend = self.decoder.attend
         how = name_attention(attend.inner if isinstance(attend, AcrossRanks) else attend)
+        if long := self.describe_long():
+            how += f", {long}"
         if self.context is not None:
             how += f", {self.context[1]} ranks share its tokens"
         if self.decoder.divided is not None:

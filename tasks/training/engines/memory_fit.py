@@ -1,14 +1,15 @@
 """How many tokens go through the model at once, and how many layers run again: measured on the machine, not guessed.
 
 A forward and backward pass takes, at its peak, a fixed amount and so many bytes a token. Two small passes with made-up
-tokens give both, once with everything kept and once with every layer recomputed; the rest is arithmetic.
+tokens give both, once with everything kept and once with every layer recomputed; the rest is arithmetic. An example
+that does not fit with every layer recomputed is the matter of `long_examples`.
 """
 
 import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from tasks.tokenization.labels import IGNORE_INDEX
 from tasks.training.distributed import gather
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine
+from tasks.training.engines.long_examples import fit_long
+from tasks.training.engines.pass_need import Need
 from tasks.training.token_table import TokenTable
 
 LARGEST_FORWARD = 65536
@@ -35,21 +38,6 @@ _SMALL_LOGITS = 1 << 28
 
 logger = logging.getLogger(__name__)
 AnyEngine = TypeVar("AnyEngine", FusedEngine, GeneralEngine)
-
-
-class Need(NamedTuple):
-    """Memory of a pass at its peak."""
-
-    fixed_bytes: float
-    bytes_per_token: float
-
-    def count_tokens(self, free_bytes: float) -> int:
-        """Return how many tokens fit."""
-        return int((free_bytes - self.fixed_bytes) / self.bytes_per_token)
-
-    def __str__(self) -> str:
-        """Say it in the units of a person."""
-        return f"{self.fixed_bytes / 2**30:.1f} GiB and {self.bytes_per_token / 2**20:.2f} MiB a token"
 
 
 def fit_memory(
@@ -95,6 +83,9 @@ def fit_memory(
     if lean is None:
         return _plan(small, fewest, most_tokens)
     tokens = lean.count_tokens(free_bytes)
+    if isinstance(small, FusedEngine) and tokens < longest_pass:
+        long = fit_long(small, lean, free_bytes, longest_pass, lambda other: _measure_all(other, trained, longest))
+        return _plan(long, longest_pass, most_tokens)
     wanted = max(min(most_tokens, SMALLEST_FULL_FORWARD), longest_pass)
     if kept is None or tokens <= wanted:
         return _plan(small, tokens, most_tokens)

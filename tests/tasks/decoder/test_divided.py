@@ -219,9 +219,9 @@ def test_a_layer_is_gathered_while_its_neighbour_is_computed(monkeypatch: pytest
         told.append(f"gather {slot.number}")
         inner(self, layer, slot, names)
 
-    def run(layer: Any, *arguments: Any, inner: Any = run_layer) -> Any:
+    def run(layer: Any, *arguments: Any, inner: Any = run_layer, **settings: Any) -> Any:
         told.append(f"run {numbers[id(layer)]}")
-        return inner(layer, *arguments)
+        return inner(layer, *arguments, **settings)
 
     model = build_deep(5)
     engine = divide(model, recomputed=0)

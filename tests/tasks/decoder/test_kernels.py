@@ -272,6 +272,23 @@ def test_a_decoder_of_kernels_is_the_plain_one(
     assert measure_difference(found[0][1], found[1][1]) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_kernels_draw_a_pieces_masks_as_the_wholes(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    batch = replace(draw_batch(monkeypatch), dropout_key=derive_key(1, 2, 3))
+    found = []
+    for ops, piece_tokens in ((kernels, 5), (elementwise, 0)):
+        model = build(family, torch.float32, DEVICE, dropout=0.2)
+        decoder = replace(recognize_decoder(model), ops=ops)
+        engine = FusedEngine(decoder, torch.device(DEVICE), 4096, 2, LOGITS_BYTES, 4096, piece_tokens=piece_tokens)
+        loss = engine.sum_losses(batch)
+        loss.backward()
+        found.append((float(loss.detach()), take_grads(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert measure_difference(found[0][1], found[1][1]) < 1e-4
+
+
 def draw_batch(monkeypatch: pytest.MonkeyPatch) -> Batch:
     """Three examples and some padding; few tokens for the interpreter, but more than each window has."""
     if IS_INTERPRETED:

@@ -9,7 +9,8 @@ from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.engines import memory_fit
 from tasks.training.engines.fused import FusedEngine
-from tasks.training.engines.memory_fit import Need, fit_memory
+from tasks.training.engines.memory_fit import fit_memory
+from tasks.training.engines.pass_need import Need
 from tests.tasks.decoder.small_models import build
 
 KEPT, LEAN = Need(0.0, 1600.0), Need(0.0, 100.0)

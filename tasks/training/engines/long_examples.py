@@ -1,0 +1,130 @@
+"""How a pass is made to hold an example that does not fit although every layer is recomputed.
+
+First the gated layers run in pieces of tokens (`tasks.decoder.pieces`); where that is not enough, the inputs of as many
+layers as it takes lie in the host's memory (`tasks.decoder.host_inputs`). Both are engaged for such examples alone.
+
+Legend: `L` layers, `H` hidden size, `P` tokens of a piece.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from tasks.decoder.host_inputs import CHUNK_BYTES, HostMemory
+from tasks.decoder.pieces import PIECE_TOKENS
+from tasks.training.distributed import gather, machine
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.pass_need import Need
+
+HOST_SHARE = 0.75
+"""Of the host's free memory that may be taken: page-locked memory is never swapped out."""
+IN_TURN = 2
+"""Inputs that are on the device beside those that stay there: a layer's own, and the next one's on its way."""
+# So small that the trial's peak is not in a piece: what pieces do not change is measured.
+_TRIAL_PIECE = 64
+_CGROUP = Path("/sys/fs/cgroup")
+
+logger = logging.getLogger(__name__)
+
+
+def fit_long(
+    engine: FusedEngine, lean: Need, free_bytes: float, longest: int, measure: Callable[[FusedEngine], Need | None]
+) -> FusedEngine:
+    """Return the engine with what it takes for the longest example; `longest_fit` says where nothing is enough.
+
+    Args:
+        engine: with every layer recomputed.
+        lean: what its pass takes.
+        free_bytes: of the device.
+        longest: tokens of the longest example, which do not fit.
+        measure: an engine's pass, on all ranks.
+    """
+    need, input_bytes = lean, count_input_bytes(engine)
+    if longest > PIECE_TOKENS and any(layer.can_run_in_pieces for layer in engine.decoder.layers):
+        pieces = measure(replace(engine, piece_tokens=_TRIAL_PIECE))
+        if pieces is not None:
+            # What exists of a piece beside is at most what a whole layer's work takes of as many tokens.
+            piece_bytes = PIECE_TOKENS * max(0.0, lean.bytes_per_token - engine.num_layers * input_bytes)
+            pieces = pieces._replace(fixed_bytes=pieces.fixed_bytes + piece_bytes)
+        if pieces is not None and pieces.count_tokens(free_bytes) > lean.count_tokens(free_bytes):
+            logger.info("Every layer recomputed, gated layers in pieces: %s", pieces)
+            engine, need = replace(engine, piece_tokens=PIECE_TOKENS), pieces
+    if need.count_tokens(free_bytes) < longest:
+        engine = _use_host(engine, need, free_bytes, longest, input_bytes)
+    logger.info("For an example of %s tokens: %s", f"{longest:,}", engine.describe_long() or "every layer recomputed")
+    return engine
+
+
+def choose_in_host(
+    need: Need, input_bytes: int, num_layers: int, *, free_bytes: float, host_bytes: float, longest: int
+) -> tuple[int, int]:
+    """Return how many layers' inputs have to lie in the host's memory, and the longest example that fits with any.
+
+    As few as it takes; where none is enough, as many as the host has room for.
+
+    Args:
+        need: of a pass with all inputs on the device.
+        input_bytes: of a token, in a layer's input.
+        num_layers: L; the last one's input is wanted at once, and stays.
+        free_bytes: of the device.
+        host_bytes: of the host's memory that may be taken.
+        longest: tokens of the longest example.
+    """
+    room = _round_up(longest * input_bytes)
+    number, most_tokens = 0, need.count_tokens(free_bytes)
+    for count in range(1, num_layers):
+        slope = need.bytes_per_token + (IN_TURN - count) * input_bytes
+        on_device = need._replace(bytes_per_token=max(1.0, slope)).count_tokens(free_bytes)
+        in_host = int(host_bytes / count) // CHUNK_BYTES * CHUNK_BYTES // input_bytes
+        most_tokens = max(most_tokens, min(on_device, in_host))
+        if count * room <= host_bytes:
+            number = count
+            if on_device >= longest:
+                break
+    return number, most_tokens
+
+
+def count_input_bytes(engine: FusedEngine) -> int:
+    """Return the bytes of a token in a layer's input."""
+    adapters = engine.decoder.layers[0].qkv.adapters
+    return len(engine.decoder.norm.weight) * adapters.joint_a.dtype.itemsize
+
+
+def read_free_host(cgroup: Path = _CGROUP) -> int:
+    """Return the bytes of the host's memory that are free: the machine's, or those that its container leaves."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if limit == "max":
+        return free
+    # Files that are only cached are let go of when memory is wanted.
+    return max(0, min(free, int(limit) - used + int(statistics.get("inactive_file", 0))))
+
+
+def _use_host(engine: FusedEngine, need: Need, free_bytes: float, longest: int, input_bytes: int) -> FusedEngine:
+    """Return the engine with layers' inputs in the host's memory."""
+    machines = gather(machine())
+    host_bytes = min(gather(HOST_SHARE * read_free_host() / machines.count(machine())))
+    number, most_tokens = choose_in_host(
+        need, input_bytes, engine.num_layers, free_bytes=free_bytes, host_bytes=host_bytes, longest=longest
+    )
+    logger.info(
+        "Inputs of %d of %d layers in the host's memory: %.1f GiB of %.1f that may be taken there",
+        number,
+        engine.num_layers,
+        number * _round_up(longest * input_bytes) / 2**30,
+        host_bytes / 2**30,
+    )
+    host = HostMemory(engine.device) if number else None
+    return replace(engine, num_in_host=number, host=host, longest_fit=most_tokens if most_tokens < longest else 0)
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // CHUNK_BYTES) * CHUNK_BYTES

@@ -1,0 +1,152 @@
+"""What is done for examples that do not fit with every layer recomputed, with the measurements given by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from schemas.config import TrainingConfig
+from tasks.decoder.decoder import LOGITS_BYTES
+from tasks.decoder.host_inputs import CHUNK_BYTES
+from tasks.decoder.pieces import PIECE_TOKENS
+from tasks.decoder.recognition import recognize_decoder
+from tasks.training.engines import choice, long_examples, memory_fit
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.long_examples import choose_in_host, count_input_bytes, read_free_host
+from tasks.training.engines.memory_fit import fit_memory
+from tasks.training.engines.pass_need import Need
+from tasks.training.records import TrainingError
+from tests.tasks.decoder.small_models import build
+
+LAYERS, ROW = 3, 128
+"""Layers of the small model, and bytes of a token in a layer's input: 64 columns of bf16."""
+KEPT, LEAN, PIECES = Need(0.0, 8000.0), Need(0.0, 1000.0), Need(0.0, 600.0)
+PIECE_BYTES = PIECE_TOKENS * (1000 - LAYERS * ROW)
+"""Of one piece, at most."""
+LONG = 1 << 20
+PLENTY = 100 * CHUNK_BYTES
+
+
+def make_engine(family: str = "llama") -> FusedEngine:
+    decoder = recognize_decoder(build(family, torch.bfloat16))
+    return FusedEngine(decoder, torch.device("cpu"), 2048, 0, LOGITS_BYTES, 2048)
+
+
+def fit(
+    monkeypatch: pytest.MonkeyPatch, *, free: float, longest: int = LONG, host: float = PLENTY, family: str = "llama"
+) -> FusedEngine:
+    def measure(engine: FusedEngine, *others: Any) -> Need:
+        return (PIECES if engine.piece_tokens else LEAN) if engine.num_recomputed else KEPT
+
+    monkeypatch.setattr(memory_fit, "_read_free", lambda device: free / memory_fit._SHARE)
+    monkeypatch.setattr(memory_fit, "_measure_all", measure)
+    monkeypatch.setattr(long_examples, "read_free_host", lambda: host / long_examples.HOST_SHARE)
+    return fit_memory(
+        make_engine(family), trained=[], most_tokens=2 * LONG, recompute=None, longest_pass=longest, longest=longest
+    )
+
+
+def test_nothing_is_done_where_every_example_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fit(monkeypatch, free=1000 * LONG)
+    assert (engine.piece_tokens, engine.num_in_host, engine.longest_fit) == (0, 0, 0)
+    assert (engine.num_recomputed, engine.host) == (LAYERS, None)
+
+
+def test_pieces_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert count_input_bytes(make_engine()) == ROW
+    for free in (1000 * LONG - 1, 600 * LONG + PIECE_BYTES):
+        engine = fit(monkeypatch, free=free)
+        assert (engine.piece_tokens, engine.num_in_host, engine.longest_fit) == (PIECE_TOKENS, 0, 0)
+        assert engine.num_recomputed == LAYERS
+        assert engine.tokens_per_forward == 65536
+        assert "gated layers in pieces of 8,192 tokens" in engine.describe()
+
+
+def test_then_inputs_lie_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two of three layers, and two on their way on the device: no less than before.
+    engine = fit(monkeypatch, free=600 * LONG + PIECE_BYTES - 1)
+    assert (engine.piece_tokens, engine.num_in_host) == (PIECE_TOKENS, LAYERS - 1)
+    assert engine.longest_fit == LONG - 1
+    assert engine.host is not None
+    assert "inputs of 2 layers in the host's memory" in engine.describe()
+
+
+def test_examples_within_a_piece_gain_nothing_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fit(monkeypatch, free=999 * PIECE_TOKENS, longest=PIECE_TOKENS)
+    assert engine.piece_tokens == 0
+
+
+def test_routed_experts_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit(monkeypatch, free=700 * LONG + PIECE_BYTES, family="olmoe").piece_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "host", "expected"),
+    [
+        # 32 layers of 100 bytes a token, and 200 for a layer's work: 3,400 a token, 100 less for each layer but two.
+        (3400 * LONG - 1, 1e15, (3, LONG)),
+        (3300 * LONG, 1e15, (3, LONG)),
+        (3300 * LONG - 1, 1e15, (4, LONG)),
+        (500 * LONG, 1e15, (31, LONG)),
+        (500 * LONG - 1, 1e15, (31, LONG - 1)),
+        # 28 inputs are to be there, of 104,857,600 bytes each, in two chunks of 64 MiB.
+        (800 * LONG, 28 * 2 * CHUNK_BYTES, (28, LONG)),
+    ],
+)
+def test_as_few_inputs_as_it_takes(free: float, host: float, expected: tuple[int, int]) -> None:
+    number, longest = choose_in_host(Need(0.0, 3400.0), 100, 32, free_bytes=free, host_bytes=host, longest=LONG)
+    assert number == expected[0]
+    assert longest >= LONG if expected[1] == LONG else longest == expected[1]
+
+
+def test_a_small_host_takes_what_it_can() -> None:
+    number, longest = choose_in_host(
+        Need(0.0, 3400.0), 100, 32, free_bytes=800 * LONG, host_bytes=27 * 2 * CHUNK_BYTES, longest=LONG
+    )
+    assert number == 27
+    assert 0.8 * LONG < longest < LONG
+    # That one fits by the same arithmetic.
+    again, at_most = choose_in_host(
+        Need(0.0, 3400.0), 100, 32, free_bytes=800 * LONG, host_bytes=27 * 2 * CHUNK_BYTES, longest=longest
+    )
+    assert at_most == longest
+    assert (3600 - 100 * again) * longest <= 800 * LONG
+    assert again * -(-longest * 100 // CHUNK_BYTES) * CHUNK_BYTES <= 27 * 2 * CHUNK_BYTES
+
+
+def test_an_example_for_which_nothing_is_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainingConfig()
+    engine = fit(monkeypatch, free=300 * LONG + PIECE_BYTES)
+    assert engine.longest_fit == LONG // 2
+    with pytest.raises(TrainingError, match=r"1,048,576 tokens, and here examples of about 524,288 fit \(every layer"):
+        choice._refuse_too_long(engine, LONG, config)
+    # What is short by less than what is never planned for may yet fit.
+    choice._refuse_too_long(fit(monkeypatch, free=570 * LONG + PIECE_BYTES), LONG, config)
+    choice._refuse_too_long(fit(monkeypatch, free=600 * LONG + PIECE_BYTES), LONG, config)
+
+
+def test_the_hosts_free_memory_is_its_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    assert read_free_host(tmp_path / "none") == 1000
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 100\n")
+    for limit, expected in (("max", 1000), ("900", 300), ("5000", 1000), ("500", 0)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        assert read_free_host(tmp_path) == expected
+
+
+def test_a_shortage_brings_pieces_before_smaller_passes() -> None:
+    engine = make_engine()
+    found = []
+    while (smaller := engine.shrink()) is not None:
+        found.append((smaller.num_recomputed, smaller.piece_tokens, smaller.tokens_per_forward))
+        engine = smaller
+    assert found == [(3, 0, 2048), (3, 8192, 2048), (3, 8192, 1024), (3, 8192, 512)]
+    experts = make_engine("olmoe").shrink()
+    assert experts is not None
+    smaller = experts.shrink()
+    assert smaller is not None
+    assert (smaller.piece_tokens, smaller.tokens_per_forward) == (0, 1024)
