@@ -133,13 +133,17 @@ def _tell_memory(plan: "RunPlan") -> str:
         seen = f"; at its highest {_write_bytes(int(peak.value))} ({bar}), by earlier trainings of this model here"
     if need.loaded_bytes:
         seen = f"; at its start {_write_bytes(need.loaded_bytes)}, until the weights are in 8 bits{seen}"
+    if memory.needs_host:
+        seen = f"; up to {_write_bytes(need.host_bytes)} of layers' inputs lie in the host's memory{seen}"
     on_each = " on each device" if plan.num_processes > 1 else ""
     part = f" with 1/{plan.num_sharing} of the longest example" if plan.num_sharing > 1 else ""
     weights = _write_bytes(need.weights_bytes - need.passing_bytes)
+    spared = need.spared_bytes if memory.needs_host or not memory.is_enough else 0
+    smallest, least = need.least_pass_bytes - spared, max(need.whole_bytes - spared, need.loaded_bytes)
     return (
-        f"at least {_write_bytes(need.least_bytes)}{on_each} of {_write_bytes(memory.capacity_bytes)}: weights "
+        f"at least {_write_bytes(least)}{on_each} of {_write_bytes(memory.capacity_bytes)}: weights "
         f"{weights}, {need.num_trained:,} trained values with gradient and optimizer "
-        f"{_write_bytes(need.trained_bytes)}, the smallest pass{part} {_write_bytes(need.least_pass_bytes)}{seen}"
+        f"{_write_bytes(need.trained_bytes)}, the smallest pass{part} {_write_bytes(smallest)}{seen}"
     )
 
 

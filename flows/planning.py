@@ -14,9 +14,19 @@ from schemas.artifacts import ModelRef
 from schemas.config import RunConfig
 from tasks import speeds, storage, tracking
 from tasks.evaluation.task import describe_effort
+from tasks.host_memory import HOST_SHARE, read_free_host
 from tasks.models import choose_device, choose_dtype
 from tasks.planning.estimates import Estimate
-from tasks.planning.memory import MemoryNeed, Option, count_need, fits, list_options, read_capacity
+from tasks.planning.memory import (
+    MemoryNeed,
+    Option,
+    count_need,
+    find_longest,
+    fits,
+    list_options,
+    needs_host,
+    read_capacity,
+)
 from tasks.planning.sizes import Sizes
 from tasks.planning.times import StageTime, add_up, estimate_stage
 from tasks.planning.trainings import TrainingPlan, plan_training
@@ -43,6 +53,10 @@ class Memory:
     """The highest use, by earlier trainings of this model here; None where there are none."""
     seen_peak_bytes: int | None
     """The highest use of an earlier training of this model with these settings here."""
+    needs_host: bool = False
+    """The training keeps layers' inputs in the host's memory, at least so that it can begin."""
+    longest_fit: int | None = None
+    """Tokens of the longest example that fits by what is counted, where the longest one does not; 0: none does."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +161,12 @@ def _put_together(
         problems.append(
             f"the training needs at least {memory.need.least_bytes / 2**30:.1f} GiB of {speeds.name_device()}'s "
             f"{memory.capacity_bytes / 2**30:.1f} GiB, of which nine tenths are planned for"
+            + (
+                f"; the longest example has {found.sizes.longest:,} tokens, and by what is counted none above "
+                f"{memory.longest_fit:,} fits"
+                if memory.longest_fit
+                else ""
+            )
         )
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     return RunPlan(
@@ -183,6 +203,7 @@ def _plan_memory(
     conditions: dict[str, Any] = {
         "dtype": choose_dtype(config.training.precision, device),
         "longest": sizes.longest,
+        "host_bytes": int(HOST_SHARE * read_free_host()) if device.type == "cuda" else 0,
     }
     need = count_need(folder, config.training, **conditions)
     shape, settings = speeds.describe_shape(folder), describe_conditions(config.training)
@@ -191,13 +212,16 @@ def _plan_memory(
         for speed in known
         if (speed.stage, speed.device, speed.shape, speed.settings) == (STEPS, speeds.name_device(), shape, settings)
     ]
+    is_enough = fits(need, capacity)
     return Memory(
         need,
         capacity,
-        fits(need, capacity),
+        is_enough,
         list_options(folder, config.training, capacity_bytes=capacity, **conditions),
         peak,
         max(peaks, default=None),
+        needs_host(need, capacity),
+        None if is_enough else find_longest(folder, config.training, capacity_bytes=capacity, **conditions),
     )
 
 

@@ -29,6 +29,9 @@ _NF4_BYTES = 0.5 + 0.127 / 8
 """A value of NF4 with its scales quantized twice (Dettmers et al., 2023, section 3): 4.127 bits."""
 _FP32 = 4
 _SMALLEST_LOGITS = 1 << 28
+_INPUTS_AT_WORK = 8
+"""A layer's work, in sizes of its input: that and the next one's, what is normed of it, the mixer's queries or the like
+and output, the gradients of both, and the stream's."""
 # What FP8 leaves as it is.
 _OUTSIDE_LAYERS = (ROUTER, HEAD, EMBEDDINGS, OUTSIDE, CONVOLUTIONS)
 
@@ -49,6 +52,10 @@ class MemoryNeed:
     """The base as it is loaded, where the training makes another form of it on the device (FP8)."""
     passing_bytes: int = 0
     """Of the weights, 16-bit copies that the training holds for two layers at a time where the memory is short."""
+    host_bytes: int = 0
+    """Of the smallest pass, layers' inputs that lie in the host's memory where the device is short."""
+    spared_bytes: int = 0
+    """Of the smallest pass, what the device does not hold then."""
 
     @property
     def fixed_bytes(self) -> int:
@@ -58,7 +65,12 @@ class MemoryNeed:
     @property
     def least_bytes(self) -> int:
         """With the smallest pass, and before it, while the base lies there as it was loaded."""
-        return max(self.fixed_bytes - self.passing_bytes + self.least_pass_bytes, self.loaded_bytes)
+        return max(self.whole_bytes - self.spared_bytes, self.loaded_bytes)
+
+    @property
+    def whole_bytes(self) -> int:
+        """With the smallest pass, all layers' inputs on the device."""
+        return self.fixed_bytes - self.passing_bytes + self.least_pass_bytes
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,9 @@ def read_capacity(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def count_need(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int) -> MemoryNeed:
+def count_need(
+    folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int, host_bytes: int = 0
+) -> MemoryNeed:
     """Count what a training of a model needs.
 
     Args:
@@ -84,26 +98,40 @@ def count_need(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, long
         config: the training section.
         dtype: of the products and the frozen weights.
         longest: tokens of the longest example.
+        host_bytes: of the host's memory that the training may take for layers' inputs; none where it is on a CPU.
 
     Raises:
         ValueError: a setting does not go with this model.
     """
-    return _count(build_skeleton(folder), config, dtype, longest)
+    return _count(build_skeleton(folder), config, dtype, longest, host_bytes)
+
+
+def find_longest(
+    folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int, capacity_bytes: int, host_bytes: int = 0
+) -> int:
+    """Return how many tokens an example may have, at most `longest`, to fit by what is counted; 0 where none does."""
+    skeleton = build_skeleton(folder)
+    fitting, above = 0, longest + 1
+    while above - fitting > 1:
+        middle = (fitting + above) // 2
+        is_enough = fits(_count(skeleton, config, dtype, middle, host_bytes), capacity_bytes)
+        fitting, above = (middle, above) if is_enough else (fitting, middle)
+    return fitting
 
 
 def list_options(
-    folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int, capacity_bytes: int
+    folder: Path, config: TrainingConfig, *, dtype: torch.dtype, longest: int, capacity_bytes: int, host_bytes: int = 0
 ) -> tuple[Option, ...]:
     """Return the single changes of the config with which the training fits, the mildest first; none where it fits."""
     skeleton = build_skeleton(folder)
     room = _SHARE * capacity_bytes
-    if _count(skeleton, config, dtype, longest).least_bytes <= room:
+    if _count(skeleton, config, dtype, longest, host_bytes).least_bytes <= room:
         return ()
     options = []
     for update in _list_changes(config, dtype):
         try:
             changed = TrainingConfig.model_validate({**config.model_dump(), **update})
-            need = _count(skeleton, changed, dtype, longest)
+            need = _count(skeleton, changed, dtype, longest, host_bytes)
         except ValueError:
             continue  # it does not go with the other settings, or with this model
         if need.least_bytes <= room:
@@ -128,6 +156,11 @@ def fits(need: MemoryNeed, capacity_bytes: int) -> bool:
     return need.least_bytes <= _SHARE * capacity_bytes
 
 
+def needs_host(need: MemoryNeed, capacity_bytes: int) -> bool:
+    """Say whether the training begins there only with layers' inputs in the host's memory."""
+    return fits(need, capacity_bytes) and need.whole_bytes > _SHARE * capacity_bytes
+
+
 def _list_changes(config: TrainingConfig, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Give changes that want less memory."""
     if config.optimizer != EIGHT_BITS:
@@ -150,7 +183,7 @@ def _list_changes(config: TrainingConfig, dtype: torch.dtype) -> Iterator[dict[s
             yield {"num_processes": number, "context_parallel": number}
 
 
-def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: int) -> MemoryNeed:
+def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: int, host_bytes: int = 0) -> MemoryNeed:
     if config.precision == "bf16":
         dtype = torch.bfloat16
     values = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
@@ -181,13 +214,27 @@ def _count(skeleton: Any, config: TrainingConfig, dtype: torch.dtype, longest: i
     vocabulary = int(sizes.vocab_size)
     own = -(-longest // config.context_parallel)
     logits = min(_SMALLEST_LOGITS, own * vocabulary * _FP32)
-    least_pass = layers * hidden * own * dtype.itemsize + logits
+    an_input = hidden * own * dtype.itemsize
+    least_pass = layers * an_input + logits
+    in_host = spared = 0
+    if config.engine != "general" and config.gradient_checkpointing is not False:
+        in_host, spared = _count_in_host(layers, an_input, host_bytes // config.num_own_processes)
     loaded = 0
     if config.base_weights == "fp8":
         loaded = (share if is_fused else int)(total * dtype.itemsize) + num_trained * _FP32
         # The backward pass transposes the experts of one product at a time.
         least_pass += max((weight.num_values for weight in plan.weights if _is_expert_stack(weight)), default=0)
-    return MemoryNeed(weights, trained, least_pass, num_trained, loaded, passing)
+    return MemoryNeed(weights, trained, least_pass, num_trained, loaded, passing, in_host, spared)
+
+
+def _count_in_host(layers: int, input_bytes: int, host_bytes: int) -> tuple[int, int]:
+    """Return the bytes of layers' inputs that the host's memory takes, and by how many the device then holds less.
+
+    On the device stay at least as many bytes as a layer's work takes, a lower bound of it.
+    """
+    number = min(layers - 1, host_bytes // max(1, input_bytes))
+    left = max(_INPUTS_AT_WORK, layers - number + 2)
+    return (number * input_bytes, (layers - left) * input_bytes) if left < layers else (0, 0)
 
 
 def _count_passing(skeleton: Any, trained: Set[str]) -> int:

@@ -77,6 +77,7 @@ INLINE: dict[str, str] = {
     "python -m docs.settings_page": "tests/docs/test_settings_page.py::test_page_is_that_of_the_model",
     "python -m docs.label_pictures": "tests/docs/test_label_pictures.py::test_pictures_are_those_of_the_code",
     "python -m tests.benchmarks.plan --cpu": _MODULES,
+    "python -m tests.gpu.long_examples": _MODULES,
     "python -m tests.tasks.evaluation.gate_figures": _MODULES,
     "python -m tests.laboratory.fuzz": _MODULES,
     "python -m tests.laboratory.fuzz --cases 2000": _MODULES,

@@ -9,23 +9,18 @@ Legend: `L` layers, `H` hidden size, `P` tokens of a piece.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-
-import psutil
 
 from tasks.decoder.host_inputs import CHUNK_BYTES, HostMemory
 from tasks.decoder.pieces import PIECE_TOKENS
+from tasks.host_memory import HOST_SHARE, read_free_host
 from tasks.training.distributed import gather, machine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.pass_need import Need
 
-HOST_SHARE = 0.75
-"""Of the host's free memory that may be taken: page-locked memory is never swapped out."""
 IN_TURN = 2
 """Inputs that are on the device beside those that stay there: a layer's own, and the next one's on its way."""
 # So small that the trial's peak is not in a piece: what pieces do not change is measured.
 _TRIAL_PIECE = 64
-_CGROUP = Path("/sys/fs/cgroup")
 
 logger = logging.getLogger(__name__)
 
@@ -91,21 +86,6 @@ def count_input_bytes(engine: FusedEngine) -> int:
     """Return the bytes of a token in a layer's input."""
     adapters = engine.decoder.layers[0].qkv.adapters
     return len(engine.decoder.norm.weight) * adapters.joint_a.dtype.itemsize
-
-
-def read_free_host(cgroup: Path = _CGROUP) -> int:
-    """Return the bytes of the host's memory that are free: the machine's, or those that its container leaves."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return free
-    if limit == "max":
-        return free
-    # Files that are only cached are let go of when memory is wanted.
-    return max(0, min(free, int(limit) - used + int(statistics.get("inactive_file", 0))))
 
 
 def _use_host(engine: FusedEngine, need: Need, free_bytes: float, longest: int, input_bytes: int) -> FusedEngine:

@@ -11,7 +11,7 @@ from schemas.config import TrainingConfig
 from tasks.decoder.passing_copies import pass_copies
 from tasks.decoder.recognition import recognize_decoder
 from tasks.models import load_model
-from tasks.planning.memory import count_flop, count_need, fits, list_options
+from tasks.planning.memory import count_flop, count_need, find_longest, fits, list_options, needs_host
 from tasks.training.lora import collect_trained
 from tasks.training.methods import attach_trained
 from tasks.training.own_weights import choose_weights
@@ -130,3 +130,52 @@ def test_heads_that_cannot_be_divided_are_refused_before_anything_is_loaded() ->
     config = TrainingConfig(micro_batch=1, num_processes=3, context_parallel=3)
     with pytest.raises(TrainingError, match=r"8 heads with 2 of keys cannot be divided among 3 processes"):
         count_need(MODEL, config, dtype=torch.float32, longest=512)
+
+
+def make_deep(folder: Path) -> Path:
+    """32 layers of 64 columns: a layer's input of a token takes 128 bytes in 16 bits, all of them 4,096."""
+    shape: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 1 << 21,
+    }  # fmt: skip
+    AutoConfig.for_model("llama", **shape).save_pretrained(folder)
+    return folder
+
+
+def test_layers_inputs_that_the_host_takes_are_no_need_of_the_device(tmp_path: Path) -> None:
+    folder, config = make_deep(tmp_path), TrainingConfig(micro_batch=1, precision="bf16")
+    whole: dict[str, Any] = {"dtype": torch.bfloat16, "longest": 1 << 20}
+    logits = 1 << 28
+    alone = count_need(folder, config, **whole)
+    assert alone.least_pass_bytes == (32 << 27) + logits
+    assert (alone.host_bytes, alone.spared_bytes) == (0, 0)
+    # 10 layers' inputs lie in the host's memory, and two of them are on their way.
+    some = count_need(folder, config, host_bytes=10 << 27, **whole)
+    assert (some.host_bytes, some.spared_bytes) == (10 << 27, 8 << 27)
+    # All but the last layer's do, and a layer's work takes eight at least.
+    most = count_need(folder, config, host_bytes=1 << 40, **whole)
+    assert (most.host_bytes, most.spared_bytes) == (31 << 27, 24 << 27)
+    assert most.least_bytes == alone.least_bytes - (24 << 27)
+    # Two processes have half of the host each.
+    two = config.model_copy(update={"num_processes": 2, "micro_batch": 2})
+    assert count_need(folder, two, host_bytes=20 << 27, **whole).host_bytes == 10 << 27
+    for update in ({"engine": "general"}, {"gradient_checkpointing": False}):
+        other = count_need(folder, config.model_copy(update=update), host_bytes=1 << 40, **whole)
+        assert (other.host_bytes, other.spared_bytes) == (0, 0)
+
+
+def test_the_longest_example_that_fits_is_named(tmp_path: Path) -> None:
+    folder, config = make_deep(tmp_path), TrainingConfig(micro_batch=1, precision="bf16")
+    whole: dict[str, Any] = {"dtype": torch.bfloat16, "longest": 1 << 20}
+    alone = count_need(folder, config, **whole)
+    capacity = int((alone.least_bytes - (1 << 30)) / 0.9)
+    assert not fits(alone, capacity)
+    need = count_need(folder, config, host_bytes=31 << 27, **whole)
+    assert needs_host(need, capacity)
+    assert not needs_host(need, 2 * capacity)
+    found = find_longest(folder, config, capacity_bytes=capacity, **whole)
+    assert found == pytest.approx((1 << 20) * 0.75, rel=1e-3)  # a gibibyte less of four
+    for tokens, is_enough in ((found, True), (found + 1, False)):
+        assert fits(count_need(folder, config, dtype=torch.bfloat16, longest=tokens), capacity) == is_enough
+    assert find_longest(folder, config, capacity_bytes=capacity, host_bytes=31 << 27, **whole) == 1 << 20
+    assert find_longest(folder, config, capacity_bytes=1000, **whole) == 0

@@ -1,9 +1,7 @@
 """What is done for examples that do not fit with every layer recomputed, with the measurements given by hand."""
 
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -12,9 +10,10 @@ from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.host_inputs import CHUNK_BYTES
 from tasks.decoder.pieces import PIECE_TOKENS
 from tasks.decoder.recognition import recognize_decoder
+from tasks.host_memory import HOST_SHARE
 from tasks.training.engines import choice, long_examples, memory_fit
 from tasks.training.engines.fused import FusedEngine
-from tasks.training.engines.long_examples import choose_in_host, count_input_bytes, read_free_host
+from tasks.training.engines.long_examples import choose_in_host, count_input_bytes
 from tasks.training.engines.memory_fit import fit_memory
 from tasks.training.engines.pass_need import Need
 from tasks.training.records import TrainingError
@@ -42,7 +41,7 @@ def fit(
 
     monkeypatch.setattr(memory_fit, "_read_free", lambda device: free / memory_fit._SHARE)
     monkeypatch.setattr(memory_fit, "_measure_all", measure)
-    monkeypatch.setattr(long_examples, "read_free_host", lambda: host / long_examples.HOST_SHARE)
+    monkeypatch.setattr(long_examples, "read_free_host", lambda: host / HOST_SHARE)
     return fit_memory(
         make_engine(family), trained=[], most_tokens=2 * LONG, recompute=None, longest_pass=longest, longest=longest
     )
@@ -125,17 +124,6 @@ def test_an_example_for_which_nothing_is_enough_is_refused(monkeypatch: pytest.M
     # What is short by less than what is never planned for may yet fit.
     choice._refuse_too_long(fit(monkeypatch, free=570 * LONG + PIECE_BYTES), LONG, config)
     choice._refuse_too_long(fit(monkeypatch, free=600 * LONG + PIECE_BYTES), LONG, config)
-
-
-def test_the_hosts_free_memory_is_its_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    assert read_free_host(tmp_path / "none") == 1000
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 100\n")
-    for limit, expected in (("max", 1000), ("900", 300), ("5000", 1000), ("500", 0)):
-        (tmp_path / "memory.max").write_text(limit + "\n")
-        assert read_free_host(tmp_path) == expected
 
 
 def test_a_shortage_brings_pieces_before_smaller_passes() -> None:
