@@ -6,12 +6,12 @@
 
 The machines of the cluster are processes of this one, with a core each; the store is the tests' (moto). Time is that of
 the run's process from its first line of work: connecting to the cluster and starting workers are in it, the cluster's
-own start is not. The last line is a JSON object.
+own start is not. Processor seconds are those of the run, its workers and the cluster; the store's are told apart. The
+last line is a JSON object.
 """
 
 import argparse
 import json
-import logging
 import os
 import re
 import shutil
@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from tests.benchmarks.data import MATERIAL, ROOT, describe_machine, write_rows
-from tests.object_store import serve_bucket
+from tests.object_store import Traffic, serve_bucket
 from tests.tasks.cluster_nodes import Nodes, start_nodes
 
 BUCKET = "rows"
@@ -39,6 +39,8 @@ _CORES = 2
 _TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-with-32-letters"}
 _SOON = {"RAY_health_check_period_ms": "1000"}
 _WATCH_SECONDS = 0.25
+_KINDS = rf"([A-Z]+) /{BUCKET}/?(in|out/\w+|)"
+"""Requests are counted by method and folder; those without a folder list names."""
 
 
 def main() -> None:
@@ -57,15 +59,15 @@ def main() -> None:
         print(json.dumps(work(options)), flush=True)
         sys.stdin.readline()  # until the processor time of the workers is read
         return
-    requests = _Requests()
-    with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder, serve_bucket(BUCKET) as client:
+    traffic = Traffic(_KINDS)
+    with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder, serve_bucket(BUCKET, traffic) as client:
         fill_bucket(client, Path(folder), options)
         figures: list[dict[str, Any]] = []
         for number in range(options.rounds):
             for way in options.ways[:: 1 if number % 2 == 0 else -1]:
-                figures.append(measure(way, Path(folder), options, requests))
+                figures.append(measure(way, Path(folder), options, traffic))
         if options.lose:
-            figures.append(measure("ray", Path(folder), options, requests, lose=True))
+            figures.append(measure("ray", Path(folder), options, traffic, lose=True))
     digests = {json.dumps(figure["digests"]) for figure in figures}
     print(json.dumps({"rows": options.rows, "same_digests": len(digests) == 1, "runs": figures, **summarize(figures),
                       **describe_machine()}))  # fmt: skip
@@ -96,24 +98,8 @@ def write_short_rows(path: Path, num_rows: int) -> None:
             )
 
 
-class _Requests(logging.Handler):
-    """Counts the requests to the store, by their method, in place of their log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        log = logging.getLogger("werkzeug")
-        log.handlers, log.propagate = [self], False
-        log.setLevel(logging.INFO)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.search(r"([A-Z]+) /\S* HTTP", record.getMessage())
-        if found is not None:
-            self.counts[found[1]] += 1
-
-
 def measure(
-    way: str, folder: Path, options: argparse.Namespace, requests: _Requests, *, lose: bool = False
+    way: str, folder: Path, options: argparse.Namespace, traffic: Traffic, *, lose: bool = False
 ) -> dict[str, Any]:
     """Run one way in a process of its own; return its figures."""
     home = Path(tempfile.mkdtemp(dir=folder))
@@ -124,7 +110,8 @@ def measure(
     with _started(way, environment) as nodes:
         families = [] if nodes is None else [psutil.Process(each.pid) for each in nodes.processes]
         before, store = count_cpu_seconds(families), _Store()
-        requests.counts.clear()
+        served = time.process_time()  # the store is in this process, which else only waits
+        traffic.clear()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -135,15 +122,27 @@ def measure(
         with store, losing as killed:
             # Before it Ray tells of the workers that it lost.
             line = next((line for line in process.stdout if line.startswith("{")), "")
+        served = time.process_time() - served
         used = 0.0 if lose else count_cpu_seconds([*families, psutil.Process(process.pid)]) - before
         process.communicate("\n")
         if process.returncode or not line:
             raise SystemExit(f"{way} failed")
-    figures = {"way": way, "killed": killed, "cpu_seconds": round(used, 1), **json.loads(line)}
-    figures |= {"peak_store_bytes": store.peak, "requests": dict(requests.counts)}
+    cpu = {"cpu_seconds": round(used, 1), "server_cpu_seconds": round(served, 1)}
+    figures = {"way": way, "killed": killed, **cpu, **json.loads(line), "peak_store_bytes": store.peak}
+    figures |= {"requests": sum_by_method(traffic.requests), "moved_bytes": sum(traffic.num_bytes.values())}
+    kinds = {kind: (traffic.requests[kind], traffic.num_bytes[kind]) for kind in sorted(traffic.requests)}
+    figures["requests_and_bytes_by_folder"] = kinds
     print(figures, flush=True)
     shutil.rmtree(home)
     return figures
+
+
+def sum_by_method(requests: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of requests of each method."""
+    found: Counter[str] = Counter()
+    for kind, number in requests.items():
+        found[kind.partition(" ")[0]] += number
+    return dict(found)
 
 
 @contextmanager
