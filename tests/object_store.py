@@ -55,20 +55,23 @@ class Traffic:
 
 
 @contextmanager
-def serve_bucket(name: str, traffic: Traffic | None = None) -> Iterator[Any]:
+def serve_bucket(
+    name: str, watch: Callable[[Application], Application] = lambda application: application
+) -> Iterator[Any]:
     """Give boto3's client of a store with one empty bucket, whose address and keys the environment has.
 
     Args:
         name: of the bucket.
-        traffic: counts the requests, if anything does.
+        watch: given the server's application, returns what answers in its place, such as `Traffic.watch`.
     """
     boto3 = pytest.importorskip("boto3", reason="the s3 extra is not installed")
     moto = pytest.importorskip("moto.server", reason="moto's S3 server is not installed")
     serving = pytest.importorskip("werkzeug.serving", reason="moto's S3 server is not installed")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would print a line a request
     application = moto.DomainDispatcherApplication(moto.create_backend_app)
-    served = application if traffic is None else traffic.watch(application)
-    server = serving.make_server("127.0.0.1", 0, served, threaded=True, request_handler=moto.MotoRequestHandler)
+    server = serving.make_server(
+        "127.0.0.1", 0, watch(application), threaded=True, request_handler=moto.MotoRequestHandler
+    )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

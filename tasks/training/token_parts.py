@@ -241,9 +241,10 @@ class TokenParts:
             if not (place / _MADE).is_file():
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir(parents=True)
+            (place / self._sign).touch()  # first: a rank that ends deletes what no rank has signed
+            if not (place / _MADE).is_file():
                 self._lay_out(number, place)
                 (place / _MADE).touch()
-            (place / self._sign).touch()
             table = open_table(place, group=self._group)
         arrays = {name: values for name in _ARRAYS if (values := getattr(table, name)) is not None}
         return {**arrays, "example_ids": table.example_ids}

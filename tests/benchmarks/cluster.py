@@ -60,7 +60,7 @@ def main() -> None:
         sys.stdin.readline()  # until the processor time of the workers is read
         return
     traffic = Traffic(_KINDS)
-    with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder, serve_bucket(BUCKET, traffic) as client:
+    with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder, serve_bucket(BUCKET, traffic.watch) as client:
         fill_bucket(client, Path(folder), options)
         figures: list[dict[str, Any]] = []
         for number in range(options.rounds):
