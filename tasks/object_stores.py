@@ -26,8 +26,10 @@ def open_store(scheme: str, bucket: str) -> Any:
 
         region = fs.resolve_s3_region(bucket)
     # pyarrow gives up after 3 seconds; a store that lists ten thousand names, or is busy, takes longer.
-    seconds: dict[str, Any] = {"request_timeout": 60, "connect_timeout": 20}
-    return _open_client("S3FileSystem", region=region, endpoint_override=endpoint, **seconds)
+    options: dict[str, Any] = {"request_timeout": 60, "connect_timeout": 20}
+    # A file of less than 10 MB is then one request, and not the three of an upload in parts.
+    options["allow_delayed_open"] = True
+    return _open_client("S3FileSystem", region=region, endpoint_override=endpoint, **options)
 
 
 @cache

@@ -47,8 +47,14 @@ def is_store(address: str) -> bool:
     return address.partition("://")[0] in STORES
 
 
-def put_file(path: Path, address: str, num_rows: int = 0) -> StoredFile:
+def put_file(path: Path, address: str, num_rows: int = 0, *, sha256: str | None = None) -> StoredFile:
     """Put a file at an address, whole or not at all.
+
+    Args:
+        path: of the file.
+        address: where it is put.
+        num_rows: of a part of a table.
+        sha256: its digest, where it is known already.
 
     Raises:
         StoreError: it cannot be written.
@@ -58,10 +64,11 @@ def put_file(path: Path, address: str, num_rows: int = 0) -> StoredFile:
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as source, store.open_output_stream(name) as file:
             while block := source.read(_BLOCK_BYTES):
-                digest.update(block)
+                if sha256 is None:
+                    digest.update(block)
                 size += len(block)
                 file.write(block)
-        return StoredFile(size, digest.hexdigest(), num_rows)
+        return StoredFile(size, sha256 or digest.hexdigest(), num_rows)
 
     return _try(address, put)
 

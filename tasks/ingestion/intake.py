@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from tasks.ingestion.errors import RowError
-from tasks.ingestion.pieces import PIECE_ROWS, write_piece, write_summary
+from tasks.ingestion.pieces import PIECE_ROWS, Compression, write_piece, write_summary
 from tasks.ingestion.rejects import Reject, make_reject
 from tasks.ingestion.rows.conversations import Converted, convert_row
 from tasks.ingestion.rows.identity import UsableRow, make_conversation, make_plain_conversation
@@ -49,8 +49,16 @@ class FileStats:
     """Conversations whose turns do not alternate strictly, where the reading asks for the number."""
 
 
-def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
+def read_shard(
+    shard: Shard, folder: Path, max_rows: int | None = None, *, compression: Compression = "uncompressed"
+) -> int:
     """Read a shard's rows and write them to a folder, which is made; a finished one is left as it is.
+
+    Args:
+        shard: what is read.
+        folder: where the rows are written.
+        max_rows: at most so many are read; None for all.
+        compression: of the rows.
 
     Returns:
         The number of rows that were read.
@@ -73,12 +81,12 @@ def read_shard(shard: Shard, folder: Path, max_rows: int | None = None) -> int:
             conversations += block[0]
             rejects += block[1]
             if len(conversations) + len(rejects) >= PIECE_ROWS:
-                write_piece(folder, num_pieces, conversations, rejects)
+                write_piece(folder, num_pieces, conversations, rejects, compression=compression)
                 num_pieces += 1
                 conversations, rejects = [], []
         num_rows += intake.num_rows
     if conversations or rejects:
-        write_piece(folder, num_pieces, conversations, rejects)
+        write_piece(folder, num_pieces, conversations, rejects, compression=compression)
         num_pieces += 1
     write_summary(folder, [vars(part) for part in parts], num_pieces)
     return num_rows

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -23,6 +23,7 @@ from tasks.ingestion.rows.shingles import Shingles, hash_shingles
 from tasks.parcels import find
 from tasks.stored_files import StoredFile, put_file, read_file
 
+Compression = Literal["uncompressed", "zstd"]
 PIECE_ROWS = 20_000
 SUMMARY_NAME = "summary.json"
 _NOTE = ".json"
@@ -83,13 +84,28 @@ def name_rows(folder: Path, number: int) -> Path:
     return folder / f"rows-{number}.arrow"
 
 
-def write_piece(folder: Path, number: int, conversations: Sequence[UsableRow], rejects: Sequence[Reject]) -> None:
-    """Write one piece of a shard."""
+def write_piece(
+    folder: Path,
+    number: int,
+    conversations: Sequence[UsableRow],
+    rejects: Sequence[Reject],
+    *,
+    compression: Compression = "uncompressed",
+) -> None:
+    """Write one piece of a shard.
+
+    Args:
+        folder: of the shard.
+        number: of the piece.
+        conversations: its rows.
+        rejects: what became no row.
+        compression: of the rows: on a disk it costs more time than it saves, on the way to a store less.
+    """
     columns = list(zip(*(row[: len(CONVERSATION_SCHEMA)] for row in conversations), strict=True)) or [()] * len(
         CONVERSATION_SCHEMA
     )
     rows = pl.DataFrame(dict(zip(CONVERSATION_SCHEMA, columns, strict=True)), schema=CONVERSATION_SCHEMA)
-    rows.write_ipc(name_rows(folder, number))
+    rows.write_ipc(name_rows(folder, number), compression=compression)
     make_index(conversations).write_ipc(folder / f"index-{number}.arrow")
     runs = hash_shingles([row.text for row in conversations])
     np.savez(folder / f"shingles-{number}.npz", hashes=runs.hashes, bounds=runs.bounds)
@@ -105,8 +121,9 @@ def put_away(folder: Path, store: str) -> None:
     """
     for path in sorted([*folder.glob("rows-*.arrow"), *folder.glob("shingles-*.npz")]):
         with path.open("rb") as file:
-            address = f"{store}/{hashlib.file_digest(file, 'sha256').hexdigest()}{path.suffix}"
-        note = StoredContent(address, put_file(path, address))
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        address = f"{store}/{digest}{path.suffix}"
+        note = StoredContent(address, put_file(path, address, sha256=digest))
         path.with_suffix(_NOTE).write_text(json.dumps(note), encoding="utf-8")
         path.unlink()
 

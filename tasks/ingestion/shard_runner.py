@@ -113,7 +113,7 @@ def finish_shard(shard: Shard, folder: Path, max_rows: int | None = None, store:
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    num_rows = read_shard(shard, unfinished, max_rows)
+    num_rows = read_shard(shard, unfinished, max_rows, compression="uncompressed" if store is None else "zstd")
     if store is not None:
         put_away(unfinished, store)
     unfinished.rename(folder)

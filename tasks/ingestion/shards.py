@@ -4,9 +4,10 @@ A shard is about 16 MB of consecutive rows: a range of bytes of a JSONL file, a 
 row, row groups of a Parquet file, record batches of an Arrow file, or whole files (spans.py).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,10 +18,14 @@ from tasks.ingestion.rows.screening import Screen
 from tasks.ingestion.sources.columnar import WHOLE, FileSpan
 from tasks.ingestion.sources.files import Source, SourceFile
 from tasks.ingestion.sources.readers import read_rows
+from tasks.ingestion.sources.remote import read_range
+from tasks.ingestion.sources.remote_files import RemoteFile
 from tasks.ingestion.sources.sources import find_sources
-from tasks.ingestion.spans import Spans, divide
+from tasks.ingestion.spans import Spans, Survey, divide, survey_all
 
 SHARD_BYTES = 16 << 20
+_FRONT_BYTES = 1 << 20
+"""Of a remote file of lines, in which its first rows are looked for."""
 
 
 class ShardPart(BaseModel):
@@ -54,10 +59,14 @@ def plan_shards(
 ) -> Iterator[Shard]:
     """Divide all datasets, in their order; no shard holds rows of two sources. A file is looked at in its turn.
 
+    The lines of remote files are counted before that, of all at once.
+
     Raises:
         DataError: a source is missing, or the first rows of a file that is divided fit no format.
     """
-    return join_parts(plan_parts(config, sources, shard_bytes), config.screen, shard_bytes)
+    files = (file for named in sources for source in named for file in source.files)
+    surveys = survey_all(files, shard_bytes)
+    return join_parts(plan_parts(config, sources, shard_bytes, surveys), config.screen, shard_bytes)
 
 
 def join_parts(parts: Iterable[ShardPart], screen: Screen, shard_bytes: int) -> Iterator[Shard]:
@@ -74,8 +83,20 @@ def join_parts(parts: Iterable[ShardPart], screen: Screen, shard_bytes: int) -> 
         yield Shard(parts=tuple(waiting), screen=screen)
 
 
-def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_bytes: int) -> Iterator[ShardPart]:
-    """Yield the parts of all files, in the order of their rows."""
+def plan_parts(
+    config: DataConfig,
+    sources: Sequence[Sequence[Source]],
+    shard_bytes: int,
+    surveys: Mapping[RemoteFile, Survey] = MappingProxyType({}),
+) -> Iterator[ShardPart]:
+    """Yield the parts of all files, in the order of their rows.
+
+    Args:
+        config: the datasets.
+        sources: of each dataset.
+        shard_bytes: wanted of a part.
+        surveys: of remote files whose lines were counted already.
+    """
     for dataset, named in enumerate(sources):
         own = (*config.datasets, config.held_out_dataset)[dataset]
         assert own is not None
@@ -86,7 +107,7 @@ def plan_parts(config: DataConfig, sources: Sequence[Sequence[Source]], shard_by
                 trim_trailing_user=config.trim_trailing_user,
             )
             for file in source.files:
-                layout, spans = _divide(file, reading, shard_bytes)
+                layout, spans = _divide(file, reading, shard_bytes, surveys)
                 for span, num_bytes in spans:
                     yield ShardPart(
                         dataset=dataset,
@@ -125,13 +146,27 @@ def _name_apart(sources: Sequence[Source], folder: str, names: set[str]) -> list
     return apart
 
 
-def _divide(file: SourceFile, reading: Reading, shard_bytes: int) -> tuple[Layout | None, Spans]:
+def _divide(
+    file: SourceFile, reading: Reading, shard_bytes: int, surveys: Mapping[RemoteFile, Survey]
+) -> tuple[Layout | None, Spans]:
     """Return the spans of a file with their sizes, and its layout where there are several."""
-    spans = divide(file, shard_bytes)
+    spans = divide(file, shard_bytes, surveys)
     if len(spans) < 2:
         return None, [(WHOLE, file.num_bytes)]
-    rows = chain.from_iterable(read_rows(file, span) for span, _ in spans)
+    fronts = [*_cut_front(file, spans[0][0]), *(span for span, _ in spans[1:])]
+    rows = chain.from_iterable(read_rows(file, span) for span in fronts)
     first = [row.value for row in islice(rows, ROWS_LOOKED_AT) if row.problem is None]
     layout = find_layout(first, reading, file.shown)
     # Without a layout in its first rows a file's rows must be looked at one after the other.
     return (layout, spans) if layout else (None, [(WHOLE, file.num_bytes)])
+
+
+def _cut_front(file: SourceFile, span: FileSpan) -> list[FileSpan]:
+    """Return the first span of a remote file of lines in two, so that a few rows need not bring all of them."""
+    if file.remote is None or file.kind != "jsonl" or span.stop is None:
+        return [span]
+    front = b"".join(read_range(file.remote, span.start, min(span.stop, span.start + _FRONT_BYTES)))
+    cut = span.start + front.rfind(b"\n") + 1
+    if cut in (span.start, span.stop):
+        return [span]
+    return [span._replace(stop=cut), span._replace(start=cut, first_row=span.first_row + front.count(b"\n"))]

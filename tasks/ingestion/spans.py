@@ -4,10 +4,11 @@ A remote file is not read for it, but where it is larger than a shard: workers c
 and CSV are looked through here, a block at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from tasks import execution
@@ -26,29 +27,60 @@ _SCANNED_BYTES = 4 << 20
 
 Spans = list[tuple[FileSpan, int]]
 """Each with its bytes."""
+Survey = Sequence[tuple[int, int | None]]
+"""Of each part of a file the number of line feeds, and the place of the first one."""
 
 
-def divide(file: SourceFile, shard_bytes: int) -> Spans:
-    """Return the spans of a file, of about so many bytes each; few or none where it is not divided."""
+def divide(file: SourceFile, shard_bytes: int, surveys: Mapping[RemoteFile, Survey] = MappingProxyType({})) -> Spans:
+    """Return the spans of a file, of about so many bytes each; few or none where it is not divided.
+
+    Args:
+        file: to be divided.
+        shard_bytes: wanted of a span.
+        surveys: of remote files whose lines were counted already (`survey_all`).
+    """
     if file.num_bytes <= shard_bytes:
         return []
     if file.remote is None:
         of_files = _OF_FILES.get(file.kind)
         return of_files(file.path, shard_bytes) if of_files else []
+    if _is_surveyed(file, shard_bytes):
+        survey = surveys.get(file.remote) or survey_all([file], shard_bytes)[file.remote]
+        return _divide_remote_lines(file.remote, shard_bytes, survey)
     of_remote_files = _OF_REMOTE_FILES.get(file.kind) if file.remote.has_ranges else None
     return of_remote_files(file.remote, shard_bytes) if of_remote_files else []
 
 
-def _divide_remote_lines(remote: RemoteFile, shard_bytes: int) -> Spans:
-    """Divide a remote JSONL file as `_divide_lines` does: each part ends with the line that a byte of it is in."""
+def survey_all(files: Iterable[SourceFile], shard_bytes: int) -> dict[RemoteFile, Survey]:
+    """Have workers count the lines of the parts of all remote JSONL files that are divided, none waiting for another.
+
+    Raises:
+        DataError: a file cannot be read; of several the first one's.
+    """
+    remotes = [file.remote for file in files if file.remote is not None and _is_surveyed(file, shard_bytes)]
+    calls = [(remote, *bounds) for remote in remotes for bounds in pairwise(_place_parts(remote, shard_bytes))]
+    found = iter(execution.map(survey_lines, calls, parcel=lambda *_: Parcel(())) if calls else ())
+    return {remote: [next(found) for _ in _place_parts(remote, shard_bytes)[1:]] for remote in remotes}
+
+
+def _is_surveyed(file: SourceFile, shard_bytes: int) -> bool:
+    """Tell whether a file's lines are counted by workers."""
+    return file.remote is not None and file.remote.has_ranges and file.kind == "jsonl" and file.num_bytes > shard_bytes
+
+
+def _place_parts(remote: RemoteFile, shard_bytes: int) -> list[int]:
+    """Return where the parts of a remote JSONL file begin, and where the last one ends."""
     assert remote.size is not None, remote
     num_parts = -(-remote.size // shard_bytes)
     # A part begins behind the first line feed from the byte before its place on.
-    places = [0, *(max(0, remote.size * number // num_parts - 1) for number in range(1, num_parts)), remote.size]
-    calls = [(remote, start, stop) for start, stop in pairwise(places)]
-    surveys: list[tuple[int, int | None]] = execution.map(survey_lines, calls, parcel=lambda *_: Parcel(()))
+    return [0, *(max(0, remote.size * number // num_parts - 1) for number in range(1, num_parts)), remote.size]
+
+
+def _divide_remote_lines(remote: RemoteFile, shard_bytes: int, survey: Survey) -> Spans:
+    """Divide a remote JSONL file as `_divide_lines` does: each part ends with the line that a byte of it is in."""
+    assert remote.size is not None, remote
     starts, num_feeds = [(0, 1)], 0
-    for place, (number, first) in zip(places, surveys, strict=False):
+    for place, (number, first) in zip(_place_parts(remote, shard_bytes), survey, strict=False):
         # A part without a line feed lies within a line, which began in an earlier one.
         if place and first is not None and first + 1 < remote.size:
             starts.append((first + 1, num_feeds + 2))
@@ -198,7 +230,6 @@ _OF_FILES: dict[str, _Divide] = {
     **{kind: _scan(_read_file, kind) for kind in _SCANNED},
 }
 _OF_REMOTE_FILES: dict[str, _Divide] = {
-    "jsonl": _divide_remote_lines,
     "parquet": _divide_remote_row_groups,
     **{kind: _scan(_read_remote, kind) for kind in _SCANNED},
 }

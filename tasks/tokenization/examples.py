@@ -149,16 +149,17 @@ def tokenize_stored(
         part: sorted((name, file) for name, file in read_list(dataset).items() if _is_of(name, f"{part}.parquet"))
         for part in PARTS
     }
-    loaded = execution.submit(probe_tokenizer, saved, None)
     calls = [
         (f"{source}/{name}", file, f"{target}/{name}", saved, config_of(part, config), folder / "shards" / name)
         for part in PARTS
         for name, file in files[part]
     ]
     made = execution.map(work_on_stored_part, calls, parcel=enclose_stored_part, tell=tell)
-    check_saved(prepared, saved, loaded.result())
+    probes = [loaded for _, loaded in made]
+    for loaded in (probes[0], *(other for other in probes if other != probes[0])):
+        check_saved(prepared, saved, loaded)
     names = [name for part in PARTS for name, _ in files[part]]
-    stored = dict(zip(names, made, strict=True))
+    stored = dict(zip(names, (file for file, _ in made), strict=True))
     own = [name for name, _ in files["train"]]
     if own != ["train.parquet"]:
         indices = (read_index(folder / "shards" / name / INDEX) for name in own)

@@ -123,7 +123,7 @@ def work_on_shard(
 
 def work_on_stored_part(
     address: str, file: StoredFile, target: str, tokenizer_folder: Path, config: TokenizationConfig, folder: Path
-) -> StoredFile:
+) -> tuple[StoredFile, Probe]:
     """Make the examples of a part of a table that is in a store, and put them there.
 
     Args:
@@ -135,7 +135,7 @@ def work_on_stored_part(
         folder: gets counts and rejects of the row groups, the index, and digests of pairs; made when missing.
 
     Returns:
-        The examples in the store.
+        The examples in the store, and what the tokenizer, as it is there, makes of a message.
     """
     with storage.new_folder() as place:
         table = place / PART
@@ -145,7 +145,7 @@ def work_on_stored_part(
     read_pairs(folder / PART).write_ipc(folder / PAIRS)
     stored = put_file(folder / PART, target, count_rows(folder / PART))
     (folder / PART).unlink()
-    return stored
+    return stored, _probe(tokenizer_folder, tuple(_find_states(tokenizer_folder, None)))
 
 
 def enclose_stored_part(
@@ -184,6 +184,12 @@ def _open(
     folder: Path, chat_template: str | None, arguments: tuple[tuple[str, TemplateArgument], ...]
 ) -> PreparedTokenizer:
     return _prepare(folder, chat_template, arguments, tuple(_find_states(folder, chat_template)))
+
+
+@lru_cache(maxsize=1)
+def _probe(folder: Path, states: tuple[tuple[str, int, int], ...]) -> Probe:
+    """Return what a saved tokenizer makes of a message; a process finds it out once."""
+    return probe(_prepare(folder, None, (), states).tokenizer)
 
 
 @lru_cache(maxsize=1)

@@ -273,12 +273,13 @@ def scatter_rows(
     parts = rows[PLACE].to_numpy() // part_rows
     # Texts in one buffer: views would bring the texts of all the rows from which these were taken.
     table = rows.to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
+    options = pa.ipc.IpcWriteOptions(compression=None if address is None else "zstd")
     spans = []
     with (folder / _SCATTERED).open("wb") as file:
         for part in np.unique(parts).tolist():
             low, high = np.searchsorted(parts, [part, part + 1]).tolist()
             stream = pa.BufferOutputStream()
-            with pa.ipc.new_stream(stream, table.schema) as writer:
+            with pa.ipc.new_stream(stream, table.schema, options=options) as writer:
                 writer.write_table(table.slice(low, high - low))
             content = stream.getvalue()
             spans.append((part, file.tell(), file.tell() + content.size, hashlib.sha256(content).hexdigest()))
