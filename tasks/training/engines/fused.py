@@ -160,10 +160,11 @@ class FusedEngine:
         return self.decoder.bind_gradients()
 
     def shrink(self) -> "FusedEngine | None":
-        """Recompute all layers, then run gated layers in pieces, then halve the forward pass down to 512 tokens."""
+        """Recompute all layers, then take long passes in pieces, then halve passes down to 512 tokens."""
         if self.num_recomputed < len(self.decoder.layers):
             return replace(self, num_recomputed=len(self.decoder.layers), recorder=None)
-        if not self.piece_tokens and any(layer.can_run_in_pieces for layer in self.decoder.layers):
+        is_long = self.tokens_per_forward > PIECE_TOKENS
+        if is_long and not self.piece_tokens and any(layer.can_run_in_pieces for layer in self.decoder.layers):
             return replace(self, piece_tokens=PIECE_TOKENS, recorder=None)
         if self.tokens_per_forward > 512:
             tokens = self.tokens_per_forward // 2

@@ -10,12 +10,14 @@ from torch import Tensor
 from tasks.decoder import elementwise, host_inputs
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.divided import DividedLayers
+from tasks.decoder.float8 import quantize_decoder
 from tasks.decoder.host_inputs import HostMemory
 from tasks.decoder.passing_copies import pass_copies
 from tasks.decoder.recognition import recognize_decoder
 from tasks.training.batches import Batch, form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tests.tasks.decoder import test_own_weights as own_weights
+from tests.tasks.decoder.plain_float8 import build_operations, load_quantized, quantize_rows
 from tests.tasks.decoder.small_models import build, draw_table, measure_difference, take_grads
 
 CPU = torch.device("cpu")
@@ -182,6 +184,20 @@ def test_frozen_weights_divided_among_ranks() -> None:
         found_loss, found = compute(in_host(engine), model)
         assert found_loss == pytest.approx(loss, rel=1e-14)
         assert measure_difference(found, grads) < 1e-13
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_frozen_weights_in_8_bits(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setattr(load_quantized(), "quantize_rows", quantize_rows)
+    model = build(family, torch.bfloat16, dropout=0.25)
+    decoder = replace(quantize_decoder(recognize_decoder(model)), ops=build_operations())
+    engine = FusedEngine(decoder, CPU, 4096, 3, LOGITS_BYTES, 4096)
+    loss, grads = compute(engine, model)
+    found_loss, found = compute(in_host(replace(engine, piece_tokens=SIZE)), model)
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    assert measure_difference(found, grads) < 1e-2  # each row has its own scale: only bf16's additions differ
+    missing = draw_batch(3, (17, 1, 3, 40))
+    assert measure_difference(compute(engine, model, missing)[1], grads) > 0.1
 
 
 def test_passes_may_begin_before_others_have_ended() -> None:

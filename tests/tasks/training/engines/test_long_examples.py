@@ -1,5 +1,6 @@
 """What is done for examples that do not fit with every layer recomputed, with the measurements given by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,15 +127,26 @@ def test_an_example_for_which_nothing_is_enough_is_refused(monkeypatch: pytest.M
     choice._refuse_too_long(fit(monkeypatch, free=600 * LONG + PIECE_BYTES), LONG, config)
 
 
-def test_a_shortage_brings_pieces_before_smaller_passes() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", [(3, 0, 16384), (3, 8192, 16384), (3, 8192, 8192), (3, 8192, 4096)]),
+        ("olmoe", [(3, 0, 16384), (3, 0, 8192), (3, 0, 4096)]),
+    ],
+)
+def test_a_shortage_brings_pieces_before_smaller_passes(family: str, expected: list[tuple[int, int, int]]) -> None:
+    engine = replace(make_engine(family), tokens_per_forward=16384)
     found = []
     while (smaller := engine.shrink()) is not None:
         found.append((smaller.num_recomputed, smaller.piece_tokens, smaller.tokens_per_forward))
         engine = smaller
-    assert found == [(3, 0, 2048), (3, 8192, 2048), (3, 8192, 1024), (3, 8192, 512)]
-    experts = make_engine("olmoe").shrink()
-    assert experts is not None
-    smaller = experts.shrink()
-    assert smaller is not None
-    assert (smaller.piece_tokens, smaller.tokens_per_forward) == (0, 1024)
+    assert found[: len(expected)] == expected
+    assert found[-1][2] == 512
+
+
+def test_passes_within_a_piece_are_only_made_smaller() -> None:
+    engine, found = make_engine(), []
+    while (smaller := engine.shrink()) is not None:
+        found.append((smaller.num_recomputed, smaller.piece_tokens, smaller.tokens_per_forward))
+        engine = smaller
+    assert found == [(3, 0, 2048), (3, 0, 1024), (3, 0, 512)]
