@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import trainers  # noqa: E402 (the file is run by its path, also by peers' interpreters)
+from tests.benchmarks import peers, trainers  # noqa: E402 (the file is run by its path, also by peers' interpreters)
 from tests.benchmarks.random_weights import UNSAVED, load_at_random, save_model  # noqa: E402
 from tests.benchmarks.shapes import SHAPES  # noqa: E402
 
@@ -339,7 +339,7 @@ def main() -> None:
             # The fused engine reads a divided model layer by layer; others hold it whole before they divide it.
             is_fused = who == "ours" and settings.get("engine") != "general"
             load_at_random(by_layer=is_fused and settings.get("strategy") == "fsdp")
-        result = getattr(trainers, f"run_{who}")(options.work / shape, settings, steps)
+        result = getattr(trainers if who == "ours" else peers, f"run_{who}")(options.work / shape, settings, steps)
         if os.environ.get("RANK", "0") == "0":
             print("RESULT", json.dumps(result), flush=True)
         trainers.meet_other_ranks()
