@@ -81,7 +81,8 @@ def runs(
     for row in rows:
         took = "" if row.seconds is None else f"  {row.seconds:,.0f} s"
         outcome = f"  {row.version} {row.verdict}" if row.version else ""
-        _print_entry(f"{shorten_id(row.run)}  {row.started}  {row.status.lower()}{took}{outcome}", row.name)
+        status = "interrupted" if row.is_interrupted else row.status.lower()
+        _print_entry(f"{shorten_id(row.run)}  {row.started}  {status}{took}{outcome}", row.name)
         if row.failure:
             _console().print(Padding(escape(row.failure), (0, 0, 0, 4)))
     if not rows:

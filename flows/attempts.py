@@ -19,10 +19,11 @@ from flows.records import describe_environment, keep_log
 from schemas.artifacts import ModelRef, SourceRef
 from schemas.config import SETTINGS_OF_PLACE, RunConfig
 from tasks import storage, tracking
+from tasks.registry.listing import find_run
 from tasks.training.place import find_place
 from tasks.training.records import TrainingCrash
 
-_SOURCE_TAG, _MODEL_TAG, _HOST_TAG = "sft.source_digest", "sft.base_model_digest", "sft.host"
+_SOURCE_TAG, _MODEL_TAG = "sft.source_digest", "sft.base_model_digest"
 _FLOW_RUN_TAG = "sft.prefect_flow_run"
 _LONGEST_FAILURE = 500
 
@@ -39,11 +40,12 @@ def open_attempt(config: RunConfig, *, resume: str, run_name: str) -> Iterator[s
         config: of this attempt.
         resume: `auto` goes on with an interrupted run of the same config on this machine, if there is one, or with
             SFT_TEAM set on any that ended in an orderly way; `never` starts anew; anything else is the id of the run
-            to go on with.
+            to go on with, or its beginning.
         run_name: of a new run.
 
     Raises:
-        ResumeError: the run named by `resume` had another config.
+        ResumeError: the run named by `resume` had another config, or has finished.
+        ValueError: no run is named so, or several are.
     """
     digest = _digest_config(config)
     run_id = _choose_run(config, digest, resume)
@@ -129,7 +131,7 @@ def _choose_run(config: RunConfig, digest: str, resume: str) -> str | None:
                 return str(run.info.run_id)
     for run in tracking.find_interrupted_runs(config.name):
         run_id = str(run.info.run_id)
-        here = run.data.tags.get(_HOST_TAG) == node() and not storage.is_held(run_id)
+        here = run.data.tags.get(tracking.HOST_TAG) == node() and not storage.is_held(run_id)
         # Another machine left it in an orderly way: its checkpoint is in the place, for whoever comes.
         left = run.info.status == "KILLED" and find_place() is not None
         if (here or left) and run.data.tags[tracking.CONFIG_TAG] == digest:
@@ -137,8 +139,9 @@ def _choose_run(config: RunConfig, digest: str, resume: str) -> str | None:
     return None
 
 
-def _named_run(config: RunConfig, digest: str, run_id: str) -> str:
-    run = tracking.get_run(run_id)
+def _named_run(config: RunConfig, digest: str, beginning: str) -> str:
+    run = find_run(beginning)
+    run_id = str(run.info.run_id)
     if run.info.status == "FINISHED":
         raise ResumeError(f"run {run_id} has finished: there is nothing to resume")
     if run.data.tags.get(tracking.CONFIG_TAG) != digest:

@@ -65,7 +65,7 @@ def run(
     set_: Settings = None,
     report: Annotated[Path | None, typer.Option(help="Write the run report as JSON here.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on with an interrupted run of this config; never; or an MLflow run id.")
+        str, typer.Option(help="auto: go on with an interrupted run of this config; never; or a run's id.")
     ] = "auto",
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse results of unchanged stages.")] = True,
     output: Annotated[

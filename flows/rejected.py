@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tasks.ingestion.errors import name_place
 from tasks.ingestion.reject_groups import RejectGroup
 
 
@@ -34,4 +35,4 @@ def judge_rejected(
 
 def describe_place(row: Mapping[str, str | int]) -> str:
     """Return a rejected row's file, line and reason in words."""
-    return f"{Path(str(row['source'])).name}:{row['line']}  {row['detail']}"
+    return f"{name_place(Path(str(row['source'])).name, int(row['line']))}  {row['detail']}"

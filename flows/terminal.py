@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from flows.evaluating import Evaluated
 
 _PREFECT_FOLDER = str(Path(prefect.__file__).parent)
-_STAGES = "prefect.task_runs"
-"""Prefect's logger of tasks."""
+_RUNS = ("prefect.task_runs", "prefect.flow_runs")
+"""Prefect's loggers of tasks and flows."""
 _START_FIELD = 19  # of /proc/self/stat behind the name: when the process started, in ticks after boot
 _NUM_SHOWN = 3
 _warned: set[str] = set()
@@ -57,8 +57,8 @@ def quiet_prefect(*, only_warnings: bool = False) -> None:
 def _is_ours(record: logging.LogRecord) -> bool:
     if not record.pathname.startswith(_PREFECT_FOLDER):
         return True
-    # The engine logs a failed stage with its whole trace and its state; the command prints the error itself, once.
-    is_failure = record.exc_info is not None or (record.name == _STAGES and record.levelno >= logging.ERROR)
+    # The engine logs what failed or was interrupted with its trace and its state; the command says it itself, once.
+    is_failure = record.exc_info is not None or (record.name in _RUNS and record.levelno >= logging.ERROR)
     return record.levelno >= logging.WARNING and not is_failure
 
 

@@ -31,6 +31,15 @@ REASONS: dict[str, str] = {
 }
 
 
+_OF_ROWS = (".csv", ".tsv", ".parquet", ".arrow")
+"""Endings of files whose rows are numbered, and are no lines."""
+
+
+def name_place(source: str, number: int) -> str:
+    """Return where a row is, as a person finds it: `rows.jsonl:7` is a line, `rows.csv row 7` is below the header."""
+    return f"{source} row {number}" if source.lower().endswith(_OF_ROWS) else f"{source}:{number}"
+
+
 class DataError(ValueError):
     """A dataset that cannot be used; the message says what, where, the limit and the way out."""
 

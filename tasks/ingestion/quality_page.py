@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.plurals import count_of
+from tasks.ingestion.errors import name_place
 from tasks.ingestion.reject_groups import group_rejects
 from tasks.ingestion.rows.screening import KINDS, redact_text
 from tasks.pages import open_templates
@@ -29,6 +30,11 @@ class Slice:
     count: int
     percent: float
     color: str
+
+    @property
+    def label(self) -> str:
+        """Name as it stands behind the count."""
+        return "duplicate" if self.name == "duplicates" and self.count == 1 else self.name
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ def write_quality_page(
     environment = open_templates(Path(__file__).parent)
     environment.filters["hide"] = str if quality["screen"]["mode"] == "off" else redact_text
     environment.filters["clip"] = clip_text
+    environment.globals["name_place"] = name_place
     rows = count_rows(quality, masks)
     warnings = [*quality["warnings"], *warnings]
     tone, verdict = state_verdict(quality["counts"]["rows_read"], rows, is_noted=bool(warnings))

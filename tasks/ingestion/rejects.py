@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tasks.ingestion.errors import REASONS, DataError, RowError
+from tasks.ingestion.errors import REASONS, DataError, RowError, name_place
 from tasks.ingestion.rows.screening import Screen, redact_text
 
 MAX_RAW_CHARACTERS = 2000
@@ -74,7 +74,7 @@ class Tally:
             self.counts[reject.reason] += 1
             places = self.places.setdefault(reject.reason, [])
             if len(places) < PLACES_SHOWN:
-                places.append(f"{reject.source}:{reject.line}")
+                places.append(name_place(reject.source, reject.line))
             self.details.setdefault(reject.reason, reject.detail)
             if len(self.first) < FIRST_SHOWN:
                 self.first.append(reject)

@@ -223,7 +223,7 @@ def _list_others(
 
     def time(stage: str, units: float) -> StageTime:
         if not units:
-            return StageTime(stage, _NOTHING, "none is done")
+            return StageTime(stage, _NOTHING, "none before the end" if stage == CHECKPOINTS else "no row is held out")
         found, told = estimate_stage(question.choose(stage), units, matches=matches)
         if found is None and stage == HELD_OUT and steps is not None and not is_old:
             pace = steps.scale(_FORWARD_PART / asked.tokens.value)  # a step's pass is forward and back

@@ -1,5 +1,6 @@
 """What MLflow knows of runs and registered versions, as rows for a terminal or a program."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
-from tasks import tracking
+from tasks import storage, tracking
 from tasks.registry.exports import FORM_TAG
 from tasks.registry.versions import GATE_TAG, REASONS_TAG, ROLLED_BACK_TAG, RUN_TAG
 
@@ -25,6 +26,9 @@ class RunRow:
     started: str
     name: str
     status: str
+    """MLflow's."""
+    is_interrupted: bool
+    """It was cut short, and the same command goes on with it: stopped, or its process on this machine is gone."""
     seconds: float | None
     """None where it has not ended, or where the clock was set back meanwhile."""
     version: str
@@ -116,7 +120,7 @@ def compare_runs(runs: Sequence[str]) -> RunComparison:
     Raises:
         ValueError: an id is not known, or begins several.
     """
-    found = [_find_run(run) for run in runs]
+    found = [find_run(run) for run in runs]
     settings = {}
     for name in sorted({name for run in found for name in run.data.params}):
         values = tuple(run.data.params.get(name, "") for run in found)
@@ -148,7 +152,12 @@ def _search_runs(limit: int) -> list[Run]:
     )
 
 
-def _find_run(beginning: str) -> Run:
+def find_run(beginning: str) -> Run:
+    """Return the run with an id, or the only one whose id begins so.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
     try:
         return tracking.client().get_run(beginning)
     except mlflow.MlflowException:
@@ -169,6 +178,7 @@ def _describe_run(run: Run) -> RunRow:
         started=_format_time(run.info.start_time),
         name=run.info.run_name or "",
         status=run.info.status,
+        is_interrupted=run.info.status == "KILLED" or (run.info.status == "RUNNING" and _is_gone(run)),
         seconds=None
         if ended is None or ended < run.info.start_time
         else round((ended - run.info.start_time) / 1000, 1),
@@ -176,6 +186,11 @@ def _describe_run(run: Run) -> RunRow:
         verdict=run.data.tags.get("sft.verdict", ""),
         failure=run.data.tags.get(tracking.FAILURE_TAG, "") if run.info.status in ("FAILED", "KILLED") else "",
     )
+
+
+def _is_gone(run: Run) -> bool:
+    """Say whether a run of this machine has no process any more; of another machine's nobody here knows."""
+    return run.data.tags.get(tracking.HOST_TAG) == platform.node() and not storage.is_held(run.info.run_id)
 
 
 def _format_time(milliseconds: int) -> str:

@@ -35,6 +35,8 @@ TAKES_TAG = "sft.takes."
 """Begins the tags that name the runs whose kept results a pipeline run has taken, set when it takes them."""
 CONFIG_TAG = "sft.config_digest"
 FAILURE_TAG = "sft.failure"
+HOST_TAG = "sft.host"
+"""Name of the machine that began a run."""
 CONFIG_FILE = "config.json"
 _MAX_PARAM_CHARS = 500  # MLflow takes 6,000; longer than this nobody reads in a table
 
@@ -78,7 +80,7 @@ def create_parent_run(config: RunConfig, *, run_name: str, config_digest: str, t
     run = client().create_run(
         open_experiment(config.name),
         run_name=run_name,
-        tags={CONFIG_TAG: config_digest, "sft.host": platform.node(), **tags},
+        tags={CONFIG_TAG: config_digest, HOST_TAG: platform.node(), **tags},
     )
     run_id = str(run.info.run_id)
     values = config.model_dump(mode="json")

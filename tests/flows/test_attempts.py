@@ -41,6 +41,6 @@ def test_every_end_that_is_an_error_has_its_reason() -> None:
         "KILLED",
         "StageLostError: train was lost 3 times",
     )
-    assert attempt(KeyboardInterrupt(), run) == (run, "KILLED", "")  # somebody wanted it
+    assert attempt(KeyboardInterrupt(), run[:8]) == (run, "KILLED", "")  # somebody wanted it
     assert attempt(StageFailedError("no such folder"), run) == (run, "FAILED", "StageFailedError: no such folder")
     assert attempt(None, run) == (run, "FINISHED", "")

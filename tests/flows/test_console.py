@@ -55,6 +55,8 @@ def test_engines_line_of_a_failed_stage_is_not_shown_and_other_warnings_are(tmp_
     assert not shows("prefect.task_runs", logging.ERROR, engine)
     assert not shows("prefect.flow_runs", logging.INFO, engine)
     assert not shows("prefect.flow_runs", logging.ERROR, engine, ValueError("x"))
+    assert not shows("prefect.flow_runs", logging.ERROR, engine)  # after Ctrl-C it tells of a crash
+    assert shows("prefect.flow_runs", logging.ERROR, own)
     assert shows("prefect.flow_runs", logging.WARNING, engine)
     assert shows("prefect.events.clients", logging.ERROR, engine)
 

@@ -1,6 +1,7 @@
 """`sft runs` and `sft models` say what MLflow holds, in text and as JSON."""
 
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from tasks import tracking
+from tasks import storage, tracking
 from tasks.registry.exports import FORM_TAG
 from tasks.registry.versions import GATE_TAG, REASONS_TAG, ROLLED_BACK_TAG, RUN_TAG
 
@@ -78,6 +79,24 @@ def test_a_failed_run_says_why() -> None:
         assert run("runs").count("DataError: 7 of 267 rows are rejected") == 1
     finally:
         for run_id in ids:
+            client.delete_run(run_id)
+
+
+def test_a_run_that_was_cut_short_is_interrupted() -> None:
+    client, experiment = tracking.client(), tracking.open_experiment("cut-short")
+    tags = {tracking.CONFIG_TAG: "x", tracking.HOST_TAG: platform.node()}
+    gone, held, stopped = (client.create_run(experiment, tags=tags, start_time=10).info.run_id for _ in range(3))
+    elsewhere = client.create_run(experiment, tags={**tags, tracking.HOST_TAG: "elsewhere"}, start_time=10).info.run_id
+    client.set_terminated(stopped, status="KILLED")
+    try:
+        with storage.hold_run(held):
+            rows = {row["run"]: row["is_interrupted"] for row in json.loads(run("runs", "--json"))}
+            words = {line.split()[0]: line.split()[3] for line in run("runs").splitlines() if not line.startswith(" ")}
+        assert {name for name, is_interrupted in rows.items() if is_interrupted} == {gone, stopped}
+        assert words[gone[:8]] == words[stopped[:8]] == "interrupted"
+        assert words[held[:8]] == words[elsewhere[:8]] == "running"
+    finally:
+        for run_id in (gone, held, stopped, elsewhere):
             client.delete_run(run_id)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from tasks.ingestion.errors import name_place
 from tasks.ingestion.pieces import StoredContent, read_frame, read_shingles, read_stored
 from tasks.ingestion.rows.shingles import Shingles, select_shingles
 from tasks.ingestion.splitting.ranks import rank_places
@@ -84,7 +85,7 @@ class Index:
             for place, own in zip(places, owners.tolist(), strict=True):
                 if own == owner:
                     source, line = frame.row(place - piece.start)
-                    names[place] = f"{source}:{line}"
+                    names[place] = name_place(source, line)
         return [names[place] for place in places]
 
     def find(self, rows: Mask, number: int) -> list[int]:

@@ -120,7 +120,7 @@ class _Handover:
         if not self._has_begun.is_set():
             self._is_left.set()
             return
-        logger.info("Stopping the training after a checkpoint")
+        logger.warning("Stopping after a checkpoint; a second interruption would not wait for it")
         try:
             self._forward_the_rest()
         except BaseException:

@@ -179,7 +179,7 @@ class Supervisor:
         is_over = self._process is None or self._process.poll() is not None or self._has_failed() or self._has_given_up
         if is_over or not ranks:
             return
-        logger.info("Stopping the training after a checkpoint")
+        logger.warning("Stopping after a checkpoint; a second interruption would not wait for it")
         self._is_stopping = True
         for connection in ranks:
             self._send_stop(connection)

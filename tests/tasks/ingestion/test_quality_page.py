@@ -129,7 +129,7 @@ def test_page_says_where_every_row_went_after_tokenization(folder: Path) -> None
     for words in (
         "16 rows are trained and 2 are held out. 5 rows (21 % of those read) are rejected",
         "16 trained (66.7 %)",
-        "1 duplicates (4.2 %)",
+        "1 duplicate (4.2 %)",
         "0 leaked ",
         "500 25.0 % of 2,000",
         "1 × empty_answer",

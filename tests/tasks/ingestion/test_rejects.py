@@ -21,6 +21,12 @@ def test_reject_keeps_place_reason_and_the_first_characters_of_the_row() -> None
     assert len(reject.example_id) == 32
 
 
+def test_a_row_that_is_no_line_is_named_as_a_row() -> None:
+    found = Tally()
+    found.add(make_reject(name, 7, RowError("broken_text", ""), {}) for name in ("a.jsonl", "b.csv", "c.Parquet"))
+    assert found.places == {"broken_text": ["a.jsonl:7", "b.csv row 7", "c.Parquet row 7"]}
+
+
 def test_what_cannot_be_encoded_is_still_recorded() -> None:
     assert make_reject("a", 1, RowError("broken_text", "\ud800"), {"a": "\ud800"}).raw == '{"a": "?"}'
     assert make_reject("a", 1, RowError("not_text", "x"), {"a": b"\x00"}).raw == '{"a": "b\'\\\\x00\'"}'

@@ -139,7 +139,12 @@ def test_interrupted_process_leaves_a_checkpoint_and_the_run_goes_on_exactly(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_place_waits_for_the_checkpoint(
-    base_model: Path, tokens: Path, tmp_path: Path, undisturbed: Told, number: signal.Signals
+    base_model: Path,
+    tokens: Path,
+    tmp_path: Path,
+    undisturbed: Told,
+    number: signal.Signals,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Cancelled(BaseException):
         """As Prefect's handler raises one."""
@@ -159,6 +164,9 @@ def test_signal_in_place_waits_for_the_checkpoint(
         with pytest.raises(Cancelled):
             run_training(job, on_step=at_step(7, act), in_place=True)
         assert handlers == [cancel]  # Prefect takes a run with another handler for a crash
+        assert ("WARNING", "Stopping after a checkpoint; a second interruption would not wait for it") in [
+            (record.levelname, record.getMessage()) for record in caplog.records
+        ]
     finally:
         signal.signal(number, earlier)
     (step,) = list_checkpoints(job)
