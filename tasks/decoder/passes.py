@@ -55,14 +55,44 @@ class FlatBatch(NamedTuple):
     """[N] int64; one below 0 does not count."""
 
 
-def count_recorded(decoder: Decoder) -> int:
+class RecordingRule(NamedTuple):
+    """Which passes are recorded, and what each is filled up to."""
+
+    most_tokens: int
+    """Of a recorded pass."""
+    longest: int
+    """Tokens that no segment exceeds."""
+    room_tokens: int
+    """Whose pass fits into the memory."""
+
+    def choose(self, num_tokens: int, num_trained: int, num_segments: int) -> Shape | None:
+        """Return the shape of a pass that is recorded; None of one that is not."""
+        shape = choose_shape(num_tokens, num_trained, num_segments, longest=self.longest)
+        # What is recorded keeps its memory, beside that of the passes which are not.
+        return None if shape.num_tokens > self.most_tokens or 2 * shape.num_tokens > self.room_tokens else shape
+
+
+def count_recorded(num_layers: int, flop_per_token: float) -> int:
     """Return the most tokens of a pass that is worth recording: its products take less time than their launches.
 
     Filling up costs tokens, so that a large model's passes are better left as they are.
+
+    Args:
+        num_layers: of the model.
+        flop_per_token: of the products with its layers' own weights, forward and backward.
     """
+    return min(MOST_TOKENS, int(num_layers * _LAUNCH_SECONDS * _FLOP_PER_SECOND / flop_per_token))
+
+
+def count_flop(decoder: Decoder) -> int:
+    """Return the FLOP of a token in the products with its layers' own weights, forward and backward."""
     flop_per_weight = 4 if decoder.weights is None else 6  # the gradient of a trained one takes as much again
-    seconds_per_token = flop_per_weight * sum(layer.num_weights for layer in decoder.layers) / _FLOP_PER_SECOND
-    return min(MOST_TOKENS, int(len(decoder.layers) * _LAUNCH_SECONDS / seconds_per_token))
+    return flop_per_weight * sum(layer.num_weights for layer in decoder.layers)
+
+
+def round_longest(longest: int) -> int:
+    """Return one number for all shapes: attention needs an upper bound only, and each is a recording of its own."""
+    return max(64, -(-longest // 64) * 64)
 
 
 def choose_shape(num_tokens: int, num_trained: int, num_segments: int, *, longest: int) -> Shape:
@@ -123,11 +153,10 @@ class PassRecorder:
     """
 
     def __init__(self, decoder: Decoder, device: torch.device, *, longest: int, logits_bytes: int) -> None:
-        self.most_tokens = count_recorded(decoder)
+        self.most_tokens = count_recorded(len(decoder.layers), count_flop(decoder))
         self._decoder = decoder
         self._device = device
-        # One number for all shapes: attention needs an upper bound only, and each number is a recording of its own.
-        self._longest = max(64, -(-longest // 64) * 64)
+        self.longest = round_longest(longest)
         self._logits_bytes = logits_bytes
         self._recorder = Recorder(device)
         self._places: dict[Shape, _Place] = {}
@@ -135,7 +164,7 @@ class PassRecorder:
     def choose_shape(self, batch: FlatBatch) -> Shape:
         """Return the shape that a batch would have."""
         sizes = len(batch.input_ids), len(batch.trained), len(batch.lengths)
-        return choose_shape(*sizes, longest=self._longest)
+        return choose_shape(*sizes, longest=self.longest)
 
     def add_gradient(self, batch: FlatBatch, scale: float, *, dropout_key: int = 0) -> Tensor:
         """Add the gradient of scale * (sum of the batch's token losses); return that sum (nats, fp32 scalar)."""
@@ -153,7 +182,7 @@ class PassRecorder:
             self._decoder,
             place.input_ids,
             place.positions,
-            Segments(place.borders, (self._longest,)),
+            Segments(place.borders, (self.longest,)),
             place.trained,
             place.targets,
             logits_bytes=self._logits_bytes,

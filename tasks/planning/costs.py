@@ -1,9 +1,9 @@
-"""What a training's steps cost, by what earlier ones on this device took: seven costs, none below zero.
+"""What a training's steps cost, by what earlier ones on this device took: eight costs, none below zero.
 
     seconds = a steps + b steps * trained values + c passes * layers + d products + e values between the products
-              + f the adapter's products + g attention's products
+              + f the adapter's products + g attention's products + h recordings of passes * layers
 
-Earlier trainings are few, and seldom tell all seven apart. So each cost has a usual size (_USUAL; only proportions
+Earlier trainings are few, and seldom tell all eight apart. So each cost has a usual size (_USUAL; only proportions
 count), and is taken to be off by its own size (_PRIOR): Bayesian linear regression with known noise (Bishop, Pattern
 Recognition and Machine Learning, 2006, section 3.3). What the trainings say takes over where they say something; where
 they do not, the bar is as wide as that. Errors are relative: each training counts by its seconds.
@@ -22,10 +22,14 @@ from tasks.planning.estimates import Estimate
 
 Floats = NDArray[np.float64]
 _USUAL = {
-    "cpu": (4e-3, 3e-9, 6e-4, 1.2e-11, 1.2e-8, 2e-11, 3e-11),
-    "cuda": (3e-3, 1.5e-11, 1.2e-4, 2e-15, 4e-11, 4e-15, 5e-15),
+    "cpu": (4e-3, 3e-9, 6e-4, 1.2e-11, 1.2e-8, 2e-11, 3e-11, 1.0),
+    "cuda": (3e-3, 1.5e-11, 1.4e-3, 2e-15, 4e-11, 4e-15, 5e-15, 2e-3),
 }
 """Seconds of each cost's unit: of one core, and of a large GPU. Orders of magnitude, chosen by hand."""
+_REPLAYED = 0.5
+"""Part of a pass's own seconds that it still takes where it is recorded and replayed."""
+_AGAIN = 0.36
+"""What a layer's second run adds to its products: two of four, without the last matrix's, 0.29 of the weights."""
 _PRIOR = 1.0
 """Standard deviation of a cost, as a part of its usual size."""
 SAME_NOISE, OTHER_NOISE = 0.04, 0.25
@@ -58,15 +62,17 @@ def list_terms(work: Mapping[str, float]) -> Floats:
     ranks, again, sharing = max(1.0, work["ranks"]), work["recomputed"], work.get("sharing", 1.0)
     layers, hidden, trained = work["layers"], work["hidden"], work["trained"]
     passes, tokens, rows, squares = (work[name] / ranks for name in ("passes", "tokens", "head_rows", "squares"))
+    passes -= (1 - _REPLAYED) * work.get("replayed", 0.0) / ranks
     return np.array(
         [
             work["steps"],
             work["steps"] * trained,
             passes * sharing * layers * (1 + again / 2),
-            tokens * work["flop"] * (1 + again / 2) + rows * work["head_flop"],
+            tokens * work["flop"] * (1 + again * _AGAIN) + rows * work["head_flop"],
             tokens * layers * hidden * (1 + again / 3) + rows * work["vocabulary"] / 2,
             tokens * work["adapter_flop"] * (1 + again / 3),
             6 * squares * layers * hidden * (1 + again / 3),
+            work.get("new_shapes", 0.0) / ranks * layers,
         ]
     )
 

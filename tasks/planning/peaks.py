@@ -1,7 +1,9 @@
 """The highest memory of a training, by what earlier ones of the same model took on this device.
 
     bytes = what the process held before + what the training's libraries take + weights, trained values and optimizer
-            + tokens of the largest pass * (inputs of all layers + what the layers keep for the backward pass)
+            + logits + the larger of a step's and a held-out pass
+    a step's pass = its tokens * (inputs of all layers + what the layers keep for the backward pass)
+    a held-out pass = its tokens * what one layer computes
 
 A fit like that of the time (`tasks.planning.costs`). What is counted to the byte is taken as counted; what libraries
 take, and how much a layer keeps of a token, are measured. On a CPU a training is a part of the run's process, which
@@ -16,23 +18,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from schemas.config import TrainingConfig
+from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.planning.costs import Floats, predict_sum
 from tasks.planning.estimates import Estimate
+from tasks.training.engines.choice import LEAN_LOGITS_BYTES
 
 _LIBRARIES = {"cpu": 1.2e8, "cuda": 3e8}
-"""Bytes that libraries take when they begin to compute; on a GPU, their work spaces, and logits."""
+"""Bytes that libraries take when they begin to compute; on a GPU, their work spaces."""
 _BEFORE_TRAINING_BYTES = 90e6
 """That a run's process holds more than a trial's: of the demo, 92 MB, by Prefect's and MLflow's stores and the base
 model's evaluation. Once a run was done here, its own figure is taken."""
 _PRIORS = {
-    "cpu": np.array([0.02, 0.5, 0.5, 0.5, 0.5, 0.5]),  # an allocator keeps what loading a model took for a moment
-    "cuda": np.array([0.02, 0.5, 0.02, 0.5, 0.5, 0.5]),
+    "cpu": np.array([0.02, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3]),  # an allocator keeps what loading a model took
+    "cuda": np.array([0.02, 0.5, 0.02, 0.5, 0.5, 0.5, 0.5, 0.3]),
 }
 _NOISE = {"cpu": 0.02, "cuda": 0.01}
 _FEW = 5
 _PARTS_KEPT = (10, 2)
 """Values that a layer keeps of a token, of the hidden size and of the feed-forward's width: from what a
 training of the 7B shape took: 65,000 values."""
+_PARTS_HELD_OUT = (5, 3)
+"""Values of a token that one layer has at a time where no gradient is taken."""
 _LEAST_PART = 0.05
 """Of the bar: allocators round, and a process is never twice the same."""
 
@@ -90,18 +96,24 @@ def count_rank(config: TrainingConfig) -> int:
 
 def _list_terms(peak: Peak, device: str) -> Floats:
     """Return the parts [K] of the memory, as they would usually be."""
-    work, size = peak.work, peak.itemsize
+    work, size, is_gpu = peak.work, peak.itemsize, device == "cuda"
     tokens, layers, hidden = work["largest_pass"] / work.get("sharing", 1.0), work["layers"], work["hidden"]
     hidden_kept, width_kept = _PARTS_KEPT
     a_layer = tokens * (hidden_kept * hidden + width_kept * work["width"]) * size
     kept = layers * (1 - work["recomputed"])
+    step = (tokens * layers * hidden * size, (kept + 1) * a_layer, kept * tokens * 7 * peak.rank * size)
+    # On a CPU no pass is larger than a step's, and logits are small beside what an allocator keeps.
+    most_logits = (LEAN_LOGITS_BYTES if work["recomputed"] else LOGITS_BYTES) if is_gpu else 0
+    hidden_held, width_held = _PARTS_HELD_OUT
+    held_out = work.get("held_out_pass", 0.0) * (hidden_held * hidden + width_held * work["width"]) * size
+    held_out = held_out if is_gpu and held_out > sum(step) else 0.0
     return np.array(
         [
-            work["resident"] if device == "cpu" else 0.0,
+            0.0 if is_gpu else work["resident"],
             _LIBRARIES[device],
             float(peak.fixed_bytes),
-            tokens * layers * hidden * size,
-            (kept + 1) * a_layer,
-            kept * tokens * 7 * peak.rank * size,
+            min(most_logits, tokens * work["vocabulary"] * size),
+            *((0.0, 0.0, 0.0) if held_out else step),
+            held_out,
         ]
     )

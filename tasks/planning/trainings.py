@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import torch
 
 from schemas.config import TrainingConfig
 from tasks import speeds
+from tasks.decoder.passes import RecordingRule, count_recorded, round_longest
 from tasks.models import choose_device, choose_dtype
 from tasks.planning.estimates import Estimate
-from tasks.planning.memory import count_flop, count_need, read_capacity
+from tasks.planning.memory import MemoryNeed, count_flop, count_need, read_capacity
 from tasks.planning.peaks import Peak, count_rank, foresee_resident, predict_peak
 from tasks.planning.times import PlannedTraining, StageTime, describe_kind, estimate_stage, estimate_steps
 from tasks.planning.work import ExampleLengths, PassLayout, foresee_layout, foresee_work, read_examples
 from tasks.speeds import Speed
-from tasks.training.engines.choice import FULL_TOKENS
+from tasks.training.engines.choice import FULL_TOKENS, GPU_TOKENS
 from tasks.training.pace import (
     AROUND,
     CHECKPOINTS,
@@ -59,6 +60,16 @@ class _Question:
     known: Sequence[Speed]
     device: torch.device
     model: dict[str, float]
+    needs: dict[str, MemoryNeed] = field(default_factory=dict)
+    """By the settings: building a large model's skeleton takes a quarter of a second."""
+
+    def count_need(self, config: TrainingConfig) -> MemoryNeed:
+        """Return the memory of a config before its first pass."""
+        key = config.model_dump_json()
+        if key not in self.needs:
+            dtype = choose_dtype(config.precision, self.device)
+            self.needs[key] = count_need(self.folder, config, dtype=dtype, longest=1)
+        return self.needs[key]
 
     @property
     def kind(self) -> str:
@@ -96,7 +107,8 @@ def plan_training(
     shape, settings = speeds.describe_shape(folder), describe_conditions(config)
     own = [speed for speed in question.choose(STEPS) if speed.shape == shape and speed.work]
     engine, is_flat = _foresee_engine(own, config)
-    work = _foresee(question, examples, own, is_flat=is_flat, seed=seed)
+    held_out = count_tokens(tokens / "eval.parquet")
+    work = _foresee(question, examples, own, engine=engine, is_flat=is_flat, seed=seed, num_held_out=held_out)
     flop = count_flop(folder, config)
     asked = PlannedTraining(
         device=speeds.name_device(), is_gpu=question.kind == "cuda", shape=shape, settings=settings, engine=engine,
@@ -108,7 +120,6 @@ def plan_training(
         here = foresee_resident([speed.work for speed in question.choose(STEPS) if speed.work])
         asked_peak = _describe_peak(question, config, {**work, "resident": here})
         peak = predict_peak(_list_peaks(question, own), asked_peak, device=question.kind)
-    held_out = count_tokens(tokens / "eval.parquet")
     return TrainingPlan((steps, *_list_others(question, asked, steps.seconds, held_out)), peak, work)
 
 
@@ -124,34 +135,61 @@ def _foresee_engine(own: Sequence[Speed], config: TrainingConfig) -> tuple[str, 
 
 
 def _foresee(
-    question: _Question, examples: ExampleLengths, own: Sequence[Speed], *, is_flat: bool, seed: int
+    question: _Question,
+    examples: ExampleLengths,
+    own: Sequence[Speed],
+    *,
+    engine: str,
+    is_flat: bool,
+    seed: int,
+    num_held_out: int,
 ) -> dict[str, float]:
     """Return the work of all steps, in passes that fit into the memory; nothing of a model without sizes."""
     if not question.model:
         return {}
     config = question.config
-    need = count_need(question.folder, config, dtype=_dtype(question), longest=1)
-    sizes = measure_products(question.model, config, count_flop(question.folder, config), need.num_trained)
+    flop, num_trained = count_flop(question.folder, config), question.count_need(config).num_trained
+    sizes = measure_products(question.model, config, flop, num_trained)
     sizes["sharing"] = float(config.context_parallel)
 
-    def lay(layout: PassLayout) -> dict[str, float]:
-        return {**foresee_work(examples, config, layout, seed=seed), **sizes}
+    def lay(layout: PassLayout, room: int) -> dict[str, float]:
+        if question.kind == "cuda" and engine.startswith("fused") and _can_record(own, config, layout):
+            most = count_recorded(int(sizes["layers"]), sizes["flop"])
+            longest = round_longest(int(examples.table.lengths.max(initial=0)))
+            layout = replace(layout, recording=RecordingRule(most, longest, room))
+        held_out = float(min(num_held_out, room))
+        return {**foresee_work(examples, config, layout, seed=seed), **sizes, "held_out_pass": held_out}
 
     whole = foresee_layout(examples, config, is_gpu=question.kind == "cuda", is_flat=is_flat)
     if question.kind != "cuda":
-        return lay(whole)
+        return lay(whole, whole.tokens_per_forward)
     settings = describe_conditions(config)
     for speed in reversed(own):
         if speed.settings == settings:
             room = min(whole.tokens_per_forward, int(speed.work["room"]))
-            return lay(replace(whole, tokens_per_forward=room, recomputed=speed.work["recomputed"]))
+            layout = replace(whole, tokens_per_forward=room, recomputed=speed.work["recomputed"])
+            return lay(layout, int(speed.work["room"]))
     layout = whole
     for part in {None: (0.0, 1.0), False: (0.0,), True: (1.0,)}[config.gradient_checkpointing]:
         layout = replace(whole, recomputed=part)
         layout = replace(layout, tokens_per_forward=_fit_tokens(question, own, layout, sizes))
         if layout.tokens_per_forward >= min(whole.tokens_per_forward, FULL_TOKENS * config.context_parallel):
             break
-    return lay(layout)
+    return lay(layout, _fit_tokens(question, own, replace(layout, tokens_per_forward=GPU_TOKENS), sizes))
+
+
+def _can_record(own: Sequence[Speed], config: TrainingConfig, layout: PassLayout) -> bool:
+    """Say whether the fused engine records small passes: of this model, as it did the last time that one was small."""
+    is_plain = config.context_parallel == 1 and not config.is_paired and not config.sweep.is_on
+    if layout.recomputed or not is_plain or (config.strategy != "ddp" and config.num_ranks > 1):
+        return False
+    for speed in reversed(own):
+        work = speed.work
+        if "replayed" not in work or work["recomputed"]:  # of an earlier release, or of passes that are never recorded
+            continue
+        if 2 * work["tokens"] / work["passes"] <= count_recorded(int(work["layers"]), work["flop"]):
+            return work["replayed"] > 0
+    return True
 
 
 def _fit_tokens(question: _Question, own: Sequence[Speed], layout: PassLayout, sizes: dict[str, float]) -> int:
@@ -194,12 +232,7 @@ def _list_peaks(question: _Question, own: Sequence[Speed]) -> list[Peak]:
 
 def _describe_peak(question: _Question, config: TrainingConfig, work: dict[str, float]) -> Peak:
     dtype = choose_dtype(config.precision, question.device)
-    need = count_need(question.folder, config, dtype=dtype, longest=1)
-    return Peak(need.fixed_bytes, dtype.itemsize, count_rank(config), work)
-
-
-def _dtype(question: _Question) -> torch.dtype:
-    return choose_dtype(question.config.precision, question.device)
+    return Peak(question.count_need(config).fixed_bytes, dtype.itemsize, count_rank(config), work)
 
 
 def _list_others(

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from schemas.config import TrainingConfig
+from tasks.decoder.passes import RecordingRule, Shape
 from tasks.training.batches import FLAT_MULTIPLE, choose_pack_tokens, cut_flat_step, cut_padded_step
 from tasks.training.engines.choice import CPU_TOKENS, GPU_TOKENS
 from tasks.training.packing import pack
@@ -29,6 +30,17 @@ class PassLayout:
     """Of a rank, or of those that share a pass."""
     recomputed: float = 0.0
     """Part of the layers that run again in the backward pass."""
+    recording: RecordingRule | None = None
+    """Which passes are recorded and replayed; None where none is."""
+
+
+class _Pass(NamedTuple):
+    """What an engine makes of some rows of a step."""
+
+    tokens: int
+    head_rows: int
+    squares: int
+    num_segments: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def _make_rows(table: TokenTable, config: TrainingConfig) -> list[list[int]]:
 def foresee_work(
     examples: ExampleLengths, config: TrainingConfig, layout: PassLayout, *, seed: int
 ) -> dict[str, float]:
-    """Return the counts of all steps of a training, as `tasks.training.steps.count_work` counts them.
+    """Return the counts of all steps of a training, as `tasks.training.step_work.count_work` counts them.
 
     Args:
         examples: of the training.
@@ -111,23 +123,31 @@ def foresee_work(
     rows = examples.rows
     per_step = config.rows_per_step
     steps_per_epoch, num_steps = count_steps(len(rows), config)
-    counts, laid_out = np.zeros(4), min(num_steps, max(_MOST_STEPS, min(steps_per_epoch, 4 * _MOST_STEPS)))
-    largest = 0
+    counts, laid_out = np.zeros(5), min(num_steps, max(_MOST_STEPS, min(steps_per_epoch, 4 * _MOST_STEPS)))
+    largest, recorded, num_new = 0, set[Shape](), 0
     for step in range(laid_out):
         epoch, position = divmod(step, steps_per_epoch)
         if not position:
             order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         window = [rows[row] for row in order[position * per_step : (position + 1) * per_step]]
-        for tokens, head_rows, squares in _lay_out_step(examples, window, config, layout):
-            counts += (1, tokens, head_rows, squares)
-            largest = max(largest, tokens)
-    passes, tokens, head_rows, squares = (counts * num_steps / laid_out).tolist()
+        num_known = len(recorded)
+        for each in _lay_out_step(examples, window, config, layout):
+            shape = layout.recording and layout.recording.choose(each.tokens, each.head_rows, each.num_segments)
+            if shape is not None:
+                recorded.add(shape)
+                each = each._replace(tokens=shape.num_tokens, head_rows=shape.num_trained)
+            counts += (1, each.tokens, each.head_rows, each.squares, shape is not None)
+            largest = max(largest, each.tokens)
+        num_new += len(recorded) - num_known if step else 0  # the first step's is noted apart
+    passes, tokens, head_rows, squares, replayed = (counts * num_steps / laid_out).tolist()
     return {
         "steps": float(num_steps),
         "passes": passes,
         "tokens": tokens,
         "head_rows": head_rows,
         "squares": squares,
+        "replayed": replayed,
+        "new_shapes": float(num_new * config.num_ranks),
         "largest_pass": float(largest),
         "recomputed": layout.recomputed,
         "flat": float(layout.is_flat),
@@ -138,8 +158,8 @@ def foresee_work(
 
 def _lay_out_step(
     examples: ExampleLengths, window: list[list[int]], config: TrainingConfig, layout: PassLayout
-) -> list[tuple[int, int, int]]:
-    """Return tokens, rows of the head and squares of lengths of each pass of a step."""
+) -> list[_Pass]:
+    """Return the passes of a step, without what recorded ones are filled up with."""
     lengths, trained = examples.table.lengths, examples.trained
     ranks = config.num_ranks
     found = []
@@ -150,14 +170,15 @@ def _lay_out_step(
             tokens, learned = int(own.sum()), int(trained[part].sum())
             padding = -tokens % FLAT_MULTIPLE
             head_rows = learned + (-learned % FLAT_MULTIPLE if learned else FLAT_MULTIPLE)
-            found.append((tokens + padding, min(head_rows, tokens + padding), int((own**2).sum()) + padding**2))
+            squares = int((own**2).sum()) + padding**2
+            found.append(_Pass(tokens + padding, min(head_rows, tokens + padding), squares, len(own) + bool(padding)))
         return found
     row_lengths = np.array([int(lengths[row].sum()) for row in window])
     most = max(1, min(config.micro_batch, len(window) // ranks))
     for numbers in cut_padded_step(row_lengths, most, layout.tokens_per_forward):
         longest = int(row_lengths[numbers].max())
         learned = sum(int(trained[window[number]].sum()) for number in numbers)
-        found.append((len(numbers) * longest, learned, len(numbers) * longest**2))
+        found.append(_Pass(len(numbers) * longest, learned, len(numbers) * longest**2, len(numbers)))
     return found
 
 

@@ -178,7 +178,7 @@ class PaceClock:
                 *common,
                 outcome.flop_per_token,
                 outcome.peak_memory_bytes,
-                self._describe_work(outcome, job),
+                self._describe_work(outcome, job, num_held_out),
             )
         )
         note(FIRST_STEP, 1, self._first - per_step)
@@ -188,7 +188,7 @@ class PaceClock:
             note(CHECKPOINTS, self._num_saves * outcome.num_trainable_parameters, self._save_seconds)
         note(AROUND, 1, self._begin + lived - self._end)
 
-    def _describe_work(self, outcome: TrainingOutcome, job: TrainingJob) -> dict[str, float]:
+    def _describe_work(self, outcome: TrainingOutcome, job: TrainingJob, num_held_out: int) -> dict[str, float]:
         """Return what the counted steps were, and the sizes of the model; nothing where the steps do not say."""
         model = describe_model(job.base_model)
         if not self._work or not model:
@@ -201,6 +201,7 @@ class PaceClock:
             "recomputed": outcome.recomputed_part,
             "flat": float(outcome.is_flat),
             "room": float(outcome.room_tokens),
+            "held_out_pass": float(min(num_held_out, outcome.room_tokens)),
             "resident": float(self._resident_bytes),
             "trial": float(self._is_trial),
             **measure_products(model, job.config, outcome.flop_per_token, outcome.num_trainable_parameters),

@@ -46,7 +46,7 @@ class StepRecord:
     share_of_peak: float | None = None
     """Useful work a second over what large bf16 matrix products reach on this GPU (see throughput); none on a CPU."""
     work: dict[str, int] = field(default_factory=dict)
-    """What the step went through the model as, over all ranks; see `steps.count_work`. Nothing of a sweep."""
+    """What the step went through the model as, over all ranks; see `step_work.count_work`. Nothing of a sweep."""
     figures: dict[str, float] = field(default_factory=dict)
     """What the objective tells besides."""
 

@@ -4,7 +4,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from tasks.decoder.passes import Shape
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.batches import Batch, iterate_steps
 from tasks.training.checkpoints import Progress, take_snapshot
@@ -24,6 +25,7 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingError
 from tasks.training.schedule import compute_learning_rate
 from tasks.training.sharding import has_collective_passes, is_sharded
 from tasks.training.step_plans import find_row_parts
+from tasks.training.step_work import count_work
 from tasks.training.validation import sum_held_out
 from tasks.training.writing import CheckpointWriter
 
@@ -40,6 +42,8 @@ class Run:
     identity: str
     warnings: list[str] = field(default_factory=list)
     peak_memory_bytes: int = 0
+    recorded: set[Shape] = field(default_factory=set)
+    """Shapes of passes that were recorded."""
     saved_step: int = 0
     """Step of the newest checkpoint."""
     tokens_per_second_at_peak: float | None = None
@@ -118,30 +122,9 @@ def do_step(run: Run, steps: Iterator[list[Batch]]) -> tuple[StepRecord, Iterato
         utilisation=utilisation,
         share_of_peak=None if peak is None else tokens_per_second / peak,
         figures=figures,
-        work=count_work(batches),
+        work=count_work(batches, setup.engine.recording, run.recorded),
     )
     return record, steps
-
-
-def count_work(batches: Sequence[Batch]) -> dict[str, int]:
-    """Return what a step's time goes by: passes, tokens with padding, rows of the head, squares of lengths.
-
-    And the tokens of its largest pass, by which its memory goes. What other ranks do counts as what this one does for
-    as many tokens, where this one did not form it.
-    """
-    own = [batch for batch in batches if not batch.is_elsewhere]
-    if len(own) < len(batches):
-        share = sum(batch.num_tokens for batch in own) / sum(batch.num_tokens for batch in batches)
-        counts = count_work(own)
-        largest = counts.pop("largest_pass")
-        return {name: round(count / share) for name, count in counts.items()} | {"largest_pass": largest}
-    return {
-        "passes": len(batches),
-        "tokens": sum(batch.input_ids.numel() for batch in batches),
-        "head_rows": sum(batch.num_head_rows for batch in batches),
-        "squares": sum(batch.num_squares for batch in batches),
-        "largest_pass": max(batch.input_ids.numel() for batch in batches),
-    }
 
 
 def shrink(run: Run, shortage: str) -> None:

@@ -26,7 +26,13 @@ from tasks.training.distributed import count_sharing
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
-from tasks.training.engines.memory_fit import LARGEST_FORWARD, SMALLEST_FULL_FORWARD, fit_all_ranks, fit_memory
+from tasks.training.engines.memory_fit import (
+    LARGEST_FORWARD,
+    SMALL_LOGITS,
+    SMALLEST_FULL_FORWARD,
+    fit_all_ranks,
+    fit_memory,
+)
 from tasks.training.engines.router_loss import find_router_loss
 from tasks.training.engines.self_check import Trial, comparing_some, forget_grads, try_model, verify
 from tasks.training.engines.shared_tokens import share_tokens
@@ -43,6 +49,8 @@ CPU_TOKENS = 2048
 _SURE = 0.85
 # On a GPU, where its memory takes them; with fewer than the full ones, layers are rather recomputed.
 GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
+# Bytes of logits at a time where layers run again.
+LEAN_LOGITS_BYTES = SMALL_LOGITS
 # A layer of 8,192 tokens that runs again takes as long as the copies of so many layers take to be made twice.
 _COPIES_A_LAYER = 6
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tasks.decoder.passes import RecordingRule
 from tasks.training.batches import Batch
 from tasks.training.token_table import TokenTable
 
@@ -30,6 +31,11 @@ class Engine(Protocol):
     @property
     def room_tokens(self) -> int:
         """Tokens whose forward and backward pass fits into the memory."""
+        ...
+
+    @property
+    def recording(self) -> RecordingRule | None:
+        """Which passes are recorded and replayed; None where none is."""
         ...
 
     @property

@@ -10,11 +10,12 @@ from tasks.decoder.across import AcrossRanks
 from tasks.decoder.attention import name_attention
 from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.host_inputs import HostMemory
-from tasks.decoder.passes import FlatBatch, PassRecorder
+from tasks.decoder.passes import FlatBatch, PassRecorder, RecordingRule
 from tasks.decoder.pieces import PIECE_TOKENS
 from tasks.training.batches import Batch, form_flat_batch, form_flat_step
 from tasks.training.engines.router_loss import RouterLoss
 from tasks.training.slices import take_slice
+from tasks.training.step_work import choose_recorded
 from tasks.training.token_table import TokenTable, cut_by_length
 
 
@@ -44,6 +45,13 @@ class FusedEngine:
     """Tokens of the longest example that fits, where the longest of the training is not expected to; 0: it does."""
     context: tuple[int, int] | None = None
     """This rank's number, and how many there are, where ranks share the tokens of a batch; see `shared_tokens`."""
+
+    @property
+    def recording(self) -> RecordingRule | None:
+        """Which passes are recorded; None where none is."""
+        if self.recorder is None:
+            return None
+        return RecordingRule(self.recorder.most_tokens, self.recorder.longest, self.room_tokens)
 
     @property
     def recomputed_part(self) -> float:
@@ -145,9 +153,7 @@ class FusedEngine:
             batch.trained,
             batch.targets[0].index_select(0, batch.trained),
         )
-        tokens = self.recorder.choose_shape(flat).num_tokens
-        # What is recorded keeps its memory, beside that of the passes which are not.
-        if tokens > self.recorder.most_tokens or 2 * tokens > self.room_tokens:
+        if choose_recorded(self.recording, batch) is None:
             return None
         return self.recorder.add_gradient(flat, scale, dropout_key=batch.dropout_key)
 

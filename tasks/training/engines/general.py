@@ -81,6 +81,11 @@ class GeneralEngine:
         return self.num_recomputed / max(1, self.num_layers)
 
     @property
+    def recording(self) -> None:
+        """No pass is recorded."""
+        return
+
+    @property
     def is_flat(self) -> bool:
         """Whether examples lie end to end."""
         return self.attend is not None

@@ -33,7 +33,7 @@ _SHARE = 0.9
 _TRIALS = (1024, 2048)
 _EXAMPLE_TOKENS = 256
 # Bytes of logits at a time where memory is short.
-_SMALL_LOGITS = 1 << 28
+SMALL_LOGITS = 1 << 28
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def fit_memory(
     # All ranks go the same way: a pass may be a collective.
     free_bytes = min(gather(_SHARE * (_read_free(engine.device) - moment_bytes * num_parameters) - reserved_bytes))
     most_tokens = min(most_tokens, LARGEST_FORWARD)
-    small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=_SMALL_LOGITS)
+    small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=SMALL_LOGITS)
     kept = _measure_all(engine, trained, longest) if recompute is not True or not engine.num_layers else None
     fewest = max(longest, _TRIALS[0])
     logger.info("Free for a forward pass: %.1f GiB; everything kept: %s", free_bytes / 2**30, kept)

@@ -239,7 +239,7 @@ on_every_device = pytest.mark.parametrize(
 @pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("recomputed", [0, 2])
 def test_copies_of_two_layers_at_a_time_compute_the_same(family: str, recomputed: int, device: torch.device) -> None:
-    """Bit by bit, before and after the weights have moved, and without a gradient."""
+    """Bit by bit, before and after the weights have moved, and without a gradient; on a GPU the losses alone."""
     batch = form_flat_batch(draw_table(), ORDER)
     found = []
     for is_passing in (False, True):
@@ -261,7 +261,11 @@ def test_copies_of_two_layers_at_a_time_compute_the_same(family: str, recomputed
     (told, grads), (other_told, other_grads) = found
     assert told == other_told
     assert told[2] != told[0]
-    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+    for name, grad in grads.items():
+        if device.type == "cpu":
+            assert torch.equal(grad, other_grads[name]), name
+        else:  # whose kernels add some gradients in the order in which they come
+            torch.testing.assert_close(other_grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
 
 
 def test_copies_that_no_layer_in_a_slot_has_take_no_memory() -> None:

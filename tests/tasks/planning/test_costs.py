@@ -11,7 +11,7 @@ from tasks.planning.costs import Seen, list_terms, predict_steps
 from tasks.planning.work import ExampleLengths, foresee_layout, foresee_work, read_examples
 from tests.tasks.planning.test_sizes import write_split
 
-COSTS = np.array([0.02, 2e-9, 1.5e-3, 2e-11, 3e-8, 1.5e-11, 5e-11])
+COSTS = np.array([0.02, 2e-9, 1.5e-3, 2e-11, 3e-8, 1.5e-11, 5e-11, 1.0])
 """Of a machine: other ones than the usual."""
 MODEL = {"layers": 4.0, "hidden": 256.0, "vocabulary": 2048.0, "head_flop": 4.0 * 2048 * 256}
 SETTINGS: list[dict[str, Any]] = [

@@ -1,5 +1,6 @@
 """The plan's passes are those that the training makes, for each layout."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,19 @@ import numpy as np
 import pytest
 
 from schemas.config import TrainingConfig
+from tasks.decoder.passes import RecordingRule, Shape
 from tasks.planning.work import PassLayout, foresee_layout, foresee_work, read_examples
 from tasks.training.batches import form_flat_step, form_padded_step, iterate_steps, lay_out, open_rows
 from tasks.training.pace import count_tokens
 from tasks.training.schedule import count_steps
-from tasks.training.steps import count_work
+from tasks.training.step_work import count_work
 from tests.tasks.planning.test_sizes import write_split
 
 FLAT, PADDED = PassLayout(is_flat=True, tokens_per_forward=1500), PassLayout(is_flat=False, tokens_per_forward=4000)
+RECORDED = replace(FLAT, recording=RecordingRule(most_tokens=1280, longest=960, room_tokens=1 << 16))
 
 
-@pytest.mark.parametrize("layout", [FLAT, PADDED], ids=["flat", "padded"])
+@pytest.mark.parametrize("layout", [FLAT, PADDED, RECORDED], ids=["flat", "padded", "recorded"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -42,10 +45,14 @@ def test_the_work_is_that_of_the_training(tmp_path: Path, layout: PassLayout, se
         return form_padded_step(table, rows, config.micro_batch, layout.tokens_per_forward)
 
     steps = iterate_steps(table, rows, config, seed=9, first=0, last=num_steps, form_step=form)
-    counted = [count_work(batches) for batches in steps]
+    recorded: set[Shape] = set()
+    counted = [count_work(batches, layout.recording, recorded) for batches in steps]
     assert found["steps"] == num_steps == len(counted)
-    for name in ("passes", "tokens", "squares", "head_rows"):
+    for name in ("passes", "tokens", "squares", "head_rows", "replayed"):
         assert found[name] == sum(each[name] for each in counted), name
+    assert found["new_shapes"] == sum(each["new_shapes"] for each in counted[1:])
+    assert (found["replayed"] > 0) == (len(recorded) > 1) == (layout is RECORDED)
+    assert found["replayed"] < found["passes"] or config.packing
     assert found["largest_pass"] == max(each["largest_pass"] for each in counted)
 
 
