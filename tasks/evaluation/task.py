@@ -21,6 +21,7 @@ from schemas.artifacts import (
     TokensRef,
 )
 from schemas.config import DpoConfig, EvaluationConfig, GateConfig
+from schemas.judgements import ChampionReport, Decision
 from tasks import speeds, storage, tracking
 from tasks.caching import DigestedJson, digest_conditions, stage_cache
 from tasks.evaluation.champion import Rival, add_answers, compare_with_champion, incomparable
@@ -194,25 +195,38 @@ def compare_models(
         tracking.log_table(parent_run_id, table, "side_by_side.json")
         tracking.log_folder(parent_run_id, page.parent, "report")
         _log_metrics(parent_run_id, comparison, rival, found)
-        uri, digest = tracking.publish(folder / "comparison", run_id, "comparison")
-        ref = ComparisonReport(
-            uri=uri,
-            digest=digest,
-            mlflow_run_id=run_id,
-            num_examples=comparison.table.height,
-            num_conversations=comparison.num_conversations,
-            sentence=state_verdict(comparison)[1],
-            decision=decision,
-            warnings=warnings,
-            before=comparison.before,
-            after=comparison.after,
-            delta=comparison.delta,
-            champion=against,
-            probes=found,
-        )
+        ref = _publish(folder / "comparison", run_id, comparison, decision, warnings, against, found)
         tracking.remember(run_id, ref)
     _show_tables(ref, title)
     return ref
+
+
+def _publish(
+    folder: Path,
+    run_id: str,
+    comparison: Comparison,
+    decision: Decision,
+    warnings: tuple[str, ...],
+    champion: ChampionReport | None,
+    probes: tuple[ProbeReport, ...],
+) -> ComparisonReport:
+    """Publish the folder of a comparison, and return a reference with what was found."""
+    uri, digest = tracking.publish(folder, run_id, "comparison")
+    return ComparisonReport(
+        uri=uri,
+        digest=digest,
+        mlflow_run_id=run_id,
+        num_examples=comparison.table.height,
+        num_conversations=comparison.num_conversations,
+        sentence=state_verdict(comparison)[1],
+        decision=decision,
+        warnings=warnings,
+        before=comparison.before,
+        after=comparison.after,
+        delta=comparison.delta,
+        champion=champion,
+        probes=probes,
+    )
 
 
 def _read_rows(

@@ -8,7 +8,7 @@ about what is optimized. `reference.py` is the same training in the plainest for
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,15 +127,11 @@ def train_adapter(
             if config.is_paired:
                 run.setup = _with_reference(run.setup, run_folder, identity, place, has_begun=checkpoint is not None)
 
-        with_tensorboard = "tensorboard" in config.report_to and (is_rank0() if tells is None else tells)
+        tells = is_rank0() if tells is None else tells
         with (
             CheckpointWriter(saved, keep=config.keep_checkpoints, place=place) as writer,
-            open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step)
-            if with_tensorboard
-            else nullcontext() as record,
+            _recording(run, run_folder, on_step, on_eval, tells=tells) as (on_steps, on_evals),
         ):
-            on_steps: list[OnStep] = [record, on_step] if record else [on_step]
-            on_evals: list[OnEval] = [record, on_eval] if record else [on_eval]
             _run_steps(run, on_steps, on_evals, writer, should_stop)
         _tell_parts(setup)
         adapter_step, unmoved = _save_chosen(run, run_folder, place)
@@ -143,6 +139,18 @@ def train_adapter(
         return _describe(
             run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
         )
+
+
+@contextmanager
+def _recording(
+    run: Run, run_folder: Path, on_step: OnStep, on_eval: OnEval, *, tells: bool
+) -> Iterator[tuple[list[OnStep], list[OnEval]]]:
+    """Give whom to call after each step and each evaluation; with TensorBoard's files where the config wants them."""
+    if not tells or "tensorboard" not in run.setup.config.report_to:
+        yield [on_step], [on_eval]
+        return
+    with open_tensorboard(run_folder / "tensorboard", first_step=run.progress.step) as record:
+        yield [record, on_step], [record, on_eval]
 
 
 def _tell(setup: Setup) -> None:

@@ -125,21 +125,13 @@ def prepare_training(
     if config.is_lora or not is_sharded(config):  # else they go to the device in parts
         for parameter in parameters.values():
             parameter.data = parameter.data.to(device)
-    optimizer = build_adamw(list(parameters.values()), config)
-    engine.attach_to(optimizer)
     setup = Setup(
         config=config,
         seed=seed,
         model=adapted,
         parameters=parameters,
         num_trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
-        optimizer=WholeOptimizer(
-            parameters,
-            optimizer,
-            config.max_grad_norm,
-            engine.bind_gradients(),
-            waits=config.optimizer == EIGHT_BITS,
-        ),
+        optimizer=_build_optimizer(parameters, engine, config),
         table=table,
         eval_table=eval_table,
         rows=rows,
@@ -159,6 +151,19 @@ def prepare_training(
     np.random.seed(seed)
     torch.manual_seed(seed)
     return setup
+
+
+def _build_optimizer(parameters: dict[str, nn.Parameter], engine: Engine, config: TrainingConfig) -> WholeOptimizer:
+    """Return AdamW for what is trained, as the engine takes part in it and binds the gradients."""
+    optimizer = build_adamw(list(parameters.values()), config)
+    engine.attach_to(optimizer)
+    return WholeOptimizer(
+        parameters,
+        optimizer,
+        config.max_grad_norm,
+        engine.bind_gradients(),
+        waits=config.optimizer == EIGHT_BITS,
+    )
 
 
 def _read_splits(
