@@ -10,8 +10,9 @@ from random import Random
 import psutil
 import pytest
 
-from tests.laboratory.bench import CLOCK, LOST
-from tests.laboratory.crashes import Draw, Outcome, compare, draw_fault, prepared, run_draw
+from tasks import tracking
+from tests.laboratory.bench import CLOCK, LOST, NAME
+from tests.laboratory.crashes import Draw, Outcome, compare, draw_fault, has_finished, prepared, run_draw
 from tests.laboratory.faults import FAULTS
 from tests.laboratory.processes import describe_processes
 
@@ -63,6 +64,19 @@ def test_every_fault_is_drawn_and_a_seed_draws_the_same_again() -> None:
     assert [(each.fault, each.moment) for each in drawn] == [
         (each.fault, each.moment) for each in (draw_fault(seed, 10.0) for seed in range(200))
     ]
+
+
+def test_a_run_that_has_finished_is_found_in_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert not has_finished(tmp_path)
+    client, experiment = tracking.client(), tracking.open_experiment(NAME)
+    run, stage = (client.create_run(experiment, tags=tags) for tags in ({tracking.CONFIG_TAG: "x"}, {}))
+    client.set_terminated(stage.info.run_id)
+    client.set_terminated(run.info.run_id, status="KILLED")
+    assert not has_finished(tmp_path)
+    client.set_terminated(run.info.run_id)
+    assert has_finished(tmp_path)
 
 
 def test_each_law_can_be_broken() -> None:
