@@ -175,11 +175,10 @@ def compute_losses(
         arguments = shared.get(reads), own_input
         if number < num_recomputed and torch.is_grad_enabled():
             stream = stream if delta is None else stream + delta
-            contexts = partial(_open_contexts, is_unused=layer.is_unread_with(piece_tokens))
             run = partial(run, piece_tokens=piece_tokens)
             if inputs is not None and number < num_in_host:
-                run = partial(_run_taken, inputs, number, run)
-                stream = inputs.replace(number, stream)
+                run, stream = partial(_run_taken, inputs, number, run), inputs.replace(number, stream)
+            contexts = partial(_open_contexts, is_unused=layer.is_unread_with(piece_tokens))
             stream, delta, kept = checkpoint(
                 run, *arguments, stream, None, None, key, use_reentrant=False, preserve_rng_state=False,
                 context_fn=contexts,

@@ -45,8 +45,6 @@ from tasks.training.token_table import TokenTable
 
 # Tokens of a forward pass on a CPU: larger ones leave its caches.
 CPU_TOKENS = 2048
-# Part of the longest example from which on it may yet fit: what is planned for leaves a tenth of the memory.
-_SURE = 0.85
 # On a GPU, where its memory takes them; with fewer than the full ones, layers are rather recomputed.
 GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
 # Bytes of logits at a time where layers run again.
@@ -223,9 +221,9 @@ def _refuse_too_long(engine: FusedEngine, longest: int, config: TrainingConfig) 
     Raises:
         TrainingError: it needs more than all of the memory, that included which is never planned for.
     """
-    sharing = count_sharing(config)
-    if not engine.longest_fit or engine.longest_fit >= _SURE * longest / sharing:
+    if not engine.longest_fit:
         return
+    sharing = count_sharing(config)
     done = ", ".join(filter(None, ("every layer recomputed", engine.describe_long())))
     raise TrainingError(
         f"the longest example has {longest:,} tokens, and here examples of about {engine.longest_fit * sharing:,} fit "

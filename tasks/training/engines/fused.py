@@ -42,7 +42,7 @@ class FusedEngine:
     host: HostMemory | None = None
     """Where they lie."""
     longest_fit: int = 0
-    """Tokens of the longest example that fits, where the longest of the training is not expected to; 0: it does."""
+    """Tokens of the longest example that fits, where the longest of the training cannot; 0: it does, or may."""
     context: tuple[int, int] | None = None
     """This rank's number, and how many there are, where ranks share the tokens of a batch; see `shared_tokens`."""
 

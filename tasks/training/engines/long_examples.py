@@ -26,16 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 def fit_long(
-    engine: FusedEngine, lean: Need, free_bytes: float, longest: int, measure: Callable[[FusedEngine], Need | None]
+    engine: FusedEngine,
+    lean: Need,
+    longest: int,
+    measure: Callable[[FusedEngine], Need | None],
+    *,
+    free_bytes: float,
+    all_bytes: float,
 ) -> FusedEngine:
     """Return the engine with what it takes for the longest example; `longest_fit` says where nothing is enough.
 
     Args:
         engine: with every layer recomputed.
         lean: what its pass takes.
-        free_bytes: of the device.
         longest: tokens of the longest example, which do not fit.
         measure: an engine's pass, on all ranks.
+        free_bytes: of the device, that are planned for.
+        all_bytes: with those that never are: what does not fit into them is hopeless.
     """
     need, input_bytes = lean, count_input_bytes(engine)
     if longest > PIECE_TOKENS and any(layer.can_run_in_pieces for layer in engine.decoder.layers):
@@ -48,7 +55,7 @@ def fit_long(
             logger.info("Every layer recomputed, gated layers in pieces: %s", pieces)
             engine, need = replace(engine, piece_tokens=PIECE_TOKENS), pieces
     if need.count_tokens(free_bytes) < longest:
-        engine = _use_host(engine, need, free_bytes, longest, input_bytes)
+        engine = _use_host(engine, need, longest, input_bytes, free_bytes=free_bytes, all_bytes=all_bytes)
     logger.info("For an example of %s tokens: %s", f"{longest:,}", engine.describe_long() or "every layer recomputed")
     return engine
 
@@ -88,12 +95,17 @@ def count_input_bytes(engine: FusedEngine) -> int:
     return len(engine.decoder.norm.weight) * adapters.joint_a.dtype.itemsize
 
 
-def _use_host(engine: FusedEngine, need: Need, free_bytes: float, longest: int, input_bytes: int) -> FusedEngine:
+def _use_host(
+    engine: FusedEngine, need: Need, longest: int, input_bytes: int, *, free_bytes: float, all_bytes: float
+) -> FusedEngine:
     """Return the engine with layers' inputs in the host's memory."""
     machines = gather(machine())
     host_bytes = min(gather(HOST_SHARE * read_free_host() / machines.count(machine())))
-    number, most_tokens = choose_in_host(
-        need, input_bytes, engine.num_layers, free_bytes=free_bytes, host_bytes=host_bytes, longest=longest
+    (number, planned), (_, possible) = (
+        choose_in_host(
+            need, input_bytes, engine.num_layers, free_bytes=on_device, host_bytes=host_bytes, longest=longest
+        )
+        for on_device in (free_bytes, all_bytes)
     )
     logger.info(
         "Inputs of %d of %d layers in the host's memory: %.1f GiB of %.1f that may be taken there",
@@ -103,7 +115,7 @@ def _use_host(engine: FusedEngine, need: Need, free_bytes: float, longest: int, 
         host_bytes / 2**30,
     )
     host = HostMemory(engine.device) if number else None
-    return replace(engine, num_in_host=number, host=host, longest_fit=most_tokens if most_tokens < longest else 0)
+    return replace(engine, num_in_host=number, host=host, longest_fit=planned if possible < longest else 0)
 
 
 def _round_up(num_bytes: int) -> int:

@@ -84,7 +84,8 @@ def fit_memory(
         return _plan(small, fewest, most_tokens)
     tokens = lean.count_tokens(free_bytes)
     if isinstance(small, FusedEngine) and tokens < longest_pass:
-        long = fit_long(small, lean, free_bytes, longest_pass, lambda other: _measure_all(other, trained, longest))
+        sizes = {"free_bytes": free_bytes, "all_bytes": free_bytes / _SHARE}
+        long = fit_long(small, lean, longest_pass, lambda other: _measure_all(other, trained, longest), **sizes)
         return _plan(long, longest_pass, most_tokens)
     wanted = max(min(most_tokens, SMALLEST_FULL_FORWARD), longest_pass)
     if kept is None or tokens <= wanted:
