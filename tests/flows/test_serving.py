@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.serving import ServingError, ServingOptions, check_options, list_hosts
+from tasks import tracking
+from tasks.registry import versions
 from tests.end_to_end.service import free_port
 
 _BASE_MODEL = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "base_model"
@@ -90,14 +93,19 @@ def test_the_command_serves_on_loopback_by_its_own_names(tmp_path: Path) -> None
     assert server.wait(timeout=60) == 0
 
 
-def test_vllms_command_is_printed_and_another_is_checked(tmp_path: Path) -> None:
+def _make_small(folder: Path) -> Path:
+    """Write a model folder without weights."""
     from tasks.tokenization.saving import save_tokenizer
     from tasks.tokenization.templates import prepare_tokenizer
 
-    folder = tmp_path / "small"
     folder.mkdir()
-    (folder / "config.json").symlink_to(_BASE_MODEL / "config.json")
+    shutil.copyfile(_BASE_MODEL / "config.json", folder / "config.json")
     save_tokenizer(prepare_tokenizer(_BASE_MODEL, None), folder)
+    return folder
+
+
+def test_vllms_command_is_printed_and_another_is_checked(tmp_path: Path) -> None:
+    folder = _make_small(tmp_path / "small")
     done = _runner.invoke(app, ["serve-model", str(folder), "--engine", "vllm"])
     assert done.exit_code == 0, done.output
     line = next(line for line in done.output.splitlines() if line.startswith("vllm serve"))
@@ -111,3 +119,28 @@ def test_vllms_command_is_printed_and_another_is_checked(tmp_path: Path) -> None
     assert "--tool-call-parser hermes" in " ".join(checked.output.split())
     script.write_text(line)
     assert _runner.invoke(app, ["serve-model", str(folder), "--engine", "vllm", "--check", str(script)]).exit_code == 0
+
+
+def test_vllm_serves_a_registered_version_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the cache is none that a person could name, and it is cleared."""
+    monkeypatch.setenv("SFT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    client = tracking.client()
+    run = str(client.create_run(tracking.open_experiment("serving")).info.run_id)
+    client.log_dict(run, {"tokenization": {"max_length": 512}}, tracking.CONFIG_FILE)
+    uri, digest = tracking.publish(_make_small(tmp_path / "made"), run, "model")
+    client.create_registered_model("small")
+    client.create_model_version("small", uri, run, tags={versions.MODEL_TAG: digest, versions.RUN_TAG: run})
+    asked = ["serve-model", "small/1", "--engine", "vllm"]
+    done = _runner.invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    copying, serving = done.stdout.splitlines()
+    assert copying == "sft merge small/1 small-1"
+    assert serving.startswith("vllm serve small-1 --served-model-name small --host 127.0.0.1")
+    Path("serve.sh").write_text(done.stdout)
+    assert _runner.invoke(app, [*asked, "--check", "serve.sh"]).exit_code == 0  # it will be copied
+    assert _runner.invoke(app, copying.split()[1:]).exit_code == 0
+    assert _runner.invoke(app, [*asked, "--check", "serve.sh"]).exit_code == 0
+    Path("small-1/config.json").write_text("{}")
+    assert _runner.invoke(app, [*asked, "--check", "serve.sh"]).exit_code == 1
