@@ -74,8 +74,11 @@ def main() -> None:
     print(json.dumps(rows))
 
 
-def build_engine(shape: str, num_layers: int) -> tuple[FusedEngine, torch.Tensor]:
-    """Return the engine of a few layers, all recomputed, and the vector to which passes add their gradients."""
+def build_engine(shape: str, num_layers: int, *, binds: bool = True) -> tuple[FusedEngine, torch.Tensor]:
+    """Return the engine of a few layers, all recomputed, and the vector to which passes add their gradients.
+
+    Without it (`binds` false) gradients are new ones in each pass, as when a training measures its memory.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes: dict[str, Any] = {**SHAPES[shape], "num_hidden_layers": num_layers}
@@ -89,7 +92,7 @@ def build_engine(shape: str, num_layers: int) -> tuple[FusedEngine, torch.Tensor
     engine = FusedEngine(
         recognize_decoder(adapted), torch.device("cuda"), 1 << 20, num_layers, LOGITS_BYTES // 4, 1 << 20
     )
-    grads = engine.bind_gradients()
+    grads = engine.bind_gradients() if binds else torch.zeros(1, device="cuda")
     assert grads is not None
     return engine, grads
 

@@ -33,6 +33,14 @@ def batch() -> Batch:
     return make_batch(TOKENS)
 
 
+def assert_same(found: torch.Tensor, first: torch.Tensor, again: torch.Tensor) -> None:
+    """Bit for bit, where the pass itself repeats so; FlashAttention's backward pass may add in any order."""
+    if torch.equal(first, again):
+        assert torch.equal(found, first)
+    else:
+        assert measure_difference(found, first) < 4 * measure_difference(again, first)
+
+
 def test_pieces_spare_what_is_wide_in_a_gated_layer(batch: Batch) -> None:
     engine, grads = make_engine()
     whole, pieces = (measure(engine, batch, grads, way) for way in ("whole", "pieces"))
@@ -47,10 +55,10 @@ def test_pieces_spare_what_is_wide_in_a_gated_layer(batch: Batch) -> None:
 @pytest.mark.parametrize("way", ["host", "pieces and host"])
 def test_inputs_in_the_hosts_memory_change_no_bit_and_cost_no_time(batch: Batch, way: str) -> None:
     engine, grads = make_engine()
-    without = measure(engine, batch, grads, "whole" if way == "host" else "pieces")
+    without, again = (measure(engine, batch, grads, "whole" if way == "host" else "pieces") for _ in range(2))
     found = measure(engine, batch, grads, way)
     assert found.loss == without.loss
-    assert torch.equal(found.grads, without.grads)
+    assert_same(found.grads, without.grads, again.grads)
     # The last layer's input and one more are left.
     assert without.peak_bytes - found.peak_bytes > 0.9 * TOKENS * (LAYERS - 2) * ROW
     assert found.host_bytes == (LAYERS - 1) * TOKENS * ROW
@@ -67,17 +75,17 @@ def test_copies_keep_up_with_passes_of_many_lengths() -> None:
         lengths = [1 + (number * 977) % 5000, 7, 300]
         batch = replace(form_flat_batch(draw_table(lengths), range(3)), dropout_key=number)
         found = []
-        for each in (engine, host):
+        for each in (engine, host, engine):
             loss = each.sum_losses(batch)
             loss.backward()
             found.append((float(loss.detach()), take_grads(model)))
         assert found[0][0] == found[1][0]
-        assert torch.equal(found[0][1], found[1][1])
+        assert_same(found[1][1], found[0][1], found[2][1])
 
 
 def test_what_is_chosen_fits(batch: Batch) -> None:
     """Room for each of three ways in turn, by what each was measured to take: that one is chosen, and stays within."""
-    engine, grads = make_engine()
+    engine, grads = build_engine("llama3-8b", LAYERS, binds=False)
     ways = ("whole", "pieces", "pieces and host")
     rooms = [measure(engine, batch, grads, way, warms_up=False).peak_bytes + (5 << 29) for way in ways]
     assert rooms[0] - rooms[1] > 3 << 30
