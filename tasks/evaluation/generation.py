@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from tasks.evaluation.flat import UnsupportedModelError
 from tasks.evaluation.memory import shrink_until_it_fits
-from tasks.evaluation.padded import decode_padded
+from tasks.evaluation.padded import cut_batches, decode_padded, try_ways
 from tasks.evaluation.slots import Prompt, SlotDecoder, check_slots, choose_num_slots
 from tasks.prompts import DEFAULT_SETTINGS, PromptSettings, make_prompt
 
@@ -119,10 +119,11 @@ def decode_in_batches(
 ) -> None:
     """Put the answers that are still missing, by row, into `answers`; one padded batch after the other."""
     missing = [prompt for prompt in prompts if prompt.row not in answers]
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
+    ways = try_ways(model)
+    for places in cut_batches([len(prompt.tokens) for prompt in missing], batch_size, ways):
+        batch = [missing[place] for place in places]
         tokens, rooms = [prompt.tokens for prompt in batch], [prompt.room for prompt in batch]
-        for prompt, answer in zip(batch, decode_padded(model, tokens, rooms, stop_ids), strict=True):
+        for prompt, answer in zip(batch, decode_padded(model, tokens, rooms, stop_ids, ways), strict=True):
             answers[prompt.row] = answer
         on_progress(len(batch))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tasks.evaluation.flat import Rows, UnsupportedModelError, check_model, flat_attention, lay_flat, run_flat
 from tasks.evaluation.generation import PADDED_BATCH, Progress, ignore_progress
 from tasks.evaluation.memory import shrink_until_it_fits
-from tasks.evaluation.padded import score_padded
+from tasks.evaluation.padded import count_vocabulary, cut_batches, score_padded, try_ways
 
 MAX_SLICE_LOGITS = 2**26
 """Most logits that exist at once in fp32: 256 MiB. At least one position is always taken."""
@@ -56,7 +56,7 @@ def score_targets(
     except UnsupportedModelError as error:
         logger.warning("Answers are scored in padded batches, which is slower: %s", error)
     else:
-        most_scored = MAX_PACK_LOGITS.get(kind, MAX_SLICE_LOGITS) // _count_vocabulary(model)
+        most_scored = MAX_PACK_LOGITS.get(kind, MAX_SLICE_LOGITS) // count_vocabulary(model)
         # A longer target goes the padded way, which takes its positions in slices.
         fitting = [row for row in range(len(prompts)) if len(targets[row]) <= most_scored]
         flat = partial(score_flat, model, prompts, targets, fitting, sums, most_scored, on_progress)
@@ -142,13 +142,12 @@ def score_in_batches(
 ) -> None:
     """Put the sums that are still missing into `sums`; rows of similar length share a padded batch."""
     missing = [row for row in range(len(prompts)) if row not in sums]
+    if not missing:
+        return
     order = sorted(missing, key=lambda row: -len(prompts[row]) - len(targets[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    ways = try_ways(model)
+    for places in cut_batches([len(prompts[row]) + len(targets[row]) for row in order], batch_size, ways):
+        rows = [order[place] for place in places]
         batch = [prompts[row] for row in rows], [targets[row] for row in rows]
-        sums.update(zip(rows, score_padded(model, *batch, max_slice_logits), strict=True))
+        sums.update(zip(rows, score_padded(model, *batch, max_slice_logits, ways), strict=True))
         on_progress(len(rows))
-
-
-def _count_vocabulary(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])

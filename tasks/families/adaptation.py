@@ -157,9 +157,15 @@ def find_text_part(model: Any) -> str:
     return path if path and outside else ""
 
 
+def find_head(model: Any) -> Any:
+    """Return the output head, of the text part where a composite does not name it; None where there is none."""
+    parts = (part for part in model.modules() if hasattr(part, "get_output_embeddings"))
+    return next((head for part in parts if (head := part.get_output_embeddings()) is not None), None)
+
+
 def list_kinds(model: Any) -> dict[str, str]:
     """Return for each parameter, by its first name, what the module that holds it is for."""
-    part, head = find_text_part(model), model.get_output_embeddings()
+    part, head = find_text_part(model), find_head(model)
     holders = {id(value): (path, module) for path, module in reversed(list(model.named_modules()))
                for value in module.parameters(recurse=False)}  # fmt: skip
     kinds = {}
@@ -191,7 +197,7 @@ def _find_weights(model: nn.Module, family: Family) -> Iterator[Weight]:
     """Yield every weight matrix once, with what `all-linear` makes of it."""
     part = find_text_part(model)
     text: Any = model
-    head, embeddings = text.get_output_embeddings(), text.get_input_embeddings()
+    head, embeddings = find_head(model), text.get_input_embeddings()
     is_tied = head is not None and head.weight is embeddings.weight
     for path, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
@@ -220,7 +226,8 @@ def _name_kind(model: nn.Module, path: str, module: nn.Module, *, part: str, hea
     if module is head:
         return HEAD
     is_beside = bool(part) and not f"{path}.".startswith(f"{part}.")
-    if is_beside or set(find_family(model.config).outside) & set(path.split(".")):
+    outside = find_family(model.config).outside
+    if is_beside or (outside and set(outside) & _name_path(model, path)):
         return OUTSIDE
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
@@ -233,6 +240,13 @@ def _name_kind(model: nn.Module, path: str, module: nn.Module, *, part: str, hea
     parent = type(model.get_submodule(path.rpartition(".")[0])).__name__
     inner = f".{path[len(part) :].lstrip('.')} in {parent}"
     return next((kind for kind, pattern in _KINDS if re.search(pattern, inner)), OTHER)
+
+
+def _name_path(model: nn.Module, path: str) -> set[str]:
+    """Return the names and the classes of a module and of those that it lies in."""
+    parts = path.split(".")
+    inner = (model.get_submodule(".".join(parts[: length + 1])) for length in range(len(parts)))
+    return {*parts, *(type(module).__name__ for module in inner)}
 
 
 def _is_router(model: nn.Module, path: str) -> bool:

@@ -23,9 +23,9 @@ class Family:
     refused: str = ""
     """Why it is not trained here, and what would do, in words."""
     is_encoder: bool = False
-    """Each token sees all of them, unless the config's `is_decoder` is true."""
+    """Each token sees all of them, unless the config's `is_decoder` (of XLM `causal`) is true."""
     outside: tuple[str, ...] = ()
-    """Modules inside its text decoder that see no token of a text run."""
+    """Modules inside its text decoder, by name or class, that see no token of a text run."""
 
 
 FAMILIES = (
@@ -41,12 +41,17 @@ FAMILIES = (
     ),
     Family(("phi4_multimodal",), outside=("embed_tokens_extend",)),
     Family(("fuyu",), outside=("vision_embed_tokens",)),
+    Family(("mllama", "mllama_text_model"), outside=("MllamaCrossAttentionDecoderLayer",)),
+    Family(
+        ("dbrx",),
+        skipped={"experts": "another module takes the weights, so that an adapter beside them would have no effect"},
+    ),
     Family(("git",), outside=("image_encoder", "visual_projection")),
     Family(
         (
             "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
-            "xmod",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta",
+            "xlm-roberta-xl", "xmod",
         ),
         is_encoder=True,
     ),
@@ -55,11 +60,33 @@ FAMILIES = (
         refused="its text is a prefix, in which each token sees those after it: choose a model that writes token by "
         "token",
     ),
+    Family(
+        ("diffusion_gemma",),
+        refused="it writes blocks of tokens by diffusion: choose a model that writes token by token",
+    ),
+    Family(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        refused="it drafts for another model, whose keys and values it reads: choose that model",
+    ),
+    Family(
+        ("kyutai_speech_to_text",),
+        refused="it reads codes of speech beside each token: choose a language model",
+    ),
+    Family(
+        ("reformer",),
+        refused="its layers compute their inputs again by themselves, which leaves an adapter without a gradient: "
+        "choose another model",
+    ),
+    Family(("shieldgemma2",), refused="it judges images and writes no text: choose a language model"),
 )  # fmt: skip
+
+_NO_ENCODER = "it reads what an encoder made, of which a text run has none"
 
 
 _EVERY_FAMILY: Mapping[str, str] = {
-    "indexer": "it chooses the positions that attention reads, and such a choice has no gradient"
+    "indexer": "it chooses the positions that attention reads, and such a choice has no gradient",
+    "encoder_attn": _NO_ENCODER,
+    "crossattention": _NO_ENCODER,
 }
 """As `Family.skipped`."""
 
@@ -67,7 +94,7 @@ _EVERY_FAMILY: Mapping[str, str] = {
 def explain_refused(config: Any) -> str:
     """Return why nothing of a model is trained here, and what would do; empty where it may be."""
     family = find_family(config)
-    if family.is_encoder and not getattr(config, "is_decoder", False):
+    if family.is_encoder and not any(getattr(config, name, False) for name in ("is_decoder", "causal")):
         return "it is an encoder, in which each token sees those after it: choose a model that writes token by token"
     if getattr(config.get_text_config(), "use_bidirectional_attention", None) is True:
         return "its config has each token see those after it: choose a model that writes token by token"

@@ -182,6 +182,11 @@ def build_skeleton(base_model: Path) -> PreTrainedModel:
             skeleton: PreTrainedModel = choose_class(config, base_model)._from_config(config)
     except FamilyError as error:
         raise MergeError(str(error)) from error
+    except ImportError as error:  # of timm, which some image parts want
+        raise MergeError(
+            f"{base_model}: {config.model_type} needs a package that is not installed here "
+            f"({' '.join(str(error).split())})"
+        ) from error
     except Exception as error:
         raise MergeError(f"{base_model}: no language model is described here ({error})") from error
     return skeleton

@@ -125,7 +125,11 @@ def _continue_greedily(model: Any, prompts: list[list[int]], num_tokens: int) ->
     """Return the most probable next tokens of each prompt; an end of turn does not stop it."""
     padded = _pad_left(prompts, model.device)
     config = GenerationConfig(max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
-    output: Tensor = model.generate(**padded, generation_config=config)
+    try:
+        output: Tensor = model.generate(**padded, generation_config=config)
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # of a family whose cache does not serve
+        config.use_cache = False
+        output = model.generate(**padded, generation_config=config)
     tokens: list[list[int]] = output[:, -num_tokens:].tolist()
     return tokens
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tasks.evaluation import padded
 from tasks.evaluation.generation import ignore_progress
 from tasks.evaluation.likelihood import score_flat, score_in_batches, score_targets
 from tests.tasks.evaluation.families import FAMILIES, build
@@ -52,7 +53,7 @@ def test_padded_sums_do_not_depend_on_batches_or_slices(
 def test_padded_logits_at_once_stay_within_the_bound(model: PreTrainedModel) -> None:
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel()))
-    score_padded(model, [[5] * 10] * 4, [[6] * 50] * 4, batch_size=4, max_slice_logits=97 * 4 * 8)
+    padded.score_padded(model, [[5] * 10] * 4, [[6] * 50] * 4, 97 * 4 * 8)
     assert max(sizes) == 97 * 4 * 8
     assert sum(sizes) == 97 * 4 * 50  # Only the positions that predict a target token.
 
@@ -93,7 +94,7 @@ def test_a_target_with_too_many_logits_is_scored_in_slices(monkeypatch: pytest.M
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel()))
     assert score_targets(model, [[5] * 10] * 2, [[6, 7] * 25, [8] * 5]) == pytest.approx(expected, rel=1e-5)
-    assert max(sizes[4:]) == 97 * 8  # Behind the four of the trial.
+    assert sizes[-7:] == [97 * 8] * 6 + [97 * 2]  # Behind those of the trials: 50 positions.
 
 
 def test_packs_that_do_not_fit_are_halved(model: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,7 +44,7 @@ def write_table(outcomes: Mapping[str, Outcome]) -> None:
 
 def name_rows(text: str) -> list[str]:
     """Return the families that a table has rows of."""
-    return re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
+    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
 
 
 def _write_row(outcome: Outcome) -> str:

@@ -4,12 +4,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, Phi4MultimodalConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma4UnifiedAssistantConfig,
+    Idefics3Config,
+    IdeficsConfig,
+    Kosmos2Config,
+    Phi4MultimodalConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ReformerConfig,
+    XLMConfig,
+)
 
 from tasks.families import registry
-from tasks.families.adaptation import OUTSIDE, plan_adaptation, summarize
-from tasks.families.classes import FamilyError
-from tasks.families.registry import Family
+from tasks.families.adaptation import HEAD, OUTSIDE, plan_adaptation, summarize
+from tasks.families.classes import FamilyError, choose_class
+from tasks.families.reading import check_reads_text
+from tasks.families.registry import Family, explain_refused
 from tests.tasks.families.tiny import build_config
 
 
@@ -57,3 +70,45 @@ def test_image_and_audio_parts_inside_a_text_decoder_have_no_adapter() -> None:
     rows = {row.kind: row for row in summarize(plan_adaptation(model, ("all-linear",)))}
     assert rows[OUTSIDE].num_adapted == 0
     assert sum(row.num_adapted for row in rows.values()) == 4
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "number"),
+    [("mllama", "dense layers", 6), ("trocr", "attention", 8), ("nemotron_h_omni", HEAD, 0), ("dbrx", "attention", 4)],
+)
+def test_what_no_token_reaches_and_what_no_adapter_can_stand_beside_is_left_alone(
+    case: str, kind: str, number: int
+) -> None:
+    """Layers that read images or an encoder, and the head that a composite does not name."""
+    config = build_config(case)
+    with torch.device("meta"):
+        model: Any = choose_class(config, case)._from_config(config)
+    rows = {row.kind: row for row in summarize(plan_adaptation(model, ("all-linear",)))}
+    assert rows[kind].num_adapted == number
+    assert rows[kind].num_weights == number or rows[kind].skipped
+
+
+@pytest.mark.parametrize("kind", [IdeficsConfig, Kosmos2Config])
+def test_a_model_that_asks_for_images_is_refused_in_its_own_words(kind: Any) -> None:
+    with pytest.raises(FamilyError, match=r"does not read text alone .*pixel_values"):
+        check_reads_text(_build_without_values(kind()))
+    check_reads_text(_build_without_values(Idefics3Config()))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (XLMConfig(), "encoder"),
+        (XLMConfig(causal=True), ""),
+        (ReformerConfig(is_decoder=True), "without a gradient"),
+        (Gemma4UnifiedAssistantConfig(), "drafts for another model"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_by_its_config(config: Any, why: str) -> None:
+    assert why in explain_refused(config)
+    assert bool(explain_refused(config)) is bool(why)
+
+
+def _build_without_values(config: Any) -> Any:
+    with torch.device("meta"):
+        return choose_class(config, config.model_type)._from_config(config)

@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tasks.families.classes import choose_class
+from tests.tasks.families.further import FURTHER, shrink_parts
 
 VOCABULARY = 97
 _LAYERS = 2
@@ -356,11 +357,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
     },
 }  # fmt: skip
-CASES = tuple(SETTINGS)
+CASES = (*SETTINGS, *FURTHER)
 
 
 def build_config(case: str) -> Any:
     """Return a tiny config of a case."""
+    if case in FURTHER:
+        return CONFIG_MAPPING[case](**shrink_parts(CONFIG_MAPPING[case], FURTHER[case], SIZES))
     settings = dict(SETTINGS[case])
     kind: Any = CONFIG_MAPPING[settings.pop("model_type", case)]
     if "text_config" not in settings:
@@ -379,7 +382,8 @@ def build_model(case: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             # A bias, a scale that would hide what comes before it, or the embedding of the padding.
-            parameter[parameter == 0] = torch.rand(int((parameter == 0).sum())) * 0.4 - 0.2
+            if parameter.is_floating_point():
+                parameter[parameter == 0] = torch.rand(int((parameter == 0).sum())) * 0.4 - 0.2
     return model.float().eval()
 
 
