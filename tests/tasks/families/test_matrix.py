@@ -82,7 +82,9 @@ def check(outcome: Outcome) -> None:
             # Every weight is adapted, or it is said which is not and why.
             assert row.num_adapted == row.num_weights or row.skipped, kind
     assert sum(row.num_adapted for row in outcome.adapted) > 0
-    assert not [warning for warning in outcome.warnings if "did not move" in warning]
+    # Of an expert that no token chose, which the run says, nothing can move.
+    still = [warning for warning in outcome.warnings if "did not move" in warning]
+    assert not [warning for warning in still if "no token was routed to these experts" not in warning]
     assert (outcome.num_changed > 0, outcome.num_kept > 0, outcome.unmoved) == (True, True, ())
     assert outcome.largest_logit_difference < 1e-3
 
