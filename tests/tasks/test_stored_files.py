@@ -1,5 +1,7 @@
 """What workers put into a store is what its list says, and a folder has one digest wherever its files are."""
 
+import hashlib
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +15,17 @@ from tasks import stored_files, tracking
 from tasks.partitions import name_part
 from tasks.storage import cached_folder, digest_folder
 from tasks.stored_files import LIST_NAME, LostError, StoredFile, StoreError
-from tests.object_store import serve_bucket
+from tests.object_store import Traffic, serve_bucket
 
 PARTS = [f"train.parquet/{number:06}.parquet" for number in range(3)]
 
 
+TRAFFIC = Traffic("(PUT|POST)")
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    with serve_bucket("store") as client:
+    with serve_bucket("store", TRAFFIC.watch) as client:
         yield client
 
 
@@ -58,6 +63,20 @@ def test_a_file_comes_back_as_it_was_put_there_or_is_named(bucket: Any, tmp_path
     stored_files.remove_files("s3://store/a")
     with pytest.raises(LostError, match=r"s3://store/a/part is gone"):
         stored_files.read_file(address, file)
+
+
+@pytest.mark.parametrize(("num_bytes", "requests"), [(8_000_000, {"PUT": 1}), (24_000_000, {"PUT": 3, "POST": 2})])
+def test_a_file_is_one_request_unless_it_is_large(
+    bucket: Any, tmp_path: Path, num_bytes: int, requests: dict[str, int]
+) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(random.Random(0).randbytes(num_bytes))
+    TRAFFIC.clear()
+    file = stored_files.put_file(path, "s3://store/size/part")
+    assert TRAFFIC.requests == requests
+    assert num_bytes <= TRAFFIC.num_bytes["PUT"] < num_bytes + 10_000
+    assert stored_files.put_file(path, "s3://store/size/part", sha256=file.sha256) == file
+    assert hashlib.sha256(stored_files.read_file("s3://store/size/part", file)).hexdigest() == file.sha256
 
 
 def test_whether_a_worker_can_write_is_tried(bucket: Any) -> None:

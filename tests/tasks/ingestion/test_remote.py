@@ -23,7 +23,7 @@ from tasks.ingestion.dataset import build_dataset
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.shards import name_sources, plan_shards
 from tasks.ingestion.sources.sources import check_unchanged, digest_source, find_sources
-from tests.object_store import serve_bucket
+from tests.object_store import Traffic, serve_bucket
 from tests.tasks.ingestion.test_shards import write_long_file
 
 NAMES = ("train.parquet", "eval.parquet", "rejects.parquet", "quality.json")
@@ -36,9 +36,12 @@ def make_lines(number: int) -> bytes:
     return ("\n".join(rows) + "\n").encode()
 
 
+TRAFFIC = Traffic(r"(GET)")
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    with serve_bucket("data") as client:
+    with serve_bucket("data", TRAFFIC.watch) as client:
         yield client
 
 
@@ -92,6 +95,37 @@ def test_lines_in_a_bucket_give_the_bytes_of_a_file_divided_or_not(bucket: Any, 
     assert build_with_workers("s3://data/lines/rows.jsonl", tmp_path / "divided", 20_000) == expected
     rejects = pl.read_parquet(tmp_path / "divided" / "rejects.parquet")
     assert rejects.select("source", "line").rows() == [("rows.jsonl", 1498)]
+
+
+PLAN = """
+import sys
+from schemas.config import DataConfig
+from tasks.ingestion.shards import name_sources, plan_shards
+config = DataConfig(source=sys.argv[1])
+for shard in plan_shards(config, name_sources(config), int(sys.argv[2])):
+    print([(*part.span, part.num_bytes, part.layout) for part in shard.parts])
+"""
+
+
+def plan(source: str | Path, shard_bytes: int) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", PLAN, str(source), str(shard_bytes)], capture_output=True, check=True)
+    return done.stdout.decode().splitlines()
+
+
+@pytest.mark.parametrize(("num_blank", "most_bytes"), [(0, 14_500_000), (1_500_000, 22_000_000)])
+def test_a_divided_file_of_lines_is_brought_to_its_first_rows_only(
+    bucket: Any, tmp_path: Path, num_blank: int, most_bytes: int
+) -> None:
+    """Workers count its lines; a megabyte of it has the first rows, or the rest of the first part is brought."""
+    row = f'{{"prompt": "question", "completion": "{"words " * 160}"}}\n'.encode()
+    content = b"\n" * num_blank + row * 12_000
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    bucket.put_object(Bucket="data", Key=f"front/{num_blank}.jsonl", Body=content)
+    TRAFFIC.clear()
+    planned = plan(f"s3://data/front/{num_blank}.jsonl", 6_000_000)
+    assert planned == plan(tmp_path / "rows.jsonl", 6_000_000)
+    assert len(planned) == 3
+    assert len(content) < TRAFFIC.num_bytes["GET"] < most_bytes
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
