@@ -86,3 +86,4 @@ def serve_bucket(
     finally:
         server.shutdown()
         thread.join()
+        server.server_close()

@@ -164,16 +164,16 @@ class Measured:
 
     row_bytes: float = 547
     shard_bytes: float = 16 << 20
-    worker_seconds: float = 174e-6
-    """Processor time of workers and of the cluster's own processes for a row, read and tokenized: 180.8 seconds for a
+    worker_seconds: float = 168e-6
+    """Processor time of workers and of the cluster's own processes for a row, read and tokenized: 173.2 seconds for a
     million, less the run's own process's; on cores that others wanted too."""
-    head_seconds: float = 6.4e-6
-    """Of the run's own process: index, split and what goes where 5.1 microseconds, tokens 1.0, the way to the store
+    head_seconds: float = 5.6e-6
+    """Of the run's own process: index, split and what goes where 4.3 microseconds, tokens 1.0, the way to the store
     0.3."""
     made_bytes: float = 470
     """Of a row in the tables and the tokens, of which the tables are TABLE_PART."""
-    scratch_rows_bytes: float = 650
-    """Of a row as a shard has it, until the tables are written."""
+    scratch_rows_bytes: float = 138
+    """Of a row as a shard has it, compressed, until the tables are written."""
     scratch_sets_bytes: float = 290
     """And of its words' hashes."""
     index_row_bytes: float = 133
@@ -182,8 +182,8 @@ class Measured:
     """Memory of the run's own process with few rows."""
     index_bytes: float = 30
     """And for each row more."""
-    requests: float = 1725e-6
-    """Of a row: 566 GET, 464 HEAD, 279 PUT and 416 POST for a million."""
+    requests: float = 1332e-6
+    """Of a row: 566 GET, 484 HEAD, 240 PUT and 42 POST for a million."""
     tokens: float = 134
     """Of a row."""
     tokens_a_second: float = 19_881.0
