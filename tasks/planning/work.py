@@ -207,6 +207,6 @@ def foresee_layout(
         longest = max(int(lengths[row].sum()) for row in examples.rows)
         return PassLayout(False, config.micro_batch * longest, recomputed)
     if config.tokens_per_pack != "auto":
-        most = min(most, max(config.tokens_per_pack, int(lengths.max())))
+        most = min(most, max(config.tokens_per_pack, int(examples.table.group_lengths.max())))
     own = min(most, GPU_TOKENS if is_gpu else CPU_TOKENS)
     return PassLayout(True, own * config.context_parallel, recomputed)

@@ -161,14 +161,14 @@ def _build_fused(
         engine, further = _quantize(engine, dtype)
         notes += further
     if config.tokens_per_pack != "auto":
-        most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
+        most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.group_lengths.max())))
     if device.type == "cuda":
         fit = partial(
             fit_memory,
             trained=list(collect_trained(model).values()),
             most_tokens=most_tokens,
             recompute=config.gradient_checkpointing,
-            longest_pass=-(-int(table.lengths.max()) // count_sharing(config)),
+            longest_pass=-(-int(table.group_lengths.max()) // count_sharing(config)),
             moment_bytes=count_moment_bytes(config),
         )
         engine = save_copies(
@@ -284,7 +284,7 @@ def _build_general(
     if engine.attend is None:
         most_tokens = engine.micro_batch * max(int(table.lengths[list(row)].sum()) for row in rows)
     elif config.tokens_per_pack != "auto":
-        most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.lengths.max())))
+        most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.group_lengths.max())))
     if device.type == "cpu" and engine.attend is not None:
         most_tokens = min(most_tokens, CPU_TOKENS)
     engine = replace(

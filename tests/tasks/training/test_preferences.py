@@ -16,6 +16,8 @@ from schemas.config import DpoConfig, TrainingConfig
 from tasks.preferences import compute_pair_losses
 from tasks.training.batches import form_batch
 from tasks.training.checkpoints import CheckpointError
+from tasks.training.engines.fused import FusedEngine
+from tasks.training.engines.general import GeneralEngine
 from tasks.training.engines.loss import compute_token_losses
 from tasks.training.loop import train_adapter
 from tasks.training.optimization import descend
@@ -71,6 +73,15 @@ def prepare(tmp_path: Path, engine: str, dpo: DpoConfig | None = None, **trainin
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return replace(setup, table=found["train"], eval_table=found["eval"])
+
+
+@pytest.mark.parametrize("engine", ["fused", "general"])
+def test_a_pass_takes_both_answers_of_the_longest_pair(tmp_path: Path, engine: str) -> None:
+    setup = prepare(tmp_path, engine, tokens_per_pack=8)
+    longest = int(setup.table.group_lengths.max())
+    assert longest > int(setup.table.lengths.max()) > 8
+    assert isinstance(setup.engine, FusedEngine | GeneralEngine)
+    assert setup.engine.tokens_per_forward == longest
 
 
 def add_log_probs(setup: Setup, index: int) -> Tensor:
