@@ -254,7 +254,8 @@ def test_interrupted_processes_leave_a_checkpoint_that_one_goes_on_from(
 
 
 def test_death_of_one_rank_ends_all(base_model: Path, many_tokens: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"num_processes": 2, "num_epochs": 1000.0})
+    """Where there is no checkpoint to go on from, however far the ranks are ahead of what has been told of them."""
+    config = CONFIG.model_copy(update={"num_processes": 2, "num_epochs": 1000.0, "checkpoint_every_steps": 1_000_000})
     job = TrainingJob(base_model, many_tokens, tmp_path, config, 5, "x")
 
     def kill() -> None:
