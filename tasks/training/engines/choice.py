@@ -163,20 +163,7 @@ def _build_fused(
     if config.tokens_per_pack != "auto":
         most_tokens = min(most_tokens, max(config.tokens_per_pack, int(table.group_lengths.max())))
     if device.type == "cuda":
-        fit = partial(
-            fit_memory,
-            trained=list(collect_trained(model).values()),
-            most_tokens=most_tokens,
-            recompute=config.gradient_checkpointing,
-            longest_pass=-(-int(table.group_lengths.max()) // count_sharing(config)),
-            moment_bytes=count_moment_bytes(config),
-        )
-        engine = save_copies(
-            fit_all_ranks(fit(engine)),
-            most_tokens,
-            lambda leaner: fit_all_ranks(fit(leaner)),
-            may_keep=config.gradient_checkpointing is None,
-        )
+        engine = fit_fused(engine, table, config, list(collect_trained(model).values()), most_tokens=most_tokens)
         # A recorded pass would hold the matrices of the slots in which they lay when it was recorded.
         may_record = engine.decoder.divided is None and not engine.num_recomputed and router_loss is None
         if may_record and can_record(engine.decoder, device):
@@ -191,6 +178,40 @@ def _build_fused(
         layers = engine.num_layers if config.gradient_checkpointing else 0
         engine = replace(engine, tokens_per_forward=min(most_tokens, CPU_TOKENS), num_recomputed=layers)
     return engine, tuple(notes)
+
+
+def fit_fused(
+    engine: FusedEngine, table: TokenTable, config: TrainingConfig, trained: Sequence[nn.Parameter], *, most_tokens: int
+) -> FusedEngine:
+    """Return the fused engine with a forward pass that fits into the memory of every rank.
+
+    Args:
+        engine: on a GPU.
+        table: the examples.
+        config: of the training.
+        trained: parameters.
+        most_tokens: of a step, or of a pack.
+
+    Raises:
+        TrainingError: the longest example, or pair, does not fit with all that can be done.
+    """
+    longest = int(table.group_lengths.max())
+    fit = partial(
+        fit_memory,
+        trained=trained,
+        most_tokens=most_tokens,
+        recompute=config.gradient_checkpointing,
+        longest_pass=-(-longest // count_sharing(config)),
+        moment_bytes=count_moment_bytes(config),
+    )
+    engine = save_copies(
+        fit_all_ranks(fit(engine)),
+        most_tokens,
+        lambda leaner: fit_all_ranks(fit(leaner)),
+        may_keep=config.gradient_checkpointing is None,
+    )
+    _refuse_too_long(engine, longest, config)
+    return engine
 
 
 def save_copies(

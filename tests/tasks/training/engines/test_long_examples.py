@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from tasks.training.engines.long_examples import choose_in_host, count_input_byt
 from tasks.training.engines.memory_fit import fit_memory
 from tasks.training.engines.pass_need import Need
 from tasks.training.records import TrainingError
+from tasks.training.token_table import TokenTable
 from tests.tasks.decoder.small_models import build
 
 LAYERS, ROW = 3, 128
@@ -116,17 +118,24 @@ def test_a_small_host_takes_what_it_can() -> None:
     assert again * -(-longest * 100 // CHUNK_BYTES) * CHUNK_BYTES <= 27 * 2 * CHUNK_BYTES
 
 
+def take(monkeypatch: pytest.MonkeyPatch, engine: FusedEngine) -> None:
+    """Go on as a training does with what was fitted, for one example."""
+    monkeypatch.setattr(choice, "fit_memory", lambda *arguments, **settings: engine)
+    nothing = np.zeros(0, np.int32)
+    table = TokenTable(["long"], np.array([0, LONG]), nothing, nothing)
+    choice.fit_fused(engine, table, TrainingConfig(), [], most_tokens=LONG)
+
+
 def test_an_example_for_which_nothing_is_enough_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainingConfig()
     engine = fit(monkeypatch, free=300 * LONG + PIECE_BYTES)
     assert engine.longest_fit == LONG // 2
     with pytest.raises(TrainingError, match=r"1,048,576 tokens, and here examples of about 524,288 fit \(every layer"):
-        choice._refuse_too_long(engine, LONG, config)
+        take(monkeypatch, engine)
     # What is short by less than what is never planned for may yet fit.
     needed = 600 * LONG + PIECE_BYTES
     assert fit(monkeypatch, free=0.899 * needed).longest_fit == int((0.899 * needed - PIECE_BYTES) / 600)
     for free in (0.901 * needed, needed):
-        choice._refuse_too_long(fit(monkeypatch, free=free), LONG, config)
+        take(monkeypatch, fit(monkeypatch, free=free))
 
 
 @pytest.mark.parametrize(
