@@ -102,7 +102,7 @@ def sft_pipeline(
     title = describe_run(config)
     with garbage.importing():
         from flows import stages  # not at the top: see there
-        from flows.preflight import check_model
+        from flows.preflight import check_run
 
     stages.check_settings(config.registry.gate, config.evaluation.probes)
     gpu_stages.prepare()
@@ -111,7 +111,7 @@ def sft_pipeline(
             base = stages.locate_model(config.model)
             source = stages.locate_dataset(config.read_data)
             check_inputs(run, source, base)
-            advice = tell_warnings(check_model(tracking.resolve(base), config.training))
+            advice = tell_warnings(check_run(tracking.resolve(base), config))
         with _clock(seconds, "ingest"):
             ingested = run_stage(stages.ingest, source, config.read_data, seed=config.seed, parent_run_id=run)
             dataset = ingested.result()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flows.plan_data import Found, Kept, find_data, find_kept
-from flows.preflight import check_model
+from flows.preflight import check_run
 from flows.run_pace import REST
 from schemas.artifacts import ModelRef
 from schemas.config import RunConfig
@@ -128,7 +128,7 @@ def plan_run(
     on_phase("Looking at the base model")
     base_model = find_base_model(config.model)
     folder = tracking.resolve(base_model)
-    advice = check_model(folder, config.training)
+    advice = check_run(folder, config)
     on_phase("Looking for kept results")
     kept = find_kept(config, base_model)
     with storage.new_folder() as place:

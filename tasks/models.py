@@ -128,6 +128,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
             **options,
         )
@@ -141,6 +142,41 @@ def load_model(
     if is_packed and dtype is not None:
         model.to(dtype)  # what was unpacked is in bf16
     return cast("PreTrainedModel", model.eval())
+
+
+def check_headers(folder: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Refuse the weights that `load_model` would refuse, by their names and shapes: transformers loads none of them.
+
+    Args:
+        folder: with config.json, whose quantization is left out: the tensors are those of an unquantized model.
+        tensors: of the checkpoint, by name, without values (meta device).
+
+    Raises:
+        ModelError: they are not exactly those of the model.
+    """
+    from transformers.utils import logging
+
+    from tasks.families.classes import choose_class, read_config
+
+    config = read_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind: Any = choose_class(config, folder)
+    showed = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
+        )
+    finally:
+        if showed:
+            logging.enable_progress_bar()
+    _check_weights(folder, type(model).__name__, report)
 
 
 def has_odd_experts(model: Any) -> bool:
@@ -172,7 +208,10 @@ def _check_weights(folder: Path, kind: str, report: Mapping[str, Any]) -> None:
             shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             problems.append(f"{count_of(len(names), 'weight is', 'weights are')} {what} the files: {shown}")
     if report["mismatched_keys"]:
-        problems.append(f"shapes differ: {', '.join(sorted(str(entry[0]) for entry in report['mismatched_keys'])[:8])}")
+        shapes = [
+            f"{name} is {list(found)} and not {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+        ]
+        problems.append(f"shapes differ: {', '.join(sorted(shapes)[:8])}")
     if problems:
         raise ModelError(
             f"{folder}: the weights are not those of {kind}: {'; '.join(problems)}: fetch the whole checkpoint again, "

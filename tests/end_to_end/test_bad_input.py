@@ -1,6 +1,7 @@
 """Bad input: one readable message (what, where, limit, remedy), a Failed flow, nothing half registered."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prefect.settings import PREFECT_API_URL
+from safetensors.torch import load_file, save_file
 
+from schemas.artifacts import DatasetRef
 from tasks import tracking
 from tasks.ingestion.dataset import build_dataset
 from tasks.registry.listing import list_runs
-from tests.end_to_end.conftest import ROOT, RunPipeline
+from tests.end_to_end.conftest import BASE_MODEL, ROOT, RunPipeline
 
 pytestmark = pytest.mark.slow
 _GOOD = [{"instruction": f"Say {n}.", "input": "", "output": f"The number {n}."} for n in range(20)]
@@ -110,6 +114,40 @@ def test_weights_that_can_hide_code_are_refused(
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match=r"no \*\.safetensors weights \(found pytorch_model\.bin"):
         run_pipeline({"data": {"source": str(write_rows(_GOOD))}, "model": {"base_model": str(model)}})
+
+
+def _damage_model(damage: str, folder: Path) -> None:
+    """Copy the demo's base model with other weights than its config and its tokenizer tell of."""
+    shutil.copytree(BASE_MODEL, folder)
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    if damage == "no head":
+        config["tie_word_embeddings"] = False
+    elif damage == "a tensor more":
+        weights["model.layers.0.mlp.spare_proj.weight"] = torch.zeros(4, 4)
+    else:
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:2040].clone()
+        config |= {"vocab_size": 2040, "eos_token_id": 1, "pad_token_id": 1}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("no head", r"1 weight is missing from the files: lm_head\.weight"),
+        ("a tensor more", r"1 weight is unknown to the model in the files: model\.layers\.0\.mlp\.spare_proj\.weight"),
+        ("few rows", r"as id 204\d, and the model's embedding has 2040 rows: take the tokenizer that belongs to this"),
+    ],
+)
+def test_weights_of_another_model_are_refused_before_a_row_is_read(
+    run_pipeline: RunPipeline, write_rows: Callable[..., Path], tmp_path: Path, damage: str, said: str
+) -> None:
+    _damage_model(damage, tmp_path / "base")
+    settings = {"data": {"source": str(write_rows(_GOOD))}, "model": {"base_model": str(tmp_path / "base")}}
+    with pytest.raises(ValueError, match=said):
+        run_pipeline(settings)
+    (newest,) = list_runs(limit=1)
+    assert tracking.recall(newest.run, "ingest", DatasetRef) is None
 
 
 def _sft(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -63,3 +63,24 @@ def test_quantized_and_missing_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"down_proj.weight: this checkpoint is quantized \(gptq\).*choose the unq"):
         check_model(tmp_path, TrainingConfig())
+
+
+def test_layers_that_transformers_leaves_out_are_told(tmp_path: Path) -> None:
+    """Of the families whose class knows that their checkpoints have them."""
+    file = save_model("qwen3_next", tmp_path) / "model.safetensors"
+    assert check_model(tmp_path, TrainingConfig()) == ()
+    further = {"mtp.fc.weight": torch.zeros(32, 64), "mtp.norm.weight": torch.zeros(32)}
+    save_file({**load_file(file), **further}, file, metadata={"format": "pt"})
+    (told,) = check_model(tmp_path, TrainingConfig())
+    assert told.startswith("1 matrix of the files is no part of Qwen3NextForCausalLM in transformers, such as mtp.fc.w")
+
+
+def test_a_weight_of_another_shape(tmp_path: Path) -> None:
+    file = save_model("gemma3", tmp_path) / "model.safetensors"
+    tensors, name = load_file(file), "vision_tower.encoder.layers.0.layer_norm1.bias"
+    (stored,) = [found for found in tensors if found.endswith(name)]
+    save_file({**tensors, stored: torch.zeros(17)}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"shapes differ: .*layer_norm1.bias is \[17\] and not \[16\]: fetch the whole"
+    ):
+        check_model(tmp_path, TrainingConfig())
