@@ -8,31 +8,29 @@ is PEFT's, and weights are the model's.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tasks.decoder import elementwise
 from tasks.decoder.adapters import AdapterGroup, bind_gradients, refresh
 from tasks.decoder.attention import Attention, Segments
-from tasks.decoder.blocks import last_output_unused
 from tasks.decoder.delta_rule import DeltaRule, run_plain_rule
 from tasks.decoder.divided import DividedLayers, WayBack
 from tasks.decoder.dropout import Dropout
 from tasks.decoder.forward import Forward
 from tasks.decoder.grouped import ExpertAdapters
 from tasks.decoder.head import Head, HeadLoss, TrainedHeadLoss
-from tasks.decoder.host_inputs import HostInputs, HostMemory
+from tasks.decoder.host_inputs import HostMemory
 from tasks.decoder.layer import Layer, attend_scaled, run_layer
 from tasks.decoder.layer_inputs import LayerInputs
 from tasks.decoder.mixers import DeltaNet, KeysValues, name_shared
 from tasks.decoder.norms import Norm
+from tasks.decoder.projections import AnyProjection
+from tasks.decoder.recomputation import Outputs, Recomputation, plan_recomputation, run_twice
 from tasks.decoder.weights import TrainedWeights, WeightGroup
 
 # Bytes of logits that exist at a time.
@@ -149,53 +147,13 @@ def compute_losses(
         host: where inputs of recomputed layers can lie.
         num_in_host: layers, from the first, whose input lies there; not the last recomputed one, which is wanted first.
     """
-    stream, delta, source = decoder.embed(input_ids), None, None
-    dropout = decoder.dropout if torch.is_grad_enabled() else None
-    key = None if dropout is None else dropout.key
-    attend = decoder.attend
-    if decoder.scale_queries is not None:
-        attend = partial(attend_scaled, attend, decoder.scale_queries(positions).to(stream.dtype)[:, None, None])
-    forward = Forward(
-        decoder.ops, dropout, attend, decoder.delta_rule, segments, positions, _find_angles(decoder, stream, positions)
-    )
-    own_inputs: list[Tensor] | list[None] = [None] * len(decoder.layers)
-    if decoder.layer_inputs is not None:
-        own_inputs = decoder.layer_inputs.compute(input_ids, stream, decoder.ops, dropout)
-    shared: dict[str, KeysValues | None] = {}
-    inputs = None
-    if host is not None and num_in_host and torch.is_grad_enabled():
-        inputs = HostInputs(host)
-        num_in_host = min(num_in_host, num_recomputed - 1)
-    for number, (layer, own_input) in enumerate(zip(decoder.layers, own_inputs, strict=True)):
-        select = trained if number == len(decoder.layers) - 1 and not runs_all else None
-        keeps, reads = name_shared(layer.mixer)
-        run = partial(run_layer, layer, forward, select)
-        if decoder.divided is not None:
-            decoder.divided.hold_forward(number, num_recomputed)
-        arguments = shared.get(reads), own_input
-        if number < num_recomputed and torch.is_grad_enabled():
-            stream = stream if delta is None else stream + delta
-            run = partial(run, piece_tokens=piece_tokens)
-            if inputs is not None and number < num_in_host:
-                run, stream = partial(_run_taken, inputs, number, run), inputs.replace(number, stream)
-            contexts = partial(_open_contexts, is_unused=layer.is_unread_with(piece_tokens))
-            stream, delta, kept = checkpoint(
-                run, *arguments, stream, None, None, key, use_reentrant=False, preserve_rng_state=False,
-                context_fn=contexts,
-            )  # fmt: skip
-        else:
-            stream, delta, kept = run(*arguments, stream, delta, source, key)
-        if inputs is not None and number == num_in_host:
-            stream, delta = inputs.announce(number - 1, stream, delta)
-        if decoder.divided is not None:
-            stream, delta = WayBack.apply(decoder.divided, number, num_recomputed, stream, delta)
-        shared |= {keeps: kept} if keeps else {}
-        source = layer.last
+    recomputation = plan_recomputation(num_recomputed, piece_tokens, host, num_in_host)
+    select = None if runs_all else trained
+    stream, delta, source = _run_layers(decoder, input_ids, positions, segments, select, recomputation, num_recomputed)
     if runs_all:
         stream, delta, source = stream.index_select(0, trained), _select(delta, trained), None
     head, trained_head = decoder.head, decoder.list_head_parameters()
-    chunk = head.count_rows(logits_bytes)
-    settings = stream, delta, source, targets, decoder.norm, head, chunk, decoder.ops
+    settings = stream, delta, source, targets, decoder.norm, head, head.count_rows(logits_bytes), decoder.ops
     if trained_head and scale is None and torch.is_grad_enabled():
         losses: Tensor = TrainedHeadLoss.apply(*settings, *trained_head)
     else:
@@ -204,17 +162,56 @@ def compute_losses(
     return losses
 
 
-def _run_taken(
-    inputs: HostInputs,
-    number: int,
-    run: Callable[..., tuple[Tensor, Tensor | None, KeysValues | None]],
-    shared: KeysValues | None,
-    own_input: Tensor | None,
-    placeholder: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor | None, KeysValues | None]:
-    """Run a layer whose input lies in the host's memory."""
-    return run(shared, own_input, inputs.take(number, placeholder), *arguments)
+def _run_layers(
+    decoder: Decoder,
+    input_ids: Tensor,
+    positions: Tensor,
+    segments: Segments,
+    select: Tensor | None,
+    recomputation: Recomputation,
+    num_recomputed: int,
+) -> tuple[Tensor, Tensor | None, AnyProjection | None]:
+    """Return the stream after the last layer, what is still to be added to it, and the projection that made this.
+
+    The last layer runs at the positions of `select` alone, at all where that is None. The stream is made here, and has
+    one name at a time: a layer's input that nobody names is no longer in the memory.
+    """
+    stream, delta, source = decoder.embed(input_ids), None, None
+    forward = _open_forward(decoder, stream, positions, segments)
+    key = None if forward.dropout is None else forward.dropout.key
+    own_inputs: list[Tensor] | list[None] = [None] * len(decoder.layers)
+    if decoder.layer_inputs is not None:
+        own_inputs = decoder.layer_inputs.compute(input_ids, stream, decoder.ops, forward.dropout)
+    shared: dict[str, KeysValues | None] = {}
+    for number, (layer, own_input) in enumerate(zip(decoder.layers, own_inputs, strict=True)):
+        is_last = number == len(decoder.layers) - 1
+        keeps, reads = name_shared(layer.mixer)
+        run: Callable[..., Outputs] = partial(run_layer, layer, forward, select if is_last else None)
+        if decoder.divided is not None:
+            decoder.divided.hold_forward(number, num_recomputed)
+        if number < recomputation.num_layers:
+            stream = stream if delta is None else stream + delta
+            pieces = recomputation.piece_tokens
+            run, stream = recomputation.put_away(number, partial(run, piece_tokens=pieces), stream)
+            stream, delta, kept = run_twice(layer, run, pieces, shared.get(reads), own_input, stream, key)
+        else:
+            stream, delta, kept = run(shared.get(reads), own_input, stream, delta, source, key)
+        stream, delta = recomputation.announce(number, stream, delta)
+        if decoder.divided is not None:
+            stream, delta = WayBack.apply(decoder.divided, number, num_recomputed, stream, delta)
+        shared |= {keeps: kept} if keeps else {}
+        source = layer.last
+    return stream, delta, source
+
+
+def _open_forward(decoder: Decoder, stream: Tensor, positions: Tensor, segments: Segments) -> Forward:
+    """Return what the layers of a pass share."""
+    attend = decoder.attend
+    if decoder.scale_queries is not None:
+        attend = partial(attend_scaled, attend, decoder.scale_queries(positions).to(stream.dtype)[:, None, None])
+    dropout = decoder.dropout if torch.is_grad_enabled() else None
+    angles = _find_angles(decoder, stream, positions)
+    return Forward(decoder.ops, dropout, attend, decoder.delta_rule, segments, positions, angles)
 
 
 def _select(delta: Tensor | None, positions: Tensor) -> Tensor | None:
@@ -225,11 +222,6 @@ def _find_angles(decoder: Decoder, stream: Tensor, positions: Tensor) -> dict[st
     """Return the angles of each kind that a layer asks for."""
     mixers = [layer.mixer for layer in decoder.layers if not isinstance(layer.mixer, DeltaNet)]
     return {mixer.rope: decoder.angles(stream, positions, mixer.rope) for mixer in mixers}
-
-
-def _open_contexts(*, is_unused: bool) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a layer's first run and of its second."""
-    return nullcontext(), last_output_unused() if is_unused else nullcontext()
 
 
 def choose_operations(device: torch.device, dtype: torch.dtype) -> ModuleType:
