@@ -243,8 +243,8 @@ def check_said(chat: Chat, messages: Sequence[Message], turns: Sequence[Turn]) -
         if not said.strip() and (message.get("tool_calls") or given):
             raise MaskError(
                 "empty_answer" if given else "dropped_tool_calls",
-                f"message {turn.index}: {chat.name} renders nothing of it: set model.chat_template to a template that "
-                "writes it, such as chatml",
+                f"message {turn.index + 1}: {chat.name} renders nothing of it: set model.chat_template to a template "
+                "that writes it, such as chatml",
             )
 
 

@@ -43,7 +43,7 @@ def encode_turn(chat: Chat, turn: Turn, marks: Marks | None = None) -> tuple[lis
             return prompt_ids, candidate
     raise MaskError(
         "not_representable",
-        f"message {turn.index}: the tokenizer has no ids that decode to {target[:80]!r} "
+        f"message {turn.index + 1}: the tokenizer has no ids that decode to {target[:80]!r} "
         f"(nearest: {decode_batch(tokenizer, candidates[:1])[0][:80]!r}): write the row as the nearest is, or set "
         "model.chat_template to a template without the tokens around it, such as plain",
     )

@@ -139,7 +139,8 @@ def _check_answer(message: dict[str, Any], index: int) -> None:
     """
     if message.get("content") is None and not message.get("tool_calls"):
         raise MaskError(
-            "null_content", f"message {index}: the content of a trained answer is null: give a text, or train: false"
+            "null_content",
+            f"message {index + 1}: the content of a trained answer is null: give a text, or train: false",
         )
 
 
@@ -152,12 +153,18 @@ def choose_turns(messages: Sequence[dict[str, Any]], config: TokenizationConfig)
     assistants = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise MaskError("bad_message", f"message {number}: a mapping with a role is wanted, got {message!r:.200}")
+            raise MaskError(
+                "bad_message", f"message {number + 1}: a mapping with a role is wanted, got {message!r:.200}"
+            )
         if message.get("train", True) not in (True, False, None):
-            raise MaskError("bad_message", f"message {number}: train is {message['train']!r}, true or false is wanted")
+            raise MaskError(
+                "bad_message", f"message {number + 1}: train is {message['train']!r}, true or false is wanted"
+            )
         weight = message.get("weight", 1)
         if not isinstance(weight, (int, float)) or not 0 < weight <= 1:
-            raise MaskError("bad_message", f"message {number}: weight is {weight!r}, above 0 and at most 1 is wanted")
+            raise MaskError(
+                "bad_message", f"message {number + 1}: weight is {weight!r}, above 0 and at most 1 is wanted"
+            )
         if message["role"] == "assistant":
             assistants.append(number)
     chosen = assistants[-1:] if config.train_on == "last_turn" else assistants

@@ -133,7 +133,7 @@ def render(
     except TemplateLimitError:
         raise
     except Exception as error:
-        number = len(messages) - 1
+        number = len(messages)
         role = messages[-1].get("role") if messages else None
         raise MaskError(
             "template_error",

@@ -50,7 +50,7 @@ def cut_turn(
         if len(shortest.prompt_ids) > config.max_length // 2 and len(shortest.target_ids) <= config.max_length // 2:
             raise MaskError(
                 "prompt_too_long",
-                f"message {index}: headers, tools and the first characters of the contents take "
+                f"message {index + 1}: headers, tools and the first characters of the contents take "
                 f"{len(shortest.prompt_ids)} tokens, the answer {len(shortest.target_ids)}, and "
                 f"tokenization.max_length is {config.max_length}: shorten them, or raise it where the model has "
                 "positions for more",
@@ -58,8 +58,8 @@ def cut_turn(
         if config.truncation == "reject":
             raise MaskError(
                 "answer_too_long",
-                f"message {index}: the answer has {len(shortest.target_ids)} tokens, and with its prompt's headers it "
-                f"does not fit tokenization.max_length = {config.max_length}: set tokenization.truncation to "
+                f"message {index + 1}: the answer has {len(shortest.target_ids)} tokens, and with its prompt's headers "
+                f"it does not fit tokenization.max_length = {config.max_length}: set tokenization.truncation to "
                 "cut_answer, or raise it where the model has positions for more",
             )
         room = max(int(config.max_length * _PROMPT_SHARE), len(shortest.prompt_ids))
@@ -121,6 +121,6 @@ def _cut_answer(chat: Chat, cut: CutTurn, room: int) -> CutTurn:
     while num_kept > 0 and decode(chat.tokenizer, cut.target_ids[:num_kept]).endswith("\ufffd"):
         num_kept -= 1
     if num_kept <= 0:
-        raise MaskError("answer_too_long", f"message {cut.turn.index}: no token of the answer fits")
+        raise MaskError("answer_too_long", f"message {cut.turn.index + 1}: no token of the answer fits")
     kept = cut.target_ids[:num_kept] + ending
     return CutTurn(replace(cut.turn, target=decode(chat.tokenizer, kept)), cut.prompt_ids, kept)

@@ -62,7 +62,7 @@ def render_turns(
         if (marks.remove(turn.prompt), marks.remove(turn.target)) != (plain.prompt, plain.target):
             raise MaskError(
                 "control_literal",
-                f"message {turn.index}: the contents spell a control token and {chat.name} rewrites it, so that it "
+                f"message {turn.index + 1}: the contents spell a control token and {chat.name} rewrites it, so that it "
                 "cannot be kept as text: remove it, or set tokenization.allow_special_tokens",
             )
     return Rendered(turns, marks, num_literals, unmarked)
@@ -99,8 +99,8 @@ def _check_written(chat: Chat, index: int, target: str, closed: bool) -> None:
     if not target.strip() and not closed:
         raise MaskError(
             "empty_answer",
-            f"message {index}: {chat.name} renders nothing of it: set model.chat_template to a template that writes "
-            "it, such as chatml",
+            f"message {index + 1}: {chat.name} renders nothing of it: set model.chat_template to a template that "
+            "writes it, such as chatml",
         )
 
 
@@ -186,8 +186,8 @@ def _without_reasoning(chat: Chat, number: int) -> MaskError:
     way = f"set tokenization.template_arguments: {json.dumps(arguments)}, " if arguments else ""
     return MaskError(
         "missing_reasoning",
-        f"message {number}: {chat.name} opens a thought for the model to go on with, and the message has no reasoning: "
-        f"{way}give its reasoning_content, or set model.chat_template: chatml",
+        f"message {number + 1}: {chat.name} opens a thought for the model to go on with, and the message has no "
+        f"reasoning: {way}give its reasoning_content, or set model.chat_template: chatml",
     )
 
 
@@ -208,7 +208,7 @@ def _find_arguments(chat: Chat) -> dict[str, bool]:
 def _mismatch(chat: Chat, number: int, why: str) -> MaskError:
     return MaskError(
         "generation_prompt_mismatch",
-        f"message {number}: {chat.name} does not say what the model has to answer: {why}. Set model.chat_template: "
+        f"message {number + 1}: {chat.name} does not say what the model has to answer: {why}. Set model.chat_template: "
         "chatml, or to a .jinja file whose generation prompt is the front of its assistant turn",
     )
 

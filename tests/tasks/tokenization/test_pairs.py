@@ -76,7 +76,7 @@ def test_a_pair_is_refused_with_either_answer_and_never_cut_to_two_prompts(
     counts = tokenize_dataset(dataset, prepared, tmp_path / "tokens", config)
     assert counts.rows_rejected == {"null_content": 2, "prompt_too_long": 2}
     details = pl.read_parquet(tmp_path / "tokens" / "rejects.parquet")["detail"].to_list()
-    assert details[0].startswith("in the rejected answer: message 1: the content of a trained answer is null")
+    assert details[0].startswith("in the rejected answer: message 2: the content of a trained answer is null")
     assert "its two prompts were cut at different places" in details[1]
     strict = config.model_copy(update={"max_truncated_fraction": 0.1})
     with pytest.raises(TokenizationError, match=r"1 of 2 training examples \(50\.0%\) had to be cut or rejected"):

@@ -49,7 +49,7 @@ def test_turns_that_fit_stay_together_and_whole(chatml: PreTrainedTokenizerBase)
 
 
 def test_an_answer_that_is_too_long_is_rejected_by_default(chatml: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(MaskError, match=r"max_length = 64") as caught:
+    with pytest.raises(MaskError, match=r"message 2: .*max_length = 64") as caught:
         build_examples(say("u:q", "a:" + "word " * 200), chatml, config=limit(64))
     assert caught.value.reason == "answer_too_long"
 
