@@ -49,6 +49,8 @@ class Progress:
     train_seconds: float = 0.0
     failure: str = ""
     """Why a candidate of a sweep was given up; it has no steps since."""
+    warnings: list[str] = field(default_factory=list)
+    """What befell the training up to here, over all attempts: damaged checkpoints, steps that did not fit."""
 
     @property
     def best_step(self) -> int | None:

@@ -183,6 +183,7 @@ def _restore(run: Run, checkpoint: Path) -> None:
     parameters, optimizer = run.setup.optimizer.unsharded()
     run.progress = restore_checkpoint(checkpoint, parameters=parameters, optimizer=optimizer)
     run.saved_step = run.progress.step
+    run.warnings[:0] = [earlier for earlier in run.progress.warnings if earlier not in run.warnings]
     logger.info("Resuming from step %d of %d", run.progress.step, run.setup.num_steps)
 
 

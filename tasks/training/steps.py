@@ -173,6 +173,7 @@ def save(run: Run, writer: CheckpointWriter) -> None:
     if run.setup.config.is_lora or not is_sharded(run.setup.config):  # else no rank holds what another does
         check_ranks_agree(run.setup.parameters, step=run.progress.step)
     parameters, optimizer = run.setup.optimizer.unsharded()
+    run.progress.warnings = list(run.warnings)
     snapshot = take_snapshot(parameters=parameters, optimizer=optimizer, progress=run.progress, identity=run.identity)
     if snapshot is not None:
         writer.write(snapshot)

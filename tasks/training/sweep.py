@@ -158,7 +158,7 @@ class _Sweep:
     parameters: list[dict[str, nn.Parameter]] = field(default_factory=list)
     optimizers: list[WholeOptimizer] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
-    """Damaged checkpoints."""
+    """Damaged checkpoints, over all attempts."""
 
     @property
     def saved(self) -> Path:
@@ -181,6 +181,8 @@ class _Sweep:
         if checkpoint is not None:
             self.step = restore_sweep(checkpoint, self.candidates, self.parameters, self.optimizers)
             self.resumed_from_step = self.step
+            earlier = self.candidates[0].progress.warnings
+            self.passed_over[:0] = [warning for warning in earlier if warning not in self.passed_over]
             logger.info("Resuming from step %d of %d", self.step, self.setup.num_steps)
         if self.setup.config.is_paired:
             assert self.setup.eval_table is not None
@@ -383,4 +385,5 @@ class _Sweep:
 
     def _take_snapshot(self) -> Snapshot:
         """Copy what a checkpoint of all candidates holds."""
+        self.candidates[0].progress.warnings = self.passed_over  # of all of them
         return take_sweep(self.step, self.identity, self.candidates, self.parameters, self.optimizers)

@@ -309,6 +309,8 @@ def test_damaged_checkpoint_is_told_and_gone_around(base_model: Path, tokens: Pa
     assert again.resumed_from_step == 16
     assert [record.step for record in steps] == [17, 18, 19, 20]
     assert "step-000020 is damaged" in again.warnings[0]
+    later, _, _ = train(base_model, tokens, tmp_path, checkpoint_every_steps=8, eval_every_steps=20)
+    assert (later.resumed_from_step, later.warnings) == (20, again.warnings)
     assert all(torch.equal(tensor, adapter[name]) for name, tensor in read_adapter(again.adapter).items())
 
 

@@ -114,6 +114,7 @@ def test_another_machine_goes_on_and_a_damaged_checkpoint_is_told(tmp_path: Path
     rest, later, _ = train(tmp_path / "two", base_model, tokens, config, place=place)
     assert rest.resumed_from_step == 4
     assert "checkpoint step-000005 is damaged" in rest.warnings[0]
+    assert train(tmp_path / "two", base_model, tokens, config, place=place)[0].warnings == rest.warnings
     assert [record.figures for record in seen[:4] + later] == [record.figures for record in steps]
     assert rest.sweep == whole.sweep
 
