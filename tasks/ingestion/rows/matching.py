@@ -1,9 +1,11 @@
 """Which format a file's rows have, by their columns."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from schemas.plurals import count_of
 from tasks.ingestion.errors import DataError
 from tasks.ingestion.rows.formats import FORMATS
 from tasks.ingestion.rows.layouts import Layout, Reading
@@ -23,6 +25,7 @@ _MAPPING = (
     "rename them, or say what yours hold: data.columns: {prompt: ONE_OF_YOURS, completion: ANOTHER} in the config, or "
     "--set 'data.columns={prompt: ONE_OF_YOURS, completion: ANOTHER}'"
 )
+_OTHER_DELIMITERS = (";", "\t", "|")
 
 
 def find_layout(rows: Sequence[Any], reading: Reading, where: str) -> Layout | None:
@@ -50,7 +53,7 @@ def find_layout(rows: Sequence[Any], reading: Reading, where: str) -> Layout | N
             votes[found] += 1
     present = Counter(key for row in objects for key in row)
     if not votes:
-        raise DataError(_describe_wrong_columns(present, reading, where))
+        raise DataError(_describe_other_shape(objects, where) or _describe_wrong_columns(present, reading, where))
     (name, required), _ = votes.most_common(1)[0]
     _check_one_column_a_field(name, reading, present, len(objects), where)
     columns = dict(zip((names[0] for names in FORMATS[name].required), required, strict=True))
@@ -107,6 +110,28 @@ def _check_one_column_a_field(name: str, reading: Reading, present: Counter[str]
                 f"{where}: {' and '.join(found)} could both be the {names[0]} of format {name}: "
                 f"say which with data.columns: {{{names[0]}: {found[0]}}}"
             )
+
+
+def _describe_other_shape(objects: Sequence[dict[str, Any]], where: str) -> str | None:
+    """Word the error of a file whose rows are there, and elsewhere than at its top; None where they are not seen."""
+    first = objects[0]
+    (column, *others) = first or [""]
+    found = [mark for mark in _OTHER_DELIMITERS if mark in str(column)]
+    if found and not others:
+        return (
+            f"{where}: the header is a single column, {column!r}: the values are separated by {found[0]!r}, and in a "
+            ".csv they have to be by commas: write it so, or name the file .tsv where they are tabs"
+        )
+    lists = {key: value for key, value in first.items() if isinstance(value, list) and value}
+    inside = [key for key, value in lists.items() if all(isinstance(row, dict) for row in value)]
+    if len(objects) == 1 and inside:
+        key = inside[0]
+        return (
+            f"{where}: the file is one object, and not a list of rows; {key!r} in it holds a list of "
+            f"{count_of(len(first[key]), 'object')}. If these are the rows, give that list alone, such as by "
+            f"jq '.[{json.dumps(key)}]' FILE > rows.json"
+        )
+    return None
 
 
 def _describe_wrong_columns(present: Counter[str], reading: Reading, where: str) -> str:

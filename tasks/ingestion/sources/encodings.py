@@ -20,7 +20,8 @@ def check_start(path: Path, head: bytes) -> None:
     for mark, encoding in OTHER_BOMS.items():
         if head.startswith(mark):
             raise DataError(
-                f"{path}: not UTF-8: byte 1 (offset 0) is 0x{head[0]:02X}, which begins {encoding}: save it as UTF-8"
+                f"{path}: not UTF-8: byte 1 (offset 0) is 0x{head[0]:02X}, which begins {encoding}: save it as UTF-8, "
+                f"such as by iconv -f {encoding} -t UTF-8 FILE > NEW"
             )
     if b"\0" in head[:64]:
         offset = head.index(b"\0")
@@ -38,7 +39,9 @@ def decode(path: Path, data: bytes, offset: int, line: int) -> str:
         place = offset + error.start
         raise DataError(
             f"{path}: not UTF-8: byte {place + 1} (offset {place}) is 0x{data[error.start]:02X}, on line {line}: "
-            "save the file as UTF-8, such as by iconv -f GB18030 -t UTF-8 (with the encoding it has)"
+            "save the file as UTF-8, by iconv -f ENCODING -t UTF-8 with the encoding that it has, such as WINDOWS-1252 "
+            "(western Europe), GB18030 (Chinese) or SHIFT_JIS (Japanese), and look at a few lines: with a wrong "
+            "ENCODING iconv may succeed and leave other letters"
         ) from None
 
 

@@ -94,6 +94,16 @@ def test_format_is_that_of_most_rows_of_the_file() -> None:
             Reading(),
             ["output and response could both be the output", "data.columns: {output: output}"],
         ),
+        (
+            {"prompt;completion": "x;y"},
+            Reading(),
+            ["single column, 'prompt;completion'", "separated by ';'", "commas"],
+        ),
+        (
+            {"version": 1, "rows": [{"prompt": "x", "completion": "y"}] * 2},
+            Reading(),
+            ["one object, and not a list", "'rows' in it holds a list of 2 objects", """jq '.["rows"]' FILE"""],
+        ),
     ],
 )
 def test_wrong_columns_are_an_error_with_the_way_out(row: Any, reading: Reading, words: list[str]) -> None:

@@ -50,11 +50,19 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, kind: str) 
 @pytest.mark.parametrize(
     ("kind", "data", "where"),
     [
-        ("json", b'[{"a": "caf\xe9"}]', "byte 12 (offset 11) is 0xE9, on line 1"),
+        (
+            "json",
+            b'[{"a": "caf\xe9"}]',
+            "byte 12 (offset 11) is 0xE9, on line 1: save the file as UTF-8, by iconv -f ENCODING",
+        ),
         ("jsonl", b'{"a": 1}\n{"a": "\xc4\xe3"}\n', "byte 17 (offset 16) is 0xC4, on line 2"),
         ("jsonl", b'\xef\xbb\xbf{"a": "\xff"}\n', "byte 11 (offset 10) is 0xFF, on line 1"),
         ("csv", b"a,b\n1,2\n\xff,4\n", "byte 9 (offset 8) is 0xFF, on line 3"),
-        ("json", '[{"a": 1}]'.encode("utf-16"), "byte 1 (offset 0) is 0xFF, which begins UTF-16"),
+        (
+            "json",
+            '[{"a": 1}]'.encode("utf-16"),
+            "byte 1 (offset 0) is 0xFF, which begins UTF-16: save it as UTF-8, such as by iconv -f UTF-16",
+        ),
         ("json", '[{"a": 1}]'.encode("utf-32"), "byte 1 (offset 0) is 0xFF, which begins UTF-32"),
         ("jsonl", '{"a": 1}'.encode("utf-16-le"), "byte 2 (offset 1) is 0x00"),
     ],
