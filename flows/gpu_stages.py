@@ -33,6 +33,8 @@ _MAX_STARTS = 3  # of a stage whose process is lost; one that fails is not start
 _POLL_SECONDS = 2.0
 _AWAY_SECONDS = 5.0
 _RESULT_TAG = "sft.handed_over."
+_LOSS_TAG = "sft.lost_on_pool."
+_LONGEST_LOSS = 500  # of the 8,000 characters that MLflow keeps of a tag
 
 R = TypeVar("R", bound=Ref)
 
@@ -89,6 +91,18 @@ def hand_over(parent_run_id: str, stage: str, ref: Ref) -> None:
     tracking.set_tags(parent_run_id, {_RESULT_TAG + stage: ref.model_dump_json()})
 
 
+def read_losses(parent_run_id: str) -> tuple[str, ...]:
+    """Return which processes of stages were lost on the pool, over all attempts of the run, the oldest first."""
+    tags = tracking.get_run(parent_run_id).data.tags
+    return tuple(tags[name] for name in sorted(tags) if name.startswith(_LOSS_TAG))
+
+
+def note_loss(parent_run_id: str, sentence: str) -> None:
+    """Keep a sentence on a loss with the pipeline's MLflow run: another attempt may bring the run to its end."""
+    number = len(read_losses(parent_run_id)) + 1
+    tracking.set_tags(parent_run_id, {f"{_LOSS_TAG}{number:04d}": sentence[:_LONGEST_LOSS]})
+
+
 def bring_model(ref: ModelRef) -> ModelRef:
     """Return a reference that works on this machine: a hub model that another machine fetched is fetched here too.
 
@@ -143,7 +157,9 @@ def _run_on_pool(name: str, stage: str, kind: type[R], parameters: dict[str, Any
             raise StageFailedError(f"{where} failed: {child.state.message}")
         if not child.state.is_crashed():
             raise StageLostError(f"{where} ended {child.state.name}: a retry goes on from its last checkpoint")
-        logger.warning("%s was lost at start %d of %d: %s", where, start, _MAX_STARTS, child.state.message)
+        loss = f"{where} was lost at start {start} of {_MAX_STARTS}: {child.state.message}"
+        logger.warning(loss)
+        note_loss(parent_run_id, loss)
     raise StageLostError(f"{where} was lost {_MAX_STARTS} times: see its log; a retry goes on from its last checkpoint")
 
 

@@ -160,6 +160,7 @@ def sft_pipeline(
                     *describe_choice(config),
                     *name_warnings(dataset, tokens, probes),
                     *adapter.warnings,
+                    *gpu_stages.read_losses(run),
                 ),
                 dpo=config.training.dpo,
                 train_run_id=str(adapter.mlflow_run_id),

@@ -5,6 +5,7 @@ servers are away. SFT_SERVICE_TESTS=1 brings in the first test, `faults` all of 
 test_service_long_faults.py too, which take minutes until somebody notices.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -163,6 +164,11 @@ def test_a_pipeline_starts_a_killed_stage_again_takes_it_along_when_cancelled_an
     assert [run["parameters"]["model"]["kind"] for run in _children(service, again, "evaluate")] == ["merged"]
     assert _wait_for_runs(pipeline_config["name"]) == [parent]  # all of it is one run in MLflow
     assert tracking.get_run(parent).info.status == "FINISHED"
+    report = json.loads(Path(tracking.client().download_artifacts(parent, "run_report.json")).read_text("utf-8"))
+    (lost,) = [warning for warning in report["evaluation"]["warnings"] if "on the GPU pool" in warning]
+    assert f"train on the GPU pool (flow run {service.run(killed)['name']}) was lost at start 1 of 3" in lost
+    version = tracking.client().get_model_version(report["registry"]["name"], report["registry"]["version"])
+    assert lost in (version.description or "")
 
 
 def _wait_for_runs(experiment: str) -> list[str]:

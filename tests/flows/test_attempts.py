@@ -7,7 +7,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from flows.attempts import open_attempt
-from flows.gpu_stages import StageFailedError, StageLostError
+from flows.gpu_stages import StageFailedError, StageLostError, note_loss, read_losses
 from schemas.loading import parse_config
 from tasks.registry.listing import list_runs
 from tasks.training.records import TrainingCrash
@@ -44,3 +44,13 @@ def test_every_end_that_is_an_error_has_its_reason() -> None:
     assert attempt(KeyboardInterrupt(), run[:8]) == (run, "KILLED", "")  # somebody wanted it
     assert attempt(StageFailedError("no such folder"), run) == (run, "FAILED", "StageFailedError: no such folder")
     assert attempt(None, run) == (run, "FINISHED", "")
+
+
+def test_a_stage_that_was_lost_on_the_pool_is_known_to_later_attempts() -> None:
+    run, *_ = attempt(None, "never")
+    assert read_losses(run) == ()
+    note_loss(run, "train on the GPU pool was lost at start 1 of 3: no heartbeat")
+    note_loss(run, "evaluate was lost" + "!" * 9000)
+    first, second = read_losses(run)
+    assert first == "train on the GPU pool was lost at start 1 of 3: no heartbeat"
+    assert (second[:18], len(second)) == ("evaluate was lost!", 500)
