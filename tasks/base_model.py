@@ -116,10 +116,10 @@ def _looks_like_path(name: str) -> bool:
 
 def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.is_file() and not (folder / "adapter_config.json").is_file():
         raise BaseModelError(f"{folder}: config.json is missing: a transformers model folder is wanted")
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise BaseModelError(f"{config}: not valid JSON ({error})") from None
     if not isinstance(values, dict):

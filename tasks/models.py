@@ -104,6 +104,7 @@ def load_model(
     import torch
 
     from tasks.families.classes import FamilyError, choose_class, read_config
+    from tasks.families.reading import let_read_text
     from tasks.kernel_forms import offer_kernel_forms
 
     place = device or torch.device("cpu")
@@ -117,11 +118,9 @@ def load_model(
         offer_kernel_forms(config)
         kind: Any = choose_class(config, folder)
         check_weights(folder)
-        if is_packed := _is_mxfp4(config) and quantization is None:
-            from transformers.utils.quantization_config import Mxfp4Config
-
-            # Packed matrices of experts take no adapter: they are unpacked, whatever kernels are installed.
-            options["quantization_config"] = Mxfp4Config(dequantize=True)
+        unpacking = None if quantization is not None else _choose_unpacking(config)
+        if unpacking is not None:
+            options["quantization_config"] = unpacking
         model, report = kind.from_pretrained(
             str(folder),
             dtype=dtype or "auto",
@@ -137,10 +136,12 @@ def load_model(
     except Exception as error:
         raise ModelError(f"{folder}: no language model loads from here ({shorten(error)})") from error
     _check_weights(folder, type(model).__name__, report)
+    let_read_text(model)
     if has_odd_experts(model):
         model.set_experts_implementation("eager")  # one expert after the other
-    if is_packed and dtype is not None:
-        model.to(dtype)  # what was unpacked is in bf16
+    if unpacking is not None and dtype is not None:
+        model.to(dtype)  # what was unpacked is in bf16, and of FP8 in the dtype that was asked for
+        _round_unpacked(model)
     return cast("PreTrainedModel", model.eval())
 
 
@@ -191,10 +192,34 @@ def has_odd_experts(model: Any) -> bool:
     )
 
 
-def _is_mxfp4(config: Any) -> bool:
-    """Say whether a checkpoint holds matrices in MXFP4 (gpt-oss)."""
+def _choose_unpacking(config: Any) -> Any:
+    """Return how transformers unpacks a checkpoint's matrices in MXFP4 (gpt-oss) or FP8; None where there are none.
+
+    Packed matrices take no adapter: they are unpacked, whatever kernels are installed.
+    """
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
     found = getattr(config, "quantization_config", None) or {}
-    return (found.get("quant_method") if isinstance(found, dict) else None) == "mxfp4"
+    how = found.get("quant_method") if isinstance(found, dict) else None
+    if how == "mxfp4":
+        return Mxfp4Config(dequantize=True)
+    if how == "fp8":
+        return FineGrainedFP8Config(**{**found, "dequantize": True})
+    return None
+
+
+def _round_unpacked(model: "PreTrainedModel") -> None:
+    """Round matrices to bf16, in which a merged model stores what was packed; the others lie in the files so."""
+    import torch
+
+    from tasks.families.adaptation import CONVOLUTIONS, EMBEDDINGS, HEAD, OUTSIDE, ROUTER, list_kinds
+
+    apart = (CONVOLUTIONS, EMBEDDINGS, HEAD, OUTSIDE, ROUTER)  # some of them are stored in fp32
+    kinds = list_kinds(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and kinds[name] not in apart:
+                parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def _check_weights(folder: Path, kind: str, report: Mapping[str, Any]) -> None:

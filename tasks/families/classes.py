@@ -53,6 +53,7 @@ def choose_class(config: Any, place: object) -> "type[PreTrainedModel]":
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,  # of sound and text, some of them decoders
     )
     candidates = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     flat: list[Any] = [kind for entry in candidates for kind in (entry if isinstance(entry, tuple) else (entry,))]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tasks.families.classes import FamilyError
+from tasks.families.registry import find_family
 
 _NUM_TOKENS = 4
 
@@ -28,3 +29,18 @@ def check_reads_text(skeleton: Any) -> None:
         ) from error
     except Exception:  # meta tensors have no values: nothing is known
         pass
+
+
+def let_read_text(model: Any) -> None:
+    """Keep modules of a model that ask for more than text in training, and only there, out of that mode.
+
+    Their parts, which have dropout, follow the model's mode.
+    """
+    asking = find_family(model.config).asking
+    for module in model.modules():
+        if type(module).__name__ in asking:
+            module.register_forward_pre_hook(_leave_training)
+
+
+def _leave_training(module: Any, arguments: object) -> None:
+    module.training = False

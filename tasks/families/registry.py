@@ -26,6 +26,8 @@ class Family:
     """Each token sees all of them, unless the config's `is_decoder` (of XLM `causal`) is true."""
     outside: tuple[str, ...] = ()
     """Modules inside its text decoder, by name or class, that see no token of a text run."""
+    asking: tuple[str, ...] = ()
+    """Classes of modules that ask in training, and only there, for what a text run has not, and do without it else."""
 
 
 FAMILIES = (
@@ -39,6 +41,7 @@ FAMILIES = (
         ("gemma3n", "gemma3n_text"),
         skipped={"correction_coefs": _READS_WEIGHT},
     ),
+    Family(("blt",), skipped={"patcher": "it cuts the text into patches, and such a choice has no gradient"}),
     Family(("phi4_multimodal",), outside=("embed_tokens_extend",)),
     Family(("fuyu",), outside=("vision_embed_tokens",)),
     Family(("mllama", "mllama_text_model"), outside=("MllamaCrossAttentionDecoderLayer",)),
@@ -47,6 +50,8 @@ FAMILIES = (
         skipped={"experts": "another module takes the weights, so that an adapter beside them would have no effect"},
     ),
     Family(("git",), outside=("image_encoder", "visual_projection")),
+    Family(("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"), outside=("vision_moe",)),
+    Family(("molmo2",), asking=("Molmo2Model",)),
     Family(
         (
             "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
@@ -98,6 +103,11 @@ def explain_refused(config: Any) -> str:
         return "it is an encoder, in which each token sees those after it: choose a model that writes token by token"
     if getattr(config.get_text_config(), "use_bidirectional_attention", None) is True:
         return "its config has each token see those after it: choose a model that writes token by token"
+    if getattr(config.get_text_config(), "prefix_lm", None) is True:
+        return (
+            "its config (prefix_lm) has the tokens of a prompt see those after them: set prefix_lm to false in the "
+            "config.json of a copy of its folder to train it token by token, or choose another model"
+        )
     return family.refused
 
 

@@ -26,11 +26,16 @@ def check_weights(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise WeightsError(
             f"{folder}: adapter_config.json makes this an adapter, which loads another model below it: give the folder "
-            "of the base model, or of a merged one"
+            "of the base model, or merge the adapter into it first (sft merge)"
         )
     if not any(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f" (found {', '.join(others[:_NAMED])}, which can hide code: convert it)" if others else ""
+        found = (
+            f" (found {', '.join(others[:_NAMED])}, which can hide code: where you trust them, load the model with "
+            "transformers and save it again (save_pretrained), which writes safetensors)"
+            if others
+            else ""
+        )
         raise WeightsError(f"{folder}: no *.safetensors weights{found}")
     for place, name in _list_named(folder):
         if Path(name).name != name or not name.endswith(".safetensors"):

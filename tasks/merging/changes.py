@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from schemas.plurals import count_of
 from tasks.families.classes import FamilyError, choose_class, read_config
+from tasks.families.reading import let_read_text
 
 _PREFIX = "base_model.model."
 _STACK = 3
@@ -51,7 +52,7 @@ class LowRank:
         """Say whether it changes nothing, as before the first step."""
         return self.magnitude is None and not bool(self.b.any() and self.a.any())
 
-    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+    def apply(self, weight: Tensor, rows: slice | Tensor) -> Tensor:
         """Change some rows, or some experts: compute in fp32 and cast once, to the weight's own dtype."""
         wide = weight.to(torch.float32, copy=True)
         if wide.dim() == _STACK:
@@ -100,7 +101,7 @@ class Replacement:
         """Whether it changes anything is not known without the base's values."""
         return False
 
-    def apply(self, weight: Tensor, rows: slice) -> Tensor:
+    def apply(self, weight: Tensor, rows: slice | Tensor) -> Tensor:
         """Change some rows: cast once, to the weight's own dtype."""
         return (self.values[rows] if self.values.dim() else self.values).to(weight.dtype)
 
@@ -189,6 +190,7 @@ def build_skeleton(base_model: Path) -> PreTrainedModel:
         ) from error
     except Exception as error:
         raise MergeError(f"{base_model}: no language model is described here ({error})") from error
+    let_read_text(skeleton)
     return skeleton
 
 

@@ -6,7 +6,7 @@ which part of it to each; nothing is loaded. A layout that is not understood is 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tasks.merging.changes import Change, LowRank, MergeError, Replacement
+from tasks.merging.joined import Joined, RowsChange, StoredChange, find_dim, find_places
 from tasks.merging.shards import FLOATS
 from tasks.merging.stored import StoredTensor, unpack
 
@@ -30,6 +31,8 @@ class Sources:
     """transformers' rule, or none where the one tensor is taken as it is."""
     patterns: dict[str, list[StoredTensor]] = field(default_factory=dict)
     """By the rule's source patterns, in the order of experts."""
+    first_row: int = 0
+    """In the stored tensor, where that holds several of the model one after the other."""
 
     @property
     def tensors(self) -> list[StoredTensor]:
@@ -57,10 +60,53 @@ def find_sources(skeleton: Any, stored: Mapping[str, StoredTensor]) -> dict[str,
             name, pattern = loading.rename_source_key(key, [], [], prefix, names)
         found = sources.setdefault(name, Sources(by_pattern.get(pattern or "")))
         found.patterns.setdefault(pattern or "", []).append(stored[key])
+    for name, found in list(sources.items()):
+        sources.update(_take_apart(name, found, names))
     return sources
 
 
-def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Change]:
+def _take_apart(name: str, whole: Sources, names: Mapping[str, Any]) -> dict[str, Sources]:
+    """Return the tensors of the model that one stored tensor, or one list of experts, is taken apart into; or nothing.
+
+    Args:
+        name: of the first of them.
+        whole: its sources.
+        names: the model's tensors.
+    """
+    if whole.converter is None or len(targets := whole.converter.target_patterns) < 2:
+        return {}
+    if type(whole.converter.operations[0]) is loading.ErnieFuseAndSplitTextVisionExperts:
+        return _share_out_experts(name, whole)
+    if (dim := find_dim(whole.converter.operations)) is None:
+        return {}
+    parts: dict[str, Sources] = {}
+    first = 0
+    for target in targets:
+        part = name.replace(targets[0], target)
+        if part not in names:
+            return {}
+        parts[part] = replace(whole, first_row=first)
+        first += names[part].shape[dim]
+    return parts
+
+
+def _share_out_experts(name: str, whole: Sources) -> dict[str, Sources]:
+    """Return the sources of experts that are stored in one list: those for text come first, then those for images."""
+    targets = whole.converter.target_patterns
+    operation = whole.converter.operations[0]
+    shared = {}
+    for number, target in enumerate(targets):
+        own = {}
+        for pattern, tensors in whole.patterns.items():
+            size = -(-len(tensors) // len(targets))
+            own[pattern] = tensors[number * size : (number + 1) * size]
+        operations = [loading.MergeModulelist(operation.stack_dim), loading.Concatenate(operation.concat_dim)]
+        rule = loading.WeightConverter(whole.converter.source_patterns, target, operations[: len(own)])
+        shared[name.replace(targets[0], target)] = Sources(rule, own)
+    return shared
+
+
+def divide_change(name: str, change: Change, sources: Sources) -> dict[str, StoredChange]:
     """Return the change of each stored tensor that a tensor of the model is made of.
 
     Args:
@@ -72,6 +118,12 @@ def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Chan
         MergeError: the layout is not understood, or the shapes do not fit.
     """
     operations = list(sources.converter.operations) if sources.converter is not None else []
+    if operations and (dim := find_dim(operations)) is not None and len(sources.tensors) == 1:
+        (tensor,) = sources.tensors
+        if dim >= len(tensor.shape) or sources.first_row + change.shape[dim] > tensor.shape[dim]:
+            raise MergeError(f"{name}: {tensor.name} in the files is {list(tensor.shape)}: {_HOW}")
+        places = find_places(operations, tensor.shape[dim], sources.first_row, change.shape[dim])
+        return {tensor.name: Joined((RowsChange(change, places, dim),))}
     if operations and len(sources.converter.target_patterns) > 1:
         raise MergeError(f"{name}: {sources.tensors[0].name} in the files {_SHARED}")
     groups = _order(sources)
@@ -86,13 +138,18 @@ def divide_change(name: str, change: Change, sources: Sources) -> dict[str, Chan
                 parts = [part.transpose() for part in parts]
         else:
             raise MergeError(f"{name}: {_HOW}")
-    divided: dict[str, Change] = {}
+    divided: dict[str, StoredChange] = {}
     for group, part in zip(groups, parts, strict=True):
         pieces = part if isinstance(part, list) else [part]
         if len(pieces) != len(group):
             raise MergeError(f"{name}: {len(group)} tensors are stored for {len(pieces)} experts: {_HOW}")
         divided.update({tensor.name: piece for tensor, piece in zip(group, pieces, strict=True)})
     return divided
+
+
+def join_changes(known: StoredChange | None, change: StoredChange) -> StoredChange:
+    """Return the change of a stored tensor, of which a part may have one already."""
+    return known.join(change) if isinstance(known, Joined) and isinstance(change, Joined) else change
 
 
 def check_layout(

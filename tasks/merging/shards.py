@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tasks.merging.changes import Change, MergeError
+from tasks.merging.changes import MergeError
+from tasks.merging.joined import StoredChange
 from tasks.merging.stored import BLOCK_BYTES, StoredTensor, read_block
 
 INDEX = "model.safetensors.index.json"
@@ -34,7 +35,7 @@ class PlannedTensor:
 
     name: str
     source: StoredTensor
-    change: Change | None
+    change: StoredChange | None
 
 
 def read_headers(model: Path) -> dict[str, StoredTensor]:

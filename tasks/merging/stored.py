@@ -1,10 +1,13 @@
-"""Tensors of a checkpoint that are still on the disk, as they lie there or packed in MXFP4, read in blocks.
+"""Tensors of a checkpoint that are still on the disk, as they lie there or packed in MXFP4 or FP8, read in blocks.
 
 Dimensions: `E` experts, `I` inputs, `O` outputs.
 
 MXFP4 (Open Compute Project, 2023) has four bits a value, sign and size, and a power of two for each 32 of them. gpt-oss
 keeps its experts' matrices [E, I, O] as blocks [E, O, I / 32, 16], two values a byte, the low half first, and scales
 [E, O, I / 32], exponents plus 127. All values are exact in bf16.
+
+FP8 (DeepSeek-V3 technical report, 2024, section 3.3) keeps a matrix [O, I] in 8 bits a value, and a factor for each
+block of 128 x 128 values, or one for all. Their products are rounded to bf16, as transformers does.
 """
 
 import os
@@ -25,6 +28,8 @@ _BYTES_OF_BLOCK = 16
 _VALUES_OF_BLOCK = 2 * _BYTES_OF_BLOCK
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _PACKED_DIMS = 4
+_FP8, _FACTORS, _INPUT_FACTOR = "F8_E4M3", "_scale_inv", "activation_scale"
+_FACTOR_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,21 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class PackedTensor(StoredTensor):
-    """Matrices [E, I, O] that are packed; shape, dtype and bytes are those that they have once they are unpacked."""
+    """Matrices [E, I, O] in MXFP4, or one [O, I] in FP8; shape, dtype and bytes are those that they have unpacked."""
 
     blocks: StoredTensor
+    """The values in 4 or 8 bits."""
     scales: StoredTensor
 
 
 def unpack(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return a checkpoint's tensors with each pair of blocks and scales as the matrices that they hold."""
+    """Return a checkpoint's tensors with each pair of values and scales as the matrices that they hold."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
+        if (scaled := _find_scaled(name, stored)) is not None:
+            if scaled.name == name:
+                tensors[name] = scaled
+            continue
         whole = name.removesuffix(_BLOCKS).removesuffix(_SCALES)
         blocks, scales = stored.get(whole + _BLOCKS), stored.get(whole + _SCALES)
         if whole == name or blocks is None or scales is None or not _is_pair(blocks, scales):
@@ -66,16 +76,20 @@ def unpack(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def cut_bytes(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of blocks of a tensor's bytes; of packed matrices whole experts."""
-    step = tensor.num_bytes // tensor.shape[0] if isinstance(tensor, PackedTensor) else BLOCK_BYTES
+    """Yield begin and end of blocks of a tensor's bytes; of packed matrices whole experts, or whole rows."""
+    step = BLOCK_BYTES
+    if isinstance(tensor, PackedTensor):
+        row = tensor.num_bytes // tensor.shape[0]
+        step = max(1, BLOCK_BYTES // row) * row
     for start in range(0, tensor.num_bytes, step):
         yield start, min(start + step, tensor.num_bytes)
 
 
 def read_block(reader: int, source: StoredTensor, start: int, stop: int) -> Tensor:
-    """Return some bytes of a stored tensor, uint8, from its file's descriptor; of packed matrices whole experts."""
+    """Return some bytes of a stored tensor, uint8, from its file's descriptor; of packed ones whole experts or rows."""
     if isinstance(source, PackedTensor):
-        return _read_packed(source, start, stop)
+        read = _read_scaled if source.blocks.dtype == _FP8 else _read_packed
+        return read(source, start, stop)
     block = torch.empty(stop - start, dtype=torch.uint8)
     _fill(reader, memoryview(block.numpy().data), source.begin + start, source)
     return block
@@ -88,6 +102,38 @@ def _is_pair(blocks: StoredTensor, scales: StoredTensor) -> bool:
         and blocks.shape[-1] == _BYTES_OF_BLOCK
         and blocks.shape[:-1] == scales.shape
     )
+
+
+def _find_scaled(name: str, stored: Mapping[str, StoredTensor]) -> PackedTensor | None:
+    """Return the matrix in FP8 that a stored tensor holds or belongs to; None where it is of none."""
+    whole = name.removesuffix(_FACTORS)
+    if name.endswith(f".{_INPUT_FACTOR}"):
+        whole = f"{name.removesuffix(_INPUT_FACTOR)}weight"
+    values, scales = stored.get(whole), stored.get(whole + _FACTORS)
+    if values is None or scales is None or values.dtype != _FP8 or scales.dtype not in _FACTOR_DTYPES:
+        return None
+    sides = scales.shape if len(scales.shape) == len(values.shape) else (1, 1)
+    is_one = len(sides) == len(scales.shape) or scales.shape in ((), (1,))
+    if len(values.shape) != len(sides) or not is_one or any(v % f for v, f in zip(values.shape, sides, strict=True)):
+        return None
+    return PackedTensor(values.file, whole, "BF16", values.shape, 0, 2 * values.num_bytes, values, scales)
+
+
+def _read_scaled(source: PackedTensor, start: int, stop: int) -> Tensor:
+    """Return the bytes, in bf16, of some rows of a matrix in FP8."""
+    num_rows, width = source.shape
+    first, last = start // (2 * width), stop // (2 * width)
+    assert start % (2 * width) == stop % (2 * width) == 0
+    with source.blocks.file.open("rb") as opened:
+        block = read_block(opened.fileno(), source.blocks, first * width, last * width)
+    with source.scales.file.open("rb") as opened:
+        found = read_block(opened.fileno(), source.scales, 0, source.scales.num_bytes)
+    factors = found.view(_FACTOR_DTYPES[source.scales.dtype]).float()
+    grid = factors.view(source.scales.shape if len(source.scales.shape) == len(source.shape) else (1, 1))
+    rows = torch.arange(first, last) // (num_rows // grid.shape[0])
+    values = block.view(torch.float8_e4m3fn).view(-1, width).float()
+    values *= grid[rows].repeat_interleave(width // grid.shape[1], dim=1)
+    return values.to(torch.bfloat16).view(-1).view(torch.uint8)
 
 
 def _read_packed(source: PackedTensor, start: int, stop: int) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 
 from tasks.merging.changes import Change, MergeError, Replacement, build_skeleton
 from tasks.merging.companions import copy_companions
-from tasks.merging.names import Sources, divide_change, find_sources, name_missing
+from tasks.merging.joined import StoredChange, find_dim
+from tasks.merging.names import Sources, divide_change, find_sources, join_changes, name_missing
 from tasks.merging.shards import FLOATS, PlannedTensor, read_headers, write_shards
 from tasks.merging.stored import PackedTensor, unpack
 from tasks.merging.trained_models import read_trained_changes, read_trained_config
@@ -80,12 +81,13 @@ def plan_merge(base_model: Path, adapter: Path) -> list[PlannedTensor]:
     ties: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
     sources = find_sources(skeleton, unpacked)
     changes = read_trained_changes(adapter, skeleton)
-    by_stored: dict[str, Change] = {}
+    by_stored: dict[str, StoredChange] = {}
     apart: list[PlannedTensor] = []
     for name, change in changes.items():
         if name in sources:
             _check_fit(name, change, sources[name])
-            by_stored.update(divide_change(name, change, sources[name]))
+            for stored_name, part in divide_change(name, change, sources[name]).items():
+                by_stored[stored_name] = join_changes(by_stored.get(stored_name), part)
             continue
         tied = ties.get(name, "")
         if tied not in sources:
@@ -93,7 +95,9 @@ def plan_merge(base_model: Path, adapter: Path) -> list[PlannedTensor]:
         _check_fit(name, change, sources[tied])
         if not _is_same(change, changes.get(tied)):
             apart.append(PlannedTensor(name, sources[tied].tensors[0], change))
-    if by_stored.keys() - stored.keys():  # a config says of all experts alike how they are packed
+    if any(
+        isinstance(unpacked[name], PackedTensor) for name in by_stored
+    ):  # a config says of all experts alike how they are packed
         stored = unpacked
     plan = [PlannedTensor(name, tensor, by_stored.get(name)) for name, tensor in stored.items()]
     return [*plan, *apart]
@@ -126,6 +130,8 @@ def _check_fit(name: str, change: Change, sources: Sources) -> None:
             f"{name}: the adapter's shape is {list(change.shape)}, but the base model's is {list(shapes[0])}: "
             "this adapter was trained on another base model"
         )
+    if sources.converter is not None and find_dim(sources.converter.operations) is not None:
+        return  # a part of a tensor, which `divide_change` looks at
     if sum(math.prod(shape) for shape in shapes) != math.prod(change.shape):
         raise MergeError(
             f"{name}: the adapter's shape is {list(change.shape)}, but the base model's files hold "

@@ -45,7 +45,9 @@ def check_vocabulary(prepared: PreparedTokenizer, folder: Path, num_rows: int) -
     if not beyond:
         return ()
     names = ", ".join(repr(added[index]) for index in beyond[:_NAMED])
+    pads = tokenizer.pad_token_id is not None and int(tokenizer.pad_token_id) >= num_rows
     return (
         f"The tokenizer has {count_of(len(beyond), 'added token')} without a row in the model's embedding ({num_rows} "
-        f"rows), such as {names}: a row of the dataset that writes one cannot be trained",
+        f"rows), such as {names}: a row of the dataset that writes one cannot be trained"
+        + (f", and whoever pads with {tokenizer.pad_token!r} gets an error: set another pad_token" if pads else ""),
     )

@@ -218,5 +218,5 @@ def _check_vocabulary(model: PreTrainedModel, *tables: TokenTable | None) -> Non
         if highest >= size:
             raise TrainingError(
                 f"example {table.example_ids[where]} has token id {highest}, but the base model's embedding has {size} "
-                "rows: the tokenizer does not belong to this model, or has added tokens"
+                "rows: the tokenizer does not belong to this model, or has added tokens: take rows with that token out"
             )

@@ -41,6 +41,12 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         locate_base_model(ModelConfig(base_model=str(tmp_path / "empty")))
 
 
+def test_an_adapter_alone_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BaseModelError, match=r"makes this an adapter.*merge the adapter into it first \(sft merge\)"):
+        locate_base_model(ModelConfig(base_model=str(tmp_path)))
+
+
 def test_a_broken_config_is_named(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "model")
     (folder / "config.json").write_text("{")

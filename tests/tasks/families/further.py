@@ -24,11 +24,24 @@ _COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"],
     "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
 }
+_BYTES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _AUDIO = {"downsample_hidden_size": 16, "output_dim": 32}
 _QUANTIZER = {"base_channels": 32, "num_res_blocks": 1, "embed_dim": 16}
 FURTHER: dict[str, dict[str, Any]] = {
     "aria": {},
+    "audioflamingo3": {},
     "axk2": _MLA,
+    "blt": {
+        "vocab_size": 260, "encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3, 4],
+        "encoder_config": {**_BYTES, "hidden_size_global": 64, "num_hidden_layers": 1},
+        "decoder_config": {**_BYTES, "hidden_size_global": 64, "num_hidden_layers": 2},
+        "global_config": {**_BYTES, "hidden_size": 64, "num_hidden_layers": 2},
+        "patcher_config": {**_BYTES, "num_hidden_layers": 1},
+    },
+    "chameleon": {
+        "vq_config": {**_QUANTIZER, "channel_multiplier": [1], "latent_channels": 16, "num_embeddings": 8},
+        "vocabulary_map": {"<image>": 0, "IMGIMGAZ": 96},
+    },
     "cohere2_vision": {"alignment_intermediate_size": 32},
     "cohere_compass": {"text_config": _COMPASS},
     "cohere_compass_text": _COMPASS,
@@ -39,6 +52,10 @@ FURTHER: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config": {"sam_config": {"downsample_channels": [16, 16], "output_channels": 16}},
+    },
     "deepseek_vl": {},
     "deepseek_vl_hybrid": {},
     "emu3": {
@@ -47,21 +64,46 @@ FURTHER: dict[str, dict[str, Any]] = {
         },
         "vocabulary_map": {"<image>": 5, **{f"<|visual token {number:06d}|>": 10 + number for number in range(8)}},
     },
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [24, 24], "mlp_layer_types": ["dense", "sparse"],
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+        },
+    },
     "exaone4_5": {},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 32, "intermediate_size": 8}},
     "fuyu": {},
     "gemma4_unified": {},
     "git": {},
     "glm46v": {"text_config": _MROPE},
+    "glm5_next": {
+        "text_config": {
+            **_HYBRID, "num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0, "qk_nope_head_dim": 16,
+            "v_head_dim": 16, "linear_num_heads": 4, "linear_head_dim": 8,
+        },
+    },
     "glm_ocr": {"text_config": _MROPE},
     "glmasr": {},
+    "glmga": {"text_config": _MROPE},
     "got_ocr2": {},
+    "gpt-sw3": {},
     "gpt_neox_japanese": {},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/1",
+        "vision_config": {"hidden_size": 64},
+        "qformer_config": {
+            "model_type": "blip_2_qformer", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1,
+            "intermediate_size": 16, "encoder_hidden_size": 64,
+        },
+    },
     "granite_speech": {},
     "granite_speech_plus": {},
+    "hrm_text": {"prefix_lm": False},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}},
     "hyperclovax_vision_v2": {},
     "idefics2": {},
     "idefics3": {},
+    "inkling_mm_model": {"vision_config": {"num_hidden_layers": 4}},
     "janus": {"vq_config": {**_QUANTIZER, "channel_multiplier": [1], "embed_dim": 8}},
     "kimi_k25": {"text_config": _MLA},
     "kosmos-2.5": {},
@@ -80,8 +122,28 @@ FURTHER: dict[str, dict[str, Any]] = {
     "mistral_large4": {"text_config": _MLA},
     "mllama": {"text_config": {"cross_attention_layers": [1], "num_hidden_layers": 3}},
     "modernbert-decoder": {},
+    "molmo2": {
+        "text_config": {"additional_vocab_size": 3},
+        "vision_config": {"image_size": [28, 28], "num_hidden_layers": 2},
+        "adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 32},
+    },
     "moshi": {},
     "moss_transcribe_diarize": {},
+    "muse_glimmer": {},
+    "muse_spark": {
+        "audio_config": {
+            "num_hidden_layers": 4, "patch_sizes": [2, 2, 2, 2], "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1],
+        },
+    },
+    "musicflamingo": {"rotary_dim": 8},
+    "nemo_speechlm": {
+        "text_config": {"layers_block_type": ["linear_attention", "full_attention"]},
+        "audio_config": {
+            "asr_config": {"hidden_size": 16, "num_mel_bins": 16},
+            "diarization_config": {"head_config": {"audio_hidden_size": 16}, "audio_config": {"hidden_size": 16}},
+        },
+        "word_timestamp_config": {"hidden_size": 16},
+    },
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "openai-gpt": {},
     "ovis2": {
@@ -90,10 +152,13 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
     "paddleocr_vl": {"text_config": _MROPE},
     "phi4_multimodal": {},
+    "pp_chart2table": {},
     "qianfan_ocr": {},
     "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_start_token_id": 88},
     "qwen3_asr": {"audio_config": _AUDIO},
     "qwen3_omni_moe_thinker": {"text_config": _MROPE, "vision_start_token_id": 88, "audio_config": _AUDIO},
+    "qwen4_exp": {},
+    "qwen4_exp_text": {},
     "step3p7": {},
     "trocr": {},
     "unlimited_ocr": {},

@@ -1,4 +1,4 @@
-"""A tiny gpt-oss whose experts are packed in MXFP4, as its makers' checkpoints are."""
+"""A tiny gpt-oss whose experts are packed in MXFP4, and matrices packed in FP8, as their makers' checkpoints are."""
 
 import json
 from pathlib import Path
@@ -42,5 +42,32 @@ def save_packed(folder: Path) -> dict[str, Tensor]:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+def pack_in_fp8(folder: Path, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """Pack a checkpoint's matrices in FP8 with a factor for each 16 x 16 values, those of layer 0 with one for all.
+
+    Returns:
+        What they hold, in bf16, by name.
+    """
+    weights, values = load_file(folder / "model.safetensors"), {}
+    weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+    for name in [name for name in weights if name.endswith(ends)]:
+        matrix = weights[name].float()
+        is_one = ".layers.0." in name
+        rows, columns = (1, 1) if is_one else (size // 16 for size in matrix.shape)
+        blocks = matrix.view(rows, -1, columns, matrix.shape[1] // columns)
+        factors = blocks.abs().amax((1, 3), keepdim=True) / 448
+        packed = (blocks / factors).to(torch.float8_e4m3fn)
+        values[name] = (packed.float() * factors).to(torch.bfloat16).view(matrix.shape)
+        weights[name] = packed.view(matrix.shape)
+        weights[f"{name}_scale_inv"] = factors.view(()).clone() if is_one else factors.view(rows, columns).clone()
+        if is_one:
+            weights[f"{name.removesuffix('weight')}activation_scale"] = torch.ones(())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
     (folder / "config.json").write_text(json.dumps(config))
     return values

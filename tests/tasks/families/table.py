@@ -27,6 +27,9 @@ It loads the merged model again and compares it with base + adapter (fp32, on a 
   Image and audio parts of a model never have one; the merged model has them unchanged.
 - **Packing**: examples in one row lie end to end. Where a family's layers would mix them they are padded, side by side.
 - **Merge**: how many tensors of the files changed, and how many are the base's, byte for byte.
+- **Packed checkpoints**: matrices in MXFP4 (gpt-oss) or FP8 (`quant_method: fp8`, with a factor for each block of
+  values or for each matrix) are unpacked into 16 bits, and the merged model has them so. Checkpoints of GPTQ, AWQ,
+  bitsandbytes or compressed-tensors are refused: the unquantized model is wanted.
 
 A family that is not here follows the same general rules. What cannot be trained is said before anything is evaluated.
 Engine and packing are chosen by a trial at every start, so that another shape of a family may have others.

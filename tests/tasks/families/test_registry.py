@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     Gemma4UnifiedAssistantConfig,
+    HrmTextConfig,
     Idefics3Config,
     IdeficsConfig,
     Kosmos2Config,
@@ -102,6 +103,8 @@ def test_a_model_that_asks_for_images_is_refused_in_its_own_words(kind: Any) -> 
         (XLMConfig(causal=True), ""),
         (ReformerConfig(is_decoder=True), "without a gradient"),
         (Gemma4UnifiedAssistantConfig(), "drafts for another model"),
+        (HrmTextConfig(prefix_lm=True), "set prefix_lm to false in the config.json of a copy"),
+        (HrmTextConfig(prefix_lm=False), ""),
     ],
 )
 def test_what_cannot_be_trained_is_told_by_its_config(config: Any, why: str) -> None:

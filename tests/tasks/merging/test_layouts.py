@@ -1,5 +1,6 @@
 """Checkpoints of many layouts are merged by streaming: what is meant changes, all else stays, dtypes included."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter
 
-from flows.preflight import check_model
 from schemas.config import TrainingConfig
-from tasks.merging.changes import MergeError
+from tasks.families.files import TRAINED_CONFIG, TRAINED_WEIGHTS
+from tasks.merging.changes import LowRank, MergeError
+from tasks.merging.names import Sources, divide_change
 from tasks.merging.shards import write_shards
+from tasks.merging.stored import StoredTensor
 from tasks.merging.verification import describe_unmoved, verify_tensors
 from tasks.merging.weights import plan_merge
 from tasks.models import load_model
 from tasks.training.lora import attach_adapter, collect_trained, save_adapter
-from tests.tasks.families import tiny
 from tests.tasks.families.tiny import build_model, save_model
 
 
@@ -59,6 +62,14 @@ def write_merged(base_model: Path, adapter: Path, folder: Path) -> tuple[Path, A
         ("qwen3_5_moe", 5 + 4 + 2 * (12 + 3)),
         # Weights [in, out].
         ("gpt2", 2 * 4),
+        # Several weights in one stored tensor, one after the other: gate, queries, keys and values, of two stacks.
+        ("hrm_text", 2 * 2 * 4),
+        # Of uneven sizes.
+        ("molmo2", 2 * 4),
+        # Their rows in turn, of all experts and of a dense layer.
+        ("inkling_mm_model", 18),
+        # One list of experts, the first half of them for text, the others for images.
+        ("ernie4_5_vl_moe", 2 * 4 + 3 + 2 * 3 + 3 * 3),
     ],
 )
 def test_merge_is_pefts_and_touches_nothing_else(case: str, num_changed: int, tmp_path: Path) -> None:
@@ -132,13 +143,42 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
         plan_merge(tmp_path / "other", adapter)
 
 
-@pytest.mark.parametrize("module", ["q_proj", "gate_proj"])  # the first part of a stored tensor, and another one
-def test_a_weight_that_is_stored_as_a_part_of_a_tensor_is_refused(
-    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(tiny.SETTINGS, "hrm_text", {"num_layers_per_stack": 1, "num_hidden_layers": 2})
+def test_rows_of_a_stored_tensor_that_belong_to_others_stay(tmp_path: Path) -> None:
+    """Values in the place of one weight, and DoRA's lengths of its rows."""
     base_model = save_model("hrm_text", tmp_path / "base")
-    with pytest.raises(
-        MergeError, match=r"0\.(attn\.gqkv|mlp\.gate_up)_proj\.weight in the files holds it together with"
-    ):
-        check_model(base_model, TrainingConfig(target_modules=(module,)))
+    name = "model.L_module.layers.0.attn.gqkv_proj.weight"
+    before, first = load_file(base_model / "model.safetensors"), load_model(base_model)
+    for number in range(2):
+        folder = tmp_path / str(number)
+        if not number:
+            changed = {"model.L_module.layers.0.self_attn.k_proj.weight": torch.ones(32, 32)}
+            folder.mkdir()
+            save_file(changed, folder / TRAINED_WEIGHTS)
+            (folder / TRAINED_CONFIG).write_text(json.dumps({"method": "full", "base_model_name_or_path": ""}))
+        else:
+            train_by_hand(base_model, folder, use_dora=True, target_modules=("k_proj",))
+        merged, plan = write_merged(base_model, folder, tmp_path / f"merged-{number}")
+        after = load_file(merged / "model.safetensors")
+        moved = (after[name] != before[name]).any(1)
+        assert moved.tolist() == [False] * 64 + [True] * 32 + [False] * 32
+        verify_tensors(plan, merged)
+        loaded, part = load_model(merged).state_dict(), "model.L_module.layers.0.self_attn.{}_proj.weight"
+        assert torch.equal(loaded[part.format("v")], first.state_dict()[part.format("v")])
+        if number:
+            merged_by_peft: Any = PeftModel.from_pretrained(first, str(folder)).merge_and_unload(safe_merge=True)
+            assert (loaded[part.format("k")] - merged_by_peft.state_dict()[part.format("k")]).abs().max() < 1e-5
+        else:
+            assert bool((loaded[part.format("k")] == 1).all())
+
+
+def test_a_weight_that_was_turned_when_it_was_stored_is_refused() -> None:
+    """Rows of queries and keys in another order than the model's."""
+    rule = WeightConverter(
+        "in_proj.weight",
+        ["q_proj.weight", "k_proj.weight"],
+        [Chunk(dim=0), PermuteForRope(permute_layer_names=["q_proj", "k_proj"])],
+    )
+    stored = StoredTensor(Path("file"), "0.in_proj.weight", "F32", (8, 4), 0, 128)
+    change = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    with pytest.raises(MergeError, match=r"0\.q_proj\.weight: 0\.in_proj\.weight in the files holds it together with"):
+        divide_change("0.q_proj.weight", change, Sources(rule, {"in_proj.weight": [stored]}))

@@ -25,3 +25,7 @@ def test_an_added_token_that_nothing_needs_is_told_of() -> None:
     number = max(prepared.tokenizer.get_vocab().values())
     (told,) = check_vocabulary(prepared, FOLDER, number)
     assert told.startswith(f"The tokenizer has 1 added token without a row in the model's embedding ({number} rows)")
+    assert "pads with" not in told
+    prepared.tokenizer.pad_token = "<image>"
+    (told,) = check_vocabulary(prepared, FOLDER, number)
+    assert told.endswith("whoever pads with '<image>' gets an error: set another pad_token")
