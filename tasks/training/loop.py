@@ -300,6 +300,7 @@ def _run_steps(
             if run.saved_step != progress.step:
                 save(run, writer)
             run_on_rank0(writer.finish)  # whoever goes on, goes on from there
+            logger.info("Stopped after step %d of %d, with a checkpoint of it", progress.step, setup.num_steps)
             raise TrainingStopped(f"stopped after step {progress.step} of {setup.num_steps}")
         writer.check()
         record, steps = do_step(run, steps)

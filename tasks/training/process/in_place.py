@@ -8,9 +8,9 @@ import contextvars
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,15 @@ from tasks.training.records import EvalRecord, StepRecord, TrainingError, Traini
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2  # a signal that another thread took is noticed after so long
+_TOLD = ("tasks.training", "tasks.decoder")
+"""Whose lines are told from INFO on, as those of a training in a process of its own are."""
 
 
 def train_in_place(
-    job: TrainingJob, on_step: Callable[[StepRecord], None], on_eval: Callable[[EvalRecord], None]
+    job: TrainingJob,
+    on_step: Callable[[StepRecord], None],
+    on_eval: Callable[[EvalRecord], None],
+    on_log: Callable[[int, str], None],
 ) -> TrainingOutcome:
     """Train in a thread, with the callbacks in this one; the training does not wait for them.
 
@@ -33,17 +38,54 @@ def train_in_place(
     handover = _Handover()
     outcome: Future[TrainingOutcome] = Future()
     run = contextvars.copy_context().run
-    threading.Thread(
+    thread = threading.Thread(
         target=run, args=(_train, job, on_step, on_eval, handover, outcome), name="training", daemon=True
-    ).start()
-    try:
-        handover.forward()
-    except BaseException:
-        handover.stop()
-        if outcome.done() and isinstance(error := outcome.exception(), TrainingError):
-            logger.warning("While stopping the training: %s", error)
-        raise
+    )
+    with _telling(thread, lambda level, line: handover.send(partial(on_log, level), line)):
+        thread.start()
+        try:
+            handover.forward()
+        except BaseException:
+            handover.stop()
+            if outcome.done() and isinstance(error := outcome.exception(), TrainingError):
+                logger.warning("While stopping the training: %s", error)
+            raise
     return outcome.result()
+
+
+@contextmanager
+def _telling(thread: threading.Thread, tell: Callable[[int, str], None]) -> Iterator[None]:
+    """Tell what a thread logs in the body; lines of other threads go where they went."""
+    handler = _Teller(thread, tell)
+    loggers = [logging.getLogger(name) for name in _TOLD]
+    before = [(each.level, each.propagate) for each in loggers]
+    for each in loggers:
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+        each.propagate = False
+    try:
+        yield
+    finally:
+        for each, (level, propagate) in zip(loggers, before, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(level)
+            each.propagate = propagate
+
+
+class _Teller(logging.Handler):
+    """Tells what a thread logs."""
+
+    def __init__(self, thread: threading.Thread, tell: Callable[[int, str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._thread, self._tell = thread, tell
+        self._others = logging.getLogger("tasks")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell a line of the thread, and give one of another thread to the logger above."""
+        if record.thread == self._thread.ident:
+            self._tell(record.levelno, record.getMessage())
+        elif record.levelno >= self._others.getEffectiveLevel():
+            self._others.handle(record)
 
 
 def _train(

@@ -58,7 +58,7 @@ def run_training(
         job: what to train, and where.
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
-        on_log: gets level and text of log lines from the processes.
+        on_log: gets level and text of the training's log lines.
         in_place: in this process; None for the choice described above.
         stop_seconds: a training that was asked to stop is killed after so long; None: as the environment says, or 25.
         silence_seconds: a process that does not beat for so long is killed.
@@ -80,7 +80,7 @@ def run_training(
     write_job(job, path)  # in place too: whoever opens a checkpoint later reads there what it is of
     patience = Patience(read_stop_seconds() if stop_seconds is None else stop_seconds, silence_seconds)
     outcome = (
-        train_in_place(job, on_step, on_eval)
+        train_in_place(job, on_step, on_eval, on_log)
         if in_place
         else _run_processes(job, path, Listeners(on_step, on_eval, on_log), patience)
     )

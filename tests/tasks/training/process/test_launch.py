@@ -108,6 +108,8 @@ def test_a_process_of_its_own_tells_and_trains_the_same(
     assert [record.step for record in told.steps] == list(range(1, NUM_STEPS + 1))
     assert [record.loss for record in told.steps] == [record.loss for record in undisturbed.steps]
     assert told.evaluations == undisturbed.evaluations
+    assert told.lines == undisturbed.lines
+    assert told.lines[0].startswith("Training with the ")
     assert same_adapter(told.outcome, undisturbed.outcome)
     same: dict[str, Any] = {"adapter": Path(), "tokens_per_second": 0.0, "peak_memory_bytes": 0}
     assert replace(told.outcome, **same) == replace(undisturbed.outcome, **same)
@@ -120,6 +122,7 @@ def test_interrupted_process_leaves_a_checkpoint_and_the_run_goes_on_exactly(
 ) -> None:
     job = make_job(base_model, tokens, tmp_path)
     interrupted: list[float] = []
+    lines: list[str] = []
 
     def on_step(record: StepRecord) -> None:
         if not interrupted:
@@ -127,14 +130,16 @@ def test_interrupted_process_leaves_a_checkpoint_and_the_run_goes_on_exactly(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(job, on_step=on_step, in_place=False)
+        run_training(job, on_step=on_step, in_place=False, on_log=lambda level, text: lines.append(text))
     assert time.monotonic() - interrupted[0] < 10
     assert find_processes(job) == []
     (step,) = list_checkpoints(job)
     assert 1 <= step < NUM_STEPS
-    resumed = run_training(job, in_place=True)
-    assert resumed.resumed_from_step == step
-    assert same_adapter(resumed, undisturbed.outcome)
+    assert lines[-1] == f"Stopped after step {step} of {NUM_STEPS}, with a checkpoint of it"
+    resumed = Told(job, in_place=True)
+    assert f"Resuming from step {step} of {NUM_STEPS}" in resumed.lines
+    assert resumed.outcome.resumed_from_step == step
+    assert same_adapter(resumed.outcome, undisturbed.outcome)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
