@@ -7,9 +7,11 @@ touched. A layout, handed to every layer beside the hidden states, says which to
 """
 
 import inspect
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -175,7 +177,16 @@ def _try_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
             raise
-        raise UnsupportedModelError(f"on a trial it failed ({type(error).__name__}: {error})") from error
+        raise UnsupportedModelError(describe_failure(error)) from error
+
+
+def describe_failure(error: Exception) -> str:
+    """Say where a model's forward pass stopped on a trial: at which line of its own code, and by what."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((each for each in reversed(frames) if "transformers" in Path(each.filename).parts), frames[-1])
+    what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    place = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    return f"tried so on two short rows of random tokens, its forward pass stopped ({place}: {what})"
 
 
 def compare(expected: Tensor, found: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tasks.evaluation.flat import UnsupportedModelError, compare, compute_logits, make_trial_rows
+from tasks.evaluation.flat import UnsupportedModelError, compare, compute_logits, describe_failure, make_trial_rows
 from tasks.families.adaptation import find_head
 from tasks.families.packing import find_row_limit
 
@@ -191,6 +191,9 @@ def forward(
 
     `input_ids` and `positions` hold the new columns only, `mask` also those that are in the cache already; both are
     None for rows without padding, where the model's own are left to it.
+
+    Raises:
+        UnsupportedModelError: a cache is wanted, and the model keeps none.
     """
     # Some architectures have no positions to give (ALiBi), cannot restrict the logits, or keep no cache.
     known = inspect.signature(model.forward).parameters
@@ -200,6 +203,8 @@ def forward(
     optional = {key: value for key, value in given.items() if value is not None}
     optional |= {"logits_to_keep": keep, "use_cache": use_cache}
     output = model(input_ids=input_ids, **{key: value for key, value in optional.items() if key in known})
+    if use_cache and name not in output:
+        raise UnsupportedModelError("it gives back nothing that it kept of the tokens before")
     return output.logits[:, -keep:], getattr(output, name) if use_cache else None
 
 
@@ -219,7 +224,7 @@ def _explain_difference(work: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -
     except torch.OutOfMemoryError:
         raise
     except _FAILURES as error:
-        return f"on a trial it failed ({type(error).__name__}: {error})"
+        return describe_failure(error)
     return ""
 
 

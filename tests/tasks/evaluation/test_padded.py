@@ -38,6 +38,21 @@ def test_rows_are_evaluated_as_alone(case: str, ways: Ways, monkeypatch: pytest.
     assert answers == [answer_alone(model, prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ("openai-gpt", "slower: it gives back nothing that it kept of the tokens before"),
+        ("deepseek_v4", "its forward pass stopped (modeling_deepseek_v4.py, line "),
+    ],
+)
+def test_what_is_left_out_is_told_with_its_place(
+    case: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiny, "SETTINGS", {**tiny.SETTINGS, **SHAPES})
+    try_ways(tiny.build_model(case))
+    assert why in caplog.messages[-1]
+
+
 def test_batches_hold_rows_of_one_length_where_padding_is_seen() -> None:
     lengths = [9, 9, 9, 7, 7, 3]
     assert list(cut_batches(lengths, 2, Ways())) == [[0, 1], [2, 3], [4, 5]]
