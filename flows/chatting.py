@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flows.console import escape
 from flows.exporting import find_tokenizer, name_base, opening_adapter
-from flows.targets import fetch_version, find_base_of, is_trained_folder, only_champion
+from flows.targets import fetch_version, find_base_of, find_version, is_trained_folder
 from schemas.config import ModelConfig
 from tasks.base_model import locate_base_model
 from tasks.evaluation.generation import context_length, find_stop_ids
@@ -24,7 +24,6 @@ from tasks.evaluation.streaming import stream_text, stream_tokens
 from tasks.merging.trained_models import load_trained
 from tasks.models import ModelError, choose_device, choose_dtype, load_model, load_tokenizer
 from tasks.prompts import PromptSettings, load_settings, make_prompt
-from tasks.registry.versions import CHAMPION, find_by_address
 from tasks.training.methods import find_base
 from tasks.visible_text import make_visible
 
@@ -110,7 +109,7 @@ def _open_model(target: str, *, compare_base: bool) -> list[ChatSession]:
         folder = Path(target).expanduser()
         label = folder.resolve().name
     else:
-        name, version = find_by_address(target or only_champion(), default_alias=CHAMPION)
+        name, version = find_version(target)
         folder, label = fetch_version(name, version), f"{name} version {version}"
     tokenizer = _load_tokenizer(folder)
     sessions = [_load(label, folder, folder, tokenizer)]

@@ -9,7 +9,16 @@ import typer
 from flows.around_cli import app as around_app
 from flows.cleaning_cli import app as cleaning_app
 from flows.config_options import ConfigFile, Overrides, Settings
-from flows.console import check_files, console, escape, fail, is_demo_model, load_for_data, prepare_environment
+from flows.console import (
+    check_files,
+    console,
+    escape,
+    fail,
+    is_demo_model,
+    load_for_data,
+    need_model,
+    prepare_environment,
+)
 from flows.export_cli import app as export_app
 from flows.join_cli import app as join_app
 from flows.plan_cli import app as plan_app
@@ -245,6 +254,7 @@ def check(
 ) -> None:
     """Validate a dataset and show what would be trained, without training. Exit code 1 when a budget is broken."""
     loaded = load_for_data(data, config, set_)
+    need_model(loaded)
     check_files(json_=json_, html=html)
     prepare_environment(cache=True)
     try:

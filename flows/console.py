@@ -79,6 +79,12 @@ def is_demo_model(config: RunConfig) -> bool:
     return config.model.base_model == str(_DEMO_MODEL)
 
 
+def need_model(config: RunConfig) -> None:
+    """End with a message where no model is named, and the demo's is not there: only a checkout has it."""
+    if is_demo_model(config) and not _DEMO_MODEL.is_dir():
+        fail(ConfigError("no model is named: give --config, or --set model.base_model=NAME with a folder or hub name"))
+
+
 def load_for_data(data: str, config: Path | None, set_: list[str] | None) -> RunConfig:
     """Return a config for one dataset: the given one, or the defaults with the demo's tokenizer."""
     overrides = tuple(set_ or ())

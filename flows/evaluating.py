@@ -92,6 +92,9 @@ def evaluate_target(
         conversations = find_conversations(folder / "dataset" / "eval.parquet")
     num_asked = found.rows["example_id"].n_unique()
     rows |= {"evaluated": num_asked, "not asked": rows["not asked"] - num_asked}
+    if rows["not asked"]:
+        most = f"evaluation.max_examples = {config.evaluation.max_examples}"
+        notes = (*notes, f"{count_of(rows['not asked'], 'row is', 'rows are')} not asked: {most}, which --set changes")
     metrics = average_rows(found.rows)
     num_known, told = _count_known(target, found.rows)
     notes = (*notes, *told)

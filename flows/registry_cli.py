@@ -141,7 +141,9 @@ def evaluate(
             "or a checkpoint."
         ),
     ],
-    data: Annotated[str, typer.Argument(help="File, folder or hub name of a dataset; all of its rows are asked.")],
+    data: Annotated[
+        str, typer.Argument(help="File, folder or hub name; as many rows as evaluation.max_examples says are asked.")
+    ],
     config: Annotated[
         Path | None, typer.Option(help="YAML config whose data and evaluation settings are used.")
     ] = None,

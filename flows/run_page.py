@@ -19,7 +19,7 @@ def prepare_page() -> None:
     if run_id is None:
         return
     handler = APILogHandler(logging.WARNING)
-    handler.addFilter(_Named(str(run_id)))
+    handler.addFilter(_RunNamer(str(run_id)))
     for name in _OWN:
         logging.getLogger(name).addHandler(handler)
     once = _Once()
@@ -27,7 +27,7 @@ def prepare_page() -> None:
         logging.getLogger(name).addFilter(once)
 
 
-class _Named:
+class _RunNamer:
     """Names the run to records of threads that Prefect does not know."""
 
     def __init__(self, run_id: str) -> None:

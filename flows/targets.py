@@ -77,12 +77,27 @@ def opening_target(target: str, *, base_model: str = "", max_shard_size: str = "
         folder = Path(target).expanduser()
         yield Target(folder.resolve().name, folder, Path(named.uri) if named else None, named.name if named else "")
     else:
-        name, version = find_by_address(target or only_champion(), default_alias=CHAMPION)
+        name, version = find_version(target)
         folder = fetch_version(name, version)
         base_folder, label = (Path(named.uri), named.name) if named else find_base_of(name, version)
         recorded = get_version(name, version).tags.get("sft.dataset")
         dataset = Ref.model_validate_json(recorded) if recorded else None
         yield Target(f"{name} version {version}", folder, base_folder, label, dataset)
+
+
+def find_version(target: str) -> tuple[str, str]:
+    """Return name and version of a target that is no folder; the only champion where it is empty.
+
+    Raises:
+        TargetError: there is none.
+    """
+    address = target or only_champion()
+    try:
+        return find_by_address(address, default_alias=CHAMPION)
+    except ValueError as error:
+        if "@" in address:
+            raise TargetError(str(error)) from None
+        raise TargetError(f"{address}: there is no such folder in {Path.cwd()}, and {error}") from None
 
 
 def is_version(target: str) -> bool:
@@ -96,7 +111,7 @@ def copy_version(target: str, folder: Path) -> str:
     Raises:
         ValueError: there is no such version, or the folder is not empty.
     """
-    name, version = find_by_address(target, default_alias=CHAMPION)
+    name, version = find_version(target)
     found = fetch_version(name, version)
     if folder.exists() and any(folder.iterdir()):
         raise TargetError(f"{folder}: is not empty: give a new folder for the model")

@@ -64,7 +64,7 @@ class Service:
             *(login if self.user is not None else []),
             f"Shell   set -a; . {client}; set +a   points the commands here at these servers",
             f"Logs    {self.folder / 'logs'}",
-            f"Ready after {self.seconds:.0f} s. `make stop` ends all of it.",
+            f"Ready after {self.seconds:.0f} s. `sft stop` (`make stop`) ends all of it.",
         ]
 
 

@@ -32,6 +32,7 @@ GATE_TAG, REASONS_TAG = "sft.gate_verdict", "sft.gate_reasons"
 ROLLED_BACK_TAG = "sft.rolled_back"
 ANSWERS_TAG = "sft.serving_probes"
 _ADDRESS = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[A-Za-z0-9_-]+))?")
+_NUM_NAMED = 20  # of versions, in a message
 _SERVING_CODE = Path(__file__).with_name("serving.py")
 _WEIGHTS = ".safetensors"
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
@@ -225,8 +226,14 @@ def get_version(name: str, number: str) -> ModelVersion:
     try:
         return tracking.client().get_model_version(name, number)
     except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise ValueError(f"{name} version {number} at {tracking.tracking_uri()}: {error.message}") from None
+        known = tracking.client().search_model_versions(f"name = '{name}'", max_results=_NUM_NAMED)
+        numbers = ", ".join(str(version.version) for version in reversed(known))
         raise ValueError(
-            f"{name} version {number} is not known at {tracking.tracking_uri()}: {error.message}"
+            f"{name} version {number} is not known at {tracking.tracking_uri()}: "
+            + (f"there are {numbers}" if numbers else "no model of this name is registered")
+            + "; sft models lists all"
         ) from None
 
 

@@ -72,6 +72,13 @@ def test_check_fails_on_cut_examples_beyond_the_budget(tmp_path: Path) -> None:
     assert result.exit_code == 1
 
 
+def test_check_without_the_demo_s_model_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.console._DEMO_MODEL", tmp_path / "demo")  # as where a wheel was installed
+    result = _runner.invoke(app, ["check", "rows.jsonl"])
+    assert result.exit_code == 1
+    assert "no model is named: give --config, or --set model.base_model=NAME" in result.stderr.replace("\n", " ")
+
+
 def test_check_of_a_missing_file_says_so(tmp_path: Path) -> None:
     result = _runner.invoke(app, ["check", str(tmp_path / "nowhere.jsonl")])
     assert result.exit_code == 1

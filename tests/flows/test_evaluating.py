@@ -115,6 +115,7 @@ def test_every_row_is_accounted_for_and_answers_are_written(trained: Path, rows:
     }  # fmt: skip
     assert (values["base"], values["delta"]) == ("", {})
     assert "26 rows in = 20 evaluated + 4 not asked + 1 duplicate + 1 rejected: empty_answer" in result.stdout
+    assert "4 rows are not asked: evaluation.max_examples = 20, which --set changes" in result.stdout
     assert pl.read_parquet(tmp_path / "out" / "a.parquet").height == 20
 
 
@@ -128,7 +129,8 @@ def test_a_plain_model_is_measured_alone(rows: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nowhere/model", "x.jsonl"), "nowhere"),
+        (("nowhere/model", "x.jsonl"), "nowhere/model: there is no such folder in "),
+        (("unknown-name", "x.jsonl"), "there is no such folder in "),
         (("unknown-name", "x.jsonl"), "no registered model 'unknown-name'"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_conversation_longer_than_the_context_says_so(folder: Path) -> None:
         (["chat", "nosuch@champion", "--prompt", "x"], "no registered model 'nosuch'"),
         (["chat", "a/b/c", "--prompt", "x"], "write NAME, NAME/VERSION or NAME@alias"),
         (["promote", "nosuch"], "no registered model 'nosuch'"),
-        (["promote", "nosuch/3"], "nosuch version 3 is not known"),
+        (["promote", "nosuch/3"], "no model of this name is registered; sft models lists all"),
         (["rollback", "nosuch"], "no registered model 'nosuch'"),
         (["publish", "/nowhere/rows.jsonl"], "no such file or folder"),
     ],
