@@ -38,7 +38,7 @@ from flows.form import (
 )
 from flows.gpu_stages import evaluate, train
 from flows.probing import digest_template, prepare_probes
-from schemas.artifacts import RunReport
+from schemas.artifacts import DatasetRef, ModelRef, ProbesRef, RunReport, SourceRef, TokensRef
 from schemas.config import RunConfig
 from schemas.loading import ConfigError
 from tasks import garbage, tracking
@@ -98,91 +98,107 @@ def sft_pipeline(
     """
     above = {"base_model": base_model, "dataset_uri": dataset_uri}
     config = choose_config(config, recipe, {**above, "num_epochs": num_epochs, "learning_rate": learning_rate})
-    seconds: dict[str, float] = {}
     title = describe_run(config)
     with garbage.importing():
         from flows import stages  # not at the top: see there
-        from flows.preflight import check_run
 
     stages.check_settings(config.registry.gate, config.evaluation.probes)
     gpu_stages.prepare()
     with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
-        with _clock(seconds, "locate"):
-            base = stages.locate_model(config.model)
-            source = stages.locate_dataset(config.read_data)
-            check_inputs(run, source, base)
-            advice = tell_warnings(check_run(tracking.resolve(base), config))
-        with _clock(seconds, "ingest"):
-            ingested = run_stage(stages.ingest, source, config.read_data, seed=config.seed, parent_run_id=run)
-            dataset = ingested.result()
-        with _clock(seconds, "tokenize"):
-            template = config.model.chat_template
-            tokenized = run_stage(
-                stages.tokenize,
-                dataset,
-                base,
-                config.tokenization,
-                chat_template=template,
-                template_file_digest=digest_template(template),
-                parent_run_id=run,
-            )
-            tokens = tokenized.result()
-            tell_rows(dataset, tokens, is_cached=[ingested.name == CACHED, tokenized.name == CACHED])
-            stages.log_quality(dataset, tokens, base, run)
-            check_rejected(config.data, dataset, tokens)
-            probes = prepare_probes(config, base, dataset, run)
-        with _clock(seconds, "evaluate_base"):
-            before = evaluate(base, tokens, config.evaluation, parent_run_id=run, probes=probes)
-            expected, few = stages.foresee(before, dataset, config.evaluation, config.registry.gate)
-        with _clock(seconds, "train"):
-            adapter = train(base, tokens, config.training, seed=config.seed, parent_run_id=run)
-        with _clock(seconds, "merge"):
-            merged = stages.merge(base, adapter, tokens, dataset, config.merge, parent_run_id=run)
-        with _clock(seconds, "evaluate_merged"):
-            after = evaluate(merged, tokens, config.evaluation, parent_run_id=run, probes=probes)
-        with _clock(seconds, "evaluate_champion"):
-            champion, held = evaluate_champion(config, tokens, after, run)
-        with _clock(seconds, "compare"):
-            comparison = stages.compare_models(
-                before,
-                after,
-                correct_for_choice(config.evaluation, config.training.sweep.num_candidates),
-                config.registry.gate,
-                dataset=dataset,
-                champion=champion,
-                champion_evaluation=held,
-                seed=config.seed,
-                title=title,
-                facts=summarize_facts(config, base, dataset, tokens, adapter, merged, expected),
-                warnings=(
-                    *advice,
-                    *few,
-                    *describe_choice(config),
-                    *name_warnings(dataset, tokens, probes),
-                    *adapter.warnings,
-                    *gpu_stages.read_losses(run),
-                ),
-                dpo=config.training.dpo,
-                train_run_id=str(adapter.mlflow_run_id),
-                parent_run_id=run,
-            )
-        with _clock(seconds, "register"):
-            entry = stages.register(
-                merged,
-                comparison,
-                config.registry,
-                title=title,
-                evaluation=after,
-                base_model=base,
-                dataset=dataset,
-                tokens=tokens,
-                git_commit=git_commit(),
-                parent_run_id=run,
-            )
-        report = build_report(run, dataset, tokens, adapter, merged, comparison, entry, seconds)
-        tracking.finish_parent(run, report, dataset, {"ingest": dataset, "tokenize": tokens, "evaluate-base": before})
+        report = _run_stages(config, run, title)
     keep_outcome(report)
     return report
+
+
+def _run_stages(config: RunConfig, run: str, title: str) -> RunReport:
+    """Run all stages, one after the other, as parts of an MLflow run, and close its records."""
+    with garbage.importing():
+        from flows import stages
+        from flows.preflight import check_model
+
+    seconds: dict[str, float] = {}
+    with _clock(seconds, "locate"):
+        base = stages.locate_model(config.model)
+        source = stages.locate_dataset(config.read_data)
+        check_inputs(run, source, base)
+        advice = tell_warnings(check_model(tracking.resolve(base), config.training))
+    dataset, tokens, probes = _prepare_data(config, source, base, run, seconds)
+    with _clock(seconds, "evaluate_base"):
+        before = evaluate(base, tokens, config.evaluation, parent_run_id=run, probes=probes)
+        expected, few = stages.foresee(before, dataset, config.evaluation, config.registry.gate)
+    with _clock(seconds, "train"):
+        adapter = train(base, tokens, config.training, seed=config.seed, parent_run_id=run)
+    with _clock(seconds, "merge"):
+        merged = stages.merge(base, adapter, tokens, dataset, config.merge, parent_run_id=run)
+    with _clock(seconds, "evaluate_merged"):
+        after = evaluate(merged, tokens, config.evaluation, parent_run_id=run, probes=probes)
+    with _clock(seconds, "evaluate_champion"):
+        champion, held = evaluate_champion(config, tokens, after, run)
+    with _clock(seconds, "compare"):
+        noted = name_warnings(dataset, tokens, probes)
+        comparison = stages.compare_models(
+            before,
+            after,
+            correct_for_choice(config.evaluation, config.training.sweep.num_candidates),
+            config.registry.gate,
+            dataset=dataset,
+            champion=champion,
+            champion_evaluation=held,
+            seed=config.seed,
+            title=title,
+            facts=summarize_facts(config, base, dataset, tokens, adapter, merged, expected),
+            warnings=(*advice, *few, *describe_choice(config), *noted, *adapter.warnings, *gpu_stages.read_losses(run)),
+            dpo=config.training.dpo,
+            train_run_id=str(adapter.mlflow_run_id),
+            parent_run_id=run,
+        )
+    with _clock(seconds, "register"):
+        entry = stages.register(
+            merged,
+            comparison,
+            config.registry,
+            title=title,
+            evaluation=after,
+            base_model=base,
+            dataset=dataset,
+            tokens=tokens,
+            git_commit=git_commit(),
+            parent_run_id=run,
+        )
+    report = build_report(run, dataset, tokens, adapter, merged, comparison, entry, seconds)
+    tracking.finish_parent(run, report, dataset, {"ingest": dataset, "tokenize": tokens, "evaluate-base": before})
+    return report
+
+
+def _prepare_data(
+    config: RunConfig, source: SourceRef, base: ModelRef, run: str, seconds: dict[str, float]
+) -> tuple[DatasetRef, TokensRef, ProbesRef | None]:
+    """Ingest and tokenize, account for every row, and make ready what else is asked of the models.
+
+    Raises:
+        BudgetError: more rows were rejected than the config allows, or all held-out ones.
+    """
+    from flows import stages
+
+    with _clock(seconds, "ingest"):
+        ingested = run_stage(stages.ingest, source, config.read_data, seed=config.seed, parent_run_id=run)
+        dataset = ingested.result()
+    with _clock(seconds, "tokenize"):
+        template = config.model.chat_template
+        tokenized = run_stage(
+            stages.tokenize,
+            dataset,
+            base,
+            config.tokenization,
+            chat_template=template,
+            template_file_digest=digest_template(template),
+            parent_run_id=run,
+        )
+        tokens = tokenized.result()
+        tell_rows(dataset, tokens, is_cached=[ingested.name == CACHED, tokenized.name == CACHED])
+        stages.log_quality(dataset, tokens, base, run)
+        check_rejected(config.data, dataset, tokens)
+        return dataset, tokens, prepare_probes(config, base, dataset, run)
 
 
 @contextmanager

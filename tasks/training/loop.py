@@ -117,16 +117,8 @@ def train_adapter(
     _tell(setup)
     with reading_parts(setup.table.parts):
         run = Run(setup, Progress(), identity, [*passed_over, *warnings], peak_memory_bytes=read_memory(setup.device))
-        run.tokens_per_second_at_peak = _estimate_peak(setup)
-        seed_per_rank(seed, 0)
-        if checkpoint is not None:
-            _restore(run, checkpoint)
+        _begin(run, checkpoint, base_model, run_folder, place)
         resumed_from_step = run.progress.step if checkpoint is not None else None
-        with _naming_shortage(base_model, config):
-            run.setup = _divide(setup)
-            if config.is_paired:
-                run.setup = _with_reference(run.setup, run_folder, identity, place, has_begun=checkpoint is not None)
-
         tells = is_rank0() if tells is None else tells
         with (
             CheckpointWriter(saved, keep=config.keep_checkpoints, place=place) as writer,
@@ -139,6 +131,20 @@ def train_adapter(
         return _describe(
             run, name_trained_folder(run_folder, config), adapter_step=adapter_step, resumed_from_step=resumed_from_step
         )
+
+
+def _begin(run: Run, checkpoint: Path | None, base_model: Path, run_folder: Path, place: Place | None) -> None:
+    """Seed this rank, take up a checkpoint, and divide the training among the ranks."""
+    setup, config = run.setup, run.setup.config
+    run.tokens_per_second_at_peak = _estimate_peak(setup)
+    seed_per_rank(setup.seed, 0)
+    if checkpoint is not None:
+        _restore(run, checkpoint)
+    with _naming_shortage(base_model, config):
+        run.setup = _divide(setup)
+        if config.is_paired:
+            has_begun = checkpoint is not None
+            run.setup = _with_reference(run.setup, run_folder, run.identity, place, has_begun=has_begun)
 
 
 @contextmanager
