@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from random import Random
 from typing import Any
 
 from tests.laboratory.bench import LOST, NAME, ROOT, Bench, new_home
-from tests.laboratory.faults import FAULTS, clear
+from tests.laboratory.faults import FAULTS, change_clock, clear
 from tests.laboratory.processes import describe_processes, find_processes
 
 
@@ -54,12 +54,31 @@ class Draw:
     """Seconds after the start."""
     draw: Random
 
+    @property
+    def follows_clock(self) -> bool:
+        """Whether its runs follow the clock of their home."""
+        return needs_clock(self.fault)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """Runs in which nothing goes wrong."""
+
+    outcome: Outcome
+    seconds: dict[bool, float]
+    """That one takes; True: by the clock of its home, where a fault was going to need that."""
+
+
+def needs_clock(fault: str) -> bool:
+    """Say whether a fault sets the clock of the home."""
+    return fault == change_clock.__name__
+
 
 def run_draw(bench: Bench, template: Path, expected: Outcome, drawn: Draw) -> list[str]:
     """Let a fault happen, start again until it is done, and return the laws that are broken."""
     broken: list[str] = []
     with new_home(bench.folder, template) as home:
-        attempt = bench.start(home)
+        attempt = bench.start(home, follows_clock=drawn.follows_clock)
         if attempt.wait(drawn.moment) is None:
             FAULTS[drawn.fault](bench, home, attempt, drawn.draw)
         code = attempt.finish()
@@ -75,7 +94,7 @@ def run_draw(bench: Bench, template: Path, expected: Outcome, drawn: Draw) -> li
                     broken.append(f"traceback: {attempt.read()[-700:]}")
             elif code not in (None, -2, -9, -15, 130, 143):
                 broken.append(f"exit code {code}: {attempt.read()[-500:]}")
-            attempt = bench.start(home)
+            attempt = bench.start(home, follows_clock=drawn.follows_clock)
             if (code := attempt.finish()) is None:
                 attempt.signal(signal.SIGKILL)
                 return [*broken, f"the next start hangs: {attempt.read()[-500:]}"]
@@ -151,8 +170,8 @@ def _find_leftovers(home: Path) -> list[Path]:
 
 
 @contextmanager
-def prepared(folder: Path) -> Iterator[tuple[Bench, Path, Outcome, float]]:
-    """Give the bench, a home to copy, the undisturbed outcome, and how long an undisturbed run takes in seconds."""
+def prepared(folder: Path, faults: Collection[str]) -> Iterator[tuple[Bench, Path, Undisturbed]]:
+    """Give the bench, a home to copy, and what undisturbed runs give and take, for faults that are going to happen."""
     bench = Bench(folder)
     bench.start_server()
     try:
@@ -167,23 +186,37 @@ def prepared(folder: Path) -> Iterator[tuple[Bench, Path, Outcome, float]]:
             check=False,
         )
         assert made.returncode == 0, made.stderr[-2000:]
-        with new_home(folder, template) as home:
-            began = time.monotonic()
-            attempt = bench.start(home)
-            assert attempt.finish() == 0, attempt.read()[-2000:]
-            seconds = time.monotonic() - began
-            expected = read_home(bench, home)
-        assert expected.leftovers == [], expected.leftovers
-        yield bench, template, expected, seconds
+        ways = sorted({needs_clock(fault) for fault in faults})
+        runs = {follows: _run_undisturbed(bench, template, follows_clock=follows) for follows in ways}
+        first, *others = [outcome for outcome, _ in runs.values()]
+        assert all(compare(other, first, 0) == [] for other in others), runs
+        yield bench, template, Undisturbed(first, {follows: seconds for follows, (_, seconds) in runs.items()})
     finally:
         bench.stop_server()
 
 
-def draw_fault(seed: int, seconds: float, fault: str | None = None) -> Draw:
-    """Draw a fault and its moment within a run that takes so many seconds."""
+def _run_undisturbed(bench: Bench, template: Path, *, follows_clock: bool) -> tuple[Outcome, float]:
+    """Run once, and return what has come out and how many seconds it took."""
+    with new_home(bench.folder, template) as home:
+        began = time.monotonic()
+        attempt = bench.start(home, follows_clock=follows_clock)
+        assert attempt.finish() == 0, attempt.read()[-2000:]
+        seconds = time.monotonic() - began
+        outcome = read_home(bench, home)
+    assert outcome.leftovers == [], outcome.leftovers
+    return outcome, seconds
+
+
+def draw_fault(seed: int, fault: str | None = None) -> tuple[str, Random]:
+    """Draw a fault, where none is given; return it with what its moment and the rest are drawn from."""
     draw = Random(seed)
     chosen = draw.choice(list(FAULTS))
-    return Draw(fault or chosen, draw.uniform(0.1, 1.05) * seconds, draw)
+    return fault or chosen, draw
+
+
+def draw_moment(fault: str, draw: Random, seconds: Mapping[bool, float]) -> Draw:
+    """Draw when a fault happens to a run that takes so many seconds; see `Undisturbed`."""
+    return Draw(fault, draw.uniform(0.1, 1.05) * seconds[needs_clock(fault)], draw)
 
 
 def main() -> int:
@@ -199,15 +232,20 @@ def main() -> int:
     if options.read:
         _print_home()
         return 0
+    numbers = range(options.first, options.first + options.draws)
+    faults = [draw_fault(options.seed * 1_000_000 + number, options.fault) for number in numbers]
     counts: Counter[tuple[str, bool]] = Counter()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="sft-crashes-") as folder, prepared(Path(folder)) as bench:
-        print(f"seed {options.seed}; an undisturbed run takes {bench[3]:.1f} s: {bench[2]}", flush=True)
-        for number in range(options.first, options.first + options.draws):
+    with (
+        tempfile.TemporaryDirectory(prefix="sft-crashes-") as folder,
+        prepared(Path(folder), [fault for fault, _ in faults]) as (bench, template, undisturbed),
+    ):
+        print(f"seed {options.seed}; undisturbed runs (by a clock of their own or not): {undisturbed}", flush=True)
+        for number, (fault, draw) in zip(numbers, faults, strict=True):
             if time.monotonic() - began > options.seconds:
                 break
-            drawn = draw_fault(options.seed * 1_000_000 + number, bench[3], options.fault)
-            broken = run_draw(bench[0], bench[1], bench[2], drawn)
+            drawn = draw_moment(fault, draw, undisturbed.seconds)
+            broken = run_draw(bench, template, undisturbed.outcome, drawn)
             counts[drawn.fault, not broken] += 1
             print(f"{number}: {drawn.fault} after {drawn.moment:.1f} s: {'; '.join(broken) or 'recovered'}", flush=True)
     for (fault, whole), count in sorted(counts.items()):

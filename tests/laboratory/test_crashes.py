@@ -12,7 +12,7 @@ import pytest
 
 from tasks import tracking
 from tests.laboratory.bench import CLOCK, LOST, NAME
-from tests.laboratory.crashes import Draw, Outcome, compare, draw_fault, has_finished, prepared, run_draw
+from tests.laboratory.crashes import Draw, Outcome, compare, draw_fault, draw_moment, has_finished, prepared, run_draw
 from tests.laboratory.faults import FAULTS
 from tests.laboratory.processes import describe_processes
 
@@ -25,25 +25,26 @@ _SECONDS = 90.0
 def test_runs_recover_from_drawn_faults(tmp_path: Path) -> None:
     seed = int(os.environ.get("SFT_SEED") or int.from_bytes(os.urandom(4), "big"))
     print(f"seed {seed}")  # shown where the test fails
+    faults = [draw_fault(seed * 1_000_000 + number) for number in range(NUM_DRAWS)]
     broken = {}
-    with prepared(tmp_path) as (bench, template, expected, seconds):
+    with prepared(tmp_path, [fault for fault, _ in faults]) as (bench, template, undisturbed):
         began = time.monotonic()
-        for number in range(NUM_DRAWS):
+        for fault, draw in faults:
             if time.monotonic() - began > _SECONDS:  # on a busy machine fewer
                 break
-            drawn = draw_fault(seed * 1_000_000 + number, seconds)
-            if laws := run_draw(bench, template, expected, drawn):
-                broken[f"{drawn.fault} after {drawn.moment:.1f} of {seconds:.1f} s"] = laws
+            drawn = draw_moment(fault, draw, undisturbed.seconds)
+            if laws := run_draw(bench, template, undisturbed.outcome, drawn):
+                broken[f"{fault} after {drawn.moment:.1f} s: {undisturbed.seconds}"] = laws
     assert broken == {}
 
 
 @pytest.mark.skipif(not _FAULTS, reason="SFT_SERVICE_TESTS=faults")
 @pytest.mark.skipif(CLOCK is None, reason="libfaketime is not installed (Debian: faketime)")
 def test_a_clock_that_is_set_in_mid_run_changes_nothing(tmp_path: Path) -> None:
-    with prepared(tmp_path) as (bench, template, expected, seconds):
+    with prepared(tmp_path, ["change_clock"]) as (bench, template, undisturbed):
         for seed in (0, 1):  # of the draws: a day forward, an hour back
-            drawn = Draw("change_clock", seconds * 0.6, Random(seed))
-            assert run_draw(bench, template, expected, drawn) == [], seed
+            drawn = Draw("change_clock", undisturbed.seconds[True] * 0.6, Random(seed))
+            assert run_draw(bench, template, undisturbed.outcome, drawn) == [], seed
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_not_left_behind() -> None:
@@ -59,11 +60,12 @@ def test_a_process_that_ends_while_it_is_looked_at_is_not_left_behind() -> None:
 
 
 def test_every_fault_is_drawn_and_a_seed_draws_the_same_again() -> None:
-    drawn = [draw_fault(seed, 10.0) for seed in range(200)]
+    seconds = {False: 10.0, True: 40.0}  # a run by a clock of its own takes longer, and its moments are later
+    drawn, again = ([draw_moment(*draw_fault(seed), seconds) for seed in range(200)] for _ in range(2))
     assert {each.fault for each in drawn} == set(FAULTS)
-    assert [(each.fault, each.moment) for each in drawn] == [
-        (each.fault, each.moment) for each in (draw_fault(seed, 10.0) for seed in range(200))
-    ]
+    assert [(each.fault, each.moment) for each in drawn] == [(each.fault, each.moment) for each in again]
+    assert max(each.moment for each in drawn if each.fault != "change_clock") < 10.5
+    assert CLOCK is None or max(each.moment for each in drawn if each.fault == "change_clock") > 10.5
 
 
 def test_a_run_that_has_finished_is_found_in_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
