@@ -5,6 +5,9 @@
     a step's pass = its tokens * (inputs of all layers + what the layers keep for the backward pass)
     a held-out pass = its tokens * what one layer computes
 
+A long example that would not fit is made to: gated layers run in pieces of tokens, and layers' inputs lie in the host's
+memory but for two that are on their way (`tasks.training.engines.long_examples`).
+
 A fit like that of the time (`tasks.planning.costs`). What is counted to the byte is taken as counted; what libraries
 take, and how much a layer keeps of a token, are measured. On a CPU a training is a part of the run's process, which
 holds more than a trial's: it has evaluated the base model. What earlier runs held before their trainings is noted.
@@ -13,7 +16,7 @@ Ranks that share a pass (`training.context_parallel`) each hold their part of it
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +24,7 @@ from schemas.config import TrainingConfig
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.planning.costs import Floats, predict_sum
 from tasks.planning.estimates import Estimate
-from tasks.training.engines.choice import LEAN_LOGITS_BYTES
+from tasks.training.engines.choice import LEAN_LOGITS_BYTES, LONG_IN_TURN, LONG_PIECE
 
 _LIBRARIES = {"cpu": 1.2e8, "cuda": 3e8}
 """Bytes that libraries take when they begin to compute; on a GPU, their work spaces."""
@@ -89,6 +92,31 @@ def predict_peak(seen: Sequence[Peak], asked: Peak, *, device: str) -> Estimate:
     return Estimate(value, value / (1 + part), value * (1 + part))
 
 
+def fit_long(seen: Sequence[Peak], asked: Peak, *, room_bytes: float, host_bytes: float) -> Peak:
+    """Return a GPU's training with what it does where its largest pass does not fit with every layer recomputed.
+
+    Gated layers run in pieces, and where that is not enough, the inputs of as few layers as it takes lie in the host's
+    memory; of as many as there is room for, where none is enough.
+
+    Args:
+        seen: earlier trainings of the same model on this device.
+        asked: the training to come.
+        room_bytes: of the device, that are planned for.
+        host_bytes: that a rank may take of the host's memory.
+    """
+    work = asked.work
+    tokens = work["largest_pass"] / work.get("sharing", 1.0)
+    in_pieces = {"piece": float(LONG_PIECE) if tokens > LONG_PIECE else 0.0}
+    most = min(int(work["layers"]) - 1, int(host_bytes / max(1.0, tokens * work["hidden"] * asked.itemsize)))
+    ways = [{}, in_pieces, *({**in_pieces, "in_host": float(number)} for number in range(LONG_IN_TURN + 1, most + 1))]
+    tried = asked
+    for way in ways if work["recomputed"] == 1 else ():
+        tried = replace(asked, work={**work, **way})
+        if predict_peak(seen, tried, device="cuda").value <= room_bytes:
+            break
+    return tried
+
+
 def count_rank(config: TrainingConfig) -> int:
     """Return the rank of the adapter; 0 without one."""
     return config.rank if config.is_lora else 0
@@ -99,9 +127,11 @@ def _list_terms(peak: Peak, device: str) -> Floats:
     work, size, is_gpu = peak.work, peak.itemsize, device == "cuda"
     tokens, layers, hidden = work["largest_pass"] / work.get("sharing", 1.0), work["layers"], work["hidden"]
     hidden_kept, width_kept = _PARTS_KEPT
-    a_layer = tokens * (hidden_kept * hidden + width_kept * work["width"]) * size
+    piece, in_host = work.get("piece", 0.0) or tokens, work.get("in_host", 0.0)
+    a_layer = (tokens * hidden_kept * hidden + min(tokens, piece) * width_kept * work["width"]) * size
+    on_device = layers - max(0.0, in_host - LONG_IN_TURN)
     kept = layers * (1 - work["recomputed"])
-    step = (tokens * layers * hidden * size, (kept + 1) * a_layer, kept * tokens * 7 * peak.rank * size)
+    step = (tokens * on_device * hidden * size, (kept + 1) * a_layer, kept * tokens * 7 * peak.rank * size)
     # On a CPU no pass is larger than a step's, and logits are small beside what an allocator keeps.
     most_logits = (LEAN_LOGITS_BYTES if work["recomputed"] else LOGITS_BYTES) if is_gpu else 0
     hidden_held, width_held = _PARTS_HELD_OUT

@@ -12,10 +12,11 @@ import torch
 from schemas.config import TrainingConfig
 from tasks import speeds
 from tasks.decoder.passes import RecordingRule, count_recorded, round_longest
+from tasks.host_memory import HOST_SHARE, read_free_host
 from tasks.models import choose_device, choose_dtype
 from tasks.planning.estimates import Estimate
 from tasks.planning.memory import MemoryNeed, count_flop, count_need, read_capacity
-from tasks.planning.peaks import Peak, count_rank, foresee_resident, predict_peak
+from tasks.planning.peaks import Peak, count_rank, fit_long, foresee_resident, predict_peak
 from tasks.planning.times import PlannedTraining, StageTime, describe_kind, estimate_stage, estimate_steps
 from tasks.planning.work import ExampleLengths, PassLayout, foresee_layout, foresee_work, read_examples
 from tasks.speeds import Speed
@@ -119,7 +120,11 @@ def plan_training(
     if own and work:
         here = foresee_resident([speed.work for speed in question.choose(STEPS) if speed.work])
         asked_peak = _describe_peak(question, config, {**work, "resident": here})
-        peak = predict_peak(_list_peaks(question, own), asked_peak, device=question.kind)
+        seen = _list_peaks(question, own)
+        if question.kind == "cuda" and engine.startswith("fused") and config.gradient_checkpointing is not False:
+            room, host = _SHARE * read_capacity(question.device), HOST_SHARE * read_free_host()
+            asked_peak = fit_long(seen, asked_peak, room_bytes=room, host_bytes=host / config.num_own_processes)
+        peak = predict_peak(seen, asked_peak, device=question.kind)
     return TrainingPlan((steps, *_list_others(question, asked, steps.seconds, held_out)), peak, work)
 
 

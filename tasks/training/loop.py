@@ -216,6 +216,7 @@ def _save_chosen(run: Run, run_folder: Path, place: Place | None) -> tuple[int, 
 def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: int | None) -> TrainingOutcome:
     """Return what came out of the training."""
     setup, progress = run.setup, run.progress
+    piece_tokens, num_in_host = setup.engine.long_ways
     efficiency = 1.0
     if setup.config.packing:
         tokens_per_pack = choose_pack_tokens(setup.table.lengths, setup.config)
@@ -242,6 +243,8 @@ def _describe(run: Run, adapter: Path, *, adapter_step: int, resumed_from_step: 
         recomputed_part=setup.engine.recomputed_part,
         is_flat=setup.engine.is_flat,
         room_tokens=setup.engine.room_tokens,
+        piece_tokens=piece_tokens,
+        num_in_host=num_in_host,
     )
 
 

@@ -201,6 +201,8 @@ class PaceClock:
             "recomputed": outcome.recomputed_part,
             "flat": float(outcome.is_flat),
             "room": float(outcome.room_tokens),
+            "piece": float(outcome.piece_tokens),
+            "in_host": float(outcome.num_in_host),
             "held_out_pass": float(min(num_held_out, outcome.room_tokens)),
             "resident": float(self._resident_bytes),
             "trial": float(self._is_trial),

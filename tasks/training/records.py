@@ -112,5 +112,9 @@ class TrainingOutcome:
     """Whether examples lay end to end, without padding."""
     room_tokens: int = 0
     """Tokens of a pass that fit into the memory; 0 where nobody looked."""
+    piece_tokens: int = 0
+    """Of the pieces in which gated layers ran for the sake of long examples; 0: whole."""
+    num_in_host: int = 0
+    """Layers whose inputs lay in the host's memory, for the sake of long examples."""
     sweep: SweepReport | None = None
     """Of several candidates, of which this is the winner."""

@@ -19,6 +19,7 @@ from tasks.decoder.divided import DividedLayers
 from tasks.decoder.float8 import check_expert_products, count_unquantized, quantize_decoder
 from tasks.decoder.passes import PassRecorder, can_record
 from tasks.decoder.passing_copies import pass_copies
+from tasks.decoder.pieces import PIECE_TOKENS
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
 from tasks.out_of_memory import is_out_of_memory
 from tasks.training.adamw import count_moment_bytes
@@ -26,6 +27,7 @@ from tasks.training.distributed import count_sharing
 from tasks.training.engines.engine import Engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.general import GeneralEngine, build_engine
+from tasks.training.engines.long_examples import IN_TURN
 from tasks.training.engines.memory_fit import (
     LARGEST_FORWARD,
     SMALL_LOGITS,
@@ -49,6 +51,8 @@ CPU_TOKENS = 2048
 GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
 # Bytes of logits at a time where layers run again.
 LEAN_LOGITS_BYTES = SMALL_LOGITS
+# Of long examples: tokens of a piece, and inputs that are on the device beside those that stay there.
+LONG_PIECE, LONG_IN_TURN = PIECE_TOKENS, IN_TURN
 # A layer of 8,192 tokens that runs again takes as long as the copies of so many layers take to be made twice.
 _COPIES_A_LAYER = 6
 

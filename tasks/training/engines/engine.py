@@ -39,6 +39,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def long_ways(self) -> tuple[int, int]:
+        """What is done for long examples alone: tokens of a piece, and layers whose inputs lie in the host's memory."""
+        ...
+
+    @property
     def is_flat(self) -> bool:
         """Whether examples lie end to end, without padding."""
         ...

@@ -177,6 +177,11 @@ class FusedEngine:
             return replace(self, tokens_per_forward=tokens, room_tokens=tokens, recorder=None)
         return None
 
+    @property
+    def long_ways(self) -> tuple[int, int]:
+        """What is done for long examples alone: tokens of a piece, and layers whose inputs lie in the host's memory."""
+        return self.piece_tokens, self.num_in_host
+
     def describe_long(self) -> str:
         """Say what is done for the sake of long examples alone; nothing where that is nothing."""
         parts = []

@@ -86,6 +86,11 @@ class GeneralEngine:
         return
 
     @property
+    def long_ways(self) -> tuple[int, int]:
+        """Nothing is done for long examples alone."""
+        return 0, 0
+
+    @property
     def is_flat(self) -> bool:
         """Whether examples lie end to end."""
         return self.attend is not None
