@@ -38,6 +38,8 @@ _SHARE = 0.9
 """Of a device's memory that a training plans for; see memory_fit."""
 _FORWARD_PART, _UNMEASURED = 1 / 3, 1.5
 """Of a training's time for a token, that of its forward pass, of three products of like size; and the bar of that."""
+_BY_WORK = (HELD_OUT, AROUND)
+"""What of other models goes by the useful work of a token: a larger one is read and run for longer."""
 _NOTHING = Estimate(0.0, 0.0, 0.0)
 
 
@@ -257,12 +259,17 @@ def _list_others(
         return speed.shape == asked.shape
 
     is_old = not any(speed.work for speed in question.choose(STEPS))
+    flop = {speed.shape: speed.flop_per_unit for speed in question.choose(STEPS) if speed.flop_per_unit}
     matches: tuple[Any, ...] = (is_same, is_alike, is_own, lambda speed: True)
 
     def time(stage: str, units: float) -> StageTime:
         if not units:
             return StageTime(stage, _NOTHING, "none before the end" if stage == CHECKPOINTS else "no row is held out")
-        found, told = estimate_stage(question.choose(stage), units, matches=matches)
+        lines, whole = question.choose(stage), units
+        if stage in _BY_WORK and not any(is_own(speed) for speed in lines) and asked.flop_per_token:
+            lines = [replace(speed, units=speed.units * flop[speed.shape]) for speed in lines if speed.shape in flop]
+            whole *= asked.flop_per_token
+        found, told = estimate_stage(lines, whole, matches=matches)
         if found is None and stage == HELD_OUT and steps is not None and not is_old:
             pace = steps.scale(_FORWARD_PART / asked.tokens.value)  # a step's pass is forward and back
             return StageTime(stage, pace.scale(units).widen(_UNMEASURED), "not measured: a third of a step's pace")

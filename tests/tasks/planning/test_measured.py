@@ -1,7 +1,8 @@
-"""Ten trainings that were measured on an H200, each planned by the others, as `tests.benchmarks.plan` does it there.
+"""Trainings that were measured on H200s, each planned by the others, as `tests.benchmarks.plan` does it there.
 
-measured/h200.jsonl has what that benchmark took: PyTorch 2.11, without FlashAttention 4. What went through the model is
-laid out anew: the benchmark's rows are drawn from a seed.
+measured/h200.jsonl has what that benchmark took: PyTorch 2.11, without FlashAttention 4. The last three are models that
+the plan knows nothing of, and ran on another host than the notes that they are planned by. What went through the model
+is laid out anew: the benchmark's rows are drawn from a seed.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 from schemas.config import TrainingConfig
 from tasks import speeds
 from tasks.planning import trainings
+from tasks.planning.memory import count_flop
 from tasks.planning.sizes import measure_sizes
 from tasks.planning.times import add_up
 from tasks.planning.trainings import TrainingPlan, plan_training
@@ -29,6 +31,7 @@ from tests.benchmarks.trainers import draw_lengths
 MEASURED = Path(__file__).parent / "measured" / "h200.jsonl"
 DEVICE = "NVIDIA H200"
 COUNTED = ("steps", "passes", "tokens", "head_rows", "squares", "replayed")
+MODELS_KNOWN = {shape for shape, *_ in list(GPU.values())[:NUM_KNOWN]}
 TAKEN = {line["name"]: line for line in map(json.loads, MEASURED.read_text(encoding="utf-8").splitlines())}
 
 
@@ -105,8 +108,9 @@ def list_notes(name: str, place: Path) -> list[Speed]:
     work = {**whole, **{each: whole[each] - first[each] for each in COUNTED}, **noted, "trial": 0.0}
     others = [Speed(stage, units, seconds, **common) for stage, units, seconds in taken["others"]]
     steps = Speed(
-        STEPS, work["tokens"], taken["seconds"], **common, peak_memory_bytes=taken["peak_memory_bytes"], work=work
-    )
+        STEPS, work["tokens"], taken["seconds"], **common, flop_per_unit=count_flop(place / shape, config),
+        peak_memory_bytes=taken["peak_memory_bytes"], work=work,
+    )  # fmt: skip
     return [steps, *others]
 
 
@@ -115,11 +119,14 @@ def test_steps_are_within_a_tenth_and_memory_within_a_twentieth(plans: dict[str,
     found, taken = plans[name], TAKEN[name]
     steps = found.times[0].seconds
     assert steps is not None
-    assert found.peak_bytes is not None
     number = found.work["steps"]
     ratio = steps.value / (taken["seconds"] / (number - 1) * number)
-    memory = found.peak_bytes.value / taken["peak_memory_bytes"]
     assert 0.9 < ratio < 1.1
+    if GPU[name][0] not in MODELS_KNOWN:  # its memory is unknown until eight steps, or a run, were done
+        assert found.peak_bytes is None
+        return
+    assert found.peak_bytes is not None
+    memory = found.peak_bytes.value / taken["peak_memory_bytes"]
     assert 0.95 < memory < 1.05
 
 
@@ -132,4 +139,5 @@ def test_most_whole_stages_are_within_a_tenth(plans: dict[str, TrainingPlan]) ->
         planned = add_up(found.times)
         assert planned is not None
         ratios.append(planned.value / (steps + sum(seconds for *_, seconds in taken["others"])))
-    assert sum(0.9 < ratio < 1.1 for ratio in ratios) >= 8
+    assert sum(0.9 < ratio < 1.1 for ratio in ratios) >= len(GPU) - 2
+    assert all(0.9 < ratio < 1.1 for ratio in ratios[-3:])  # other models' reading and held-out losses by their work
