@@ -32,6 +32,10 @@ def _hybrid_window(attention: Any) -> int | None:
     return window
 
 
+def _no_window(attention: Any) -> None:
+    """Of PaddleOCR-VL, whose layers keep the number, and whose mask has no window."""
+
+
 def _one_rope(attention: Any) -> str:
     return ""
 
@@ -98,10 +102,14 @@ class KnownLayer:
     """Its attention has a sink for each head."""
     has_single_angles: bool = False
     """Cosines and sines come once for both columns that they turn, in place of twice."""
+    has_paired_angles: bool = False
+    """They come twice side by side, in place of all of them and then all again."""
     layer_input: tuple[str, ...] = ()
     """Of layers with an input of their own: its gate, its projection and that one's norm, and what else is there."""
     dropouts: tuple[str, ...] = ()
     """Modules of the layer that only drop."""
+    multiplies_logits: bool = False
+    """By the config's `logits_scaling`, in place of dividing them by it."""
     experts: KnownExperts | None = None
     """Of layers that have some; others of the same model may be dense."""
     window: Window = _own_window
@@ -127,6 +135,14 @@ _LLAMA = KnownLayer()
 _NORMED_AFTER = KnownLayer(
     input_norm=None, attention_out_norm="post_attention_layernorm", gate_norm=None,
     gate_out_norm="post_feedforward_layernorm", head_norms=_HEAD_NORMS,
+)  # fmt: skip
+_GLM4 = KnownLayer(
+    attention_out_norm="post_self_attn_layernorm", gate_out_norm="post_mlp_layernorm", gate_up=_FUSED_GATE,
+    is_interleaved=True,
+)  # fmt: skip
+_HUNYUAN = KnownLayer(head_norms=("query_layernorm", "key_layernorm"), norms_after_rotation=True)
+_PHI3 = KnownLayer(
+    qkv=("qkv_proj",), gate_up=_FUSED_GATE, dropouts=("resid_attn_dropout", "resid_mlp_dropout"), window=_config_window,
 )  # fmt: skip
 
 KNOWN_LAYERS: dict[str, KnownLayer] = {
@@ -162,24 +178,12 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
         ),
     ),
     "Qwen3_5DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, is_weight_less_one=True, has_gates=True),
-    "Phi3DecoderLayer": KnownLayer(
-        qkv=("qkv_proj",),
-        gate_up=_FUSED_GATE,
-        dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
-        window=_config_window,
-    ),
+    "Phi3DecoderLayer": _PHI3,
     "GlmDecoderLayer": KnownLayer(gate_up=_FUSED_GATE, is_interleaved=True),
-    "Glm4DecoderLayer": KnownLayer(
-        attention_out_norm="post_self_attn_layernorm",
-        gate_out_norm="post_mlp_layernorm",
-        gate_up=_FUSED_GATE,
-        is_interleaved=True,
-    ),
+    "Glm4DecoderLayer": _GLM4,
     "Ernie4_5DecoderLayer": KnownLayer(is_interleaved=True),
     "HeliumDecoderLayer": KnownLayer(is_interleaved=True),
-    "HunYuanDenseV1DecoderLayer": KnownLayer(
-        head_norms=("query_layernorm", "key_layernorm"), norms_after_rotation=True
-    ),
+    "HunYuanDenseV1DecoderLayer": _HUNYUAN,
     "Olmo2DecoderLayer": replace(_NORMED_AFTER, norms_rows=True),
     "Olmo3DecoderLayer": replace(_NORMED_AFTER, norms_rows=True, rope=_rope_by_type),
     "Qwen3MoeDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts()),
@@ -214,4 +218,36 @@ KNOWN_LAYERS: dict[str, KnownLayer] = {
     ),
     "MiniMaxM2DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, norms_rows=True, experts=KnownExperts()),
     "Exaone4DecoderLayer": replace(_NORMED_AFTER, window=_hybrid_window, rope=_rope_where_sliding),
+    "FlexOlmoDecoderLayer": replace(_NORMED_AFTER, norms_rows=True, experts=KnownExperts()),
+    "Glm4vTextDecoderLayer": replace(_GLM4, has_paired_angles=True),
+    "GlmOcrTextDecoderLayer": replace(_GLM4, has_paired_angles=True),
+    "Glm4vMoeTextDecoderLayer": KnownLayer(experts=_SHARED),
+    "Granite4VisionTextDecoderLayer": _LLAMA,
+    "HunYuanVLDenseV1DecoderLayer": _HUNYUAN,
+    "HunYuanMoEV1DecoderLayer": replace(_HUNYUAN, experts=KnownExperts(shared="shared_mlp")),
+    "Qwen2_5OmniDecoderLayer": _LLAMA,
+    "Qwen3OmniMoeThinkerTextDecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, experts=KnownExperts()),
+    "PaddleOCRDecoderLayer": KnownLayer(window=_no_window),
+    "DeepseekOcr2TextDecoderLayer": KnownLayer(experts=_SHARED),
+    "UnlimitedOcrTextDecoderLayer": KnownLayer(experts=_SHARED),
+    "Emu3DecoderLayer": KnownLayer(dropouts=("dropout",)),
+    "Gemma4UnifiedTextDecoderLayer": KnownLayer(
+        attention_out_norm="post_attention_layernorm",
+        gate_norm="pre_feedforward_layernorm",
+        gate_out_norm="post_feedforward_layernorm",
+    ),
+    "Kolibri1DecoderLayer": KnownLayer(
+        attention_out_norm="post_self_attn_layernorm",
+        gate_out_norm="post_mlp_layernorm",
+        head_norms=_HEAD_NORMS,
+        experts=_SHARED,
+        window=_hybrid_window,
+        rope=_rope_where_sliding,
+    ),
+    "HyperCLOVAXDecoderLayer": KnownLayer(
+        attention_out_norm="post_norm1", gate_out_norm="post_norm2", multiplies_logits=True
+    ),
+    "Phi4MultimodalDecoderLayer": _PHI3,
+    "Molmo2DecoderLayer": KnownLayer(head_norms=_HEAD_NORMS, may_lack_norms=True),
+    "Mistral4DecoderLayer": KnownLayer(experts=_SHARED),
 }

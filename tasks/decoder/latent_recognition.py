@@ -9,7 +9,7 @@ from tasks.decoder.mixers import Mixer, MixerPlan
 from tasks.decoder.module_reading import UnknownDecoderError, check_modules, read_norm, read_part
 from tasks.decoder.projections import build_projection
 
-KNOWN_LATENT = {"DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention"}
+KNOWN_LATENT = {"DeepseekV3Attention", "Glm4MoeLiteAttention", "YoutuAttention", "Mistral4Attention"}
 """Classes of transformers' that are alike but for their names."""
 
 

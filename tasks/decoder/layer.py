@@ -200,8 +200,10 @@ def _run_experts(
     source: AnyProjection | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the stream with delta added, and what its routed and shared experts add to it."""
-    assert layer.gate_norm is not None
-    stream, normed = AddNorm.apply(stream, delta, source, layer.gate_norm, ops)
+    if layer.gate_norm is None:
+        stream = normed = stream + delta
+    else:
+        stream, normed = AddNorm.apply(stream, delta, source, layer.gate_norm, ops)
     delta = run_experts(experts, normed, ops)
     if layer.gate_up is not None and layer.down is not None:
         gate_up = Project.apply(normed, layer.gate_up, ops, dropout, *layer.gate_up.adapters.parameters)
@@ -210,7 +212,7 @@ def _run_experts(
         if experts.shared_gate is not None:
             shared = torch.sigmoid(experts.shared_gate(normed)) * shared
         delta = delta + shared
-    return stream, delta
+    return stream, _finish(delta, None, layer.gate_out_norm, layer.output_scale, ops)[0]
 
 
 def _run_beside(layer: Layer, experts: ExpertLayer, ops: ModuleType, stream: Tensor, delta: Tensor) -> Tensor:
@@ -272,8 +274,10 @@ def _finish(
 ) -> tuple[Tensor, AnyProjection | None]:
     """Return what joins the stream, and the projection that made it, None where there is something in between."""
     if norm is not None:
-        return OutputNorm.apply(delta, source, norm, ops, *norm.parameters), None
-    return (delta, source) if scale == 1.0 else (Scale.apply(delta, source, scale), None)
+        delta, source = OutputNorm.apply(delta, source, norm, ops, *norm.parameters), None
+    if scale == 1.0:
+        return delta, source
+    return (delta * scale if source is None else Scale.apply(delta, source, scale)), None
 
 
 def attend_scaled(

@@ -67,7 +67,7 @@ def _read_heads(attention: Any, known: KnownLayer) -> Heads:
     return Heads(num_query, num_rows // 2, size, known.is_interleaved, known.norms_after_rotation)
 
 
-_SHARING = {"Gemma4TextAttention"}
+_SHARING = {"Gemma4TextAttention", "Gemma4UnifiedTextAttention"}
 
 
 def _plan_sharing(attention: Any) -> MixerPlan:

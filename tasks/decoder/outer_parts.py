@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.decoder.known_layers import NO_ROTATION
+from tasks.decoder.known_layers import NO_ROTATION, KnownLayer
 from tasks.decoder.module_reading import UnknownDecoderError
 from tasks.decoder.weights import Embedding, TrainedWeights
 
@@ -38,7 +38,7 @@ def read_query_scale(config: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def read_angles(
-    rotary: nn.Module, size: int, *, is_single: bool = False
+    rotary: nn.Module, size: int, known: KnownLayer
 ) -> Callable[[Tensor, Tensor, str], tuple[Tensor, Tensor]]:
     """Return the model's rotary angles as cos and sin [T, R / 2]; the model's own module makes them, once or twice."""
 
@@ -47,7 +47,9 @@ def read_angles(
             cos = states.new_ones(len(positions), size // 2)
             return cos, torch.zeros_like(cos)
         cos, sin = rotary(states[None], positions[None], rope) if rope else rotary(states[None], positions[None])
-        half = cos.shape[-1] if is_single else cos.shape[-1] // 2
+        if known.has_paired_angles:
+            return cos[0, :, ::2].contiguous(), sin[0, :, ::2].contiguous()
+        half = cos.shape[-1] if known.has_single_angles else cos.shape[-1] // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     return compute

@@ -76,13 +76,13 @@ def recognize_decoder(model: Any, dtype: torch.dtype | None = None, *, divided: 
     attentions = list_attentions(layer.mixer for layer in decoder_layers)
     decoder = Decoder(
         embed=embed,
-        angles=read_angles(inner.rotary_emb, find_flash_size(attentions), is_single=known.has_single_angles),
+        angles=read_angles(inner.rotary_emb, find_flash_size(attentions), known),
         layers=decoder_layers,
         norm=read_norm(
             inner.norm,
             weights,
             is_weight_less_one=known.is_weight_less_one,
-            factor=1.0 / getattr(config, "logits_scaling", 1.0),
+            factor=getattr(config, "logits_scaling", 1.0) ** (1.0 if known.multiplies_logits else -1.0),
         ),
         head=Head(head, getattr(config, "final_logit_softcapping", None), weights),
         attend=find_attentions(device, dtype, find_flash_size(attentions))[0],

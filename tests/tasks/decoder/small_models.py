@@ -36,9 +36,19 @@ FAMILIES = [
         "ernie4_5",
         "helium",
     ),
-    *("hunyuan_v1_dense", "olmo2", "olmo3", "exaone4", "gemma4_text", "qwen3_5_text", "olmo_hybrid", "youtu"),
+    *(
+        "hunyuan_v1_dense",
+        "olmo2",
+        "olmo3",
+        "exaone4",
+        "gemma4_text",
+        "qwen3_5_text",
+        "olmo_hybrid",
+        "youtu",
+        "hyperclovax",
+    ),
     *("qwen3_moe", "mixtral", "olmoe", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe", "qwen3_5_moe_text"),
-    *("qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe_lite", "gemma4_moe"),
+    *("qwen3_next", "gpt_oss", "deepseek_v3", "glm4_moe_lite", "gemma4_moe", "flex_olmo", "kolibri1"),
 ]
 # Gemma 4's scores have no scale: what is rounded off in 16 bits grows.
 LIMITS = {"gemma4_text": 0.2, "gemma4_moe": 0.5}
@@ -290,6 +300,25 @@ FURTHER: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 24,
         "linear_allow_neg_eigval": True,
+        "pad_token_id": 0,
+    },
+    "hyperclovax": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.6,
+        "residual_multiplier": 1.7,
+        "attention_multiplier": 0.2,
+        "use_post_norm": True,
+        "pad_token_id": 0,
+    },
+    "flex_olmo": {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True, "pad_token_id": 0},
+    "kolibri1": {
+        "head_dim": 16,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
         "pad_token_id": 0,
     },
     "exaone4": {

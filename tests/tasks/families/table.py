@@ -50,6 +50,13 @@ def name_rows(text: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
 
 
+def read_engine(text: str, case: str) -> str:
+    """Return the engine that a table's row of a family says."""
+    found = re.search(rf"^\| `{re.escape(case)}` \| (\w+) \|", text, flags=re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
 def _write_row(outcome: Outcome) -> str:
     linear = [row for row in outcome.adapted if row.kind not in _LEFT_ALONE]
     parts = ", ".join(f"{row.kind} {row.num_adapted} of {row.num_weights}" for row in linear)

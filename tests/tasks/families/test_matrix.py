@@ -14,7 +14,7 @@ from tasks.families.adaptation import CONVOLUTIONS, EMBEDDINGS, HEAD, OUTSIDE, R
 from tests.tasks.families import tiny
 from tests.tasks.families.matrix import Outcome, run_case
 from tests.tasks.families.shapes import SHAPES
-from tests.tasks.families.table import TABLE, name_rows, write_table
+from tests.tasks.families.table import TABLE, name_rows, read_engine, write_table
 from tests.tasks.families.tiny import CASES, save_model
 
 EVERYTHING = os.environ.get("SFT_FAMILIES") == "all"
@@ -42,6 +42,9 @@ CHOSEN = (
     "gemma4",
     "mistral3",
     "qwen3_vl_moe",
+    "glm4v",
+    "molmo2",
+    "inkling_mm_model",
 )
 _outcomes: dict[str, Outcome] = {}
 
@@ -50,6 +53,8 @@ _outcomes: dict[str, Outcome] = {}
 def test_a_family_is_trained_merged_and_proven(case: str, tmp_path: Path) -> None:
     _outcomes[case] = outcome = run_case(case, tmp_path)
     check(outcome)
+    if not EVERYTHING:
+        assert outcome.engine == read_engine(TABLE.read_text(encoding="utf-8"), case)
 
 
 @pytest.mark.parametrize("shape", SHAPES if EVERYTHING else ("gemma4_values_are_keys", "phi3_longrope"))
