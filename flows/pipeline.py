@@ -114,14 +114,14 @@ def _run_stages(config: RunConfig, run: str, title: str) -> RunReport:
     """Run all stages, one after the other, as parts of an MLflow run, and close its records."""
     with garbage.importing():
         from flows import stages
-        from flows.preflight import check_model
+        from flows.preflight import check_run
 
     seconds: dict[str, float] = {}
     with _clock(seconds, "locate"):
         base = stages.locate_model(config.model)
         source = stages.locate_dataset(config.read_data)
         check_inputs(run, source, base)
-        advice = tell_warnings(check_model(tracking.resolve(base), config.training))
+        advice = tell_warnings(check_run(tracking.resolve(base), config))
     dataset, tokens, probes = _prepare_data(config, source, base, run, seconds)
     with _clock(seconds, "evaluate_base"):
         before = evaluate(base, tokens, config.evaluation, parent_run_id=run, probes=probes)
