@@ -46,10 +46,37 @@ def read_angles(
         if rope == NO_ROTATION:
             cos = states.new_ones(len(positions), size // 2)
             return cos, torch.zeros_like(cos)
-        cos, sin = rotary(states[None], positions[None], rope) if rope else rotary(states[None], positions[None])
+        cos, sin = _turn(rotary, states[None], positions, rope)
         if known.has_paired_angles:
             return cos[0, :, ::2].contiguous(), sin[0, :, ::2].contiguous()
         half = cos.shape[-1] if known.has_single_angles else cos.shape[-1] // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     return compute
+
+
+def _turn(rotary: Any, states: Tensor, positions: Tensor, rope: str) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [1, T, R] as each token's example has them alone.
+
+    LongRoPE (Ding et al., 2024) has a second set of frequencies for examples above the length of the pretraining. The
+    module of transformers takes one set for all of a row, by its highest position.
+    """
+    named = (rope,) if rope else ()
+    kind = getattr(rotary, "rope_type", "default")
+    if (kind[rope] if rope and isinstance(kind, dict) else kind) != "longrope":
+        result: tuple[Tensor, Tensor] = rotary(states, positions[None], *named)
+        return result
+    parameters = rotary.config.rope_parameters
+    limit = int((parameters[rope] if rope else parameters)["original_max_position_embeddings"])
+    is_long = _list_lengths(positions) > limit
+    short = rotary(states, positions.masked_fill(is_long, 0)[None], *named)
+    long = rotary(states, positions.masked_fill(~is_long, limit)[None], *named)
+    cos, sin = (torch.where(is_long[:, None], far, near) for far, near in zip(long, short, strict=True))
+    return cos, sin
+
+
+def _list_lengths(positions: Tensor) -> Tensor:
+    """Return for each token [T] how many its example has, of examples that lie end to end."""
+    numbers = (positions == 0).cumsum(0)
+    highest = positions.new_zeros(len(positions) + 1).scatter_reduce(0, numbers, positions, "amax")
+    return highest[numbers] + 1

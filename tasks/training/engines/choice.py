@@ -38,7 +38,7 @@ from tasks.training.engines.memory_fit import (
 from tasks.training.engines.router_loss import find_router_loss
 from tasks.training.engines.self_check import Trial, comparing_some, forget_grads, try_model, verify
 from tasks.training.engines.shared_tokens import share_tokens
-from tasks.training.engines.short_cuts import find_rope_limit, take_short_cuts
+from tasks.training.engines.short_cuts import find_rope_limit, has_two_sets, take_short_cuts
 from tasks.training.lora import collect_trained
 from tasks.training.methods import find_base
 from tasks.training.records import TrainingError
@@ -96,7 +96,7 @@ def _choose(
     dtype: torch.dtype,
     longest: int,
 ) -> tuple[Engine, tuple[str, ...]]:
-    reason = _exclude_fused(config) or _exclude_long(model, longest)
+    reason = _exclude_fused(config) or _exclude_long(model, config, longest)
     if not reason:
         divided = DividedLayers(device) if is_sharded(config) else None
         try:
@@ -129,10 +129,11 @@ def _exclude_fused(config: TrainingConfig) -> str:
     return "training.engine is general" if config.engine == "general" else ""
 
 
-def _exclude_long(model: PeftModel, longest: int) -> str:
-    """Return why examples cannot lie end to end in the fused engine, which knows one set of positions' frequencies."""
-    limit = find_rope_limit(find_base(model).config.get_text_config())
-    if limit is None or longest <= limit:
+def _exclude_long(model: PeftModel, config: TrainingConfig, longest: int) -> str:
+    """Return why the fused engine does not know the frequencies by which positions turn in long examples."""
+    text = find_base(model).config.get_text_config()
+    limit = find_rope_limit(text)
+    if limit is None or longest <= limit or (has_two_sets(text) and config.context_parallel == 1):
         return ""
     return f"its positions turn with another frequency in rows above {limit:,} tokens, and an example has {longest:,}"
 

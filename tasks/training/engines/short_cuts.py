@@ -131,6 +131,13 @@ def find_rope_limit(config: Any) -> int | None:
     return None
 
 
+def has_two_sets(config: Any) -> bool:
+    """Say whether there are two sets of frequencies (LongRoPE), of which each example's length chooses one."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    parts = [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
+    return {part.get("rope_type") for part in parts} & _LENGTH_DEPENDENT_ROPES == {"longrope"}
+
+
 def _factor_adapters(engine: GeneralEngine, trial: Checker) -> str:
     """Take the adapters of routed experts apart from their weights; return why not, or nothing."""
     give_back = use_factored_adapters(engine.model)

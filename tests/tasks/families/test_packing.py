@@ -9,10 +9,10 @@ import torch
 from schemas.config import TrainingConfig
 from tasks.families.packing import find_row_limit
 from tasks.training.batches import form_batch
-from tasks.training.engines.choice import choose_engine
+from tasks.training.engines.choice import _exclude_long, choose_engine
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.loss import sum_token_losses
-from tasks.training.lora import attach_adapter
+from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.records import TrainingError
 from tests.tasks.families import tiny
 from tests.tasks.training.engines.test_router_loss import build_table
@@ -61,20 +61,50 @@ def test_packed_examples_stay_apart(case: str, settings: dict[str, Any], monkeyp
     assert packed == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.parametrize("longest", [0, 65])
-def test_the_fused_engine_takes_examples_whose_positions_turn_alike(
-    longest: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("case", "shared", "is_fused"), [("phi3", 1, True), ("phi3", 2, False), ("llama", 1, False)])
+def test_the_fused_engine_takes_examples_that_choose_their_frequencies(
+    case: str, shared: int, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By their own length, whatever lies beside them; where ranks share an example's tokens, none knows it."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    rope = LONGROPE if case == "phi3" else dynamic
+    settings = {"rope_parameters": rope, "original_max_position_embeddings": 64}
+    monkeypatch.setitem(tiny.SETTINGS, case, settings)
+    model = attach_adapter(tiny.build_model(case), TrainingConfig(rank=4), seed=0)
+    config: Any = SimpleNamespace(context_parallel=shared)
+    reason = _exclude_long(model, config, 65)
+    assert bool(reason) is not is_fused
+    assert is_fused or "in rows above 64 tokens, and an example has 65" in reason
+    assert not _exclude_long(model, config, 64)
+
+
+def test_long_and_short_examples_have_the_gradient_that_they_have_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}
     monkeypatch.setitem(tiny.SETTINGS, "phi3", settings)
-    config = TrainingConfig(rank=4)
-    model = attach_adapter(tiny.build_model("phi3"), config, seed=0)
-    table = build_table(64, 30)
-    cpu = torch.device("cpu")
-    engine, notes = choose_engine(model, table, [[0], [1]], config, device=cpu, dtype=torch.float32, longest=longest)
-    assert isinstance(engine, FusedEngine) is (longest == 0)
-    said = "its positions turn with another frequency in rows above 64 tokens, and an example has 65"
-    assert any(said in note for note in notes) is (longest == 65)
+    table, config, cpu = build_table(100, 20, 64, 65, 30), TrainingConfig(rank=4, precision="fp32"), torch.device("cpu")
+
+    def build() -> Any:
+        model = attach_adapter(tiny.build_model("phi3"), config, seed=0)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for matrix in collect_trained(model).values():
+                matrix.normal_(0, 0.1)
+        return model
+
+    plain, model = build().eval(), build()
+    alone = torch.stack([sum_token_losses(plain, form_batch(table, [[index]])) for index in range(5)]).sum()
+    alone.backward()
+    engine, notes = choose_engine(model, table, [[0], [1]], config, device=cpu, dtype=torch.float32)
+    assert isinstance(engine, FusedEngine), notes
+    loss = engine.sum_losses(engine.form_trial(table))
+    loss.backward()
+    assert float(loss) == pytest.approx(float(alone), rel=1e-6)
+    wanted = collect_trained(plain)
+    for name, matrix in collect_trained(model).items():
+        found, exact = matrix.grad, wanted[name].grad
+        assert found is not None
+        assert exact is not None
+        assert (found - exact).norm() < 1e-4 * exact.norm(), name
 
 
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
