@@ -55,37 +55,55 @@ def train_in_place(
 
 @contextmanager
 def _telling(thread: threading.Thread, tell: Callable[[int, str], None]) -> Iterator[None]:
-    """Tell what a thread logs in the body; lines of other threads go where they went."""
-    handler = _Teller(thread, tell)
-    loggers = [logging.getLogger(name) for name in _TOLD]
-    before = [(each.level, each.propagate) for each in loggers]
-    for each in loggers:
-        each.addHandler(handler)
-        each.setLevel(logging.INFO)
-        each.propagate = False
+    """Tell what a thread logs in the body; lines of threads that do not train go where they went."""
+    with _lock:
+        if not _teller.told:
+            _teller.open()
+        _teller.told[thread] = tell
     try:
         yield
     finally:
-        for each, (level, propagate) in zip(loggers, before, strict=True):
-            each.removeHandler(handler)
-            each.setLevel(level)
-            each.propagate = propagate
+        with _lock:
+            del _teller.told[thread]
+            if not _teller.told:
+                _teller.close()
 
 
 class _Teller(logging.Handler):
-    """Tells what a thread logs."""
+    """Tells what the threads that train log, each to its own listener."""
 
-    def __init__(self, thread: threading.Thread, tell: Callable[[int, str], None]) -> None:
+    def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self._thread, self._tell = thread, tell
-        self._others = logging.getLogger("tasks")
+        self.told: dict[threading.Thread, Callable[[int, str], None]] = {}
+        self._before: list[tuple[logging.Logger, int, bool]] = []
+
+    def open(self) -> None:
+        """Take over the loggers."""
+        self._before = [(each, each.level, each.propagate) for each in map(logging.getLogger, _TOLD)]
+        for each, *_ in self._before:
+            each.addHandler(self)
+            each.setLevel(logging.INFO)
+            each.propagate = False
+
+    def close(self) -> None:
+        """Leave them as they were."""
+        for each, level, propagate in self._before:
+            each.removeHandler(self)
+            each.setLevel(level)
+            each.propagate = propagate
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell a line of the thread, and give one of another thread to the logger above."""
-        if record.thread == self._thread.ident:
-            self._tell(record.levelno, record.getMessage())
-        elif record.levelno >= self._others.getEffectiveLevel():
-            self._others.handle(record)
+        """Tell a line of a thread that trains, and give one of another to the logger above."""
+        for thread, tell in list(self.told.items()):
+            if thread.ident == record.thread:
+                tell(record.levelno, record.getMessage())
+                return
+        above = logging.getLogger("tasks")
+        if record.levelno >= above.getEffectiveLevel():
+            above.handle(record)
+
+
+_teller, _lock = _Teller(), threading.Lock()
 
 
 def _train(
