@@ -147,5 +147,7 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BaseModelError(
-            f"model.base_model = {config.base_model!r}: no such folder here, and the hub did not give it: {reason}"
+            f"model.base_model = {config.base_model!r}: no such folder in {Path.cwd()}, and the hub did not give it "
+            f"({reason.removeprefix('Got: ')}): correct the name or model.revision, set HF_TOKEN where it is private, "
+            "or give the folder of a model; a model that was fetched before needs no network"
         ) from error

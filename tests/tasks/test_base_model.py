@@ -31,7 +31,10 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(name: str) -> No
 
 
 def test_a_hub_name_that_cannot_be_fetched_says_so() -> None:
-    with pytest.raises(BaseModelError, match="'nobody/nothing': no such folder here, and the hub did not give it"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"'nobody/nothing': no such folder in .*, and the hub did not give it \(.*\): correct the name",
+    ):
         locate_base_model(ModelConfig(base_model="nobody/nothing"))
 
 
