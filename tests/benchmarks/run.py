@@ -26,7 +26,7 @@ from schemas.config import RunConfig
 from schemas.loading import parse_config
 from tasks.models import read_context_length
 from tests.benchmarks import inputs
-from tests.benchmarks.sft_run import ROOT, start_run
+from tests.benchmarks.sft_run import ROOT, end_with_this_process, start_run
 
 _STAGES = {
     "start, imports, loading": (("start",), ("start",)),
@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--peer", nargs="*", default=[], help="trl=PATH, first on the peer's PYTHONPATH; trl= for none")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a run may take")
     options = parser.parse_args()
+    end_with_this_process()
     options.work.mkdir(parents=True, exist_ok=True)
     config = prepare(options)
     results: dict[str, Result] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _END_SECONDS = 60.0  # after a signal: a checkpoint is written first
+_started: list["SftRun"] = []
 
 
 @dataclass
@@ -90,4 +91,17 @@ def start_run(config: dict[str, Any], folder: Path, *arguments: str, **variables
             command, cwd=ROOT, env={**clean_environment(folder), **variables}, stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    return SftRun(process, log, report, folder / "home")
+    _started.append(run := SftRun(process, log, report, folder / "home"))
+    return run
+
+
+def end_with_this_process() -> None:
+    """Have this process, when it is told to end (SIGTERM), end the runs that it started: they hold a GPU."""
+
+    def end(number: int, frame: object) -> None:
+        for run in _started:
+            if run.process.poll() is None:
+                os.killpg(run.process.pid, signal.SIGTERM)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)

@@ -25,7 +25,7 @@ import psutil
 import yaml
 
 from tests.benchmarks import inputs
-from tests.benchmarks.sft_run import ROOT, SftRun, start_run
+from tests.benchmarks.sft_run import ROOT, SftRun, end_with_this_process, start_run
 
 Report = dict[str, Any]
 _LIMIT = 900.0
@@ -225,11 +225,12 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=1, help="stories side by side; each takes some GiB of the GPU")
     parser.add_argument("--rows", type=int, default=14_000, help="how many are made")
     parser.add_argument("--tokenizer", type=Path, help="folder of the model's tokenizer; one is trained without it")
-    parser.add_argument("--long-epochs", type=float, default=7.0, help="of the story that trains for minutes")
+    parser.add_argument("--long-epochs", type=float, default=4.0, help="of the story that trains for minutes")
     options = parser.parse_args()
     if options.only is None:
         options.only = [name for name in STORIES if name not in _OF_TWO_GPUS or _count_gpus() > 1]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and what it starts
+    end_with_this_process()
     given = prepare(options)
     results: dict[str, Report] = {}
     side_by_side = [name for name in options.only if name not in _ALONE]
