@@ -9,7 +9,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from schemas.artifacts import AdapterRef, DatasetRef, MergedRef, ModelRef, Ref, TokensRef
+from schemas.artifacts import AdapterRef, DatasetRef, MergeCheck, MergedRef, ModelRef, Ref, TokensRef
 from schemas.config import MergeConfig
 from tasks import speeds, storage, tracking
 from tasks.evaluation.scoring import find_last_run
@@ -53,14 +53,7 @@ def merge(
             tokens_folder / "tokenizer",
             merged,
             max_shard_size=config.max_shard_size,
-            card={
-                "base_model": base_model.name,
-                "base_model_revision": base_model.revision or "",
-                "base_model_digest": base_model.digest,
-                "dataset_digest": dataset.digest,
-                "adapter_digest": adapter.digest,
-                "mlflow_run_id": parent_run_id,
-            },
+            card=_name_origin(base_model, dataset, adapter, parent_run_id),
         )
         probes = _read_probes(tokens_folder, config.num_probes)
         with ThreadPoolExecutor(max_workers=1) as beside:
@@ -89,18 +82,35 @@ def merge(
         tracking.remember(run_id, ref)
     timing.note("merge", 1, shape=speeds.describe_shape(base_folder))
     create_table_artifact([shown], key="merge-check", description="Merged model against base + adapter")
+    _tell(check, "Merged" if adapter.method == "lora" else "Written", describe_unmoved(written))
+    return ref
+
+
+def _name_origin(base_model: ModelRef, dataset: DatasetRef, adapter: AdapterRef, run: str) -> dict[str, str]:
+    """Return what the merged model's card says that it was made of."""
+    return {
+        "base_model": base_model.name,
+        "base_model_revision": base_model.revision or "",
+        "base_model_digest": base_model.digest,
+        "dataset_digest": dataset.digest,
+        "adapter_digest": adapter.digest,
+        "mlflow_run_id": run,
+    }
+
+
+def _tell(check: MergeCheck, done: str, unmoved: str) -> None:
+    """Log how the merged model compares with what was trained, and a warning where something has not moved."""
     logger = get_run_logger()
     logger.info(
         "%s: largest logit difference %.2e, greedy agreement %.1f %%; %d tensors changed, %d are the base's",
-        "Merged" if adapter.method == "lora" else "Written",
+        done,
         check.max_abs_logit_diff,
         100 * check.greedy_agreement,
         check.num_changed,
         check.num_kept,
     )
-    if unmoved := describe_unmoved(written):
+    if unmoved:
         logger.warning(unmoved)
-    return ref
 
 
 def _store(folder: Path, plan: Sequence[PlannedTensor]) -> tuple[str, WrittenTensors]:

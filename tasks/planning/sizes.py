@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from schemas.config import TrainingConfig
 from tasks.planning.estimates import Estimate
-from tasks.training.batches import choose_pack_tokens
 from tasks.training.packing import pack
+from tasks.training.rows import choose_pack_tokens
 from tasks.training.schedule import count_steps
-from tasks.training.token_table import EXAMPLES_PER_WINDOW
+from tasks.training.table_writer import EXAMPLES_PER_WINDOW
 
 _NORMAL = 1.96
 """Standard errors in half the bar: of a normal distribution, nineteen of twenty are within."""

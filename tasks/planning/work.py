@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from schemas.config import TrainingConfig
 from tasks.decoder.passes import RecordingRule, Shape
-from tasks.training.batches import FLAT_MULTIPLE, choose_pack_tokens, cut_flat_step, cut_padded_step
+from tasks.training.batches import FLAT_MULTIPLE
 from tasks.training.engines.choice import CPU_TOKENS, GPU_TOKENS
+from tasks.training.micro_batches import cut_flat_step, cut_padded_step
 from tasks.training.packing import pack
+from tasks.training.rows import choose_pack_tokens
 from tasks.training.schedule import count_steps
-from tasks.training.token_table import EXAMPLES_PER_WINDOW, TokenTable
+from tasks.training.table_writer import EXAMPLES_PER_WINDOW
+from tasks.training.token_table import TokenTable
 
 _MOST_STEPS = 1000
 """Steps that are laid out; of more, these stand for all."""

@@ -1,18 +1,10 @@
-"""The rows that are trained on, and the micro batches of every optimizer step.
+"""The tensors of one forward pass, made of examples.
 
-Dimensions: `B` rows of a micro batch, `S` tokens of its longest row, `T` tokens of an example, `N` examples.
-
-A row is one example, or a pack of several. Which rows a step holds depends only on the seed, the epoch and the step, so
-that a resumed training goes on exactly where it was. How they go through the model is another matter: padded side by
-side, or flat, all examples of a forward pass end to end.
+Dimensions: `B` rows of a micro batch, `S` tokens of its longest row, `N` trained positions.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from heapq import heappop, heappush
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,21 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from schemas.config import TrainingConfig
 from tasks.decoder.attention import Segments, send
-from tasks.decoder.dropout import derive_key
 from tasks.tokenization.labels import IGNORE_INDEX
-from tasks.training.records import TrainingError
-from tasks.training.step_plans import StepPlan, plan_steps, prepare_parts
-from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
+from tasks.training.token_table import TokenTable
 
-MAX_PACK_TOKENS = 16384
-MIN_PACK_TOKENS = 2048
-MIN_STEPS_PER_EPOCH = 50
 # Tokens of a flat batch: the matrix products like their sides round, and float8 ones want multiples of 16.
 FLAT_MULTIPLE = 64
-# Tokens of a padded batch that keep a device busy.
-_LEAST_BUCKET_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -103,237 +86,6 @@ class Batch:
             segments=None if segments is None else segments.move(device),
             trained=None if trained is None else send(trained, device),
         )
-
-
-FormStep = Callable[[TokenTable, Sequence[Sequence[int]]], list[Batch]]
-
-
-def lay_out(split: Path, folder: Path, config: TrainingConfig) -> None:
-    """Write the examples of a split of a tokens folder as they are trained on, and what stands in each row.
-
-    Args:
-        split: train.parquet or eval.parquet.
-        folder: for `open_rows`; made when missing.
-        config: whether a row is a pack, and of how many tokens.
-
-    Raises:
-        TrainingError: an example has nothing to learn, is longer than a pack, or has not as many labels as input_ids.
-    """
-    try:
-        write_examples(split, folder, pairs=config.is_paired)
-    except ValueError as error:
-        raise TrainingError(str(error)) from error
-    table = open_table(folder, group=count_group(config))
-    tokens_per_pack = choose_pack_tokens(table.group_lengths, config) if config.packing else None
-    longest = int(table.group_lengths.max(initial=0))
-    if tokens_per_pack is not None and longest > tokens_per_pack:
-        what = "the two answers of example" if config.is_paired else "example"
-        name = table.example_ids[int(table.group_lengths.argmax()) * table.group]
-        raise TrainingError(
-            f"training.tokens_per_pack is {tokens_per_pack}, but {what} {name} {'have' if config.is_paired else 'has'} "
-            f"{longest} tokens: raise tokens_per_pack, or lower tokenization.max_length"
-        )
-    write_packs(folder, tokens_per_pack, group=table.group)
-
-
-def open_rows(folder: Path, config: TrainingConfig | None = None) -> tuple[TokenTable, Sequence[Sequence[int]]]:
-    """Map what `lay_out` wrote: the examples, and the rows, each the numbers of its examples."""
-    return open_table(folder, group=1 if config is None else count_group(config)), open_packs(folder)
-
-
-def count_group(config: TrainingConfig) -> int:
-    """Return how many examples go through the model together."""
-    return 2 if config.is_paired else 1
-
-
-def choose_pack_tokens(lengths: NDArray[Any], config: TrainingConfig) -> int:
-    """Return the budget of a pack in tokens.
-
-    Where the config leaves it open: 16,384, halved while an epoch would have fewer than 50 steps, but never below 2,048
-    or the longest example. It depends on the data alone, so that the same config trains the same on every machine.
-    """
-    if config.tokens_per_pack != "auto":
-        return config.tokens_per_pack
-    longest, total = int(lengths.max(initial=1)), int(lengths.sum())
-    budget = MAX_PACK_TOKENS
-    while budget > MIN_PACK_TOKENS and total < MIN_STEPS_PER_EPOCH * config.rows_per_step * budget:
-        budget //= 2
-    return max(budget, longest)
-
-
-def iterate_steps(
-    table: TokenTable,
-    rows: Sequence[Sequence[int]],
-    config: TrainingConfig,
-    *,
-    seed: int,
-    first: int,
-    last: int,
-    form_step: FormStep | None = None,
-    turn: tuple[int, int] = (0, 1),
-) -> Iterator[list[Batch]]:
-    """Yield the micro batches of each optimizer step from `first` up to but not including `last`.
-
-    Each epoch is a new order of the rows, drawn from (seed, epoch): see `order`. Of a table that is gone through in
-    windows this rank forms its own batches only, and one that counts what the others compute; and it prepares the parts
-    of the steps that come next.
-
-    Args:
-        table: the examples.
-        rows: from `open_rows`.
-        config: rows a step.
-        seed: of the order.
-        first: step.
-        last: step.
-        form_step: makes a step's batches of its rows; None: `form_padded_step` with the config's micro batch.
-        turn: this rank's number among those that batches are dealt to, and how many there are.
-    """
-    number, count = turn
-    user = object()
-    upcoming: deque[StepPlan] = deque()
-    plans = plan_steps(table, rows, config, seed=seed, first=first, last=last, turn=turn)
-    try:
-        while prepare_parts(upcoming, plans, table, user):
-            plan = upcoming.popleft()
-            form = form_step or partial(form_padded_step, micro_batch=config.micro_batch)
-            batches = form(table, plan.own)
-            places = range(number, count * len(batches), count) if plan.others else range(len(batches))
-            batches = [
-                replace(batch, dropout_key=derive_key(seed, plan.number, place))
-                for place, batch in zip(places, batches, strict=True)
-            ]
-            yield [*batches, count_elsewhere(table, plan.others)] if plan.others else batches
-    finally:
-        if table.parts is not None:
-            table.parts.prepare(user, [])
-
-
-def count_elsewhere(table: TokenTable, rows: Sequence[Sequence[int]]) -> Batch:
-    """Return what a step's sums want to know of rows that other ranks form."""
-    examples = np.concatenate([np.asarray(row) for row in rows])
-    num_tokens = int(table.lengths[examples].sum())
-    weighs = table.weights is not None
-    return Batch(
-        input_ids=torch.empty((1, num_tokens), dtype=torch.int64, device="meta"),
-        targets=torch.empty((1, num_tokens), dtype=torch.int64, device="meta"),
-        position_ids=None,
-        example_ids=("an example of another rank",) * len(examples),
-        num_tokens=num_tokens,
-        num_trained_tokens=int(table.trained[examples].sum()),
-        weights=torch.empty(0) if weighs else None,
-        total_weight=float(table.total_weights[examples].sum()) if weighs else 0.0,
-        indices=tuple(examples.tolist()),
-        is_elsewhere=True,
-    )
-
-
-def form_padded_step(
-    table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int, tokens_per_forward: int | None = None
-) -> list[Batch]:
-    """Cut a step's rows into micro batches, the longest rows first: less padding, and the same sum of gradients.
-
-    Args:
-        table: the examples.
-        rows: of the step.
-        micro_batch: most rows of a batch.
-        tokens_per_forward: most tokens of a batch of more than one row, padding included; None: any number.
-    """
-    lengths = np.array([table.lengths[list(row)].sum() for row in rows])
-    parts = cut_padded_step(lengths, micro_batch, tokens_per_forward)
-    return [form_batch(table, [rows[number] for number in part]) for part in parts]
-
-
-def cut_padded_step(
-    lengths: NDArray[Any], micro_batch: int, tokens_per_forward: int | None = None
-) -> list[NDArray[Any]]:
-    """Return the rows of each micro batch of a step, by their numbers; see `form_padded_step`.
-
-    Args:
-        lengths: tokens of each row.
-        micro_batch: most rows of a batch.
-        tokens_per_forward: most tokens of a batch of more than one row, padding included; None: any number.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    parts, start = [], 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        most = micro_batch if tokens_per_forward is None else min(micro_batch, max(1, tokens_per_forward // longest))
-        stop = min(start + most, len(order))
-        # Rows of less than half the length get a batch of their own, once there is enough to compute in this one.
-        short = np.flatnonzero(2 * lengths[order[start:stop]] < longest)
-        if len(short) and short[0] * longest >= _LEAST_BUCKET_TOKENS:
-            stop = start + int(short[0])
-        parts.append(order[start:stop])
-        start = stop
-    return parts
-
-
-def form_flat_step(
-    table: TokenTable, rows: Sequence[Sequence[int]], tokens_per_forward: int, *, num_parts: int = 1
-) -> list[Batch]:
-    """Divide a step's rows among flat batches of at most `tokens_per_forward` tokens, evenly.
-
-    Each row, the longest first, joins the batch that is shortest so far (Graham, 1969).
-
-    Args:
-        table: the examples.
-        rows: of the step; where one is above the budget, their examples are divided instead, pairs as wholes.
-        tokens_per_forward: budget; an example above it gets a batch of its own.
-        num_parts: the number of batches is a multiple of this, where there are as many rows or examples.
-    """
-    return [
-        form_flat_batch(table, part) for part in cut_flat_step(table, rows, tokens_per_forward, num_parts=num_parts)
-    ]
-
-
-def cut_flat_step(
-    table: TokenTable, rows: Sequence[Sequence[int]], tokens_per_forward: int, *, num_parts: int = 1
-) -> list[list[int]]:
-    """Return the examples of each flat batch of a step; see `form_flat_step`."""
-    lengths = [int(table.lengths[list(row)].sum()) for row in rows]
-    if max(lengths) > tokens_per_forward or len(rows) < num_parts:
-        rows = divide_rows(table, rows)
-        lengths = [int(table.lengths[row].sum()) for row in rows]
-    order = sorted(range(len(rows)), key=lambda number: -lengths[number])
-    budget = max(tokens_per_forward, lengths[order[0]])
-    count = -(-sum(lengths) // budget)
-    while True:
-        count = min(-(-count // num_parts) * num_parts, len(rows))
-        parts: list[list[int]] = [[] for _ in range(count)]
-        heap = [(0, part) for part in range(count)]
-        for number in order:
-            filled, part = heappop(heap)
-            parts[part].extend(rows[number])
-            heappush(heap, (filled + lengths[number], part))
-        if max(heap)[0] <= budget or count == len(rows):
-            return parts
-        count += 1
-
-
-def divide_rows(table: TokenTable, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return rows of one example each, of one pair where the table holds pairs."""
-    return [list(row[start : start + table.group]) for row in rows for start in range(0, len(row), table.group)]
-
-
-def form_padded_pairs(
-    table: TokenTable, rows: Sequence[Sequence[int]], micro_batch: int, tokens_per_forward: int
-) -> list[Batch]:
-    """Cut a step's pairs into micro batches of one example a row, the longest first; both of a pair are in one.
-
-    Args:
-        table: of pairs.
-        rows: of the step.
-        micro_batch: most rows of a batch, but for one pair.
-        tokens_per_forward: most tokens of a batch of more than one pair, padding included.
-    """
-    pairs = sorted(divide_rows(table, rows), key=lambda pair: -int(table.lengths[pair].max()))
-    batches, start = [], 0
-    while start < len(pairs):
-        longest = int(table.lengths[pairs[start]].max())
-        count = max(1, min(micro_batch // table.group, tokens_per_forward // (table.group * longest)))
-        batches.append(form_batch(table, [[index] for pair in pairs[start : start + count] for index in pair]))
-        start += count
-    return batches
 
 
 def form_flat_batch(table: TokenTable, indices: Sequence[int]) -> Batch:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from schemas.config import TrainingConfig
 from tasks.partitions import name_part
 from tasks.tokenization.token_index import name_index, read_index
-from tasks.training.batches import choose_pack_tokens, count_group
 from tasks.training.distributed import rank, run_on_rank0
 from tasks.training.order import RowParts, count_parts_per_window
 from tasks.training.records import TrainingError
+from tasks.training.rows import choose_pack_tokens, count_group
+from tasks.training.table_writer import write_packs
 from tasks.training.token_parts import PartNames, PartValues, TokenParts, find_parts
-from tasks.training.token_table import Numbers, Packs, TableIndex, TokenTable, open_array, open_packs, write_packs
+from tasks.training.token_table import Numbers, Packs, TableIndex, TokenTable, open_array, open_packs
 
 _NUM_HEAD = 2
 _HAS_WEIGHTS = "has_weights"

@@ -18,7 +18,6 @@ from schemas.config import TrainingConfig
 from tasks.out_of_memory import is_out_of_memory
 from tasks.speeds import name_device
 from tasks.training.adapter_costs import describe_costs
-from tasks.training.batches import choose_pack_tokens
 from tasks.training.checkpoints import (
     CheckpointError,
     Progress,
@@ -41,6 +40,7 @@ from tasks.training.preferences import find_reference
 from tasks.training.preparation import Setup, prepare_training
 from tasks.training.random_states import seed_per_rank
 from tasks.training.records import EvalRecord, StepRecord, TrainingError, TrainingOutcome, TrainingStopped
+from tasks.training.rows import choose_pack_tokens
 from tasks.training.sharded_optimizer import hand_over
 from tasks.training.sharding import is_sharded, is_zero, shard_base, shard_weights
 from tasks.training.shared_checkpoints import bring_checkpoints, share_result

@@ -18,7 +18,6 @@ from schemas.config import TrainingConfig
 from tasks.models import choose_device, choose_dtype
 from tasks.partitions import count_rows
 from tasks.training.adamw import EIGHT_BITS, build_adamw
-from tasks.training.batches import lay_out, open_rows
 from tasks.training.distributed import run_once_per_node
 from tasks.training.engines.base_dropout import describe_dropout, find_dropout, switch_off_dropout
 from tasks.training.engines.choice import choose_engine
@@ -33,6 +32,7 @@ from tasks.training.optimizers import AdapterOptimizer, WholeOptimizer
 from tasks.training.order import is_windowed
 from tasks.training.preferences import choose_objective
 from tasks.training.records import TrainingError
+from tasks.training.rows import lay_out, open_rows
 from tasks.training.schedule import count_steps
 from tasks.training.sharding import is_sharded
 from tasks.training.throughput import count_useful_flop
@@ -105,23 +105,14 @@ def prepare_training(
     table, rows, eval_table = _read_splits(tokens, folder, config, tokens_address)
     device = choose_device()
     dtype = choose_dtype(config.precision, device)
-    model = load_base(base_model, config, dtype=dtype, device=device)
-    _check_vocabulary(model, table, eval_table)
-    found = find_dropout(model) if config.base_dropout else switch_off_dropout(model)
-    adapted_weights = count_trained(model, config)
-    # The adapter is drawn on the CPU: the same start whatever the device. A base that will be divided stays there, and
-    # the adapter with it while the model is tried out.
-    adapted = attach_trained(model, config, seed=seed, dtype=dtype)
-    flop_per_token = count_useful_flop(adapted)  # while the weights are still where the model has them
-    if not is_sharded(config):
-        adapted = adapted.to(device)
+    adapted, adapted_weights, flop_per_token, told = _load_trained(
+        base_model, config, (table, eval_table), seed=seed, dtype=dtype, device=device
+    )
     parameters = collect_trained(adapted)
     start = take_fingerprints(adapted, parameters)
     steps_per_epoch, num_steps = count_steps(len(rows), config)
     longest = 0 if eval_table is None else int(eval_table.lengths.max())
     engine, notes = choose_engine(adapted, table, rows, config, device=device, dtype=dtype, longest=longest)
-    if found:
-        notes = (describe_dropout(found, is_kept=config.base_dropout), *notes)
     if config.is_lora or not is_sharded(config):  # else they go to the device in parts
         for parameter in parameters.values():
             parameter.data = parameter.data.to(device)
@@ -139,7 +130,7 @@ def prepare_training(
         num_steps=num_steps,
         eval_every_steps=config.eval_every_steps or math.ceil(num_steps / NUM_EVALS),
         engine=engine,
-        notes=notes,
+        notes=(*told, *notes),
         adapted=adapted_weights,
         start=start,
         device=device,
@@ -151,6 +142,32 @@ def prepare_training(
     np.random.seed(seed)
     torch.manual_seed(seed)
     return setup
+
+
+def _load_trained(
+    base_model: Path,
+    config: TrainingConfig,
+    tables: Sequence[TokenTable | None],
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Any, tuple[AdaptedWeights, ...], float, tuple[str, ...]]:
+    """Return the model with what is trained, its weights by kind, useful FLOP a token, and what is told of its dropout.
+
+    What is trained is drawn on the CPU: the same start whatever the device. A base that will be divided stays there,
+    and the adapter with it while the model is tried out.
+    """
+    model = load_base(base_model, config, dtype=dtype, device=device)
+    _check_vocabulary(model, *tables)
+    found = find_dropout(model) if config.base_dropout else switch_off_dropout(model)
+    weights = count_trained(model, config)
+    adapted = attach_trained(model, config, seed=seed, dtype=dtype)
+    flop_per_token = count_useful_flop(adapted)  # while the weights are still where the model has them
+    if not is_sharded(config):
+        adapted = adapted.to(device)
+    told = (describe_dropout(found, is_kept=config.base_dropout),) if found else ()
+    return adapted, weights, flop_per_token, told
 
 
 def _build_optimizer(parameters: dict[str, nn.Parameter], engine: Engine, config: TrainingConfig) -> WholeOptimizer:

@@ -15,10 +15,11 @@ import torch
 
 from tasks.decoder.passes import Shape
 from tasks.out_of_memory import is_out_of_memory
-from tasks.training.batches import Batch, iterate_steps
+from tasks.training.batches import Batch
 from tasks.training.checkpoints import Progress, take_snapshot
 from tasks.training.distributed import check_ranks_agree, count_sharing, find_turn, gather, share_table
 from tasks.training.memory import OutOfMemory, read_memory, reset_memory
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.optimization import descend
 from tasks.training.preparation import Setup
 from tasks.training.records import EvalRecord, StepRecord, TrainingError

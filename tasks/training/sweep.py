@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from schemas.config import TrainingConfig
 from tasks.speeds import name_device
 from tasks.training.adamw import build_adamw
-from tasks.training.batches import Batch, iterate_steps
+from tasks.training.batches import Batch
 from tasks.training.candidates import list_settings
 from tasks.training.checkpoints import Snapshot, find_checkpoint
 from tasks.training.choosing import Candidate, choose
@@ -34,6 +34,7 @@ from tasks.training.held_out_losses import compute_held_out
 from tasks.training.in_turn import train_in_turn
 from tasks.training.lora import attach_further, collect_trained, save_named
 from tasks.training.memory import read_memory, reset_memory
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.optimizers import WholeOptimizer
 from tasks.training.place import Place
 from tasks.training.preferences import find_reference

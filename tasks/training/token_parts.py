@@ -24,7 +24,8 @@ from schemas.plurals import count_of
 from tasks import storage, stored_files
 from tasks.partitions import list_parts
 from tasks.training.records import TrainingError
-from tasks.training.token_table import WEIGHTS, open_table, write_examples
+from tasks.training.table_writer import write_examples
+from tasks.training.token_table import WEIGHTS, open_table
 
 _NUM_THREADS = 2
 _MOST_IDLE = 16

@@ -12,8 +12,9 @@ from tasks.decoder.decoder import Decoder, compute_losses
 from tasks.decoder.host_inputs import HostMemory
 from tasks.decoder.passes import FlatBatch, PassRecorder, RecordingRule
 from tasks.decoder.pieces import PIECE_TOKENS
-from tasks.training.batches import Batch, form_flat_batch, form_flat_step
+from tasks.training.batches import Batch, form_flat_batch
 from tasks.training.engines.router_loss import RouterLoss
+from tasks.training.micro_batches import form_flat_step
 from tasks.training.slices import take_slice
 from tasks.training.step_work import choose_recorded
 from tasks.training.token_table import TokenTable, cut_by_length

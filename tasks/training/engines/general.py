@@ -17,19 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from schemas.plurals import count_of
 from tasks.decoder.attention import Attention, name_attention
 from tasks.decoder.decoder import choose_operations
-from tasks.training.batches import (
-    Batch,
-    form_batch,
-    form_flat_batch,
-    form_flat_step,
-    form_padded_pairs,
-    form_padded_step,
-)
+from tasks.training.batches import Batch, form_batch, form_flat_batch
 from tasks.training.engines.chunked_head import LOGITS_BYTES, compute_chunked_losses, is_head_frozen
 from tasks.training.engines.flat_attention import FlatLayout, laid_out
 from tasks.training.engines.loss import compute_token_losses
 from tasks.training.engines.router_loss import RouterLoss
 from tasks.training.methods import find_base
+from tasks.training.micro_batches import form_flat_step, form_padded_pairs, form_padded_step
 from tasks.training.token_table import TokenTable, cut_by_length
 
 # Tokens of a flat pass below which nothing is gained by making it smaller.

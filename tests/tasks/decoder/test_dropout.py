@@ -11,10 +11,11 @@ from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.dropout import Dropout, derive_key, draw_kept, draw_words
 from tasks.decoder.projections import Projection
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
-from tasks.training.batches import form_flat_batch, iterate_steps
+from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.engines.self_check import dropping, try_model, verify
 from tasks.training.lora import collect_trained
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.reference import sum_losses
 from tests.tasks.decoder.small_models import (
     FAMILIES,

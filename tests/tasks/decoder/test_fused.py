@@ -14,9 +14,10 @@ from tasks.decoder.attention import Segments, attend_one_by_one
 from tasks.decoder.decoder import LOGITS_BYTES
 from tasks.decoder.grouped import GroupedProjection
 from tasks.decoder.recognition import UnknownDecoderError, recognize_decoder
-from tasks.training.batches import form_flat_batch, form_flat_step
+from tasks.training.batches import form_flat_batch
 from tasks.training.engines.fused import FusedEngine
 from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.micro_batches import form_flat_step
 from tests.tasks.decoder.small_models import (
     EXPERTS,
     FAMILIES,

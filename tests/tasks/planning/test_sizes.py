@@ -8,7 +8,7 @@ import pytest
 
 from schemas.config import TrainingConfig
 from tasks.planning.sizes import draw_conversations, measure_sizes
-from tasks.training.batches import lay_out, open_rows
+from tasks.training.rows import lay_out, open_rows
 from tasks.training.schedule import count_steps
 
 

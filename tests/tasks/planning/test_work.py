@@ -10,8 +10,9 @@ import pytest
 from schemas.config import TrainingConfig
 from tasks.decoder.passes import RecordingRule, Shape
 from tasks.planning.work import PassLayout, foresee_layout, foresee_work, read_examples
-from tasks.training.batches import form_flat_step, form_padded_step, iterate_steps, lay_out, open_rows
+from tasks.training.micro_batches import form_flat_step, form_padded_step, iterate_steps
 from tasks.training.pace import count_tokens
+from tasks.training.rows import lay_out, open_rows
 from tasks.training.schedule import count_steps
 from tasks.training.step_work import count_work
 from tests.tasks.planning.test_sizes import write_split

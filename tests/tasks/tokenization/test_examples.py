@@ -11,7 +11,8 @@ from tasks.tokenization.examples import TokenizationError, tokenize_dataset
 from tasks.tokenization.masking import MaskError, build_examples
 from tasks.tokenization.rendering import open_chat, plain_messages
 from tasks.tokenization.templates import PreparedTokenizer, prepare_tokenizer
-from tasks.training.token_table import open_table, write_examples
+from tasks.training.table_writer import write_examples
+from tasks.training.token_table import open_table
 from tests.tasks.tokenization.conftest import CHATML, make_tokenizer
 from tests.tasks.tokenization.conversations import CONVERSATIONS, call, say
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from schemas.config import TrainingConfig
-from tasks.training.batches import lay_out, open_rows
+from tasks.training.rows import lay_out, open_rows
 from tasks.training.token_table import TokenTable
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import TrainingConfig
-from tasks.training.batches import form_batch, iterate_steps
+from tasks.training.batches import form_batch
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.records import TrainingError
 from tasks.training.token_table import TokenTable
 from tests.tasks.training.conftest import read_tokens, write_split

@@ -13,9 +13,9 @@ from schemas.config import TrainingConfig
 from tasks.models import load_model, load_tokenizer
 from tasks.tokenization.labels import Example, write_ids
 from tasks.tokenization.templates import prepare_tokenizer
-from tasks.training.batches import iterate_steps
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.records import EvalRecord, StepRecord
 from tasks.training.reference import average_loss, fine_tune, learning_rate, main, plan_steps, sum_losses
 from tasks.training.schedule import compute_learning_rate

@@ -5,7 +5,8 @@ import pytest
 
 from tasks.partitions import name_part
 from tasks.training.packing import pack
-from tasks.training.token_table import TokenTable, open_packs, open_table, write_examples, write_packs
+from tasks.training.table_writer import write_examples, write_packs
+from tasks.training.token_table import TokenTable, open_packs, open_table
 
 
 def write_tokens(path: Path, lengths: list[int]) -> pl.DataFrame:

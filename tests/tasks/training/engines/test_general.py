@@ -12,7 +12,7 @@ from torch import Tensor
 from schemas.config import TrainingConfig
 from tasks.decoder import elementwise
 from tasks.models import load_model
-from tasks.training.batches import form_batch, form_padded_step
+from tasks.training.batches import form_batch
 from tasks.training.engines.base_dropout import find_dropout, switch_off_dropout
 from tasks.training.engines.chunked_head import compute_chunked_losses, is_head_frozen
 from tasks.training.engines.flat_attention import NAME
@@ -22,6 +22,7 @@ from tasks.training.engines.loss import sum_token_losses
 from tasks.training.engines.short_cuts import changes_with_length, take_short_cuts
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
+from tasks.training.micro_batches import form_padded_step
 from tasks.training.records import StepRecord
 from tasks.training.reference import fine_tune, learning_rate
 from tasks.training.token_table import TokenTable
@@ -265,7 +266,7 @@ def test_dropout_of_the_base_is_off_unless_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FLAT)
 def test_real_loop_has_the_losses_of_the_plain_one(tmp_path: Path, family: str) -> None:
-    from tasks.training.batches import iterate_steps
+    from tasks.training.micro_batches import iterate_steps
     from tests.tasks.training.test_reference import read_examples
 
     base_model = build_family(tmp_path / "model", family)

@@ -7,7 +7,7 @@ import pytest
 
 from schemas.config import TrainingConfig
 from tasks.training import step_plans
-from tasks.training.batches import iterate_steps
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.token_parts import PartCounts
 from tests.tasks.training.parts.token_parts import (
     CONFIG,

@@ -14,11 +14,14 @@ from schemas.config import TrainingConfig
 from tasks.partitions import name_part
 from tasks.stored_files import put_file, write_list
 from tasks.tokenization.token_index import index_part, name_index, write_index
-from tasks.training.batches import Batch, choose_pack_tokens, count_group, form_flat_step, iterate_steps
+from tasks.training.batches import Batch
 from tasks.training.indexed_table import lay_out_index, open_indexed
+from tasks.training.micro_batches import form_flat_step, iterate_steps
 from tasks.training.order import RowParts, count_parts_per_window
 from tasks.training.records import StepRecord
-from tasks.training.token_table import Packs, TokenTable, open_packs, open_table, write_examples, write_packs
+from tasks.training.rows import choose_pack_tokens, count_group
+from tasks.training.table_writer import write_examples, write_packs
+from tasks.training.token_table import Packs, TokenTable, open_packs, open_table
 from tests.object_store import Traffic
 from tests.tasks.training.conftest import draw_examples, write_split
 
