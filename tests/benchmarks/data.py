@@ -173,7 +173,8 @@ def time_ours(source: Path, options: argparse.Namespace, folder: Path) -> dict[s
     from tasks.ingestion.dataset import build_dataset
     from tasks.tokenization.examples import tokenize_dataset
     from tasks.tokenization.templates import prepare_tokenizer
-    from tasks.training.token_table import open_packs, write_examples, write_packs
+    from tasks.training.table_writer import write_examples, write_packs
+    from tasks.training.token_table import open_packs
 
     home = Path(tempfile.mkdtemp(dir=folder))
     prepared = prepare_tokenizer(options.tokenizer, None)

@@ -210,8 +210,8 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
 
     from schemas.config import TrainingConfig
     from tasks.models import choose_device, load_model
-    from tasks.training.batches import lay_out, open_rows
     from tasks.training.engines.general import build_engine
+    from tasks.training.rows import lay_out, open_rows
     from tasks.training.validation import compute_eval_loss
 
     device = choose_device()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config
+    from transformers import Qwen2Config
+
+    from tests.benchmarks.random_weights import save_tokenizer
 
     hidden, intermediate, layers, heads, groups, vocabulary, tied = SHAPES[options.shape]
     base, adapter = options.work / "base", options.work / "adapter"
@@ -124,23 +126,27 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         count = torch.Size(shape).numel()
         return drawn.repeat(-(-count // len(drawn)))[:count].view(shape).to("cpu", copy=True)
 
-    shard: dict[str, torch.Tensor] = {}
-    weight_map, written = {}, 0
     trained: dict[str, torch.Tensor] = {}
+    total = write_shards(base, draw_weights(SHAPES[options.shape], draw, trained))
+    adapter.mkdir()
+    names = sorted({name.split(".")[-3] for name in trained})
+    LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=names).save_pretrained(str(adapter))
+    save_file(trained, adapter / "adapter_model.safetensors")
+    save_tokenizer(options.work / "tokenizer")
+    return {"num_bytes": total}
 
-    def flush(least: int) -> None:
-        nonlocal shard, written
-        if shard and sum(tensor.nbytes for tensor in shard.values()) >= least:
-            written += 1
-            name = f"model-{written:05d}.safetensors"
-            save_file(shard, base / name, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, name))
-            shard = {}
 
-    shard["model.embed_tokens.weight"] = draw(vocabulary, hidden)
+def draw_weights(
+    shape: tuple[int, int, int, int, int, int, bool], draw: Callable[..., Any], trained: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Give the base's weights layer by layer, what is beside them with the first; the adapter's go to `trained`."""
+    import torch
+
+    hidden, intermediate, layers, heads, groups, vocabulary, tied = shape
+    weights = {"model.embed_tokens.weight": draw(vocabulary, hidden)}
     if not tied:
-        shard["lm_head.weight"] = draw(vocabulary, hidden)
-    shard["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        weights["lm_head.weight"] = draw(vocabulary, hidden)
+    weights["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     size = hidden // heads
     sides = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (groups * size, hidden),
@@ -151,28 +157,44 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     for layer in range(layers):
         path = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shard[f"{path}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+            weights[f"{path}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         for name, (outs, ins) in sides.items():
-            shard[f"{path}.{name}.weight"] = draw(outs, ins)
+            weights[f"{path}.{name}.weight"] = draw(outs, ins)
             if name.endswith(("q_proj", "k_proj", "v_proj")):
-                shard[f"{path}.{name}.bias"] = draw(outs)
+                weights[f"{path}.{name}.bias"] = draw(outs)
             trained[f"base_model.model.{path}.{name}.lora_A.weight"] = draw(RANK, ins).float()
             trained[f"base_model.model.{path}.{name}.lora_B.weight"] = 0.2 * draw(outs, RANK).float()
-        flush(10**9)
-    flush(0)
-    total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+        yield weights
+        weights = {}
+
+
+def write_shards(folder: Path, layers: Iterator[dict[str, Any]], *, least: int = 10**9) -> int:
+    """Write weights as a checkpoint in shards of at least so many bytes; return the bytes of all."""
+    from safetensors.torch import save_file
+
+    shard: dict[str, Any] = {}
+    weight_map: dict[str, str] = {}
+    number = 0
+
+    def flush() -> None:
+        nonlocal shard, number
+        number += 1
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard = {}
+
+    for weights in layers:
+        shard |= weights
+        del weights
+        if sum(tensor.nbytes for tensor in shard.values()) >= least:
+            flush()
+    if shard:
+        flush()
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    adapter.mkdir()
-    names = sorted({name.rsplit(".", 1)[-1] for name in sides})
-    LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=names).save_pretrained(str(adapter))
-    save_file(trained, adapter / "adapter_model.safetensors")
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(options.work / "tokenizer")
-    return {"num_bytes": total}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
 
 
 def forget(folder: Path) -> None:

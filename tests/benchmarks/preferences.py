@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.config import DpoConfig, TrainingConfig
 from tasks.models import load_model
-from tasks.training.batches import iterate_steps
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, save_adapter
+from tasks.training.micro_batches import iterate_steps
 from tasks.training.preparation import prepare_training
 from tasks.training.records import StepRecord
 

@@ -1,4 +1,7 @@
-"""Models of random weights for the benchmarks on a GPU: saved once, or, where they are large, made anew in each run."""
+"""Models of random weights for the benchmarks on a GPU: saved once, or, where they are large, made anew in each run.
+
+And a tokenizer for them.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,19 @@ def save_model(config: Any, folder: Path, shape: str) -> None:
     torch.set_default_dtype(torch.float32)
     calm_attention(model)
     model.save_pretrained(folder, max_shard_size="4GB")
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of four tokens, for what wants one and is given token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def calm_attention(model: Any) -> None:

@@ -90,8 +90,9 @@ def run_way(folder: Path, way: str, num_ranks: int, num_steps: int) -> dict[str,
 def work(folder: Path, way: str, num_ranks: int, num_steps: int) -> dict[str, Any]:
     """Form the batches of the last of some ranks; return what it took."""
     from schemas.config import TrainingConfig
-    from tasks.training.batches import form_flat_step, iterate_steps, lay_out, open_rows
     from tasks.training.indexed_table import lay_out_index, open_indexed
+    from tasks.training.micro_batches import form_flat_step, iterate_steps
+    from tasks.training.rows import lay_out, open_rows
 
     config = TrainingConfig(micro_batch=4, gradient_accumulation_steps=8, packing=True, tokens_per_pack=16_384)
     tokens, place, fetched = folder / "tokens", folder / "run", 0

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from flows.terminal import show_outcome
-from schemas.artifacts import ComparisonReport, MergedRef
+from schemas.artifacts import ComparisonReport, MergedRef, RunReport
 from tasks import tracking
 from tests.end_to_end.conftest import RunPipeline
 
@@ -42,6 +42,26 @@ def test_every_row_is_trained_and_the_version_stays_challenger(
             "registry": {"name": f"all-rows-{asks}".lower()},
         }
     )
+    _check_report(report)
+    _check_comparison(report, asks=asks)
+    show_outcome(report)
+    shown = capsys.readouterr().out
+    assert "No row was held out" in shown
+    assert "held-out rows" not in shown
+    assert ("The same questions to both" in shown) == asks
+    first, *others = report.evaluation.warnings
+    monkeypatch.setattr("flows.terminal._warned", {first})  # of a line of the log
+    show_outcome(report, only_verdict=True)
+    verdict = " ".join(capsys.readouterr().out.split())
+    assert "in the registry: refused" in verdict
+    assert others
+    assert first not in verdict
+    assert all(f"warning: {other}" in verdict for other in others)
+    assert "Took" not in verdict
+
+
+def _check_report(report: RunReport) -> None:
+    """What a run says of itself."""
     assert (report.dataset.rows_in, report.dataset.rows_train, report.dataset.rows_eval) == (40, 40, 0)
     assert report.training.steps == 20
     assert report.evaluation.num_examples == 0
@@ -57,6 +77,9 @@ def test_every_row_is_trained_and_the_version_stays_challenger(
     assert report.merge.greedy_agreement == 1.0  # proven on trained prompts
     assert tracking.recall(report.mlflow_run_id, "merge", MergedRef) is not None
 
+
+def _check_comparison(report: RunReport, *, asks: bool) -> None:
+    """What it leaves for people to look at."""
     comparison = tracking.recall(report.mlflow_run_id, "compare", ComparisonReport)
     assert comparison is not None
     folder = tracking.resolve(comparison)
@@ -71,20 +94,6 @@ def test_every_row_is_trained_and_the_version_stays_challenger(
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "No row was held out" in page
     assert "All measures" not in page
-    show_outcome(report)
-    shown = capsys.readouterr().out
-    assert "No row was held out" in shown
-    assert "held-out rows" not in shown
-    assert ("The same questions to both" in shown) == asks
-    first, *others = report.evaluation.warnings
-    monkeypatch.setattr("flows.terminal._warned", {first})  # of a line of the log
-    show_outcome(report, only_verdict=True)
-    verdict = " ".join(capsys.readouterr().out.split())
-    assert "in the registry: refused" in verdict
-    assert others
-    assert first not in verdict
-    assert all(f"warning: {other}" in verdict for other in others)
-    assert "Took" not in verdict
 
 
 def test_a_second_version_does_not_replace_a_champion_without_held_out_rows(

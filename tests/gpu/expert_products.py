@@ -11,6 +11,7 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -82,91 +83,130 @@ def time_products(shape: str) -> None:
         _time_product(num_experts, width, num_outputs, order, is_backward=name.startswith("of"))
 
 
-def _time_product(num_experts: int, width: int, num_outputs: int, order: Order, *, is_backward: bool) -> None:
-    from tasks.decoder import expert_float8_kernels as kernels
-    from tasks.decoder.expert_kernels import gather_rows, multiply_outer
-    from tests.gpu.described_programs import multiply_described
+@dataclass(frozen=True)
+class _Product:
+    """A product of routed experts, with its adapter's."""
 
-    ends, num_rows = order.ends, len(order.tokens)
-    flop = 2.0 * num_rows * width * num_outputs
-    rows = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
-    weights = torch.randn(num_experts, num_outputs, width, device="cuda", dtype=torch.bfloat16) * 0.02
-    small = torch.randn(num_rows, _RANK, device="cuda", dtype=torch.bfloat16)
-    further = torch.randn(num_experts, num_outputs, _RANK, device="cuda", dtype=torch.bfloat16) * 0.02
-    joint, matrices = torch.cat([rows, small], 1), torch.cat([weights, further], 2)
-    exact = _multiply_exactly(joint, matrices, ends)
+    order: Order
+    rows: Tensor
+    """[R, in]"""
+    weights: Tensor
+    """[experts, out, in]"""
+    small: Tensor
+    """[R, rank]"""
+    further: Tensor
+    """[experts, out, rank]"""
+    exact: Tensor
+    """Some rows of the result, evenly spaced, in fp32."""
 
-    def tell(name: str, call: Callable[[], Any], *, is_product: bool = True) -> Any:
+    @property
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is added within a product in float8, and the ends of the experts' rows."""
+        return self.small, self.further, self.order.ends
+
+    def tell(self, name: str, call: Callable[[], Any], *, is_product: bool = True) -> Any:
+        """Time a call and print it, of a product its rate and how far it is off; return what it gives."""
         try:
             result, seconds = call(), _time(call)
         except Exception as error:  # whatever a kernel that does not compile here raises
             print(f"  {name:44} fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:150]}", flush=True)
             return None
-        rate = f"{flop / seconds / 1e12:7.0f} TFLOP/s" if is_product else ""
-        off = ""
+        rate = off = ""
         if is_product:
-            picked = result[:: max(1, num_rows // len(exact))][: len(exact)].float()
-            off = f", off by {float((picked - exact).norm() / exact.norm()):.4f}"
+            num_rows, num_exact = len(self.rows), len(self.exact)
+            flop = 2.0 * num_rows * self.weights[0].numel()
+            rate = f"{flop / seconds / 1e12:7.0f} TFLOP/s"
+            picked = result[:: max(1, num_rows // num_exact)][:num_exact].float()
+            off = f", off by {float((picked - self.exact).norm() / self.exact.norm()):.4f}"
         print(f"  {name:44} {seconds * 1e3:7.3f} ms {rate}{off}", flush=True)
         return result
 
+
+def _time_product(num_experts: int, width: int, num_outputs: int, order: Order, *, is_backward: bool) -> None:
+    from tasks.decoder import expert_float8_kernels as kernels
+
+    num_rows = len(order.tokens)
+    rows = torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16)
+    weights = torch.randn(num_experts, num_outputs, width, device="cuda", dtype=torch.bfloat16) * 0.02
+    small = torch.randn(num_rows, _RANK, device="cuda", dtype=torch.bfloat16)
+    further = torch.randn(num_experts, num_outputs, _RANK, device="cuda", dtype=torch.bfloat16) * 0.02
+    joint, matrices = torch.cat([rows, small], 1), torch.cat([weights, further], 2)
+    product = _Product(order, rows, weights, small, further, _multiply_exactly(joint, matrices, order.ends))
     turned = matrices.mT.contiguous().mT if is_backward else matrices  # as the joint matrices lie
-    tell("bf16, F.grouped_mm, adapter within", lambda: F.grouped_mm(joint, turned.mT, offs=ends))
-    quantized = tell("rows to float8", lambda: kernels.quantize_expert_rows(rows, None, ends), is_product=False)
+    product.tell("bf16, F.grouped_mm, adapter within", lambda: F.grouped_mm(joint, turned.mT, offs=order.ends))
     scaled = kernels.quantize_matrices(weights)
-    tell(
+    _time_float8(product, _time_quantization(product, scaled), scaled)
+    _time_gathered(product, scaled)
+
+
+def _time_quantization(product: _Product, scaled: Any) -> Any:
+    """Time the ways to float8, and return the rows in it."""
+    from tasks.decoder import expert_float8_kernels as kernels
+
+    rows, weights, ends = product.rows, product.weights, product.order.ends
+    quantized = product.tell("rows to float8", lambda: kernels.quantize_expert_rows(rows, None, ends), is_product=False)
+    product.tell(
         "rows to float8, with factors",
-        lambda: kernels.quantize_expert_rows(rows, torch.ones(num_experts, width, device="cuda"), ends),
+        lambda: kernels.quantize_expert_rows(rows, torch.ones(len(weights), rows.shape[1], device="cuda"), ends),
         is_product=False,
     )
-    tell("matrices to float8", lambda: kernels.quantize_matrices(weights), is_product=False)
-    tell("matrices turned", lambda: kernels.turn_matrices(scaled.values), is_product=False)
+    product.tell("matrices to float8", lambda: kernels.quantize_matrices(weights), is_product=False)
+    product.tell("matrices turned", lambda: kernels.turn_matrices(scaled.values), is_product=False)
     plain = expert_float8.quantize_expert_rows(rows, None, ends)
     same = (plain.values.view(torch.uint8) == quantized.values.view(torch.uint8)).float().mean()
     print(f"  {float(same):.6f} of the float8 numbers are those of plain PyTorch", flush=True)
-    given = quantized, scaled.values, scaled.scales, small, further, ends
+    return quantized
+
+
+def _time_float8(product: _Product, quantized: Any, scaled: Any) -> None:
+    """Time the product in float8, with its adapter's within and without, and the adapter's alone."""
+    from tasks.decoder import expert_float8_kernels as kernels
+    from tests.gpu.described_programs import multiply_described
+
+    small, further, ends = product.given
+    given = quantized, scaled.values, scaled.scales, *product.given
     for tiles in _TILES:
         way = partial(kernels.multiply_quantized, *given, tiles=kernels.Tiles(*tiles))
-        tell(f"float8, Triton, adapter within, {tiles}", way)
+        product.tell(f"float8, Triton, adapter within, {tiles}", way)
     for tiles in _TILES[:5]:
         way = partial(multiply_described, *given, tiles=kernels.Tiles(*tiles))
-        tell(f"float8, Triton with TMA, {tiles}", way)
+        product.tell(f"float8, Triton with TMA, {tiles}", way)
     none, nothing = small[:, :0], further[:, :, :0]
-    tell(
+    product.tell(
         "float8, Triton, no adapter",
         lambda: kernels.multiply_quantized(quantized, scaled.values, scaled.scales, none, nothing, ends),
     )
-    tell(
+    product.tell(
         "float8, torch._scaled_grouped_mm, no adapter",
         lambda: torch._scaled_grouped_mm(
             quantized.values, scaled.values.mT, quantized.scales, scaled.scales, offs=ends, out_dtype=torch.bfloat16,
             use_fast_accum=True,
         ),
     )  # fmt: skip
-    tell("adapter's own product, bf16, F.grouped_mm", lambda: F.grouped_mm(small, further.mT, offs=ends))
-    inner = torch.randn(num_experts, _RANK, width, device="cuda", dtype=torch.bfloat16)
-    tell("small product, bf16, F.grouped_mm", lambda: F.grouped_mm(rows, inner.mT, offs=ends), is_product=False)
+    product.tell("adapter's own product, bf16, F.grouped_mm", lambda: F.grouped_mm(small, further.mT, offs=ends))
+
+
+def _time_gathered(product: _Product, scaled: Any) -> None:
+    """Time small and outer products, and what gathers the tokens' rows within a product."""
+    from tasks.decoder import expert_float8_kernels as kernels
+    from tasks.decoder.expert_kernels import gather_rows, multiply_outer
+    from tests.gpu.described_programs import multiply_described
+
+    rows, small, order, ends = product.rows, product.small, product.order, product.order.ends
+    tell = partial(product.tell, is_product=False)
+    inner = torch.randn(len(product.weights), _RANK, rows.shape[1], device="cuda", dtype=torch.bfloat16)
+    tell("small product, bf16, F.grouped_mm", lambda: F.grouped_mm(rows, inner.mT, offs=ends))
     tokens = rows[:_TOKENS].contiguous()
     of_tokens = kernels.quantize_expert_rows(tokens, None, ends)
-    gathered = of_tokens, *scaled, small, further, ends, order.tokens
+    gathered = of_tokens, scaled.values, scaled.scales, *product.given, order.tokens
     for tiles in _TILES[:5]:
         kind = kernels.Tiles(*tiles)
-        way = partial(kernels.multiply_quantized, *gathered, tiles=kind)
-        tell(f"float8, Triton, rows gathered, {tiles}", way, is_product=False)
-        way = partial(multiply_described, *gathered, tiles=kind)
-        tell(f"float8, Triton with TMA, rows gathered, {tiles}", way, is_product=False)
-    tell(
-        "small product, rows gathered",
-        lambda: kernels.project_rows(tokens, order.tokens, inner, ends),
-        is_product=False,
-    )
-    tell("rows gathered", lambda: gather_rows(tokens, order.tokens, rows), is_product=False)
-    tell(
-        "outer product, rows gathered",
-        lambda: multiply_outer(small, tokens, ends, order.tokens),
-        is_product=False,
-    )
-    tell("outer product", lambda: multiply_outer(small, rows, ends), is_product=False)
+        tell(f"float8, Triton, rows gathered, {tiles}", partial(kernels.multiply_quantized, *gathered, tiles=kind))
+        tell(f"float8, Triton with TMA, rows gathered, {tiles}", partial(multiply_described, *gathered, tiles=kind))
+    tell("small product, rows gathered", lambda: kernels.project_rows(tokens, order.tokens, inner, ends))
+    tell("rows gathered", lambda: gather_rows(tokens, order.tokens, rows))
+    tell("outer product, rows gathered", lambda: multiply_outer(small, tokens, ends, order.tokens))
+    tell("outer product", lambda: multiply_outer(small, rows, ends))
 
 
 def _multiply_exactly(joint: Tensor, matrices: Tensor, ends: Tensor, *, most_rows: int = 512) -> Tensor:
