@@ -20,13 +20,15 @@ _TOKENIZER_FILES = [
     "merges.txt",
     "chat_template*",
 ]
-_MODEL_FILES = [
+MODEL_FILES = [
     *_TOKENIZER_FILES,
     *PROCESSOR_FILES,
     "*.safetensors",
     "*.safetensors.index.json",
     "generation_config.json",
 ]
+OTHER_COPIES = ("consolidated*", "*/*.safetensors")
+"""Of the weights, in their makers' own forms, beside those of transformers: patterns of the hub."""
 _SETTING = "model.base_model"
 
 
@@ -48,7 +50,7 @@ def locate_base_model(config: ModelConfig) -> ModelRef:
         except PermissionError as error:
             raise BaseModelError(f"{error.filename}: you may not read it: change its mode or owner") from None
         return ModelRef(uri=str(folder.absolute()), digest=digest, name=folder.absolute().name)
-    folder = _download(config, _MODEL_FILES)
+    folder = _download(config, MODEL_FILES)
     _check_folder(folder)
     # A snapshot folder is named after the commit that it holds.
     return ModelRef(uri=str(folder), digest=digest_folder(folder), name=config.base_model, revision=folder.name)
@@ -143,7 +145,10 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(config.base_model, revision=config.revision, allow_patterns=patterns))
+        place = snapshot_download(
+            config.base_model, revision=config.revision, allow_patterns=patterns, ignore_patterns=list(OTHER_COPIES)
+        )
+        return Path(place)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BaseModelError(

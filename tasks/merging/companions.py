@@ -51,6 +51,7 @@ def copy_companions(
         if path.is_file() and path.name not in ("config.json", "generation_config.json"):
             shutil.copyfile(path, folder / path.name)
     config = _read_json(base_model / "config.json")
+    config.pop("auto_map", None)  # names code beside the base model, which neither ran here nor comes along
     if unties:
         config = _untie(config)
     if unpacks:

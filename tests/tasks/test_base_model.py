@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from schemas.config import ModelConfig
-from tasks.base_model import BaseModelError, locate_base_model, locate_tokenizer
+from tasks.base_model import MODEL_FILES, OTHER_COPIES, BaseModelError, locate_base_model, locate_tokenizer
 
 
 def _folder(path: Path, config: object = None) -> Path:
@@ -36,6 +37,14 @@ def test_a_hub_name_that_cannot_be_fetched_says_so() -> None:
         match=r"'nobody/nothing': no such folder in .*, and the hub did not give it \(.*\): correct the name",
     ):
         locate_base_model(ModelConfig(base_model="nobody/nothing"))
+
+
+def test_the_weights_are_fetched_once() -> None:
+    """The hub's own filter, over what the repositories of gpt-oss and Mistral hold."""
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "metal/model.bin", "original/config.json"]
+    found = filter_repo_objects([*wanted, *others], allow_patterns=MODEL_FILES, ignore_patterns=list(OTHER_COPIES))
+    assert list(found) == wanted
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

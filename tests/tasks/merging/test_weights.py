@@ -153,6 +153,16 @@ def test_base_generation_config_is_kept(tmp_path: Path, adapter: Path, tokenizer
     assert json.loads((folder / "generation_config.json").read_text()) == expected
 
 
+def test_a_merged_model_names_no_code_that_is_not_there(tmp_path: Path, adapter: Path, tokenizer: Path) -> None:
+    """Whoever loads it with trust_remote_code would otherwise be told of a missing file."""
+    base_model = build_base(tmp_path / "base")
+    config = json.loads((base_model / "config.json").read_text())
+    asking = {**config, "auto_map": {"AutoModelForCausalLM": "modeling_x.Model"}}
+    (base_model / "config.json").write_text(json.dumps(asking))
+    folder = merge(base_model, adapter, tokenizer, tmp_path / "merged")
+    assert json.loads((folder / "config.json").read_text()) == config
+
+
 def test_nan_is_refused(tmp_path: Path, base_model: Path, adapter: Path, tokenizer: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
