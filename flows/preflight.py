@@ -11,7 +11,7 @@ from schemas.plurals import count_of
 from tasks.families.reading import check_reads_text
 from tasks.families.registry import explain_refused
 from tasks.merging.changes import build_skeleton
-from tasks.merging.names import check_layout, find_sources
+from tasks.merging.names import Sources, check_layout
 from tasks.merging.shards import FLOATS, read_headers
 from tasks.merging.stored import StoredTensor, unpack
 from tasks.models import check_headers
@@ -61,14 +61,13 @@ def check_model(folder: Path, config: TrainingConfig) -> tuple[str, ...]:
     stored = read_headers(folder)
     if config.is_lora:
         adapted = {weight.name: weight.shape for weight in plan_adapter(skeleton, config).adapted}
-        check_layout(skeleton, stored, adapted)
+        sources = check_layout(skeleton, stored, adapted)
     else:
         trained = {weight.name: weight.shape for weight in plan_weights(skeleton, config) if not weight.skipped}
-        check_layout(skeleton, stored, trained, is_whole=True)
-    unpacked = unpack(stored)
-    check_headers(folder, {name: _without_values(tensor) for name, tensor in unpacked.items()})
+        sources = check_layout(skeleton, stored, trained, is_whole=True)
+    check_headers(folder, {name: _without_values(tensor) for name, tensor in unpack(stored).items()})
     advice = "" if config.is_lora else advise_learning_rate(config)
-    return tuple(filter(None, (advice, _name_left_out(skeleton, unpacked))))
+    return tuple(filter(None, (advice, _name_left_out(skeleton, sources))))
 
 
 def _without_values(tensor: StoredTensor) -> torch.Tensor:
@@ -76,12 +75,12 @@ def _without_values(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
-def _name_left_out(skeleton: Any, stored: Mapping[str, StoredTensor]) -> str:
+def _name_left_out(skeleton: Any, sources: Mapping[str, Sources]) -> str:
     """Say which weights of the files transformers leaves out, such as layers that draft tokens (MTP); empty if none."""
     known = skeleton.state_dict().keys()
     names = [
         tensor.name
-        for name, found in find_sources(skeleton, stored).items()
+        for name, found in sources.items()
         if name not in known
         for tensor in found.tensors
         if tensor.dtype in FLOATS and len(tensor.shape) == _MATRIX

@@ -154,8 +154,8 @@ def join_changes(known: StoredChange | None, change: StoredChange) -> StoredChan
 
 def check_layout(
     skeleton: Any, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], *, is_whole: bool = False
-) -> None:
-    """Refuse a checkpoint into which a change of the given weights could not be written.
+) -> dict[str, Sources]:
+    """Refuse a checkpoint into which a change of the given weights could not be written; return `find_sources`.
 
     Args:
         skeleton: the model, without values; nothing attached.
@@ -184,6 +184,7 @@ def check_layout(
         *experts, num_out, num_in = shape
         a, b = (torch.empty((*experts, *sides), device="meta") for sides in ((1, num_in), (num_out, 1)))
         divide_change(name, LowRank(a, b, 1.0), found)
+    return sources
 
 
 def _order(sources: Sources) -> list[list[StoredTensor]]:
