@@ -284,6 +284,7 @@ def main() -> None:
     """Run the console script."""
     if sys.argv[1:2] and sys.argv[1] in _WITHOUT_MODELS:
         leave_torch_out()
+    garbage.skip_passes_at_exit()
     app()
 
 

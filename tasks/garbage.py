@@ -31,6 +31,11 @@ def importing() -> Iterator[None]:
     with paused():
         yield
     gc.freeze()
+    skip_passes_at_exit()
+
+
+def skip_passes_at_exit() -> None:
+    """Let the process end without passes over all objects: its memory is given back as a whole."""
     atexit.unregister(gc.freeze)  # once is enough
     atexit.register(gc.freeze)
 

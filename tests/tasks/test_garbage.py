@@ -2,6 +2,8 @@
 
 import atexit
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -14,6 +16,8 @@ from tasks import garbage
 def _leaves_the_collector_as_it_was() -> Iterator[None]:
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # what was imported before the tests
     atexit.unregister(gc.freeze)
 
 
@@ -47,3 +51,12 @@ def test_an_import_that_fails_turns_the_collector_on_again() -> None:
     with pytest.raises(ImportError), garbage.importing():
         raise ImportError("no such module")
     assert gc.isenabled()
+
+
+def test_a_command_ends_without_passes_over_what_it_has_imported() -> None:
+    # What was registered first is called last.
+    program = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import flows.cli; flows.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) > 10_000
