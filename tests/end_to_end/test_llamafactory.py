@@ -1,14 +1,17 @@
 """A documented LoRA config of LLaMA-Factory's goes through `sft run` as it is, to a registered version."""
 
 import json
+import shlex
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL
 
 from tests.end_to_end.conftest import BASE_MODEL, ROOT
+from tests.end_to_end.warm import WarmProcess
 from tests.schemas.test_llamafactory import TRAIN
 
 pytestmark = pytest.mark.slow
@@ -51,22 +54,26 @@ def test_documented_training_runs_as_it_is(tmp_path: Path, command_environment: 
     assert "settings translated" in result.stderr
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 1
-    assert "--output merged: is there already" in again.stderr
-    # Its next two files name the output_dir, where LLaMA-Factory would have left the adapter.
+    with closing(WarmProcess(tmp_path, environment)) as warm:
+        again = warm.run(shlex.join(["sft", *command[3:]]), typed_in="", seconds=300)
+        assert again.returncode == 1
+        assert "--output merged: is there already" in again.stderr
+        _do_what_follows(warm, tmp_path)
+
+
+def _do_what_follows(warm: WarmProcess, folder: Path) -> None:
+    """Merge and chat by its next two files, which name the output_dir, where LLaMA-Factory had left the adapter."""
     keys = f"model_name_or_path: {BASE_MODEL}\nadapter_name_or_path: saves/model-4b/lora/sft\ntemplate: qwen3_nothink\n"
-    (tmp_path / "merge_lora.yaml").write_text(keys + "export_dir: exported\n")
-    (tmp_path / "inference.yaml").write_text(keys + "do_sample: false\nmax_new_tokens: 8\n")
+    (folder / "merge_lora.yaml").write_text(keys + "export_dir: exported\n")
+    (folder / "inference.yaml").write_text(keys + "do_sample: false\nmax_new_tokens: 8\n")
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.cli", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return warm.run(shlex.join(["sft", *words]), typed_in="", seconds=300)
 
     exported = call("run", "merge_lora.yaml")
     assert exported.returncode == 0, exported.stderr[-2000:]
     assert "saves/model-4b/lora/sft is what model-4b-lora-sft/1 was trained as" in exported.stderr
-    weights = [tmp_path / folder / "model.safetensors" for folder in ("exported", "merged")]
+    weights = [folder / name / "model.safetensors" for name in ("exported", "merged")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     answers = [
         call("chat", target, "--prompt", "Name number 3.", "--max-tokens", "8")

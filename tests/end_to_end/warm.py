@@ -20,7 +20,10 @@ import json, os, sys
 from flows.console import prepare_environment
 
 prepare_environment(cache=True)
-import flows.chatting, flows.cli, flows.exporting, flows.stages
+from tasks import garbage
+
+with garbage.importing():  # else each of its forks goes through all of it when it ends
+    import flows.chatting, flows.cleaning, flows.cli, flows.exporting, flows.record_cleaning, flows.stages
 
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:

@@ -1,6 +1,7 @@
 """Two ranks on this machine, each a process of its own, forked from one that has imported the libraries once."""
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def _raise_ranks(line: Connection) -> None:
             return
         if library is not None:
             importlib.import_module(library)
+        gc.freeze()  # else each rank goes through what was imported, and gets copies of its pages
         ranks = [context.Process(target=_live, args=(*job, number)) for number in range(2)]
         for process in ranks:
             process.start()
