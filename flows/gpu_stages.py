@@ -47,11 +47,17 @@ class StageLostError(RuntimeError):
     """A stage's process was lost again and again, or cancelled: the run can go on from its checkpoint."""
 
 
-def prepare() -> None:
-    """Have what the training needs imported meanwhile, where it runs on a GPU of this machine."""
+def prepare(config: TrainingConfig) -> None:
+    """Where the training runs on this machine, see that it can, and have what it needs of a GPU imported meanwhile.
+
+    Raises:
+        TrainingError: it cannot.
+    """
     if deployment.id is None:
         from tasks.training.process.ahead import start_ahead
+        from tasks.training.process.launch import check_machine
 
+        check_machine(config)
         start_ahead()
 
 

@@ -103,7 +103,7 @@ def sft_pipeline(
         from flows import stages  # not at the top: see there
 
     stages.check_settings(config.registry.gate, config.evaluation.probes)
-    gpu_stages.prepare()
+    gpu_stages.prepare(config.training)
     with cancel_with_server(), open_attempt(config, resume=resume, run_name=title) as run:
         report = _run_stages(config, run, title)
     keep_outcome(report)

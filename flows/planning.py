@@ -1,7 +1,7 @@
 """`sft plan`: what a run of a config will do, before anything heavy starts."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from tasks.planning.trial import measure_training
 from tasks.registry.bases import find_base_model
 from tasks.speeds import Speed
 from tasks.training.pace import STEPS, describe_conditions
-from tasks.training.process.launch import settle_processes
+from tasks.training.process.launch import check_machine, settle_processes
+from tasks.training.records import TrainingError
 
 _CACHED = "in the cache"
 
@@ -134,6 +135,10 @@ def plan_run(
     with storage.new_folder() as place:
         on_phase("Counting rows and tokens")
         found = find_data(config, folder, kept, place, most=most)
+        try:
+            check_machine(config.training)
+        except TrainingError as error:
+            found = replace(found, problems=(*found.problems, str(error)))
         if measures and not found.problems:
             on_phase("Training a few steps")
             measure_training(folder, found.tokens, place / "trial", config.training, seed=config.seed)

@@ -14,6 +14,19 @@ from tasks.training.records import TrainingError
 from tasks.training.sharding import is_sharded
 
 
+def find_hindrance(config: TrainingConfig, device: torch.device) -> str:
+    """Say why the config's frozen weights cannot be had on a device, and what would do; empty where they can."""
+    if config.base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        return (
+            "training.base_weights is fp8, which needs a GPU of compute capability 8.9 (Ada) or later: set it to full"
+        )
+    if config.base_weights == "nf4" and device.type != "cuda":
+        # On a CPU with AVX-512, bitsandbytes 0.50 turns the weights, at the first pass in eval mode, into a form for
+        # inference that gives no gradient of the input, and training would go on without one.
+        return "training.base_weights is nf4, which needs a GPU: set it to full"
+    return ""
+
+
 def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load the base, in 4 bits where the config says so, in fp32 where its own weights are trained.
 
@@ -21,18 +34,12 @@ def load_base(folder: Path, config: TrainingConfig, *, dtype: torch.dtype, devic
         TrainingError: the config's weights cannot be had on this machine.
         ModelError: nothing loads from the folder.
     """
-    if config.base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise TrainingError(
-            "training.base_weights is fp8, which needs a GPU of compute capability 8.9 (Ada) or later: set it to full"
-        )
+    if hindrance := find_hindrance(config, device):
+        raise TrainingError(hindrance)
     if not config.is_lora:
         return load_model(folder, dtype=torch.float32)  # what of it stays frozen is cast when that is known
     if config.base_weights != "nf4":
         return load_model(folder, dtype=dtype)
-    if device.type != "cuda":
-        # On a CPU with AVX-512, bitsandbytes 0.50 turns the weights, at the first pass in eval mode, into a form for
-        # inference that gives no gradient of the input, and training would go on without one.
-        raise TrainingError("training.base_weights is nf4, which needs a GPU: set it to full")
     if is_sharded(config):
         raise TrainingError(
             f"training.base_weights is nf4 and training.strategy is {config.strategy}: packed weights cannot be "

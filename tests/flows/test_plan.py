@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from flows import gpu_stages
 from flows.cli import app
+from schemas.config import TrainingConfig
 from tasks.speeds import read_speeds
+from tasks.training.records import TrainingError
 from tests.flows.test_first_config import MODEL, write_rows
 
 
@@ -101,3 +105,12 @@ def test_what_a_run_would_refuse_is_refused(config: Path) -> None:
     unknown = CliRunner().invoke(app, ["plan", str(config), "--set", "training.target_modules=[nowhere]"])
     assert unknown.exit_code == 1
     assert "'nowhere'" in unknown.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU holds such weights")
+def test_weights_that_only_a_gpu_holds_are_refused_by_the_plan_and_before_a_run_s_first_stage(config: Path) -> None:
+    said = "training.base_weights is nf4, which needs a GPU: set it to full"
+    result = CliRunner().invoke(app, ["plan", str(config), "--set", "training.base_weights=nf4", "--measure"])
+    assert (result.exit_code, f"refused: {said}" in result.stdout) == (1, True)
+    with pytest.raises(TrainingError, match=said):
+        gpu_stages.prepare(TrainingConfig(base_weights="nf4"))

@@ -173,6 +173,20 @@ def _lead(
                 offer(job)
 
 
+def check_machine(config: TrainingConfig) -> None:
+    """Refuse a training that this machine cannot do, before a stage has worked for it.
+
+    Raises:
+        TrainingError: the config's weights cannot be had here, or the config's strategy is not installed.
+    """
+    from tasks.models import choose_device
+    from tasks.training.frozen import find_hindrance
+
+    _check_strategy(config)
+    if hindrance := find_hindrance(config, choose_device()):
+        raise TrainingError(hindrance)
+
+
 def _check_strategy(config: TrainingConfig) -> None:
     """Raise TrainingError where DeepSpeed or torchao is wanted and not installed, before any process loads a model."""
     if config.optimizer == "adamw_8bit":
