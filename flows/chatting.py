@@ -115,7 +115,10 @@ def _open_model(target: str, *, compare_base: bool) -> list[ChatSession]:
     sessions = [_load(label, folder, folder, tokenizer)]
     if compare_base:
         if not name:
-            raise ChatError("--compare base needs a registered version: of a folder nobody knows the base model")
+            raise ChatError(
+                "--compare base needs a registered version, such as NAME@champion (sft models lists them): of a folder "
+                "nobody knows the base model"
+            )
         base, base_name = find_base_of(name, version)
         sessions.insert(0, _load(f"base {base_name}", base, folder, tokenizer))
     return sessions

@@ -76,7 +76,9 @@ def _find_name(client: httpx.Client) -> str:
     try:
         answer = client.get("/v1/models")
     except httpx.HTTPError as error:
-        raise ProofError(f"{client.base_url}: nobody answers ({error})") from None
+        raise ProofError(
+            f"{client.base_url}: nobody answers ({error}): start the server, or correct the address"
+        ) from None
     if answer.status_code in (401, 403):
         raise ProofError(f"{client.base_url}: it asks for a key: --api-key ({_describe_error(answer)})")
     try:
@@ -94,7 +96,9 @@ def _takes_ids(client: httpx.Client, name: str, probe: ServingProbe) -> bool:
     try:
         return client.post("/v1/chat/completions", json=body).is_success
     except httpx.HTTPError as error:
-        raise ProofError(f"{client.base_url}: nobody answers ({error})") from None
+        raise ProofError(
+            f"{client.base_url}: nobody answers ({error}): start the server, or correct the address"
+        ) from None
 
 
 def _ask(client: httpx.Client, name: str, probe: ServingProbe, extras: dict[str, Any]) -> Reply:

@@ -103,7 +103,7 @@ def test_a_server_without_log_probabilities_is_undecided(home: Path, probes: Ser
 def test_what_cannot_be_asked_is_said(home: Path) -> None:
     for arguments, told in (
         (["http://127.0.0.1:9", "parrot/2"], "registered before answers were recorded"),
-        (["http://127.0.0.1:9", "parrot/1"], "nobody answers"),
+        (["http://127.0.0.1:9", "parrot/1"], ": start the server, or correct the address"),
         (["http://127.0.0.1:9", "nobody"], "no registered model 'nobody'"),
         (["http://127.0.0.1:9", "--precision", "int8"], "stored or bf16"),
     ):

@@ -88,6 +88,8 @@ def test_a_drawn_answer_is_repeated_by_its_seed(folder: Path) -> None:
 
 def test_a_conversation_longer_than_the_context_says_so(folder: Path) -> None:
     (session,) = open_sessions(str(folder), compare_base=False)
+    with pytest.raises(ValueError, match=r"such as NAME@champion \(sft models lists them\)"):
+        open_sessions(str(folder), compare_base=True)
     assert len(render_questions(["word " * 600], session.tokenizer)[0]) > 512
     with pytest.raises(ValueError, match="/reset begins anew"):
         list(answer(session, "word " * 600, _SAMPLING))
