@@ -10,7 +10,7 @@ from torch import nn
 
 from tasks.training.distributed import keep_pace
 from tasks.training.engines.engine import Engine
-from tasks.training.objective import SFT, Objective
+from tasks.training.objective import Objective
 from tasks.training.records import EvalRecord
 from tasks.training.token_table import TokenTable
 
@@ -21,20 +21,12 @@ MIN_BEHIND = 4
 MIN_GAP = 0.2
 
 
-def compute_eval_loss(model: nn.Module, engine: Engine, table: TokenTable) -> float:
-    """Return the mean loss of all held-out trained tokens (nats a token); each token weighs the same.
-
-    The model is in eval mode meanwhile: no dropout, so no random number is drawn and training goes on undisturbed.
-    """
-    loss_sum, num_trained_tokens = sum_held_out(model, engine, table, SFT)
-    return float(loss_sum) / float(num_trained_tokens)
-
-
 def sum_held_out(
     model: nn.Module, engine: Engine, table: TokenTable, objective: Objective, *, is_even: bool = False
 ) -> NDArray[np.float64]:
     """Return the objective's sum over the held-out examples, what that is divided by, and the sums of its figures.
 
+    The model is in eval mode meanwhile: no dropout, so no random number is drawn and training goes on undisturbed.
     Of an objective without figures these are -log p of the tokens, each alike, and their number.
 
     Args:

@@ -211,8 +211,9 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
     from schemas.config import TrainingConfig
     from tasks.models import choose_device, load_model
     from tasks.training.engines.general import build_engine
+    from tasks.training.objective import SFT
     from tasks.training.rows import lay_out, open_rows
-    from tasks.training.validation import compute_eval_loss
+    from tasks.training.validation import sum_held_out
 
     device = choose_device()
     model: Any = load_model(options.work / "model", dtype=torch.bfloat16, device=device)
@@ -220,7 +221,8 @@ def measure(options: argparse.Namespace, adapter: Path | None) -> float:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     engine = build_engine(model, device=device, dtype=torch.bfloat16, micro_batch=16, tokens_per_forward=1 << 16)
     lay_out(options.work / "tokens" / "eval.parquet", options.work / "eval", TrainingConfig())
-    return compute_eval_loss(model, engine, open_rows(options.work / "eval")[0])
+    loss_sum, num_trained = sum_held_out(model, engine, open_rows(options.work / "eval")[0], SFT)
+    return float(loss_sum / num_trained)
 
 
 def report(options: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from tasks.training.engines.short_cuts import changes_with_length, take_short_cu
 from tasks.training.loop import train_adapter
 from tasks.training.lora import attach_adapter, collect_trained
 from tasks.training.micro_batches import form_padded_step
+from tasks.training.objective import SFT
 from tasks.training.records import StepRecord
 from tasks.training.reference import fine_tune, learning_rate
 from tasks.training.token_table import TokenTable
@@ -170,12 +171,13 @@ def test_adapted_head_is_not_frozen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_evaluation_is_the_mean_of_single_examples(tmp_path: Path, table: TokenTable, family: str) -> None:
-    from tasks.training.validation import compute_eval_loss
+    from tasks.training.validation import sum_held_out
 
     model = adapt(build_family(tmp_path, family))
     wanted = one_by_one(model, table)[0] / int((table.targets >= 0).sum())
     engine, _ = choose(model, table)
-    assert compute_eval_loss(model, engine, table) == pytest.approx(wanted, rel=1e-6)
+    loss_sum, num_trained = sum_held_out(model, engine, table, SFT)
+    assert loss_sum / num_trained == pytest.approx(wanted, rel=1e-6)
 
 
 def test_no_trained_position_gives_zero_not_nan(tmp_path: Path, table: TokenTable) -> None:
