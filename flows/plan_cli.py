@@ -130,7 +130,7 @@ def _tell_memory(plan: "RunPlan") -> str:
     seen = f"; an earlier training here took {_write_bytes(memory.seen_peak_bytes)}" if memory.seen_peak_bytes else ""
     if (peak := memory.peak_bytes) is not None:
         bar = f"{_write_bytes(int(peak.low))} to {_write_bytes(int(peak.high))}"
-        seen = f"; at its highest {_write_bytes(int(peak.value))} ({bar}), by earlier trainings of this model here"
+        seen = f"; at its highest {_write_bytes(int(peak.value))} ({bar}), {memory.peak_source}"
     if need.loaded_bytes:
         seen = f"; at its start {_write_bytes(need.loaded_bytes)}, until the weights are in 8 bits{seen}"
     if memory.needs_host:

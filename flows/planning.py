@@ -51,13 +51,15 @@ class Memory:
     options: tuple[Option, ...]
     """Changes with which it fits; empty where it does."""
     peak_bytes: Estimate | None
-    """The highest use, by earlier trainings of this model here; None where there are none."""
+    """The highest use, counted, or by earlier trainings of this model here; None where there is neither."""
     seen_peak_bytes: int | None
     """The highest use of an earlier training of this model with these settings here."""
     needs_host: bool = False
     """The training keeps layers' inputs in the host's memory, at least so that it can begin."""
     longest_fit: int | None = None
     """Tokens of the longest example that fits by what is counted, where the longest one does not; 0: none does."""
+    peak_source: str = ""
+    """By what the highest use is known."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _put_together(
         share=found.share,
     )
     times = tuple(_list_times(config, folder, kept, found, known, training))
-    memory = _plan_memory(config, folder, found.sizes, device, known, training.peak_bytes)
+    memory = _plan_memory(config, folder, found.sizes, device, known, training)
     problems = list(found.problems)
     if not memory.is_enough:
         problems.append(
@@ -202,7 +204,7 @@ def _count_idle(config: RunConfig, num_gpus: int) -> int:
 
 
 def _plan_memory(
-    config: RunConfig, folder: Path, sizes: Sizes, device: torch.device, known: list[Speed], peak: Estimate | None
+    config: RunConfig, folder: Path, sizes: Sizes, device: torch.device, known: list[Speed], training: TrainingPlan
 ) -> Memory:
     capacity = read_capacity(device)
     conditions: dict[str, Any] = {
@@ -223,10 +225,11 @@ def _plan_memory(
         capacity,
         is_enough,
         list_options(folder, config.training, capacity_bytes=capacity, **conditions),
-        peak,
+        training.peak_bytes,
         max(peaks, default=None),
         needs_host(need, capacity),
         None if is_enough else find_longest(folder, config.training, capacity_bytes=capacity, **conditions),
+        training.peak_source,
     )
 
 

@@ -8,9 +8,11 @@
 A long example that would not fit is made to: gated layers run in pieces of tokens, and layers' inputs lie in the host's
 memory but for two that are on their way (`tasks.training.engines.long_examples`).
 
-A fit like that of the time (`tasks.planning.costs`). What is counted to the byte is taken as counted; what libraries
-take, and how much a layer keeps of a token, are measured. On a CPU a training is a part of the run's process, which
-holds more than a trial's: it has evaluated the base model. What earlier runs held before their trainings is noted.
+On a GPU, what the layers of a dense model with an adapter keep is counted too (`tasks.planning.kept`), so that no
+earlier training is needed. All else is a fit like that of the time (`tasks.planning.costs`). What is counted to the
+byte is taken as counted; what libraries take, and how much the layers of other models keep of a token, are measured. On
+a CPU a training is a part of the run's process, which holds more than a trial's: it has evaluated the base model. What
+earlier runs held before their trainings is noted.
 Ranks that share a pass (`training.context_parallel`) each hold their part of its tokens.
 """
 
@@ -35,6 +37,11 @@ _PRIORS = {
     "cpu": np.array([0.02, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3]),  # an allocator keeps what loading a model took
     "cuda": np.array([0.02, 0.5, 0.02, 0.5, 0.5, 0.5, 0.5, 0.3]),
 }
+_COUNTED_PRIORS = np.array([0.02, 0.5, 0.02, 0.5, 0.1, 0.05, 0.5, 0.3])
+"""Where a GPU's layers were counted (`tasks.planning.kept`)."""
+_AT_WORK = 0.3
+"""Of a layer's kept values: what its backward pass has beside them at a time. Trainings of a 0.6B and
+a 7B shape had 0 to 0.5 of them."""
 _NOISE = {"cpu": 0.02, "cuda": 0.01}
 _FEW = 5
 _PARTS_KEPT = (10, 2)
@@ -60,6 +67,8 @@ class Peak:
     """As `tasks.training.pace` notes it."""
     peak_bytes: int = 0
     """What was measured."""
+    kept_bytes: float = 0.0
+    """Of a token, that all layers together keep, counted; 0 where it was not counted."""
 
 
 def foresee_resident(speeds: Sequence[Mapping[str, float]]) -> float:
@@ -83,7 +92,7 @@ def predict_peak(seen: Sequence[Peak], asked: Peak, *, device: str) -> Estimate:
         asked: the training to come.
         device: cpu or cuda.
     """
-    priors, noise = _PRIORS[device], _NOISE[device]
+    priors, noise = _COUNTED_PRIORS if asked.kept_bytes else _PRIORS[device], _NOISE[device]
     terms = np.array([_list_terms(each, device) for each in seen]).reshape(len(seen), len(priors))
     totals = np.array([float(each.peak_bytes) for each in seen])
     noises = np.full(len(seen), noise)
@@ -131,7 +140,11 @@ def _list_terms(peak: Peak, device: str) -> Floats:
     a_layer = (tokens * hidden_kept * hidden + min(tokens, piece) * width_kept * work["width"]) * size
     on_device = layers - max(0.0, in_host - LONG_IN_TURN)
     kept = layers * (1 - work["recomputed"])
-    step = (tokens * on_device * hidden * size, (kept + 1) * a_layer, kept * tokens * 7 * peak.rank * size)
+    inputs = tokens * on_device * hidden * size
+    step = (inputs, (kept + 1) * a_layer, kept * tokens * 7 * peak.rank * size)
+    if peak.kept_bytes and piece >= tokens:
+        at_work = _AT_WORK + (work["recomputed"] > 0)
+        step = (inputs * work["recomputed"], (kept + at_work) * tokens * peak.kept_bytes / layers, 0.0)
     # On a CPU no pass is larger than a step's, and logits are small beside what an allocator keeps.
     most_logits = (LEAN_LOGITS_BYTES if work["recomputed"] else LOGITS_BYTES) if is_gpu else 0
     hidden_held, width_held = _PARTS_HELD_OUT

@@ -15,6 +15,7 @@ from tasks.decoder.passes import RecordingRule, count_recorded, round_longest
 from tasks.host_memory import HOST_SHARE, read_free_host
 from tasks.models import choose_device, choose_dtype
 from tasks.planning.estimates import Estimate
+from tasks.planning.kept import count_kept
 from tasks.planning.memory import MemoryNeed, count_flop, count_need, read_capacity
 from tasks.planning.peaks import Peak, count_rank, fit_long, foresee_resident, predict_peak
 from tasks.planning.times import PlannedTraining, StageTime, describe_kind, estimate_stage, estimate_steps
@@ -38,6 +39,8 @@ _SHARE = 0.9
 """Of a device's memory that a training plans for; see memory_fit."""
 _FORWARD_PART, _UNMEASURED = 1 / 3, 1.5
 """Of a training's time for a token, that of its forward pass, of three products of like size; and the bar of that."""
+_TRIALS = (1024, 2048)
+"""Tokens of two passes by which a training measures the memory; see memory_fit."""
 _BY_WORK = (HELD_OUT, AROUND)
 """What of other models goes by the useful work of a token: a larger one is read and run for longer."""
 _NOTHING = Estimate(0.0, 0.0, 0.0)
@@ -49,9 +52,11 @@ class TrainingPlan:
 
     times: tuple[StageTime, ...]
     peak_bytes: Estimate | None
-    """The highest use of memory; None where no training of this model was measured here."""
+    """The highest use of memory; None where it cannot be counted, and no training of this model was measured here."""
     work: dict[str, float]
     """Counts of all steps, with the sizes of the model."""
+    peak_source: str = ""
+    """By what the highest use of memory is known."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class _Question:
             dtype = choose_dtype(config.precision, self.device)
             self.needs[key] = count_need(self.folder, config, dtype=dtype, longest=1)
         return self.needs[key]
+
+    def count_kept(self, config: TrainingConfig) -> float:
+        """Return the bytes of a token that a GPU's layers keep; 0 where these cannot be counted."""
+        is_gpu = self.kind == "cuda"
+        return count_kept(self.folder, config, choose_dtype(config.precision, self.device)) if is_gpu else 0.0
 
     @property
     def kind(self) -> str:
@@ -119,7 +129,7 @@ def plan_training(
     )  # fmt: skip
     steps = StageTime(STEPS, *estimate_steps(question.choose(STEPS), asked))
     peak = None
-    if own and work:
+    if work and (own or question.count_kept(config)):
         here = foresee_resident([speed.work for speed in question.choose(STEPS) if speed.work])
         asked_peak = _describe_peak(question, config, {**work, "resident": here})
         seen = _list_peaks(question, own)
@@ -127,7 +137,8 @@ def plan_training(
             room, host = _SHARE * read_capacity(question.device), HOST_SHARE * read_free_host()
             asked_peak = fit_long(seen, asked_peak, room_bytes=room, host_bytes=host / config.num_own_processes)
         peak = predict_peak(seen, asked_peak, device=question.kind)
-    return TrainingPlan((steps, *_list_others(question, asked, steps.seconds, held_out)), peak, work)
+    source = "by earlier trainings of this model here" if own else "counted on the model without its values"
+    return TrainingPlan((steps, *_list_others(question, asked, steps.seconds, held_out)), peak, work, source)
 
 
 def _foresee_engine(own: Sequence[Speed], config: TrainingConfig) -> tuple[str, bool]:
@@ -218,10 +229,10 @@ def _fit_tokens(question: _Question, own: Sequence[Speed], layout: PassLayout, s
 
     fixed = _describe_peak(question, question.config, {}).fixed_bytes
     free = _SHARE * (read_capacity(question.device) - fixed)
-    whole, least = measure(most), measure(512)
-    if whole <= free or most <= 512:
-        return most
-    return max(512, int(512 + (free - least) * (most - 512) / (whole - least)) // 512 * 512)
+    # As the training reckons: two small passes, and what they take on each further token.
+    small, large = (measure(tokens) for tokens in _TRIALS)
+    tokens = int(_TRIALS[0] + (free - small) * (_TRIALS[1] - _TRIALS[0]) / (large - small))
+    return most if tokens >= most else max(512, tokens // 512 * 512)
 
 
 def _list_peaks(question: _Question, own: Sequence[Speed]) -> list[Peak]:
@@ -239,7 +250,8 @@ def _list_peaks(question: _Question, own: Sequence[Speed]) -> list[Peak]:
 
 def _describe_peak(question: _Question, config: TrainingConfig, work: dict[str, float]) -> Peak:
     dtype = choose_dtype(config.precision, question.device)
-    return Peak(question.count_need(config).fixed_bytes, dtype.itemsize, count_rank(config), work)
+    fixed, kept = question.count_need(config).fixed_bytes, question.count_kept(config)
+    return Peak(fixed, dtype.itemsize, count_rank(config), work, kept_bytes=kept)
 
 
 def _list_others(
