@@ -152,8 +152,9 @@ def test_decoders_with_experts_in_float8_are_near_to_64_bits(family: str, is_ada
         total.backward()
         found.append(take_grads(model))
         assert float(total.detach()) == pytest.approx(loss, rel=0.005)
-        # Three bits of mantissa in rows of 24 to 96 numbers.
-        assert 1e-4 < measure_difference(found[-1], exact) < LIMITS.get(family, 0.15)
+        # Three bits of mantissa in rows of 24 to 96 numbers. FlexOlmo has a norm after its experts: in 64 bits, such
+        # errors of the experts' weights alone change its gradients by 0.21 to 0.25.
+        assert 1e-4 < measure_difference(found[-1], exact) < {**LIMITS, "flex_olmo": 0.25}.get(family, 0.15)
     assert torch.equal(found[0], found[1])
 
 
