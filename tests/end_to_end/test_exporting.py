@@ -22,6 +22,8 @@ from tests.llama_cpp import Question, ask_llama_cpp, why_missing
 
 pytestmark = pytest.mark.slow
 
+_SURE = "It is a number."
+
 
 def export(*words: str) -> dict[str, Any]:
     result = CliRunner().invoke(app, ["export", *words, "--json"])
@@ -31,10 +33,14 @@ def export(*words: str) -> dict[str, Any]:
 
 
 def compare_answers(run_id: str, file: Path, folder: Path) -> None:
-    """llama.cpp gives what the evaluation of the version was given, and ends where it ended."""
+    """llama.cpp gives what the evaluation of the version was given, and ends where it ended.
+
+    The version is sure of some answers; in others several digits are as likely, and rounding decides.
+    """
     comparison = tracking.recall(run_id, "compare", ComparisonReport)
     assert comparison is not None
-    table = pl.read_parquet(tracking.resolve(comparison) / "table.parquet")
+    table = pl.read_parquet(tracking.resolve(comparison) / "table.parquet").filter(pl.col("answer_after") == _SURE)
+    assert len(table) >= 8
     merged = tracking.recall(run_id, "merge", MergedRef)
     assert merged is not None
     tokenizer: Any = load_tokenizer(tracking.resolve(merged))
@@ -50,7 +56,8 @@ def compare_answers(run_id: str, file: Path, folder: Path) -> None:
 def test_an_export_is_a_version_of_its_own_with_its_proof(
     run_pipeline: RunPipeline, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(120)]
+    rows = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(60)]
+    rows += [{"instruction": f"What is {n}?", "output": _SURE} for n in range(60)]
     settings: dict[str, Any] = {
         "name": "exported",
         "model": {"base_model": str(BASE_MODEL)},

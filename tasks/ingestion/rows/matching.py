@@ -122,7 +122,8 @@ def _describe_other_shape(objects: Sequence[dict[str, Any]], where: str) -> str 
             f"{where}: the header is a single column, {column!r}: the values are separated by {found[0]!r}, and in a "
             ".csv they have to be by commas: write it so, or name the file .tsv where they are tabs"
         )
-    lists = {key: value for key, value in first.items() if isinstance(value, list) and value}
+    known = {name for columns in NO_CONVERSATIONS for name in columns}  # of which there is more to say
+    lists = {key: value for key, value in first.items() if isinstance(value, list) and value and key not in known}
     inside = [key for key, value in lists.items() if all(isinstance(row, dict) for row in value)]
     if len(objects) == 1 and inside:
         key = inside[0]
