@@ -21,7 +21,7 @@ from tasks.planning.peaks import Peak, count_rank, fit_long, foresee_resident, p
 from tasks.planning.times import PlannedTraining, StageTime, describe_kind, estimate_stage, estimate_steps
 from tasks.planning.work import ExampleLengths, PassLayout, foresee_layout, foresee_work, read_examples
 from tasks.speeds import Speed
-from tasks.training.engines.choice import FULL_TOKENS, GPU_TOKENS
+from tasks.training.engines.choice import FULL_TOKENS, GPU_TOKENS, MEASURED_TOKENS
 from tasks.training.pace import (
     AROUND,
     CHECKPOINTS,
@@ -39,8 +39,6 @@ _SHARE = 0.9
 """Of a device's memory that a training plans for; see memory_fit."""
 _FORWARD_PART, _UNMEASURED = 1 / 3, 1.5
 """Of a training's time for a token, that of its forward pass, of three products of like size; and the bar of that."""
-_TRIALS = (1024, 2048)
-"""Tokens of two passes by which a training measures the memory; see memory_fit."""
 _BY_WORK = (HELD_OUT, AROUND)
 """What of other models goes by the useful work of a token: a larger one is read and run for longer."""
 _NOTHING = Estimate(0.0, 0.0, 0.0)
@@ -230,8 +228,8 @@ def _fit_tokens(question: _Question, own: Sequence[Speed], layout: PassLayout, s
     fixed = _describe_peak(question, question.config, {}).fixed_bytes
     free = _SHARE * (read_capacity(question.device) - fixed)
     # As the training reckons: two small passes, and what they take on each further token.
-    small, large = (measure(tokens) for tokens in _TRIALS)
-    tokens = int(_TRIALS[0] + (free - small) * (_TRIALS[1] - _TRIALS[0]) / (large - small))
+    small, large = (measure(tokens) for tokens in MEASURED_TOKENS)
+    tokens = int(MEASURED_TOKENS[0] + (free - small) * (MEASURED_TOKENS[1] - MEASURED_TOKENS[0]) / (large - small))
     return most if tokens >= most else max(512, tokens // 512 * 512)
 
 

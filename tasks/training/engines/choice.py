@@ -30,6 +30,7 @@ from tasks.training.engines.general import GeneralEngine, build_engine
 from tasks.training.engines.long_examples import IN_TURN
 from tasks.training.engines.memory_fit import (
     LARGEST_FORWARD,
+    MEASURED_PASSES,
     SMALL_LOGITS,
     SMALLEST_FULL_FORWARD,
     fit_all_ranks,
@@ -49,6 +50,8 @@ from tasks.training.token_table import TokenTable
 CPU_TOKENS = 2048
 # On a GPU, where its memory takes them; with fewer than the full ones, layers are rather recomputed.
 GPU_TOKENS, FULL_TOKENS = LARGEST_FORWARD, SMALLEST_FULL_FORWARD
+# Of two passes whose memory is measured; the rest is reckoned by them.
+MEASURED_TOKENS = MEASURED_PASSES
 # Bytes of logits at a time where layers run again.
 LEAN_LOGITS_BYTES = SMALL_LOGITS
 # Of long examples: tokens of a piece, and inputs that are on the device beside those that stay there.

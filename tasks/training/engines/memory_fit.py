@@ -30,7 +30,7 @@ LARGEST_FORWARD = 65536
 SMALLEST_FULL_FORWARD = 8192
 # Part of the free memory that is planned for; the rest is for what the measurement does not see.
 _SHARE = 0.9
-_TRIALS = (1024, 2048)
+MEASURED_PASSES = (1024, 2048)
 _EXAMPLE_TOKENS = 256
 # Bytes of logits at a time where memory is short.
 SMALL_LOGITS = 1 << 28
@@ -69,7 +69,7 @@ def fit_memory(
     most_tokens = min(most_tokens, LARGEST_FORWARD)
     small = replace(engine, num_recomputed=engine.num_layers, logits_bytes=SMALL_LOGITS)
     kept = _measure_all(engine, trained, longest) if recompute is not True or not engine.num_layers else None
-    fewest = max(longest, _TRIALS[0])
+    fewest = max(longest, MEASURED_PASSES[0])
     logger.info("Free for a forward pass: %.1f GiB; everything kept: %s", free_bytes / 2**30, kept)
     if kept is not None:
         tokens = kept.count_tokens(free_bytes)
@@ -129,8 +129,8 @@ def _do_passes(engine: AnyEngine, trained: Sequence[nn.Parameter], longest: int)
     """Return what two passes took."""
     length = _EXAMPLE_TOKENS
     if isinstance(engine, GeneralEngine) and engine.attend is None:
-        length = max(length, min(longest, _TRIALS[1]))
-    sizes = [max(tokens, number * length) for number, tokens in enumerate(_TRIALS, start=1)]
+        length = max(length, min(longest, MEASURED_PASSES[1]))
+    sizes = [max(tokens, number * length) for number, tokens in enumerate(MEASURED_PASSES, start=1)]
     peaks = []
     for size in sizes:
         batch = engine.form_trial(_make_up(size, length))
